@@ -124,6 +124,7 @@ def _measure(
         one_to_one=args.one_to_one_similarity,
         lpips_weights=args.lpips_weights,
         mean_image=truth.mean_image,
+        nearest_images=truth.nearest_images,
     )
     accuracy = label_accuracy(reconstruction.labels, truth.labels)
     record["label_accuracy"] = accuracy
