@@ -25,6 +25,10 @@ ROUNDING = {torch.float64: 1e-11, torch.float32: 1e-5}
 SAME_DIRECTION = 1e-7
 # Share of ReLU switches explained, from which on the solution is taken for exact.
 EXPLAINED = 0.9995
+# Smoothing, relative to the mean entry, at which estimates give way to exact data.
+ROUGH = 0.05
+# Share of its switches that a linear rule explains, below which a direction is wrong.
+SEPARABLE = 0.98
 
 
 @dataclass(frozen=True)
@@ -39,12 +43,16 @@ class Factorization:
         right: r x d.
         live: Which neurons these rows are.
         tolerance: Entries of left @ q, |q| = 1, below this are zeros.
+        outputs: m x r, the layer's outputs without bias for the rows of `right` as inputs.
+        bias: m.
     """
 
     left: torch.Tensor
     right: torch.Tensor
     live: torch.Tensor
     tolerance: float
+    outputs: torch.Tensor
+    bias: torch.Tensor
 
     @property
     def rank(self) -> int:
@@ -73,6 +81,8 @@ def factorize(layer: FirstLayer, dtype: torch.dtype) -> Factorization:
         left=left[live, :rank],
         right=values[:rank, None] * right[:rank],
         live=live,
+        outputs=layer.weight[live] @ (values[:rank, None] * right[:rank]).T,
+        bias=layer.bias[live],
         tolerance=min(10 * noise, 1e-3),
     )
 
@@ -194,7 +204,7 @@ def best_solution(layer: FirstLayer, pool: Pool) -> Solution | None:
 def _exchangeable(pool: Pool, chosen: list[int], candidate: int) -> list[int]:
     """Places of the basis that the candidate can take without losing rank."""
     basis = pool.directions[chosen].T
-    share = torch.linalg.solve(basis, pool.directions[candidate])
+    share = torch.linalg.lstsq(basis, pool.directions[candidate][:, None]).solution
     return (share.abs() > 1e-4).nonzero().flatten().tolist()
 
 
@@ -244,7 +254,7 @@ class _Spear(Attack):
                 if rounds and time.perf_counter() - began > self.time_budget:
                     break
                 known = pool.directions
-                pool.add(self.search(factors, pool, generator))
+                pool.add(self.search(factors, pool, generator, rounds))
                 rounds += 1
                 if not torch.equal(pool.directions, known):
                     solution = best_solution(layer, pool)
@@ -253,7 +263,7 @@ class _Spear(Attack):
 
     @abstractmethod
     def search(
-        self, factors: Factorization, pool: Pool, generator: torch.Generator
+        self, factors: Factorization, pool: Pool, generator: torch.Generator, round_: int
     ) -> torch.Tensor:
         """Propose `k x r` unit vectors that may be columns of Q."""
 
@@ -340,7 +350,7 @@ class Spear(_Spear):
     batch = 4096
 
     def search(
-        self, factors: Factorization, pool: Pool, generator: torch.Generator
+        self, factors: Factorization, pool: Pool, generator: torch.Generator, round_: int
     ) -> torch.Tensor:
         """Common zeros of random rows, filtered by sparsity."""
         left, rank = factors.left, factors.rank
@@ -374,35 +384,97 @@ class SpearDescent(_Spear):
 
     name = "spear-descent"
     batch = 64
-    steps = 80
     shrink = 0.75
 
     def search(
-        self, factors: Factorization, pool: Pool, generator: torch.Generator
+        self, factors: Factorization, pool: Pool, generator: torch.Generator, round_: int
     ) -> torch.Tensor:
-        """End points of descents from random starts."""
+        """End points of descents from random starts, in the rest of the space where it pays."""
         left = factors.left
-        q = F.normalize(self._starts(pool, generator), dim=1)
-        scale = float(left.abs().mean())
-        smooth = scale
-        for _ in range(self.steps):
+        coarse = float(left.abs().mean())
+        known = pool.directions[pool.basis()]
+        # Every other time, so that a wrong direction does not mislead for good.
+        rest = rest_of_space(factors, known) if round_ % 2 == 1 else None
+        n_free = factors.rank if rest is None else rest.shape[1]
+        q = torch.randn(
+            (self.batch, n_free), generator=generator, device=left.device, dtype=left.dtype
+        )
+        if rest is None:
+            return self._descend(left, q, coarse, factors.tolerance)
+        # The rest of the space is known to a percent or so: good for a start.
+        rough = self._descend(left @ rest, q, coarse, ROUGH * coarse)
+        return self._descend(left, rough @ rest.T, ROUGH * coarse, factors.tolerance)
+
+    def _descend(
+        self, left: torch.Tensor, starts: torch.Tensor, first: float, last: float
+    ) -> torch.Tensor:
+        """Minimise the smoothed l1 norm of left @ q on the sphere, ever less smoothed."""
+        q, smooth = F.normalize(starts, dim=1), first
+        while smooth > last:
             weights = ((q @ left.T).square() + smooth**2).rsqrt()
             moments = (left.T[None] * weights[:, None]) @ left
             q = torch.linalg.eigh(moments)[1][:, :, 0]
-            smooth = max(self.shrink * smooth, factors.tolerance)
+            smooth *= self.shrink
         return q
 
-    def _starts(self, pool: Pool, generator: torch.Generator) -> torch.Tensor:
-        left = pool.factors.left
-        starts = torch.randn(
-            (self.batch, left.shape[1]), generator=generator, device=left.device, dtype=left.dtype
-        )
-        known = pool.directions[pool.basis()]
-        if 0 < len(known) < left.shape[1]:
-            # Half of the starts look where nothing has been found yet.
-            fresh = starts[::2]
-            starts[::2] = fresh - torch.linalg.lstsq(known.T, fresh.T).solution.T @ known
-        return starts
+
+def rest_of_space(factors: Factorization, known: torch.Tensor) -> torch.Tensor | None:
+    """An estimate of the space of the unknown directions.
+
+    With a_k the coefficients of image k (rows of Q^-1), q_j a_k = 0 for j other than k:
+    the unknown directions are orthogonal to the coefficients of the known images. Of
+    these, few are free once most directions are known, and the ReLU switches of image
+    k, read off its direction, are as many inequalities for them. Directions whose
+    switches cannot be explained so are not those of an image.
+
+    Args:
+        factors: Of the gradient.
+        known: k x r directions.
+
+    Returns:
+        r x j orthonormal columns; None where nothing is known, or nothing unknown.
+    """
+    coefficients, explained = _coefficients(factors, known)
+    if (explained < SEPARABLE).any():
+        known = known[explained >= SEPARABLE]
+        coefficients, _ = _coefficients(factors, known)
+    if not 0 < len(known) < factors.rank:
+        return None
+    return torch.linalg.svd(coefficients, full_matrices=True)[2][len(known) :].T
+
+
+def _coefficients(factors: Factorization, known: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Estimated a_k of every known direction (k x r), and its share of explained switches."""
+    coefficients, explained = known.clone(), known.new_zeros(len(known))
+    for k in range(len(known)):
+        others = torch.cat([known[:k], known[k + 1 :]])
+        free = torch.linalg.svd(others, full_matrices=True)[2][len(others) :].T
+        switches = (factors.left @ known[k]).abs() > 10 * factors.tolerance
+        outputs = factors.outputs @ free
+        solution = separate(outputs, factors.bias, switches)
+        right = (outputs @ solution + factors.bias > 0) == switches
+        coefficients[k], explained[k] = F.normalize(free @ solution, dim=0), right.double().mean()
+    return coefficients, explained
+
+
+def separate(outputs: torch.Tensor, bias: torch.Tensor, switches: torch.Tensor) -> torch.Tensor:
+    """y such that `outputs @ y + bias` is positive where a switch is on.
+
+    Logistic regression by Newton's method with a little ridge, in whitened coordinates.
+    """
+    basis, whiten = torch.linalg.qr(outputs)
+    sign = switches.to(outputs) * 2 - 1
+    size = float(bias.norm()) or 1.0
+    y = torch.linalg.lstsq(basis, (sign * size / len(sign) ** 0.5 - bias)[:, None]).solution[:, 0]
+    ridge = 1e-3 * torch.eye(len(y), dtype=y.dtype, device=y.device)
+    unit = size / len(sign) ** 0.5
+    for _ in range(30):
+        margin = sign * (basis @ y + bias) / unit
+        off = torch.sigmoid(-margin)
+        gradient = -(basis.T @ (sign * off)) / unit + ridge @ y / unit**2
+        curvature = basis.T @ (basis * (off * (1 - off))[:, None]) / unit**2 + ridge / unit**2
+        y = y - torch.linalg.solve(curvature, gradient)
+    return torch.linalg.solve(whiten, y)
 
 
 def recover_labels(
