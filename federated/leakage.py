@@ -1,0 +1,1 @@
+"""How much of a site's training images its update gives away."""
