@@ -19,9 +19,11 @@ STARTS = ("prior", "grey", "random")
 _RENAMED = {"lr": "learning_rate", "start_rand": "start"}
 # Published keys that say nothing to our methods: the site's own training states them.
 _IGNORED = frozenset(
-    "checkpoint_file weights_file batchnorm_file criterion num_classes batch_size pretrained "
-    "init_target_rand no_lr_decay lr_local local_bs local_epoch local_num_images local_optim "
-    "save_every".split()
+    [
+        *("checkpoint_file", "weights_file", "batchnorm_file", "criterion", "pretrained"),
+        *("num_classes", "batch_size", "init_target_rand", "no_lr_decay", "save_every"),
+        *("lr_local", "local_bs", "local_epoch", "local_num_images", "local_optim"),
+    ]
 )
 
 
@@ -109,8 +111,9 @@ class InversionSettings:
         self._validate_weights()
 
     def _validate_weights(self) -> None:
-        ours = "gradient_weight bn_weight tv_weight start_noise "
-        for key in (ours + "grad_l2 original_bn_l2 energy_l2 tv_l1 tv_l2 l2").split():
+        ours = ("gradient_weight", "bn_weight", "tv_weight", "start_noise")
+        published = ("grad_l2", "original_bn_l2", "energy_l2", "tv_l1", "tv_l2", "l2")
+        for key in ours + published:
             if not 0 <= getattr(self, key) < float("inf"):
                 raise InputError(f"{key} {getattr(self, key)}: must be a number not below 0")
 
