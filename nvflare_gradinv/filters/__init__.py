@@ -1,1 +1,0 @@
-"""Filters by their published module paths."""

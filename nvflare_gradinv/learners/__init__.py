@@ -1,1 +1,0 @@
-"""Learners by their published module paths."""

@@ -1,5 +1,0 @@
-"""The learner by its published module path."""
-
-from federated.learner import CXRLearner
-
-__all__ = ["CXRLearner"]
