@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = argparse.ArgumentParser(
         prog="python -m federated.simulate",
-        description="Run a job folder in NVFlare's simulator, every client in a process of its own.",
+        description="Run a job folder in NVFlare's simulator, every client in its own process.",
     )
     parser.add_argument("n_clients", type=int, help="number of clients in the job")
     parser.add_argument("job", type=Path, help="job folder, see federated.create_job_config")
@@ -67,7 +67,7 @@ def _run(args: argparse.Namespace) -> list[str]:
     missing = missing_results(job, workspace)
     if not missing:
         write_run(job, workspace)
-    _print_results(workspace)
+    print_results(workspace)
     return missing
 
 
@@ -79,11 +79,13 @@ class Job:
         folder: Where it is.
         apps: App folder by site, the server's included.
         num_rounds: Rounds of the federation; None where the job does not say.
+        evaluates: Whether models are validated across sites at the end.
     """
 
     folder: Path
     apps: Mapping[str, Path]
     num_rounds: int | None
+    evaluates: bool
 
     @property
     def sites(self) -> list[str]:
@@ -111,8 +113,20 @@ def read_job(folder: Path) -> Job:
         if not (app / "config").is_dir():
             raise InputError(f"{folder}/meta.json names the app {app.name}, which is not there")
     server = read_json(apps["server"] / "config" / "config_fed_server.json")
-    rounds = server.get("num_rounds")
-    return Job(folder, apps, rounds if isinstance(rounds, int) else None)
+    return Job(folder, apps, _rounds(server), _evaluates(server))
+
+
+def _rounds(server: Mapping[str, Any]) -> int | None:
+    for workflow in server.get("workflows", []):
+        found = _value(workflow.get("args", {}).get("num_rounds"), server)
+        if isinstance(found, int):
+            return found
+    return None
+
+
+def _evaluates(server: Mapping[str, Any]) -> bool:
+    workflows = server.get("workflows", [])
+    return any("Eval" in str(w.get("path") or w.get("name")) for w in workflows)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -218,8 +232,9 @@ def prepare(job: Job, target: Path) -> Path:
 
     shutil.copytree(job.folder, target)
     for app in {path.name for path in job.apps.values()}:
-        if not any((target / app / "custom").glob("*")):
-            write_text(target / app / "custom" / "README.txt", CUSTOM_NOTE)
+        custom = target / app / "custom"
+        if not custom.is_dir() or not any(custom.iterdir()):
+            write_text(custom / "README.txt", CUSTOM_NOTE)
     path = target / job.apps["server"].name / "config" / "config_fed_server.json"
     write_text(path, json.dumps(without_monai(read_json(path)), indent=4) + "\n")
     return target
@@ -296,7 +311,7 @@ def missing_results(job: Job, workspace: Path) -> list[str]:
     if not (app_folder(workspace, "server") / FINAL_MODEL).is_file():
         missing.append(f"the federation left no {FINAL_MODEL}; see {workspace / 'simulator.log'}")
     for site in job.sites:
-        if site not in cross_validation(workspace):
+        if job.evaluates and site not in cross_validation(workspace):
             missing.append(f"{site} left no cross-site validation")
         for number in measured_rounds(job, site):
             if not (app_folder(workspace, site) / f"leakage_round{number}.json").is_file():
@@ -319,15 +334,16 @@ def measured_rounds(job: Job, site: str) -> list[int]:
 
 def _value(value: Any, content: Mapping[str, Any]) -> Any:
     """A value, or that of the variable it names."""
-    return content[value.strip("{}")] if isinstance(value, str) else value
+    return content.get(value.strip("{}")) if isinstance(value, str) else value
 
 
-def write_run(job: Job, workspace: Path) -> Path:
+def write_run(job: Job, workspace: Path, **details: Any) -> Path:
     """Write the run's record, which the figures read.
 
     Args:
         job: What ran.
         workspace: Where.
+        details: More for the record; wins over what is found here.
 
     Returns:
         The file, `run.json`.
@@ -341,17 +357,15 @@ def write_run(job: Job, workspace: Path) -> Path:
     config = job.apps[job.sites[0]] / "config" / "config_fed_client.json"
     device = torch.device("cuda" if count_gpus() and torch.cuda.is_available() else "cpu")
     scores = cross_validation(workspace)
-    write_json(
-        workspace / RUN_FILE,
-        {
-            "sigma0": configured_noise(config),
-            "n_clients": len(job.sites),
-            "num_rounds": job.num_rounds,
-            "test_accuracy": _mean_accuracy(scores, f"SRV_{FINAL_MODEL}"),
-            "best_test_accuracy": _mean_accuracy(scores, f"SRV_best_{FINAL_MODEL}"),
-            "provenance": provenance(device, seed=0),
-        },
-    )
+    record = {
+        "sigma0": configured_noise(config),
+        "n_clients": len(job.sites),
+        "num_rounds": job.num_rounds,
+        "test_accuracy": _mean_accuracy(scores, f"SRV_{FINAL_MODEL}"),
+        "best_test_accuracy": _mean_accuracy(scores, f"SRV_best_{FINAL_MODEL}"),
+        "provenance": provenance(device, seed=0),
+    }
+    write_json(workspace / RUN_FILE, {**record, **details})
     return workspace / RUN_FILE
 
 
@@ -362,7 +376,8 @@ def _mean_accuracy(scores: Mapping[str, Any], model: str) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _print_results(workspace: Path) -> None:
+def print_results(workspace: Path) -> None:
+    """Print scores and leakage."""
     from federated.leakage import read_leakage
 
     print("cross-site validation:")
