@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from attack.coordinates import make_coordinates
+from attack.coordinates import Coordinates, make_coordinates
 from attack.matching import GradientMatcher, Match, Replica
 from attack.objectives import OBJECTIVES, LayerWeighted, Objective, layer_weights
 from attack.reconstruction import Reconstruction
@@ -133,17 +133,24 @@ class Inversion:
         self.device = device
         self.dtype = torch.float64 if config.double else torch.float32
         self.replica = Replica(target, device, self.dtype)
-        self.matcher = GradientMatcher(
-            self.replica, _make_objective(config, len(target.gradient)), config.hvp
-        )
+        self.matcher = self._make_matcher()
         self.labels = labels[self.replica.share].to(device)
-        size = (target.data.shape[1], target.data.shape[2])
-        self.coordinates = make_coordinates(config.coordinates, size, device, self.dtype)
+        self.coordinates = self._make_coordinates()
         self.regularizers = _make_regularizers(config)
         self.penalty = self._batch_norm_penalty() if config.bn > 0 else None
         self.progress = _Progress()
         numbers = range(first_restart, first_restart + config.restarts)
         self.restarts = [self._start(number) for number in numbers]
+
+    # -- What other kinds of targets replace -----------------------------------------
+
+    def _make_matcher(self) -> GradientMatcher:
+        objective = _make_objective(self.config, len(self.target.gradient))
+        return GradientMatcher(self.replica, objective, self.config.hvp)
+
+    def _make_coordinates(self) -> Coordinates:
+        size = (self.target.data.shape[1], self.target.data.shape[2])
+        return make_coordinates(self.config.coordinates, size, self.device, self.dtype)
 
     # -- Starting -----------------------------------------------------------------
 

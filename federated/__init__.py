@@ -1,0 +1,1 @@
+"""The measurement of leakage inside a live federation of NVFlare clients."""
