@@ -1,0 +1,1 @@
+"""Filters by their published module paths."""

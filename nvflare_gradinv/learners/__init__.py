@@ -1,0 +1,1 @@
+"""Learners by their published module paths."""
