@@ -8,14 +8,29 @@ from attack.attacks.base import (
     get_attack,
     register_attack,
 )
+from attack.attacks.dlg import DLG
+from attack.attacks.e2egi import E2EGI
+from attack.attacks.fedavg import DataLeakageFedAvg, InvertingGradientsFedAvg
+from attack.attacks.gradinversion import GradInversion
+from attack.attacks.hatamizadeh import Hatamizadeh
+from attack.attacks.idlg import IDLG
 from attack.attacks.inverting_gradients import InvertingGradients
+from attack.attacks.modern import Modern
 from attack.attacks.spear import Spear, SpearDescent
 from attack.attacks.spectral import Spectral
 
 __all__ = [
+    "DLG",
+    "E2EGI",
+    "IDLG",
     "Analytic",
     "Attack",
+    "DataLeakageFedAvg",
+    "GradInversion",
+    "Hatamizadeh",
     "InvertingGradients",
+    "InvertingGradientsFedAvg",
+    "Modern",
     "OptimizationAttack",
     "Spear",
     "SpearDescent",
