@@ -1,6 +1,7 @@
 """Published attacks, one file each, and this project's own."""
 
 from attack.attacks.analytic import Analytic
+from attack.attacks.april import April, PatchProjection
 from attack.attacks.base import (
     Attack,
     OptimizationAttack,
@@ -14,9 +15,11 @@ from attack.attacks.spectral import Spectral
 
 __all__ = [
     "Analytic",
+    "April",
     "Attack",
     "InvertingGradients",
     "OptimizationAttack",
+    "PatchProjection",
     "Spear",
     "SpearDescent",
     "Spectral",
