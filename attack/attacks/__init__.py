@@ -1,6 +1,7 @@
 """Published attacks, one file each, and this project's own."""
 
 from attack.attacks.analytic import Analytic
+from attack.attacks.april import April, PatchProjection
 from attack.attacks.base import (
     Attack,
     OptimizationAttack,
@@ -24,6 +25,7 @@ __all__ = [
     "E2EGI",
     "IDLG",
     "Analytic",
+    "April",
     "Attack",
     "DataLeakageFedAvg",
     "GradInversion",
@@ -32,6 +34,7 @@ __all__ = [
     "InvertingGradientsFedAvg",
     "Modern",
     "OptimizationAttack",
+    "PatchProjection",
     "Spear",
     "SpearDescent",
     "Spectral",
