@@ -276,9 +276,9 @@ def make_attack(args: argparse.Namespace) -> Any:
         config.validate()
         return type("SeedAttack", (OptimizationAttack,), {"name": "seed"})(config)
     attack = get_attack(args.attack)
-    if not issubclass(attack, OptimizationAttack):
-        return attack()
     given = {FIELDS[flag]: values[FIELDS[flag]] for flag in args.explicit if flag in FIELDS}
+    if not issubclass(attack, OptimizationAttack):
+        return attack.configured(given)
     config = dataclasses.replace(attack.published, **given)
     config.validate()
     return attack(config)

@@ -1,5 +1,6 @@
 """Published attacks, one file each, and this project's own."""
 
+from attack.attacks.analytic import Analytic
 from attack.attacks.base import (
     Attack,
     OptimizationAttack,
@@ -8,12 +9,16 @@ from attack.attacks.base import (
     register_attack,
 )
 from attack.attacks.inverting_gradients import InvertingGradients
+from attack.attacks.spear import Spear, SpearDescent
 from attack.attacks.spectral import Spectral
 
 __all__ = [
+    "Analytic",
     "Attack",
     "InvertingGradients",
     "OptimizationAttack",
+    "Spear",
+    "SpearDescent",
     "Spectral",
     "attack_names",
     "get_attack",

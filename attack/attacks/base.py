@@ -26,6 +26,16 @@ class Attack(abc.ABC):
     name: ClassVar[str]
     requires: ClassVar[frozenset[Capability]] = frozenset()
 
+    @classmethod
+    def configured(cls, given: dict[str, Any]) -> Attack:
+        """An instance under the flags that were really given.
+
+        Args:
+            given: Fields of `InversionConfig` and their values; an attack without an
+                optimisation loop uses what has a meaning for it.
+        """
+        return cls()
+
     @abc.abstractmethod
     def reconstruct(
         self, target: Target, *, labels: torch.Tensor, device: torch.device, seed: int, **run: Any
