@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from attack.adaptive import Adaptation, adapt
 from attack.coordinates import make_coordinates
 from attack.matching import GradientMatcher, Match, Replica
 from attack.objectives import OBJECTIVES, LayerWeighted, Objective, layer_weights
@@ -129,13 +130,15 @@ class Inversion:
             raise InputError("--exact-bn: the checkpoint holds no batch statistics")
         if config.optimizer == "LBFGS" and distributed.world_size() > 1:
             raise InputError("--optim LBFGS runs on one process; use Adam and --polish here")
+        adaptation = adapt(target, config) if config.adaptive else Adaptation.none(target, config)
+        config = adaptation.config
         self.target, self.config, self.seed, self.prior = target, config, seed, prior
+        self.adaptations = adaptation.notes
         self.device = device
         self.dtype = torch.float64 if config.double else torch.float32
         self.replica = Replica(target, device, self.dtype)
-        self.matcher = GradientMatcher(
-            self.replica, _make_objective(config, len(target.gradient)), config.hvp
-        )
+        objective = adaptation.objective(make_objective(config, len(target.gradient)))
+        self.matcher = GradientMatcher(self.replica, objective, config.hvp)
         self.labels = labels[self.replica.share].to(device)
         size = (target.data.shape[1], target.data.shape[2])
         self.coordinates = make_coordinates(config.coordinates, size, device, self.dtype)
@@ -634,6 +637,7 @@ class Inversion:
                 "events": self.progress.events,
                 "hvp_agreement": self.matcher.agreement,
                 "hvp_step": self.matcher.step,
+                **({"adaptations": self.adaptations} if self.config.adaptive else {}),
             },
         )
 
@@ -698,7 +702,12 @@ class Inversion:
         )
 
 
-def _make_objective(config: InversionConfig, n_parameters: int) -> Objective:
+def make_objective(config: InversionConfig, n_parameters: int) -> Objective:
+    """The objective that a configuration names, for so many shared parameters.
+
+    Raises:
+        InputError: Unknown layer weights.
+    """
     objective = OBJECTIVES[config.objective]()
     if config.layers is None:
         return objective

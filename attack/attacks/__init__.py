@@ -1,6 +1,7 @@
 """Published attacks, one file each, and this project's own."""
 
 from attack.attacks.analytic import Analytic
+from attack.attacks.auto import Auto
 from attack.attacks.base import (
     Attack,
     OptimizationAttack,
@@ -15,6 +16,7 @@ from attack.attacks.spectral import Spectral
 __all__ = [
     "Analytic",
     "Attack",
+    "Auto",
     "InvertingGradients",
     "OptimizationAttack",
     "Spear",
