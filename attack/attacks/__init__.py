@@ -2,6 +2,7 @@
 
 from attack.attacks.analytic import Analytic
 from attack.attacks.april import April, PatchProjection
+from attack.attacks.auto import Auto
 from attack.attacks.base import (
     Attack,
     OptimizationAttack,
@@ -27,6 +28,7 @@ __all__ = [
     "Analytic",
     "April",
     "Attack",
+    "Auto",
     "DataLeakageFedAvg",
     "GradInversion",
     "Hatamizadeh",
