@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,6 +94,37 @@ def _is_untrained(run: Run) -> bool:
     return model is None or str(model).endswith("model_init.pth.tar")
 
 
+def _test_accuracy(run: Run) -> list[float | None]:
+    return [100 * value for value in _scalar("federated.test_accuracy")(run) if value is not None]
+
+
+def measured_leakage(run: Run, site: str) -> list[Mapping[str, Any]]:
+    """What a site of a federation measured, by round."""
+    entries = dig(run, "federated.leakage") or []
+    return sorted((e for e in entries if e["site"] == site), key=lambda e: e["round"])
+
+
+def _rdlv(site: str, round_number: int | None) -> Callable[[Run], list[float | None]]:
+    def values(run: Run) -> list[float | None]:
+        measured = measured_leakage(run, site)
+        if round_number is not None:
+            measured = [entry for entry in measured if entry["round"] == round_number]
+        return [image["rdlv"] for image in measured[-1]["images"]] if measured else []
+
+    return values
+
+
+def _rdlv_column(name: str) -> Column | None:
+    """`rdlv SITE`, of the last round measured, or `rdlv SITE round N`; per training image."""
+    found = _RDLV.fullmatch(name)
+    if found is None:
+        return None
+    site, number = found.groups()
+    header = f"RDLV {site}" if number is None else f"{site}, round {number}"
+    values = _rdlv(site, None if number is None else int(number))
+    return Column(name, header, values, 2, "high", "this site did not measure")
+
+
 def _epsilon(run: Run) -> list[float | None]:
     """Spent on the very model that was attacked, or by the one release from an untrained one."""
     stage = "extract" if _is_untrained(run) else "train"
@@ -104,11 +136,13 @@ def _epsilon_note(run: Run) -> str | None:
     return None if note is None else str(note)
 
 
+_RDLV = re.compile(r"rdlv (\S+?)(?: round (\d+))?")
 _ALL = [
     Column("validation accuracy", "val. acc. %", _validation_accuracy, 1, note=_accuracy_note),
     Column(
         "epsilon", "ε", _epsilon, None, missing="not differentially private", note=_epsilon_note
     ),
+    Column("test accuracy", "test acc. %", _test_accuracy, 1),
     Column("RA index", "RA index", _scalar("extract.rank_analysis.maximum"), 0),
     Column("label accuracy", "label acc.", _scalar("attack.label_accuracy"), 2, "high"),
     Column("information ratio", "GInfoR", _information_ratios, 3, "high"),
@@ -128,7 +162,7 @@ COLUMNS: dict[str, Column] = {column.name: column for column in _ALL}
 
 def find_column(name: str) -> Column:
     """A column by its name, or for any number of the records by `STAGE.DOTTED.PATH`."""
-    known = COLUMNS.get(name)
+    known = COLUMNS.get(name) or _rdlv_column(name)
     return known or Column(name, name.rpartition(".")[2].replace("_", " "), _scalar(name))
 
 
@@ -170,4 +204,4 @@ def find_view(name: str) -> View:
 def is_known(name: str) -> bool:
     """Whether a table may show a column of this name."""
     column = find_view(name).column
-    return column.name in COLUMNS or "." in column.name
+    return column.name in COLUMNS or "." in column.name or _rdlv_column(column.name) is not None

@@ -21,7 +21,7 @@ from benchmarks.ray_worker import HERE, Mailbox, pack, run_cell, unpack
 from benchmarks.stages import PROCESSES
 from training.errors import InputError
 
-CODE = ("training", "gradients", "attack", "main_run.py")
+CODE = ("training", "gradients", "attack", "federated", "main_run.py")
 LOST_WORKER_RETRIES = 3
 
 
