@@ -111,7 +111,7 @@ class RelativeDataLeakageValueFilter(FailClosedFilter):
             self._folder(fl_ctx), fl_ctx.get_identity_name(), number, report, images, originals,
             details=details, keep_images=self.save_best_matches,
         )  # fmt: skip
-        self.log_info(fl_ctx, f"round {number}: {report.statement()}")
+        self.log_info(fl_ctx, f"round {number}: {report.statement()}", fire_event=False)
         if report.withheld:
             raise MeasuredLeakError(report.reason)
         return dxo
