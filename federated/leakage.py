@@ -174,8 +174,12 @@ def measure_leakage(
     if not np.isfinite(own.relative).all():
         return failed_report("the similarities are not finite numbers", threshold)
     rest = None if others is None or not len(others) else others
-    return _report(own, None if rest is None else _Compared(metric, rest, reconstructions, prior),
-                   reduce, threshold)  # fmt: skip
+    return _report(
+        own,
+        None if rest is None else _Compared(metric, rest, reconstructions, prior),
+        reduce,
+        threshold,
+    )
 
 
 class _Compared:
