@@ -1,7 +1,8 @@
 """Where cells run: on a Ray cluster, which needs to share no files with this machine.
 
 Code, inputs and data travel through Ray's object store, results come back the same
-way. A cell whose worker or node is lost is run again elsewhere.
+way, and while a cell runs so does what it says and has saved. A cell whose worker or
+node is lost is run again elsewhere.
 """
 
 from __future__ import annotations
@@ -10,14 +11,13 @@ import contextlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from benchmarks import ray_worker
 from benchmarks.cells import ROOT
 from benchmarks.executor import Job, Outcome, describe_failure
-from benchmarks.ray_worker import HERE, pack, run_cell, unpack
+from benchmarks.ray_worker import HERE, Mailbox, pack, run_cell, unpack
 from benchmarks.stages import PROCESSES
 from training.errors import InputError
 
@@ -29,6 +29,7 @@ LOST_WORKER_RETRIES = 3
 class _Running:
     job: Job
     result: Any
+    log_before: int
 
 
 class RayExecutor:
@@ -57,6 +58,11 @@ class RayExecutor:
         self._code = self._ray.put(pack(ROOT, [name for name in code if (ROOT / name).exists()]))
         self._data: dict[str, Any] = {}
         self._running: list[_Running] = []
+        # The workers have no checkout to import from: send the code itself.
+        self._ray.cloudpickle.register_pickle_by_value(ray_worker)
+        self._task = self._ray.remote(run_cell)
+        self._mailbox = self._ray.remote(Mailbox).options(num_cpus=0, max_restarts=-1).remote()
+        self._mail: Any = None
 
     def _gpus_per_cell(self, asked: float | None) -> float:
         available = self._ray.cluster_resources().get("GPU", 0)
@@ -65,12 +71,6 @@ class RayExecutor:
         if asked > available:
             raise InputError(f"--gpus-per-cell {asked:g}: the cluster has {available:g} GPUs")
         return asked
-
-    @cached_property
-    def _task(self) -> Any:
-        # The worker has no checkout to import from: send the function itself.
-        self._ray.cloudpickle.register_pickle_by_value(ray_worker)
-        return self._ray.remote(run_cell)
 
     def has_room(self) -> bool:
         """Whether another job may be handed to the cluster, which queues it."""
@@ -90,6 +90,8 @@ class RayExecutor:
         result = self._task.options(
             num_cpus=processes, num_gpus=self._gpus, max_retries=LOST_WORKER_RETRIES
         ).remote(
+            job.cell.key,
+            self._mailbox,
             self._code,
             command[1:],
             {names[flag]: path.read_bytes() for flag, path in job.inputs.items()},
@@ -98,7 +100,8 @@ class RayExecutor:
             [f"data/{name}" for name in data],
             *data.values(),
         )
-        self._running.append(_Running(job, result))
+        size = job.log.stat().st_size if job.log.exists() else 0
+        self._running.append(_Running(job, result, size))
 
     def _data_of(self, job: Job) -> Mapping[str, Any]:
         """The data sets of a job that must travel, put into the object store once."""
@@ -113,11 +116,30 @@ class RayExecutor:
         """Jobs whose results have come back."""
         if not self._running:
             return []
+        self._read_mail()
         results = [running.result for running in self._running]
         ready, _ = self._ray.wait(results, num_returns=len(results), timeout=0)
         ended = [running for running in self._running if running.result in ready]
         self._running = [running for running in self._running if running.result not in ready]
         return [self._outcome(running) for running in ended]
+
+    def _read_mail(self) -> None:
+        """Write what running cells have said and saved to where local ones would."""
+        if self._mail is None:
+            self._mail = self._mailbox.collect.remote()
+        ready, _ = self._ray.wait([self._mail], timeout=0)
+        if not ready:
+            return
+        mail, self._mail = self._mail, None
+        # With its node goes what the mailbox held; Ray starts another.
+        with contextlib.suppress(self._ray.exceptions.RayError):
+            said, files = self._ray.get(mail)
+            for job in (running.job for running in self._running):
+                if job.cell.key in said:
+                    with job.log.open("ab") as log:
+                        log.write(said[job.cell.key])
+                if job.cell.key in files:
+                    unpack(files[job.cell.key], job.files)
 
     def _outcome(self, running: _Running) -> Outcome:
         job = running.job
@@ -125,7 +147,9 @@ class RayExecutor:
             status, said, files = self._ray.get(running.result)
         except self._ray.exceptions.RayError as error:
             return Outcome(job, f"Ray: {str(error).splitlines()[0]}")
+        # In the place of what was heard of it meanwhile, which may be incomplete.
         with job.log.open("ab") as log:
+            log.truncate(running.log_before)
             log.write(said)
         unpack(files, job.files)
         return Outcome(job, describe_failure(status, job.log))

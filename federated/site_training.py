@@ -253,7 +253,7 @@ class SiteTraining:
             loss = loss + self.settings.fedproxloss_mu / 2 * drift
         return loss
 
-    def _batches(self, order: tuple[int, ...]) -> DataLoader[tuple[torch.Tensor, torch.Tensor]]:
+    def _batches(self, order: tuple[int, ...]) -> DataLoader[tuple[torch.Tensor, int]]:
         size = self.batch_size
         steps = [list(order[i : i + size]) for i in range(0, len(order), size)]
         return DataLoader(

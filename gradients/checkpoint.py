@@ -119,11 +119,14 @@ class Truth:
         labels: N class indices.
         mean_image: Mean of images that are not the client's (C x H x W in [0, 1]): what
             one would guess without any gradient. None where unknown.
+        nearest_images: For each image the most similar one that is not the client's
+            (N x C x H x W in [0, 1]): the best guess among known images. None where unknown.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     mean_image: torch.Tensor | None = None
+    nearest_images: torch.Tensor | None = None
 
 
 def save_target(
@@ -141,7 +144,10 @@ def save_target(
         args: The command line, for the record.
     """
     published = _published_keys(target, truth, args or argparse.Namespace())
-    private = {"mean_image": None if truth is None else truth.mean_image}
+    private = {
+        "mean_image": None if truth is None else truth.mean_image,
+        "nearest_images": None if truth is None else truth.nearest_images,
+    }
     save_checkpoint({**published, **_our_keys(target), **private}, path)
 
 
@@ -496,5 +502,8 @@ def _parse_truth(raw: Mapping[str, Any], target: Target) -> Truth | None:
     mean = raw.get("mean_image")
     if mean is not None:
         mean = _finite(mean, "the mean image", target.data.shape).float().clamp(0, 1)
+    nearest = raw.get("nearest_images")
+    if nearest is not None:
+        nearest = _finite(nearest, "the nearest images", shape).float().clamp(0, 1)
     images = target.data.denormalize(inputs).clamp(0, 1)
-    return Truth(images=images, labels=labels, mean_image=mean)
+    return Truth(images=images, labels=labels, mean_image=mean, nearest_images=nearest)

@@ -179,7 +179,7 @@ def work(process: Process, args: argparse.Namespace) -> Path | None:
 
     from gradients.checkpoint import Truth
     from gradients.client import share_update
-    from gradients.client_batch import load_batch, mean_validation_image
+    from gradients.client_batch import load_batch, validation_guesses
     from gradients.output import peak_memory, write_results
     from gradients.received_model import build_received_model, read_pretrained
 
@@ -190,10 +190,11 @@ def work(process: Process, args: argparse.Namespace) -> Path | None:
     spec = _model_spec(args, pretrained, data_spec)
     spec, settings = _suit_privacy(spec, _client_settings(args), args, process)
     indices = _choose(args, data)
-    truth = Truth(
-        *load_batch(data, indices, args.workers),
-        mean_image=mean_validation_image(data, args.workers) if process.is_main else None,
+    images, labels = load_batch(data, indices, args.workers)
+    mean, nearest = (
+        validation_guesses(data, images, args.workers) if process.is_main else (None, None)
     )
+    truth = Truth(images, labels, mean_image=mean, nearest_images=nearest)
     model = build_received_model(spec, pretrained, args.outlayer_state, args.seed)
     model = model.double() if args.double else model
     ranks = _rank_analysis(model, data_spec, args, process)

@@ -219,6 +219,7 @@ def test_resuming_is_bitwise_the_uninterrupted_run(
     whole, cut = final_state(tmp_path / "whole"), final_state(tmp_path / "cut")
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     records = [json.loads((tmp_path / d / "record.json").read_text()) for d in ("whole", "cut")]
+    assert records[0]["initial_val_acc1"] == records[1]["initial_val_acc1"] is not None
     for key in ("val_loss", "train_loss", "epsilon"):
         series = [[entry[key] for entry in record["history"]] for record in records]
         assert series[0] == series[1]
