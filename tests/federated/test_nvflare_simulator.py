@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import signal
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +22,21 @@ from federated.global_model import global_model
 from federated.phantoms import CACHE_VARIABLE
 from tests.federation import edit, make_job, run, started, wait_for
 
-pytestmark = pytest.mark.slow
+# Five processes each: they take turns, and waiting counts.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path_factory.getbasetemp() / "phantom_cache"
     monkeypatch.setenv(CACHE_VARIABLE, str(folder))
+
+
+@pytest.fixture(autouse=True)
+def _one_at_a_time() -> Iterator[None]:
+    with open(Path(tempfile.gettempdir()) / "gradinvbench-simulator.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def same_as_at_the_start(model: dict[str, Any]) -> bool:
