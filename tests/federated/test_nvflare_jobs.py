@@ -186,6 +186,16 @@ def test_a_run_that_cannot_start_says_why(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_workspace_with_spaces_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("nvflare", reason="needs pip install 'gradinvbench[federated]'")
+    create(tmp_path / "job")
+    folder = tmp_path / "my runs"
+    assert simulate.main(["1", str(tmp_path / "job"), "exp", "--workspaces", str(folder)]) == 2
+    assert "without spaces" in capsys.readouterr().err
+
+
 def test_a_run_without_results_is_a_failure(tmp_path: Path) -> None:
     create(tmp_path / "job", "--num_rounds", "3", "--frequency", "2")
     missing = simulate.missing_results(simulate.read_job(tmp_path / "job"), tmp_path)
