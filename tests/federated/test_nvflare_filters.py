@@ -368,3 +368,63 @@ def test_the_published_module_paths_are_ours() -> None:
     assert Filter is RelativeDataLeakageValueFilter
     assert CXRLearner is federated.CXRLearner
     assert GradInversionInverter is federated.GradInversionInverter
+
+
+# --- The learner ----------------------------------------------------------------------
+
+
+class Calm:
+    """No abort."""
+
+    triggered = False
+
+
+@pytest.fixture
+def learner(phantoms: Path, tmp_path: Path) -> tuple[Any, FLContext]:
+    context = Site(tmp_path).context
+    built = federated.CXRLearner(
+        str(phantoms), str(phantoms / f"{LIST_PREFIX}9.json"), model_name="cnn", image_size=32
+    )
+    built.initialize({}, context)
+    return built, context
+
+
+def global_task(number: int = 0) -> Shareable:
+    from federated.global_model import global_model
+
+    weights = {name: v.numpy() for name, v in global_model().state_dict().items()}
+    task = DXO(DataKind.WEIGHTS, data=weights).to_shareable()
+    task.set_header(AppConstants.CURRENT_ROUND, number)
+    return task
+
+
+def test_the_learner_sends_a_difference_and_keeps_what_the_inverter_needs(
+    learner: tuple[Any, FLContext],
+) -> None:
+    built, context = learner
+    dxo = from_shareable(built.train(global_task(3), context, Calm()))
+    assert dxo.data_kind == DataKind.WEIGHT_DIFF
+    assert dxo.get_meta_prop(AppConstants.CURRENT_ROUND) == 3
+    found = built.local_update(dxo.data, 0.1)
+    assert (found.n_images, found.batch_size, len(found.steps)) == (1, 1, 1)
+    assert found.running_change is not None
+
+
+def test_the_local_model_stays_at_a_site_that_withheld_an_update(
+    learner: tuple[Any, FLContext],
+) -> None:
+    built, context = learner
+    built.train(global_task(), context, Calm())
+    sent = built.get_model_for_validation("best_model", context)
+    assert set(from_shareable(sent).data) == set(from_shareable(global_task()).data)
+    GaussianPrivacy(1.0).process(result(update(bad=np.array([np.nan]))), context)
+    refused = built.get_model_for_validation("best_model", context)
+    assert refused.get_return_code() == ReturnCode.EMPTY_RESULT
+
+
+def test_an_aborted_learner_says_so(learner: tuple[Any, FLContext]) -> None:
+    built, context = learner
+    aborted = Calm()
+    aborted.triggered = True
+    reply = built.train(global_task(), context, aborted)
+    assert reply.get_return_code() == ReturnCode.TASK_ABORTED
