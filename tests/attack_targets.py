@@ -20,7 +20,8 @@ from attack.attacks import Attack, OptimizationAttack, get_attack
 from attack.labels import recover_labels
 from attack.metrics import assign, psnr
 from attack.reconstruction import Reconstruction
-from gradients.checkpoint import Target, Truth
+from attack.threat import Capability
+from gradients.checkpoint import LocalTraining, Target, Truth
 from tests.targets import make_target, smooth_images
 from training.models import ModelSpec
 
@@ -65,14 +66,30 @@ SETTINGS: dict[str, Callable[[], Made]] = {
     # A smooth network, whose gradient determines one image.
     "lenet": lambda: make_target(LENET, 1, double=False),
     "lenet, batch 2": lambda: make_target(LENET, 2, double=False),
+    "lenet, batch 4": lambda: make_target(LENET, 4, double=False),
     # BatchNorm in train mode: the statistics are those of the batch.
     "cnn, train mode": lambda: make_target(CNN, 2, train_mode=True, double=False),
+    # BatchNorm with running statistics.
+    "cnn, eval mode": lambda: make_target(CNN, 1, double=False),
+    # Federated averaging: two epochs over two batches of one image.
+    "lenet, 4 local steps": lambda: make_target(
+        LENET, 2, local=LocalTraining(epochs=2, batches=2, lr=0.1), double=False
+    ),
 }
 
 CASES = [
     Case("inverting-gradients", "lenet", 5, {"iterations": 200, "tv": 1e-4}),
     Case("spectral", "lenet", 5, {"iterations": 100}),
     Case("spectral", "cnn, train mode", 1, {"iterations": 100}),
+    Case("dlg", "lenet", 20, {"iterations": 30}),
+    Case("dlg", "cnn, train mode", FAILS, {"iterations": 10}),
+    Case("idlg", "lenet", 20, {"iterations": 30}, labels=None),
+    Case("gradinversion", "cnn, train mode", 1, {"iterations": 200, "restarts": 2}, labels=None),
+    Case("e2egi", "cnn, train mode", 1, {"iterations": 200, "restarts": 2, "combine_every": 30}),
+    Case("modern", "lenet", 3, {"iterations": 200}),
+    Case("hatamizadeh", "cnn, train mode", 1, {"iterations": 200}, labels=None),
+    Case("inverting-gradients-fedavg", "lenet, 4 local steps", 3, {"iterations": 150}),
+    Case("data-leakage-fedavg", "lenet, 4 local steps", 3, {}),
 ]
 
 
@@ -91,7 +108,11 @@ def run_case(case: Case, made: Made) -> Reconstruction:
     rule = case.labels or getattr(attack, "label_rule", "llg")
     granted = truth.labels if rule == "known" else None
     labels = recover_labels(rule, target, truth_labels=granted)
-    return attack.reconstruct(target, labels=labels, device=torch.device("cpu"), seed=0)
+    device = torch.device("cpu")
+    if Capability.PRIOR_DATA in attack.requires:
+        prior = mean_of_others(truth).expand_as(truth.images)
+        return attack.reconstruct(target, labels=labels, device=device, seed=0, prior=prior)
+    return attack.reconstruct(target, labels=labels, device=device, seed=0)
 
 
 def gain(found: Reconstruction, truth: Truth) -> float:
@@ -103,6 +124,10 @@ def gain(found: Reconstruction, truth: Truth) -> float:
 def best_guess(truth: Truth) -> float:
     """PSNR of the better of two guesses: each image's mean colour, the mean of others."""
     flat = truth.images.mean((2, 3), keepdim=True).expand_as(truth.images)
-    others = smooth_images(64, truth.images.shape[-1], seed=12345)
-    mean = others.mean(0, keepdim=True).expand_as(truth.images)
+    mean = mean_of_others(truth).expand_as(truth.images)
     return max(float(psnr(guess, truth.images).mean()) for guess in (flat, mean))
+
+
+def mean_of_others(truth: Truth) -> torch.Tensor:
+    """The mean of images of the same kind that are not the client's (1 x C x H x W)."""
+    return smooth_images(64, truth.images.shape[-1], seed=12345).mean(0, keepdim=True)
