@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from attack.adaptive import Adaptation, adapt
 from attack.combination import combine, group_target
 from attack.coordinates import Coordinates, make_coordinates
 from attack.matching import GradientMatcher, Match, Replica
@@ -138,6 +139,10 @@ class Inversion:
             raise InputError("--exact-bn: the checkpoint holds no batch statistics")
         if config.optimizer == "LBFGS" and distributed.world_size() > 1:
             raise InputError("--optim LBFGS runs on one process; use Adam and --polish here")
+        self.adaptation = (
+            adapt(target, config) if config.adaptive else Adaptation.none(target, config)
+        )
+        config = self.adaptation.config
         self.target, self.config, self.seed, self.prior = target, config, seed, prior
         self.device = device
         self.dtype = torch.float64 if config.double else torch.float32
@@ -154,8 +159,8 @@ class Inversion:
     # -- What other kinds of targets replace -----------------------------------------
 
     def _make_matcher(self) -> GradientMatcher:
-        objective = _make_objective(self.config, len(self.target.gradient))
-        return GradientMatcher(self.replica, objective, self.config.hvp)
+        objective = make_objective(self.config, len(self.target.gradient))
+        return GradientMatcher(self.replica, self.adaptation.objective(objective), self.config.hvp)
 
     def _make_coordinates(self) -> Coordinates:
         size = (self.target.data.shape[1], self.target.data.shape[2])
@@ -682,6 +687,7 @@ class Inversion:
                 "events": self.progress.events,
                 "hvp_agreement": self.matcher.agreement,
                 "hvp_step": self.matcher.step,
+                **({"adaptations": self.adaptation.notes} if self.config.adaptive else {}),
             },
         )
 
@@ -746,7 +752,12 @@ class Inversion:
         )
 
 
-def _make_objective(config: InversionConfig, n_parameters: int) -> Objective:
+def make_objective(config: InversionConfig, n_parameters: int) -> Objective:
+    """The objective that a configuration names, for so many shared parameters.
+
+    Raises:
+        InputError: Unknown layer weights.
+    """
     objective = OBJECTIVES[config.objective]()
     if config.layers is None:
         return objective

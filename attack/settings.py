@@ -80,6 +80,7 @@ class InversionConfig:
         joint_labels: Optimise label logits together with the images.
         exact_bn: Match the batch statistics of the target instead of running ones.
         double: Compute in float64.
+        adaptive: Take the client's stated defenses into account, see `attack.adaptive`.
     """
 
     objective: str = "sim"
@@ -127,6 +128,7 @@ class InversionConfig:
     joint_labels: bool = False
     exact_bn: bool = False
     double: bool = False
+    adaptive: bool = False
 
     def validate(self) -> None:
         """Refuse unknown names and impossible numbers.

@@ -48,13 +48,13 @@ class FailClosedFilter(DXOFilter):
     """A filter of updates that withholds whatever it cannot handle.
 
     Args:
-        data_kinds: Kinds of data to filter; all kinds of updates if None. With a list,
-            other kinds pass, as whoever wrote it wanted.
+        data_kinds: Kinds of data to filter; all kinds of updates if None. With a shorter
+            list, other kinds pass, as whoever wrote it wanted.
     """
 
     def __init__(self, data_kinds: list[str] | None = None) -> None:
         super().__init__(UPDATE_KINDS, data_kinds or UPDATE_KINDS)
-        self.strict = not data_kinds
+        self.strict = set(self.data_kinds) == set(UPDATE_KINDS)
 
     @abstractmethod
     def process_update(self, dxo: DXO, fl_ctx: FLContext) -> DXO:

@@ -1,6 +1,8 @@
 """Published attacks, one file each, and this project's own."""
 
 from attack.attacks.analytic import Analytic
+from attack.attacks.april import April, PatchProjection
+from attack.attacks.auto import Auto
 from attack.attacks.base import (
     Attack,
     OptimizationAttack,
@@ -24,7 +26,9 @@ __all__ = [
     "E2EGI",
     "IDLG",
     "Analytic",
+    "April",
     "Attack",
+    "Auto",
     "DataLeakageFedAvg",
     "GradInversion",
     "Hatamizadeh",
@@ -32,6 +36,7 @@ __all__ = [
     "InvertingGradientsFedAvg",
     "Modern",
     "OptimizationAttack",
+    "PatchProjection",
     "Spear",
     "SpearDescent",
     "Spectral",

@@ -1,1 +1,1 @@
-"""Filters by their published module paths."""
+"""Published module paths of the filters and of what they use."""

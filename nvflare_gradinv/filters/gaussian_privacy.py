@@ -1,4 +1,4 @@
-"""The filter of calibrated noise by its published module path."""
+"""Published module path, see `federated.gaussian_privacy`."""
 
 from federated.gaussian_privacy import GaussianPrivacy
 

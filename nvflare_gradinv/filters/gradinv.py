@@ -1,4 +1,4 @@
-"""The inverters by their published module path."""
+"""Published module path, see `federated.inverter`."""
 
 from federated.inverter import GradInversionInverter, Inverter
 

@@ -1,4 +1,4 @@
-"""The similarity metrics by their published module path."""
+"""Published module path, see `federated.similarity`."""
 
 from federated.similarity import ImageSimMetric, SimMetric
 

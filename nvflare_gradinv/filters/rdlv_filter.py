@@ -1,4 +1,4 @@
-"""The leakage filter by its published module path."""
+"""Published module path, see `federated.rdlv_filter`."""
 
 from federated.rdlv_filter import RelativeDataLeakageValueFilter
 

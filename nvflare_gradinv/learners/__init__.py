@@ -1,1 +1,1 @@
-"""Learners by their published module paths."""
+"""Published module path of the learner."""

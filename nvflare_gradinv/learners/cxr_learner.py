@@ -1,4 +1,4 @@
-"""The learner by its published module path."""
+"""Published module path, see `federated.learner`."""
 
 from federated.learner import CXRLearner
 

@@ -1,1 +1,1 @@
-"""Commands by their published module paths."""
+"""Published module paths of the commands."""

@@ -1,10 +1,10 @@
-"""The command that writes jobs, by its published module path."""
+"""Published path of the command `federated.create_job_config`."""
 
 import sys
 
-from federated.create_job_config import build_parser, main
+from federated.create_job_config import main
 
-__all__ = ["build_parser", "main"]
+__all__ = ["main"]
 
 if __name__ == "__main__":
     sys.exit(main())

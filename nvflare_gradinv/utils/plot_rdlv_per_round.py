@@ -1,10 +1,10 @@
-"""The figure over rounds, by its published module path."""
+"""Published path of the command `federated.plot_rdlv_per_round`."""
 
 import sys
 
-from federated.plot_rdlv_per_round import build_parser, main
+from federated.plot_rdlv_per_round import main
 
-__all__ = ["build_parser", "main"]
+__all__ = ["main"]
 
 if __name__ == "__main__":
     sys.exit(main())

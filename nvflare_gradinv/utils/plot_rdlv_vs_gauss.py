@@ -1,10 +1,10 @@
-"""The figure over noise, by its published module path."""
+"""Published path of the command `federated.plot_rdlv_vs_gauss`."""
 
 import sys
 
-from federated.plot_rdlv_vs_gauss import build_parser, main
+from federated.plot_rdlv_vs_gauss import main
 
-__all__ = ["build_parser", "main"]
+__all__ = ["main"]
 
 if __name__ == "__main__":
     sys.exit(main())
