@@ -383,10 +383,10 @@ def run(process: Any, args: argparse.Namespace) -> None:
     curve = _Curve(args, folder, truth)
     spread = args.spread == "restarts" and process.world_size > 1
     reconstruct = attack.reconstruct
-    if args.prior is not None:
-        reconstruct = functools.partial(reconstruct, prior=_prior(args, target))
     if spread:
         reconstruct = functools.partial(reconstruct_spread, attack)
+    if args.prior is not None:
+        reconstruct = functools.partial(reconstruct, prior=_prior(args, target))
     reconstruction = reconstruct(
         target,
         labels=labels,

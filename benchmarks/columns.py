@@ -110,6 +110,14 @@ _ALL = [
         "epsilon", "ε", _epsilon, None, missing="not differentially private", note=_epsilon_note
     ),
     Column("RA index", "RA index", _scalar("extract.rank_analysis.maximum"), 0),
+    Column("trained accuracy", "trained acc. %", _scalar("train.best_val_acc1"), 1),
+    Column(
+        "update cosine",
+        "update kept",
+        _scalar("extract.update_cosine"),
+        3,
+        missing="the noise is inside training; see the trained accuracy",
+    ),
     Column("label accuracy", "label acc.", _scalar("attack.label_accuracy"), 2, "high"),
     Column("information ratio", "GInfoR", _information_ratios, 3, "high"),
     Column("objective", "objective", _scalar("attack.objective"), 5),
