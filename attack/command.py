@@ -248,6 +248,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     args.explicit = sorted(vars(_explicit(parser, argv)))
     import_plugin(args.plugin)
+    _take_label_rule(args)
     _check(args)
 
     from training.distributed import launch
@@ -263,6 +264,15 @@ def _explicit(parser: argparse.ArgumentParser, argv: list[str] | None) -> argpar
     for action in bare._actions:
         action.default = argparse.SUPPRESS
     return bare.parse_args(argv)
+
+
+def _take_label_rule(args: argparse.Namespace) -> None:
+    """With `--attack`, labels are recovered as its paper does, unless a rule was given."""
+    from attack.attacks.base import get_attack
+
+    if args.attack is not None and "pseudo_label_init" not in args.explicit:
+        rule = getattr(get_attack(args.attack), "label_rule", args.pseudo_label_init)
+        args.pseudo_label_init = rule
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -295,6 +305,8 @@ def _check(args: argparse.Namespace) -> None:
     for flag, asked in needs_truth.items():
         if asked and truth is None:
             raise InputError(f"{flag}: {args.checkpoint} holds no true images and labels")
+    if args.prior is not None:
+        _prior(args, target)
     if args.superparameters_search:
         if args.simulation_checkpoint is None:
             raise InputError("--superparameters-search needs --simulation-checkpoint PATH")
@@ -373,6 +385,8 @@ def run(process: Any, args: argparse.Namespace) -> None:
     reconstruct = attack.reconstruct
     if spread:
         reconstruct = functools.partial(reconstruct_spread, attack)
+    if args.prior is not None:
+        reconstruct = functools.partial(reconstruct, prior=_prior(args, target))
     reconstruction = reconstruct(
         target,
         labels=labels,
@@ -413,6 +427,14 @@ def _labels(args: argparse.Namespace, target: Any, truth: Any, attack: Any) -> A
     return recover_labels(args.pseudo_label_init, target, truth_labels=granted)
 
 
+def _prior(args: argparse.Namespace, target: Any) -> Any:
+    """The prior image for every image of the batch."""
+    from attack.pictures import read_image
+
+    image = read_image(args.prior, tuple(target.data.shape), "--prior")
+    return image.expand(target.batch_size, *image.shape)
+
+
 def _run_key(args: argparse.Namespace, attack: Any) -> str:
     """Identifies a run: what decides its numbers."""
     from attack.requirements import threat_record
@@ -426,9 +448,14 @@ def _run_key(args: argparse.Namespace, attack: Any) -> str:
         "threat": threat_record(args),
         "seed": args.seed,
         "metric": [args.metric, args.one_to_one_similarity, args.GInfoR, args.lpips_weights],
-        "checkpoint": hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest(),
+        "prior": None if args.prior is None else _sha256(args.prior),
+        "checkpoint": _sha256(args.checkpoint),
     }
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _sha256(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def finished_record(folder: Path, key: str) -> dict[str, Any] | None:

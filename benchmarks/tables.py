@@ -15,6 +15,9 @@
       embedded: {data: photo-patches, train: {epochs: 2}}
     columns: [validation accuracy, psnr, ssim]
 
+What papers report stands under `published` (entries of `where`, `text` and `source`), of
+the table or, where it holds for one setting only, of a preset.
+
 `like: schemes` starts from the flags and presets of another table. A value
 `STAGE/FILE` is a file that an earlier stage's cell of the same row made.
 """
@@ -45,7 +48,7 @@ _TABLE_KEYS = {
     "title", "description", "like", "axes", "repeats", "presets", "columns", "figures", "published",
     "chain", *STAGES,
 }  # fmt: skip
-_PRESET_KEYS = {"axes", "repeats", "data", *STAGES}
+_PRESET_KEYS = {"axes", "repeats", "data", "published", *STAGES}
 
 
 @dataclass(frozen=True)
@@ -337,11 +340,12 @@ class _Expansion:
 
     def _published(self) -> list[Published]:
         entries = []
-        for index, entry in enumerate(self._raw.get("published", [])):
-            if not isinstance(entry, dict) or not {"text", "source"} <= entry.keys():
-                raise self._document.error("expected where, text and source", "published", index)
-            where = {str(k): _text(v) for k, v in entry.get("where", {}).items()}
-            entries.append(Published(where, str(entry["text"]), str(entry["source"])))
+        for place in (("published",), ("presets", self._preset, "published")):
+            for index, entry in enumerate(_get(self._raw, place) or []):
+                if not isinstance(entry, dict) or not {"text", "source"} <= entry.keys():
+                    raise self._document.error("expected where, text and source", *place, index)
+                where = {str(k): _text(v) for k, v in entry.get("where", {}).items()}
+                entries.append(Published(where, str(entry["text"]), str(entry["source"])))
         return entries
 
 

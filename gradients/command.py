@@ -7,7 +7,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from training.errors import InputError, exit_status
 from training.launch_arguments import add_launch_arguments
@@ -201,10 +201,13 @@ def work(process: Process, args: argparse.Namespace) -> Path | None:
     if process.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(process.device)
     loaded = time.perf_counter()
-    target = share_update(model, spec, data_spec, truth.images, truth.labels, settings, process)
+    cost: dict[str, Any] = {}
+    target = share_update(
+        model, spec, data_spec, truth.images, truth.labels, settings, process, cost
+    )
     if target is None:
         return None
-    measured = {
+    measured = cost | {
         "seconds": round(time.perf_counter() - began, 3),
         "seconds_of_update": round(time.perf_counter() - loaded, 3),
         "peak_memory_mib": peak_memory(process.device),
