@@ -9,7 +9,10 @@ from attack.attacks.base import (
     get_attack,
     register_attack,
 )
+from attack.attacks.fishing import Fishing
 from attack.attacks.inverting_gradients import InvertingGradients
+from attack.attacks.r_gap import RGap
+from attack.attacks.robbing_the_fed import RobbingTheFed
 from attack.attacks.spear import Spear, SpearDescent
 from attack.attacks.spectral import Spectral
 
@@ -17,9 +20,12 @@ __all__ = [
     "Analytic",
     "April",
     "Attack",
+    "Fishing",
     "InvertingGradients",
     "OptimizationAttack",
     "PatchProjection",
+    "RGap",
+    "RobbingTheFed",
     "Spear",
     "SpearDescent",
     "Spectral",
