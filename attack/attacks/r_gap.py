@@ -40,7 +40,7 @@ def _invert_relu(module: Any, a: torch.Tensor) -> _Inverse:
 
 
 def _invert_leaky_relu(module: Any, a: torch.Tensor) -> _Inverse:
-    slope = torch.where(a >= 0, 1.0, module.negative_slope).to(a)
+    slope = torch.ones_like(a).masked_fill(a < 0, module.negative_slope)
     return _Inverse(a / slope, slope, torch.ones_like(a, dtype=torch.bool))
 
 
@@ -258,7 +258,7 @@ def _solve(
     # Gradients are small: equations of both kinds count alike.
     scale = layer.matrix.norm() / layer.matrix.shape[0] ** 0.5
     scale = scale * system.shape[0] ** 0.5 / system.norm()
-    gradient_rows = torch.kron(torch.eye(layer.channels, dtype=system.dtype), system)
+    gradient_rows = torch.kron(torch.eye(layer.channels, dtype=system.dtype), system.contiguous())
     a = torch.cat([layer.matrix[known], scale * gradient_rows])
     b = torch.cat([(z - layer.bias)[known], scale * right.T.flatten()])
     x = torch.linalg.lstsq(a, b[:, None], driver="gelsy").solution[:, 0]
