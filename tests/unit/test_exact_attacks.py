@@ -137,12 +137,12 @@ def test_spear_returns_when_its_time_is_up() -> None:
 
 
 def test_rest_of_space_points_to_the_unknown_direction() -> None:
-    target, truth = make_target(MLP, 6)
-    layer = first_layer(target, "test", CPU)
-    factors = factorize(layer, torch.float64)
-    inputs = target.data.normalize(truth.images.double()).flatten(1)
-    output_gradient = layer.weight_gradient @ torch.linalg.pinv(inputs)
-    true = torch.nn.functional.normalize(factors.left.T @ output_gradient[factors.live], dim=0).T
+    target, _ = make_target(MLP, 6)
+    factors = factorize(first_layer(target, "test", CPU), torch.float64)
+    pool = Pool(factors)
+    pool.add(SpearDescent().search(factors, pool, torch.Generator().manual_seed(0), 0))
+    true = pool.directions[pool.basis()]
+    assert len(true) == 6
     rest = rest_of_space(factors, true[:5])
     assert rest is not None
     assert rest.shape == (6, 1)
@@ -202,7 +202,7 @@ def test_fishing_isolates_one_image_of_the_batch() -> None:
     target, truth = malicious_target(LENET, 4, "fishing:2", train_mode=False)
     alone = fished_target(target, "fishing")
     inputs = target.data.normalize(truth.images[2:3].double())
-    model = target.build_model()
+    model = target.build_model().double()
     loss = nn.functional.cross_entropy(model(inputs), torch.tensor([2]))
     named = dict(model.named_parameters())
     exact = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
@@ -276,7 +276,7 @@ def test_from_the_command_line(name: str, tmp_path: Path) -> None:
     assert exit_status(functools.partial(main, words)) == 0
     record = json.loads((tmp_path / "test" / "record.json").read_text())
     assert record["attack"] == name
-    assert all(image["psnr"] == 100 for image in record["evaluation"]["images"])
+    assert all(image["psnr"] == 100 for image in record["evaluation"]["per_image"])
 
 
 def test_the_malicious_model_travels_with_the_checkpoint(tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ def test_the_malicious_model_travels_with_the_checkpoint(tmp_path: Path) -> None
     words += ["--root", str(tmp_path), "--quiet", "--metric", "--cpu"]
     assert exit_status(functools.partial(main, words)) == 0
     record = json.loads((tmp_path / "test" / "record.json").read_text())
-    assert min(image["psnr"] for image in record["evaluation"]["images"]) > 60
+    assert min(image["psnr"] for image in record["evaluation"]["per_image"]) > 60
 
 
 @pytest.mark.parametrize("text", ["imprint", "imprint:1", "fishing:10", "fishing:-1", "poison:3"])
