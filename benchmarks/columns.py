@@ -8,6 +8,8 @@ from typing import Any
 
 # Results of one repeat of a row, by stage.
 Run = Mapping[str, Mapping[str, Any]]
+# An image above this PSNR is recovered exactly, up to rounding.
+RECOVERED_DB = 60.0
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,11 @@ def _information_ratios(run: Run) -> list[float | None]:
     return [sample["ratio"] for sample in dig(run, "attack.GInfoR.by_sample") or []]
 
 
+def _recovered(run: Run) -> list[float | None]:
+    """1 for every image that is recovered up to rounding, else 0."""
+    return [float((value or 0) > RECOVERED_DB) for value in _per_image("psnr")(run)]
+
+
 def _missing_metric(metric: str) -> Callable[[Run], str | None]:
     def note(run: Run) -> str | None:
         reason = dig(run, f"attack.evaluation.missing.{metric}")
@@ -111,6 +118,7 @@ _ALL = [
     ),
     Column("RA index", "RA index", _scalar("extract.rank_analysis.maximum"), 0),
     Column("label accuracy", "label acc.", _scalar("attack.label_accuracy"), 2, "high"),
+    Column("recovered", "recovered", _recovered, 2, "high"),
     Column("information ratio", "GInfoR", _information_ratios, 3, "high"),
     Column("objective", "objective", _scalar("attack.objective"), 5),
     Column("seconds", "seconds", _scalar("attack.seconds"), 1),
