@@ -9,6 +9,8 @@ from typing import Any
 
 # Results of one repeat of a row, by stage.
 Run = Mapping[str, Mapping[str, Any]]
+# An image above this PSNR is recovered exactly, up to rounding.
+RECOVERED_DB = 60.0
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ def _per_image(metric: str) -> Callable[[Run], list[float | None]]:
 
 def _information_ratios(run: Run) -> list[float | None]:
     return [sample["ratio"] for sample in dig(run, "attack.GInfoR.by_sample") or []]
+
+
+def _recovered(run: Run) -> list[float | None]:
+    """1 for every image that is recovered up to rounding, else 0."""
+    return [float((value or 0) > RECOVERED_DB) for value in _per_image("psnr")(run)]
 
 
 def _missing_metric(metric: str) -> Callable[[Run], str | None]:
@@ -153,6 +160,7 @@ _ALL = [
         missing="the noise is inside training; see the trained accuracy",
     ),
     Column("label accuracy", "label acc.", _scalar("attack.label_accuracy"), 2, "high"),
+    Column("recovered", "recovered", _recovered, 2, "high"),
     Column("information ratio", "GInfoR", _information_ratios, 3, "high"),
     Column("objective", "objective", _scalar("attack.objective"), 5),
     Column("seconds", "seconds", _scalar("attack.seconds"), 1),

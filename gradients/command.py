@@ -73,6 +73,12 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--norm", choices=["batch", "group"], help="default: batch")
     group.add_argument("--kernel-size-of-maxpool", type=int, default=3, metavar="K")
     group.add_argument("--ra", action="store_true", help="print the R-GAP rank analysis")
+    group.add_argument(
+        "--malicious",
+        default="",
+        metavar="KIND:N",
+        help="a malicious server sends a changed model: imprint:BINS or fishing:CLASS",
+    )
 
 
 def _add_client_arguments(parser: argparse.ArgumentParser) -> None:
@@ -179,15 +185,19 @@ def work(process: Process, args: argparse.Namespace) -> Path | None:
 
     from gradients.checkpoint import Truth
     from gradients.client import share_update
-    from gradients.client_batch import load_batch, validation_guesses
+    from gradients.client_batch import load_batch, public_images, validation_guesses
+    from gradients.malicious_server import tamper
     from gradients.output import peak_memory, write_results
     from gradients.received_model import build_received_model, read_pretrained
+    from training.malicious import parse_malice
 
     _import_plugin(args)
     began = time.perf_counter()
     pretrained = None if args.pretrained is None else read_pretrained(args.pretrained)
     data, data_spec = _load_data(args, pretrained)
     spec = _model_spec(args, pretrained, data_spec)
+    if args.malicious:
+        parse_malice(args.malicious, spec.n_classes)
     spec, settings = _suit_privacy(spec, _client_settings(args), args, process)
     indices = _choose(args, data)
     images, labels = load_batch(data, indices, args.workers)
@@ -197,6 +207,9 @@ def work(process: Process, args: argparse.Namespace) -> Path | None:
     truth = Truth(images, labels, mean_image=mean, nearest_images=nearest)
     model = build_received_model(spec, pretrained, args.outlayer_state, args.seed)
     model = model.double() if args.double else model
+    if args.malicious:
+        spec = dataclasses.replace(spec, malicious=args.malicious)
+        model = tamper(model, spec, data_spec.normalize(public_images(data, args.workers)))
     ranks = _rank_analysis(model, data_spec, args, process)
     if process.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(process.device)

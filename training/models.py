@@ -38,6 +38,8 @@ class ModelSpec:
         width: Channels of the first stage; None for the architecture's own.
         pool_kernel: Kernel of the first max-pooling layer, as at 224 px.
         norm: "batch", or "group" where every BatchNorm is replaced by GroupNorm.
+        malicious: What a malicious server does to it, see `training.malicious`; empty for
+            an honest one.
     """
 
     arch: str = "resnet18"
@@ -47,6 +49,7 @@ class ModelSpec:
     width: int | None = None
     pool_kernel: int = DEFAULT_POOL_KERNEL
     norm: str = "batch"
+    malicious: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint or a record."""
@@ -118,6 +121,10 @@ def build_model(spec: ModelSpec) -> nn.Module:
     _set_pool_kernel(model, spec)
     if spec.norm == "group":
         model = replace_batch_norm_by_group_norm(model)
+    if spec.malicious:
+        from training.malicious import add_malicious_layers
+
+        model = add_malicious_layers(model, spec)
     return model
 
 
@@ -280,6 +287,24 @@ def _lenet(spec: ModelSpec) -> nn.Module:
         # DLG's initialisation: wide enough that sigmoid gradients do not vanish.
         nn.init.uniform_(parameter, -0.5, 0.5)
     return model
+
+
+@register_model("cnn6")
+def _cnn6(spec: ModelSpec) -> nn.Module:
+    """The network of R-GAP (Zhu and Blaschko 2021), https://arxiv.org/abs/2010.07733.
+
+    Six convolutions without bias, leaky ReLU, no pooling: every layer can be solved for.
+    """
+    w = spec.width or 12
+    layers: list[nn.Module] = []
+    before, side = 3, spec.image_size
+    shapes = [(w, 4, 2, 2), (3 * w, 3, 2, 1), (3 * w, 3, 1, 1), (3 * w, 3, 1, 1)]
+    shapes += [(16 * w // 3, 3, 2, 1), (32 * w // 3, 3, 1, 1)]
+    for after, kernel, stride, padding in shapes:
+        layers.append(nn.Conv2d(before, after, kernel, stride, padding, bias=False))
+        layers.append(nn.LeakyReLU(0.2))
+        before, side = after, (side + 2 * padding - kernel) // stride + 1
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(before * side**2, spec.n_classes))
 
 
 @register_model("cnn")

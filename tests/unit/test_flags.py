@@ -78,6 +78,7 @@ EXTRACT: Flags = {
     "--delta": (float, 1e-5),
     "--duplicate-label": (FLAG, False),
     "--results": (str, "results/gradients"),
+    "--malicious": (str, ""),
 }
 ATTACK: Flags = {
     "--id": (str, "test"),
