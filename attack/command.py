@@ -349,6 +349,8 @@ def run(process: Any, args: argparse.Namespace) -> None:
             write_label_results(args, folder, key, target, truth, process)
         return
     labels = _labels(args, target, truth, attack)
+    if args.adaptive and args.pseudo_label_init != "known" and labels is not None:
+        labels = _arranged(labels, target, attack, process.device, args.seed)
     curve = _Curve(args, folder, truth)
     spread = args.spread == "restarts" and process.world_size > 1
     reconstruct = attack.reconstruct
@@ -392,6 +394,17 @@ def _labels(args: argparse.Namespace, target: Any, truth: Any, attack: Any) -> A
         return truth.labels if known else None
     granted = truth.labels if args.pseudo_label_init == "known" and truth is not None else None
     return recover_labels(args.pseudo_label_init, target, truth_labels=granted)
+
+
+def _arranged(labels: Any, target: Any, attack: Any, device: Any, seed: int) -> Any:
+    """Recovered labels where they belong, for attacks that can tell by trying."""
+    from attack.hypotheses import arrange_labels
+    from attack.settings import InversionConfig
+
+    config = getattr(attack, "config", None)
+    if not isinstance(config, InversionConfig):
+        return labels
+    return arrange_labels(target, labels, config, device=device, seed=seed)
 
 
 def _run_key(args: argparse.Namespace, attack: Any) -> str:

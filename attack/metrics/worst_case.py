@@ -39,7 +39,9 @@ class WorstCase:
         from prettytable import PrettyTable
 
         shown = [metric for metric in metrics if metric in self.metrics]
-        table = PrettyTable(["image", *(word for m in shown for word in (m.upper(), f"{m.upper()} by"))])
+        table = PrettyTable(
+            ["image", *(word for m in shown for word in (m.upper(), f"{m.upper()} by"))]
+        )
         table.title = "worst case over all attacks (chosen with the truth)"
         for row in self.per_image:
             cells = [(_number(row[m]), row[f"{m}_attack"] or "-") for m in shown]
