@@ -26,15 +26,20 @@ FIELDS = {
     "gradient_loss_fun": "objective",
     "layers": "layers",
     "signed": "signed",
+    "soft_sign": "soft_sign",
     "grads_weight": "gradient_weight",
     "TV": "tv",
     "tv_kind": "tv_kind",
     "BN": "bn",
+    "features": "features",
     "input_norm": "input_norm",
     "colour": "colour",
     "patch": "patch",
     "patch_size": "patch_size",
     "Group": "group",
+    "group_start": "group_start",
+    "group_every": "group_every",
+    "registration": "registration",
     "balance": "balance",
     "balance_end": "balance_end",
     "coordinates": "coordinates",
@@ -106,14 +111,19 @@ def _add_threat_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_loss_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("objective and priors")
-    group.add_argument("--gradient-loss-fun", choices=["sim", "L2", "layer-sim"], default="sim")
-    group.add_argument("--layers", default=None, help="linear, exp, first:K or last:K")
+    group.add_argument(
+        "--gradient-loss-fun", choices=["sim", "L2", "layer-sim", "layer-L2"], default="sim"
+    )
+    group.add_argument("--layers", default=None, help="linear, exp, decay, first:K or last:K")
     group.add_argument("--grads-weight", type=float, default=1.0)
     group.add_argument("--TV", type=float, default=0.1, help="weight of total variation")
     group.add_argument("--tv-kind", default="anisotropic", help="isotropic, double-opponents, ...")
     group.add_argument("--BN", type=float, default=0.0, help="weight of the BatchNorm statistics")
     group.add_argument(
         "--exact-bn", action="store_true", help="the target's batch statistics, not running ones"
+    )
+    group.add_argument(
+        "--features", type=float, default=0.0, help="weight of the last layer's features"
     )
     group.add_argument("--input-norm", type=float, default=0.0)
     group.add_argument("--colour", type=float, default=0.0, help="weight of the colour prior")
@@ -153,12 +163,16 @@ def _add_loop_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="sign of the image gradient only (default: with sim)",
     )
+    group.add_argument(
+        "--soft-sign", action="store_true", help="tanh in place of the sign (with --no-signed)"
+    )
     group.add_argument("--min-grads-loss", action="store_true", help="keep the smallest loss")
     group.add_argument("--target-tv", type=float, default=0.28, help="stop below (0: never)")
     group.add_argument("--patience", type=int, default=0, metavar="N")
     group.add_argument("--time-budget", type=float, default=None, metavar="SECONDS")
     group.add_argument("--input-noise", type=float, default=0.0)
-    group.add_argument("--start", default="normal", help="normal, uniform, zeros or pattern")
+    group.add_argument("--start", default="normal", help="normal, uniform, zeros, pattern, prior")
+    group.add_argument("--prior", metavar="IMAGE", help="file of the image that --start prior uses")
     group.add_argument("--coordinates", default="pixels", help="pixels, dct or dct:EXPONENT")
     group.add_argument("--box", action=argparse.BooleanOptionalAction, default=True)
     group.add_argument("--hvp", choices=["auto", "exact", "difference"], default="auto")
@@ -182,6 +196,11 @@ def _add_combination_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("several restarts (E2EGI)")
     group.add_argument("--MinCombine", action="store_true", help="fuse restarts by minimum loss")
     group.add_argument("--Group", type=float, default=0.0, help="weight of group consistency")
+    group.add_argument(
+        "--group-start", type=float, default=0.0, metavar="SHARE", help="of the iterations"
+    )
+    group.add_argument("--group-every", type=int, default=1, metavar="N", help="renewal")
+    group.add_argument("--registration", action="store_true", help="align restarts (GradInversion)")
     group.add_argument("--T-init-rate", type=float, default=0.3)
     group.add_argument("--total-T-in-rate", type=float, default=0.3)
     group.add_argument("--T-in", type=int, default=1000)
