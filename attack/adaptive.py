@@ -347,7 +347,7 @@ def soft_signs(gradient: Tensors) -> Tensors:
     softened = []
     for g in gradient:
         mean = g.abs().mean().clamp_min(1e-30)
-        softened.append(mean * torch.tanh(g / (SIGN_SOFTNESS * mean.detach())))
+        softened.append(mean * torch.tanh(g / (SIGN_SOFTNESS * mean)))
     return softened
 
 

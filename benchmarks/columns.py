@@ -181,9 +181,26 @@ _ALL = [
 COLUMNS: dict[str, Column] = {column.name: column for column in _ALL}
 
 
+BY_RULE = "labels by "
+
+
+def _label_rule(name: str) -> Column:
+    """Label accuracy of one rule, from a run of label recovery alone."""
+    place = f"attack.label_rules.{name.removeprefix(BY_RULE)}"
+
+    def note(run: Run) -> str | None:
+        reason = dig(run, f"{place}.reason")
+        return None if reason is None else str(reason)
+
+    rule = name.removeprefix(BY_RULE)
+    return Column(name, rule, _scalar(f"{place}.accuracy"), 2, "high", note=note)
+
+
 def find_column(name: str) -> Column:
     """A column by its name, or for any number of the records by `STAGE.DOTTED.PATH`."""
     known = COLUMNS.get(name)
+    if name.startswith(BY_RULE):
+        return _label_rule(name)
     return known or Column(name, name.rpartition(".")[2].replace("_", " "), _scalar(name))
 
 
@@ -225,4 +242,4 @@ def find_view(name: str) -> View:
 def is_known(name: str) -> bool:
     """Whether a table may show a column of this name."""
     column = find_view(name).column
-    return column.name in COLUMNS or "." in column.name
+    return column.name in COLUMNS or "." in column.name or column.name.startswith(BY_RULE)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from attack.attacks import Attack, OptimizationAttack, get_attack
+from attack.ensemble import EnsembleConfig
 from attack.labels import recover_labels
 from attack.metrics import assign, psnr
 from attack.reconstruction import Reconstruction
@@ -73,6 +74,7 @@ CASES = [
     Case("inverting-gradients", "lenet", 5, {"iterations": 200, "tv": 1e-4}),
     Case("spectral", "lenet", 5, {"iterations": 100}),
     Case("spectral", "cnn, train mode", 1, {"iterations": 100}),
+    Case("auto", "lenet", 5, {"config": EnsembleConfig(("spectral", "dlg"), iterations=250)}),
 ]
 
 
