@@ -380,6 +380,8 @@ def run(process: Any, args: argparse.Namespace) -> None:
             write_label_results(args, folder, key, target, truth, process)
         return
     labels = _labels(args, target, truth, attack)
+    if args.adaptive and args.pseudo_label_init != "known" and labels is not None:
+        labels = _arranged(labels, target, attack, process.device, args.seed)
     curve = _Curve(args, folder, truth)
     spread = args.spread == "restarts" and process.world_size > 1
     reconstruct = attack.reconstruct
@@ -433,6 +435,17 @@ def _prior(args: argparse.Namespace, target: Any) -> Any:
 
     image = read_image(args.prior, tuple(target.data.shape), "--prior")
     return image.expand(target.batch_size, *image.shape)
+
+
+def _arranged(labels: Any, target: Any, attack: Any, device: Any, seed: int) -> Any:
+    """Recovered labels where they belong, for attacks that can tell by trying."""
+    from attack.hypotheses import arrange_labels
+    from attack.settings import InversionConfig
+
+    config = getattr(attack, "config", None)
+    if not isinstance(config, InversionConfig):
+        return labels
+    return arrange_labels(target, labels, config, device=device, seed=seed)
 
 
 def _run_key(args: argparse.Namespace, attack: Any) -> str:

@@ -25,6 +25,7 @@ class Column:
         leak: "high" or "low", on which side the metric says that more leaked.
         missing: Why a run may have no value, for the footnote.
         note: Explains a value's absence from the run itself.
+        text: For a column of words instead of numbers, the word of one run.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Column:
     leak: str | None = None
     missing: str = "not recorded"
     note: Callable[[Run], str | None] = lambda run: None
+    text: Callable[[Run], str | None] | None = None
 
 
 def dig(value: Any, path: str) -> Any:
@@ -59,6 +61,53 @@ def _per_image(metric: str) -> Callable[[Run], list[float | None]]:
         return [row.get(metric) for row in rows if row.get(metric) is not None]
 
     return values
+
+
+def _worst_case(metric: str) -> Column:
+    """For every image the value of the attack from which most leaked."""
+
+    def values(run: Run) -> list[float | None]:
+        rows = dig(run, "attack.worst_case.per_image") or []
+        return [row.get(metric) for row in rows if row.get(metric) is not None]
+
+    known = {"psnr": ("PSNR", 2), "ssim": ("SSIM", 3), "lpips_alex": ("LPIPS", 3)}
+    title, digits = known[metric]
+    side = "low" if metric == "lpips_alex" else "high"
+    missing = "only an ensemble of attacks has a worst case"
+    return Column(f"worst-case {metric}", f"{title}, worst attack", values, digits, side, missing)
+
+
+def _words(path: str) -> Callable[[Run], str | None]:
+    def text(run: Run) -> str | None:
+        value = dig(run, path)
+        return None if value is None else str(value)
+
+    return text
+
+
+def _strongest(run: Run) -> str | None:
+    """The attacks that got most out of the images, by SSIM or else PSNR."""
+    rows = dig(run, "attack.worst_case.per_image") or []
+    names = [row.get("ssim_attack") or row.get("psnr_attack") for row in rows]
+    return ", ".join(dict.fromkeys(name for name in names if name)) or None
+
+
+def _threat(run: Run) -> str | None:
+    threat = dig(run, "attack.threat") or {}
+    if threat.get("name") != "custom":
+        return threat.get("name")
+    # Every custom attacker is given these.
+    usual = {
+        "batch size known",
+        "running BatchNorm statistics known",
+        "the client's local hyper-parameters known",
+    }
+    more = sorted(set(threat.get("granted", [])) - usual)
+    return "; ".join(["custom", *more])
+
+
+def _no_numbers(run: Run) -> list[float | None]:
+    return []
 
 
 def _information_ratios(run: Run) -> list[float | None]:
@@ -165,6 +214,12 @@ _ALL = [
     Column("objective", "objective", _scalar("attack.objective"), 5),
     Column("seconds", "seconds", _scalar("attack.seconds"), 1),
     Column("training seconds", "training s", _scalar("train.seconds"), 1),
+    Column("threat", "threat model", _no_numbers, text=_threat),
+    Column("chosen attack", "chosen attack", _no_numbers, text=_words("attack.details.chosen")),
+    Column("strongest attack", "strongest attack", _no_numbers, text=_strongest),
+    _worst_case("psnr"),
+    _worst_case("ssim"),
+    _worst_case("lpips_alex"),
     _metric("mse", "MSE", 4, "low"),
     _metric("psnr", "PSNR", 2, "high"),
     _metric("ssim", "SSIM", 3, "high"),
@@ -176,9 +231,26 @@ _ALL = [
 COLUMNS: dict[str, Column] = {column.name: column for column in _ALL}
 
 
+BY_RULE = "labels by "
+
+
+def _label_rule(name: str) -> Column:
+    """Label accuracy of one rule, from a run of label recovery alone."""
+    place = f"attack.label_rules.{name.removeprefix(BY_RULE)}"
+
+    def note(run: Run) -> str | None:
+        reason = dig(run, f"{place}.reason")
+        return None if reason is None else str(reason)
+
+    rule = name.removeprefix(BY_RULE)
+    return Column(name, rule, _scalar(f"{place}.accuracy"), 2, "high", note=note)
+
+
 def find_column(name: str) -> Column:
     """A column by its name, or for any number of the records by `STAGE.DOTTED.PATH`."""
     known = COLUMNS.get(name) or _rdlv_column(name)
+    if name.startswith(BY_RULE):
+        return _label_rule(name)
     return known or Column(name, name.rpartition(".")[2].replace("_", " "), _scalar(name))
 
 
@@ -220,4 +292,5 @@ def find_view(name: str) -> View:
 def is_known(name: str) -> bool:
     """Whether a table may show a column of this name."""
     column = find_view(name).column
-    return column.name in COLUMNS or "." in column.name or _rdlv_column(column.name) is not None
+    computed = column.name.startswith(BY_RULE) or _rdlv_column(column.name) is not None
+    return column.name in COLUMNS or "." in column.name or computed

@@ -161,6 +161,7 @@ def load_table(
     preset: str = "embedded",
     data: str | None = None,
     stages: Mapping[str, Stage] = STAGES,
+    axes: Mapping[str, Any] | None = None,
 ) -> Table:
     """Read, check and expand a table.
 
@@ -169,6 +170,7 @@ def load_table(
         preset: One of the file's presets.
         data: Data set instead of the preset's.
         stages: The commands.
+        axes: Instead of those in the file.
 
     Raises:
         InputError: Names the file and the line of what is wrong.
@@ -176,6 +178,9 @@ def load_table(
     document = read_yaml(file)
     model = _model(document)
     _check_structure(document, preset, model)
+    if axes is not None:
+        document.value["axes"] = dict(axes)
+        document.value.get("presets", {}).get(preset, {}).pop("axes", None)
     return _Expansion(document, model, preset, data, stages).table()
 
 

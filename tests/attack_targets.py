@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from attack.attacks import Attack, OptimizationAttack, get_attack
+from attack.ensemble import EnsembleConfig
 from attack.labels import recover_labels
 from attack.metrics import assign, psnr
 from attack.reconstruction import Reconstruction
@@ -154,6 +155,7 @@ CASES = [
     ),
     Case("inverting-gradients-fedavg", "lenet, 4 local steps", 4, {"iterations": 100}),
     Case("data-leakage-fedavg", "lenet, 4 local steps", 4, {"iterations": 150}),
+    Case("auto", "lenet", 5, {"config": EnsembleConfig(("spectral", "dlg"), iterations=250)}),
 ]
 
 
