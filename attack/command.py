@@ -54,6 +54,7 @@ FIELDS = {
     "polish": "polish",
     "joint_labels": "joint_labels",
     "exact_bn": "exact_bn",
+    "bn_from_update": "bn_from_update",
     "double": "double",
 }
 TUNABLE = ("epochs", "lr", "TV", "BN", "input_norm", "grads_weight")
@@ -94,6 +95,11 @@ def _add_loss_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--BN", type=float, default=0.0, help="weight of the BatchNorm statistics")
     group.add_argument(
         "--exact-bn", action="store_true", help="the target's batch statistics, not running ones"
+    )
+    group.add_argument(
+        "--bn-from-update",
+        action="store_true",
+        help="those that the client's running statistics after its training give away",
     )
     group.add_argument("--input-norm", type=float, default=0.0)
     group.add_argument("--colour", type=float, default=0.0, help="weight of the colour prior")

@@ -28,11 +28,13 @@ from attack.regularizers import (
     ColourPrior,
     GroupConsistency,
     InputNorm,
+    MovingAveragePenalty,
     PatchPrior,
     Regularizer,
 )
 from attack.schedules import learning_rate
 from attack.settings import OPTIMIZERS, InversionConfig
+from attack.shared_statistics import layer_momentum, recovered_statistics
 from gradients.checkpoint import BatchStatistics, Target
 from training import distributed
 from training.errors import InputError
@@ -127,6 +129,10 @@ class Inversion:
         config.validate()
         if config.exact_bn and target.bn_statistics is None:
             raise InputError("--exact-bn: the checkpoint holds no batch statistics")
+        if config.bn_from_update and target.running_after is None:
+            raise InputError(
+                "--bn-from-update: the checkpoint holds no running statistics after training"
+            )
         if config.optimizer == "LBFGS" and distributed.world_size() > 1:
             raise InputError("--optim LBFGS runs on one process; use Adam and --polish here")
         self.target, self.config, self.seed, self.prior = target, config, seed, prior
@@ -189,22 +195,32 @@ class Inversion:
             options["betas"] = self.config.betas
         return OPTIMIZERS[self.config.optimizer](parameters, **options)
 
-    def _batch_norm_penalty(self) -> BatchNormPenalty:
+    def _batch_norm_penalty(self) -> BatchNormPenalty | MovingAveragePenalty:
         known, groups = self._known_statistics()
-        known = [
-            {
-                k: (m.to(self.device, self.dtype), v.to(self.device, self.dtype))
-                for k, (m, v) in s.items()
-            }
-            for s in known
-        ]
+        known = [self._moved(statistics) for statistics in known]
         if not known[0]:
             raise InputError(f"--BN: {self.target.model.arch} has no BatchNorm layer to match")
         whole_batch = self.replica.groups is None
-        return BatchNormPenalty(known, groups, whole_batch)
+        if not self.config.bn_from_update:
+            return BatchNormPenalty(known, groups, whole_batch)
+        if self.target.local.steps > 1:
+            processes = len(self.replica.placement.shards) or 1
+            return MovingAveragePenalty(known[0], layer_momentum(self.target), processes)
+        # The client shares the buffers of one process; its others' statistics are unknown.
+        first = self.replica.first_group
+        counted = [whole_batch or first + index == 0 for index in range(len(groups))]
+        return BatchNormPenalty(known, groups, whole_batch, counted)
+
+    def _moved(self, statistics: BatchStatistics) -> BatchStatistics:
+        return {
+            name: (mean.to(self.device, self.dtype), variance.to(self.device, self.dtype))
+            for name, (mean, variance) in statistics.items()
+        }
 
     def _known_statistics(self) -> tuple[list[BatchStatistics], list[int]]:
         groups = self.replica.groups or [self.replica.sizes[distributed.rank()]]
+        if self.config.bn_from_update:
+            return [recovered_statistics(self.target)], groups
         if not self.config.exact_bn:
             return [running_statistics(self.replica.model)], groups
         exact = self.target.bn_statistics

@@ -71,6 +71,8 @@ class InversionConfig:
         polish: Iterations of L-BFGS on the best iterate at the end.
         joint_labels: Optimise label logits together with the images.
         exact_bn: Match the batch statistics of the target instead of running ones.
+        bn_from_update: Match what the client's running statistics after its training
+            say about its batch, see `attack.shared_statistics`.
         double: Compute in float64.
     """
 
@@ -113,6 +115,7 @@ class InversionConfig:
     polish: int = 0
     joint_labels: bool = False
     exact_bn: bool = False
+    bn_from_update: bool = False
     double: bool = False
 
     def validate(self) -> None:
@@ -142,5 +145,9 @@ class InversionConfig:
             raise InputError("--epochs and --n-seed must be at least 1")
         if self.lr <= 0:
             raise InputError(f"--lr {self.lr}: must be positive")
+        if self.bn_from_update and self.exact_bn:
+            raise InputError("--bn-from-update and --exact-bn: choose one of them")
+        if self.bn_from_update and self.bn <= 0:
+            raise InputError("--bn-from-update needs --BN, the weight of the statistics")
         if self.combine and self.restarts < 2:
             raise InputError("--MinCombine fuses several restarts; give --n-seed 2 or more")
