@@ -94,9 +94,8 @@ def test_asynchronous_shards_keep_all_but_the_first_ones_statistics() -> None:
         dataclasses.replace(CONFIG, bn_from_update=True),
         device=CPU,
     )
-    assert inversion.penalty is not None
     inputs = target.data.normalize(truth.images).double().requires_grad_()
-    observe = inversion.penalty(inversion.replica.model)
+    observe = inversion._batch_norm_penalty()(inversion.replica.model)
     inversion.replica.model(inputs)
     value = observe()
     assert float(value.detach()) < 1e-3
