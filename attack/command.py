@@ -42,6 +42,7 @@ FIELDS = {
     "registration": "registration",
     "balance": "balance",
     "balance_end": "balance_end",
+    "balance_hold": "balance_hold",
     "coordinates": "coordinates",
     "box": "box",
     "input_noise": "input_noise",
@@ -142,6 +143,9 @@ def _add_loss_arguments(parser: argparse.ArgumentParser) -> None:
         help="step along the priors relative to the objective's, instead of fixed weights",
     )
     group.add_argument("--balance-end", type=float, default=None, help="what it falls to")
+    group.add_argument(
+        "--balance-hold", type=float, default=0.0, help="it stays while the objective is below"
+    )
 
 
 def _add_loop_arguments(parser: argparse.ArgumentParser) -> None:

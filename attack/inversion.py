@@ -74,6 +74,7 @@ class Restart:
         best_iteration: When the objective was smallest.
         shrink: Factor on the learning rate, below 1 after a divergence.
         divergences: Number of those.
+        fallen: Iterations in which the balance has fallen.
     """
 
     index: int
@@ -88,6 +89,7 @@ class Restart:
     best_iteration: int = 0
     shrink: float = 1.0
     divergences: int = 0
+    fallen: int = 0
     last_value: float = math.nan
 
 
@@ -415,7 +417,8 @@ class Inversion:
         if not math.isfinite(value):
             return value
         self._keep_best(restart, inputs, value, iteration)
-        total = self._combine(match, prior_gradient, iteration)
+        self._advance_balance(restart, value)
+        total = self._combine(match, prior_gradient, self._balance(restart))
         gradient = self.coordinates.pull_back(total)
         restart.variable.grad = self._signed(gradient, iteration)
         if restart.label_logits is not None:
@@ -454,13 +457,15 @@ class Inversion:
         (gradient,) = torch.autograd.grad(total, leaf)
         return float(total.detach()), gradient
 
-    def _combine(self, match: Match, prior: torch.Tensor | None, iteration: int) -> torch.Tensor:
+    def _combine(
+        self, match: Match, prior: torch.Tensor | None, balance: float | None
+    ) -> torch.Tensor:
         """The direction in image space: weighted sum, or balanced lengths."""
-        if self.config.balance is None:
+        if balance is None:
             return match.input_gradient if prior is None else match.input_gradient + prior
         parts = [
             (1.0, match.input_gradient),
-            (self._balance(iteration), prior),
+            (balance, prior),
             (self.config.bn, match.penalty_gradient),
         ]
         present = [(length, g) for length, g in parts if g is not None]
@@ -469,12 +474,16 @@ class Inversion:
         units = [part * (k / norm) for (k, part), norm in zip(present, lengths, strict=True)]
         return torch.stack(units).sum(0)
 
-    def _balance(self, iteration: int) -> float:
-        assert self.config.balance is not None
-        if self.config.balance_end is None:
-            return self.config.balance
-        progress = iteration / self.config.iterations
-        return self.config.balance + progress * (self.config.balance_end - self.config.balance)
+    def _advance_balance(self, restart: Restart, value: float) -> None:
+        """Let the balance fall by one iteration, unless the prior stands in nobody's way."""
+        if value > self.config.balance_hold:
+            restart.fallen += 1
+
+    def _balance(self, restart: Restart) -> float | None:
+        start, end = self.config.balance, self.config.balance_end
+        if start is None or end is None:
+            return start
+        return start + restart.fallen / self.config.iterations * (end - start)
 
     def _learning_rate(self, iteration: int) -> float:
         config = self.config

@@ -57,8 +57,10 @@ class InversionConfig:
             squared distance, as GradInversion.
         balance: Length of the regulariser's step relative to the objective's; None
             adds the weighted gradients as they are. Needs no tuning per model.
-        balance_end: What `balance` falls to by the last iteration on targets whose
-            objective is matched well; see `Inversion`.
+        balance_end: What `balance` falls to by the last iteration; None: it stays.
+        balance_hold: Objective below which the balance does not fall: where the gradient
+            is matched that well beside the prior, many images match it, and the prior
+            alone tells them apart. 0: it always falls.
         coordinates: "pixels" or "dct[:exponent]".
         box: Keep the images in the valid range.
         input_noise: Standard deviation, in learning rates, of the noise added to the
@@ -111,6 +113,7 @@ class InversionConfig:
     registration: bool = False
     balance: float | None = None
     balance_end: float | None = None
+    balance_hold: float = 0.0
     coordinates: str = "pixels"
     box: bool = True
     input_noise: float = 0.0
