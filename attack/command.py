@@ -42,6 +42,7 @@ FIELDS = {
     "registration": "registration",
     "balance": "balance",
     "balance_end": "balance_end",
+    "balance_hold": "balance_hold",
     "coordinates": "coordinates",
     "box": "box",
     "input_noise": "input_noise",
@@ -59,6 +60,7 @@ FIELDS = {
     "polish": "polish",
     "joint_labels": "joint_labels",
     "exact_bn": "exact_bn",
+    "bn_from_update": "bn_from_update",
     "double": "double",
     "adaptive": "adaptive",
 }
@@ -123,6 +125,11 @@ def _add_loss_arguments(parser: argparse.ArgumentParser) -> None:
         "--exact-bn", action="store_true", help="the target's batch statistics, not running ones"
     )
     group.add_argument(
+        "--bn-from-update",
+        action="store_true",
+        help="those that the client's running statistics after its training give away",
+    )
+    group.add_argument(
         "--features", type=float, default=0.0, help="weight of the last layer's features"
     )
     group.add_argument("--input-norm", type=float, default=0.0)
@@ -136,6 +143,9 @@ def _add_loss_arguments(parser: argparse.ArgumentParser) -> None:
         help="step along the priors relative to the objective's, instead of fixed weights",
     )
     group.add_argument("--balance-end", type=float, default=None, help="what it falls to")
+    group.add_argument(
+        "--balance-hold", type=float, default=0.0, help="it stays while the objective is below"
+    )
 
 
 def _add_loop_arguments(parser: argparse.ArgumentParser) -> None:
@@ -382,7 +392,7 @@ def run(process: Any, args: argparse.Namespace) -> None:
     labels = _labels(args, target, truth, attack)
     if args.adaptive and args.pseudo_label_init != "known" and labels is not None:
         labels = _arranged(labels, target, attack, process.device, args.seed)
-    curve = _Curve(args, folder, truth)
+    curve = _Curve(args, folder, truth, key)
     spread = args.spread == "restarts" and process.world_size > 1
     reconstruct = attack.reconstruct
     if spread:
@@ -408,7 +418,7 @@ def run(process: Any, args: argparse.Namespace) -> None:
         write_results(args, folder, key, attack, target, truth, reconstruction, curve, process)
     barrier()
     if process.is_main:
-        for state in folder.glob(f"state-{key}*.pt"):
+        for state in folder.glob(f"state-{key}*"):
             state.unlink()
 
 
@@ -483,10 +493,14 @@ def finished_record(folder: Path, key: str) -> dict[str, Any] | None:
 class _Curve:
     """Watches the attack from outside: PSNR over iterations, and pictures on the way."""
 
-    def __init__(self, args: argparse.Namespace, folder: Path, truth: Any) -> None:
+    def __init__(self, args: argparse.Namespace, folder: Path, truth: Any, key: str) -> None:
         self.folder, self.save_every = folder, args.save_every
         self.truth = truth if args.metric else None
+        # A continued run keeps the points of the interrupted one.
+        self.file = folder / f"state-{key}-curve.json"
         self.points: list[dict[str, float]] = []
+        if self.file.exists():
+            self.points = json.loads(self.file.read_text())
 
     def every(self, config: Any) -> int:
         """Iterations between two snapshots."""
@@ -499,11 +513,15 @@ class _Curve:
     def __call__(self, iteration: int, images: Any) -> None:
         from attack.metrics import assign, psnr
         from attack.pictures import save_images
+        from training.storage import write_json
 
         if self.truth is not None:
             ordered = images[assign(images, self.truth.images)]
             mean = float(psnr(ordered, self.truth.images).mean())
-            self.points.append({"iteration": iteration, "psnr": mean})
+            # Iterations after the last saved state are run again.
+            earlier = [point for point in self.points if point["iteration"] < iteration]
+            self.points = [*earlier, {"iteration": iteration, "psnr": mean}]
+            write_json(self.file, self.points)
         if self.save_every:
             name = f"progress_{iteration:06d}.png"
             save_images(self.folder / name, images, title=f"iteration {iteration}")

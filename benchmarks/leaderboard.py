@@ -325,6 +325,8 @@ def threat_model(config: Mapping[str, Any]) -> str:
         return str(config["threat"])
     labels = "known" if config.get("pseudo-label-init") == "known" else "unknown"
     statistics = "known" if config.get("exact-bn") else "unknown"
+    if config.get("bn-from-update"):
+        statistics = "recovered from shared running statistics"
     return f"honest-but-curious server; labels {labels}; batch statistics {statistics}"
 
 

@@ -91,6 +91,12 @@ def _add_client_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--syncbn", action="store_true", help="synchronized BatchNorm")
     group.add_argument("--shards", metavar="N,N,...", help="images per process")
     group.add_argument("--double", action="store_true", help="compute in float64")
+    group.add_argument(
+        "--share-running",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="share BatchNorm's running statistics after the local training",
+    )
     group.add_argument("--dropout-seed", type=int, help="seed of dropout masks (default: --seed)")
 
 
@@ -259,6 +265,7 @@ def _client_settings(args: argparse.Namespace) -> ClientSettings:
         defenses=parse_defenses(args.defense),
         seed=args.seed,
         dropout_seed=args.seed if args.dropout_seed is None else args.dropout_seed,
+        share_running=args.share_running,
     )
 
 

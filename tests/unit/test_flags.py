@@ -84,6 +84,7 @@ ATTACK: Flags = {
     "--id": (str, "test"),
     "--checkpoint": (str, None),
     "--exact-bn": (FLAG, False),
+    "--bn-from-update": (FLAG, False),
     "--n-seed": (int, 1),
     "--optim": (str, "Adam"),
     "--gradient-loss-fun": (str, "sim"),
