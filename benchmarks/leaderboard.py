@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -136,7 +137,8 @@ def _check_leakage(leakage: Mapping[str, Any], name: str) -> None:
     for metric in METRICS:
         for part in ("n", "mean", "worst"):
             value = dig(leakage, f"{metric}.{part}")
-            if not isinstance(value, (int, float)) or isinstance(value, bool):
+            # JSON's NaN would stand anywhere in the ranking.
+            if not isinstance(value, (int, float)) or value is True or not math.isfinite(value):
                 raise InputError(f"{name}: leakage.{metric}.{part} is not a number")
 
 
@@ -197,7 +199,10 @@ def submit(args: argparse.Namespace) -> None:
     result = collect(table, Store(args.store.resolve()))
     rows = _chosen_rows(result, args.where)
     entry = make_entry(rows, args.defense, args.description, args.reference)
-    path = args.entries / f"{re.sub(r'[^a-z0-9]+', '-', args.defense.lower()).strip('-')}.json"
+    stem = re.sub(r"[^a-z0-9]+", "-", args.defense.lower()).strip("-")
+    if not stem:
+        raise InputError(f"--defense {args.defense}: a file name needs a Latin letter or digit")
+    path = args.entries / f"{stem}.json"
     write_json(path, entry)
     print(f"{path}: worst SSIM {dig(entry, 'leakage.ssim.worst'):.3f}, {entry['threat_model']}")
 
