@@ -26,15 +26,20 @@ FIELDS = {
     "gradient_loss_fun": "objective",
     "layers": "layers",
     "signed": "signed",
+    "soft_sign": "soft_sign",
     "grads_weight": "gradient_weight",
     "TV": "tv",
     "tv_kind": "tv_kind",
     "BN": "bn",
+    "features": "features",
     "input_norm": "input_norm",
     "colour": "colour",
     "patch": "patch",
     "patch_size": "patch_size",
     "Group": "group",
+    "group_start": "group_start",
+    "group_every": "group_every",
+    "registration": "registration",
     "balance": "balance",
     "balance_end": "balance_end",
     "coordinates": "coordinates",
@@ -55,6 +60,7 @@ FIELDS = {
     "joint_labels": "joint_labels",
     "exact_bn": "exact_bn",
     "double": "double",
+    "adaptive": "adaptive",
 }
 TUNABLE = ("epochs", "lr", "TV", "BN", "input_norm", "grads_weight")
 SNAPSHOTS_OF_A_CURVE = 20
@@ -74,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--plugin", default=None, metavar="MODULE", help="imported first; may register attacks, ..."
     )
+    _add_threat_arguments(parser)
     _add_loss_arguments(parser)
     _add_loop_arguments(parser)
     _add_label_arguments(parser)
@@ -84,16 +91,39 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_threat_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("threat model")
+    group.add_argument(
+        "--threat",
+        default=None,
+        metavar="NAME",
+        help="what the attacker is given: honest-server, honest-server-with-bn, "
+        "eavesdropper-no-labels, malicious-server, worst-case, ... (default: custom, as the "
+        "flags say)",
+    )
+    group.add_argument(
+        "--adaptive",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="take the client's defense into account (default: only with --attack auto)",
+    )
+
+
 def _add_loss_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("objective and priors")
-    group.add_argument("--gradient-loss-fun", choices=["sim", "L2", "layer-sim"], default="sim")
-    group.add_argument("--layers", default=None, help="linear, exp, first:K or last:K")
+    group.add_argument(
+        "--gradient-loss-fun", choices=["sim", "L2", "layer-sim", "layer-L2"], default="sim"
+    )
+    group.add_argument("--layers", default=None, help="linear, exp, decay, first:K or last:K")
     group.add_argument("--grads-weight", type=float, default=1.0)
     group.add_argument("--TV", type=float, default=0.1, help="weight of total variation")
     group.add_argument("--tv-kind", default="anisotropic", help="isotropic, double-opponents, ...")
     group.add_argument("--BN", type=float, default=0.0, help="weight of the BatchNorm statistics")
     group.add_argument(
         "--exact-bn", action="store_true", help="the target's batch statistics, not running ones"
+    )
+    group.add_argument(
+        "--features", type=float, default=0.0, help="weight of the last layer's features"
     )
     group.add_argument("--input-norm", type=float, default=0.0)
     group.add_argument("--colour", type=float, default=0.0, help="weight of the colour prior")
@@ -133,12 +163,16 @@ def _add_loop_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="sign of the image gradient only (default: with sim)",
     )
+    group.add_argument(
+        "--soft-sign", action="store_true", help="tanh in place of the sign (with --no-signed)"
+    )
     group.add_argument("--min-grads-loss", action="store_true", help="keep the smallest loss")
     group.add_argument("--target-tv", type=float, default=0.28, help="stop below (0: never)")
     group.add_argument("--patience", type=int, default=0, metavar="N")
     group.add_argument("--time-budget", type=float, default=None, metavar="SECONDS")
     group.add_argument("--input-noise", type=float, default=0.0)
-    group.add_argument("--start", default="normal", help="normal, uniform, zeros or pattern")
+    group.add_argument("--start", default="normal", help="normal, uniform, zeros, pattern, prior")
+    group.add_argument("--prior", metavar="IMAGE", help="file of the image that --start prior uses")
     group.add_argument("--coordinates", default="pixels", help="pixels, dct or dct:EXPONENT")
     group.add_argument("--box", action=argparse.BooleanOptionalAction, default=True)
     group.add_argument("--hvp", choices=["auto", "exact", "difference"], default="auto")
@@ -153,12 +187,20 @@ def _add_label_arguments(parser: argparse.ArgumentParser) -> None:
         "--pseudo-label-init", default="llg", help="llg, from_grads, known, or another rule"
     )
     group.add_argument("--joint-labels", action="store_true", help="optimise the labels as well")
+    group.add_argument(
+        "--labels-only", action="store_true", help="recover labels by every rule, and end"
+    )
 
 
 def _add_combination_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("several restarts (E2EGI)")
     group.add_argument("--MinCombine", action="store_true", help="fuse restarts by minimum loss")
     group.add_argument("--Group", type=float, default=0.0, help="weight of group consistency")
+    group.add_argument(
+        "--group-start", type=float, default=0.0, metavar="SHARE", help="of the iterations"
+    )
+    group.add_argument("--group-every", type=int, default=1, metavar="N", help="renewal")
+    group.add_argument("--registration", action="store_true", help="align restarts (GradInversion)")
     group.add_argument("--T-init-rate", type=float, default=0.3)
     group.add_argument("--total-T-in-rate", type=float, default=0.3)
     group.add_argument("--T-in", type=int, default=1000)
@@ -226,6 +268,7 @@ def _explicit(parser: argparse.ArgumentParser, argv: list[str] | None) -> argpar
 def _check(args: argparse.Namespace) -> None:
     """Refuse what cannot work before any work is done."""
     from attack.labels import rule_names
+    from attack.requirements import check_run
     from gradients.checkpoint import load_target
     from training.distributed import check_launch_arguments
 
@@ -241,9 +284,11 @@ def _check(args: argparse.Namespace) -> None:
         from attack.spreading import check_spreadable
 
         check_spreadable(attack)
-    _, truth = load_target(args.checkpoint)
+    target, truth = load_target(args.checkpoint)
+    check_run(args, attack, target)
     needs_truth = {
         "--metric": args.metric,
+        "--labels-only": args.labels_only,
         "--GInfoR": args.GInfoR,
         "--pseudo-label-init known": args.pseudo_label_init == "known",
     }
@@ -262,10 +307,12 @@ def make_attack(args: argparse.Namespace) -> Any:
     With `--attack`, its published setting with the explicitly given flags on top;
     otherwise all flags with their published defaults.
     """
-    from attack.attacks.base import OptimizationAttack, get_attack
+    from attack.attacks import OptimizationAttack, get_attack
+    from attack.requirements import adapts, granted_capabilities
     from attack.settings import InversionConfig
 
     values = {field: getattr(args, flag) for flag, field in FIELDS.items()}
+    values["adaptive"] = bool(args.adaptive)
     if args.signed is None:
         # L-BFGS measures curvature by differences of true gradients.
         values["signed"] = args.gradient_loss_fun == "sim" and args.optim != "LBFGS"
@@ -276,9 +323,10 @@ def make_attack(args: argparse.Namespace) -> Any:
         config.validate()
         return type("SeedAttack", (OptimizationAttack,), {"name": "seed"})(config)
     attack = get_attack(args.attack)
-    if not issubclass(attack, OptimizationAttack):
-        return attack()
     given = {FIELDS[flag]: values[FIELDS[flag]] for flag in args.explicit if flag in FIELDS}
+    if not issubclass(attack, OptimizationAttack):
+        granted = {"granted": granted_capabilities(args), "adaptive": adapts(args)}
+        return attack.configured(given | granted)
     config = dataclasses.replace(attack.published, **given)
     config.validate()
     return attack(config)
@@ -294,12 +342,16 @@ def run(process: Any, args: argparse.Namespace) -> None:
     import functools
 
     from attack.spreading import reconstruct_spread
+    from attack.threat import find_threat
     from gradients.checkpoint import load_target
     from training.distributed import barrier, broadcast_object
 
     import_plugin(args.plugin)
     logging.basicConfig(level=logging.INFO if process.is_main else logging.ERROR)
     target, truth = load_target(args.checkpoint)
+    threat = find_threat(args.threat)
+    if threat is not None:
+        target = threat.view(target)
     attack = make_attack(args)
     folder = Path(args.root) / args.id
     key = _run_key(args, attack)
@@ -309,7 +361,13 @@ def run(process: Any, args: argparse.Namespace) -> None:
         print("\n".join(record["tables"]))
     if broadcast_object(record is not None):
         return
-    labels = _labels(args, target, truth)
+    if args.labels_only:
+        if process.is_main and truth is not None:
+            from attack.report import write_label_results
+
+            write_label_results(args, folder, key, target, truth, process)
+        return
+    labels = _labels(args, target, truth, attack)
     curve = _Curve(args, folder, truth)
     spread = args.spread == "restarts" and process.world_size > 1
     reconstruct = attack.reconstruct
@@ -342,20 +400,30 @@ def _state_file(folder: Path, key: str, rank: int | None) -> Path:
     return folder / (f"state-{key}.pt" if rank is None else f"state-{key}-share{rank}.pt")
 
 
-def _labels(args: argparse.Namespace, target: Any, truth: Any) -> Any:
+def _labels(args: argparse.Namespace, target: Any, truth: Any, attack: Any) -> Any:
+    """The labels that the attack is given; None where it recovers them itself."""
     from attack.labels import recover_labels
+    from attack.requirements import granted_capabilities, labels_are_left_to
+    from attack.threat import Capability
 
+    if labels_are_left_to(attack, args):
+        known = Capability.LABELS in granted_capabilities(args) and truth is not None
+        return truth.labels if known else None
     granted = truth.labels if args.pseudo_label_init == "known" and truth is not None else None
     return recover_labels(args.pseudo_label_init, target, truth_labels=granted)
 
 
 def _run_key(args: argparse.Namespace, attack: Any) -> str:
     """Identifies a run: what decides its numbers."""
+    from attack.requirements import threat_record
+
     config = getattr(attack, "config", None)
     decisive = {
         "attack": attack.name,
         "config": None if config is None else dataclasses.asdict(config),
         "labels": args.pseudo_label_init,
+        "labels_only": args.labels_only,
+        "threat": threat_record(args),
         "seed": args.seed,
         "metric": [args.metric, args.one_to_one_similarity, args.GInfoR, args.lpips_weights],
         "checkpoint": hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest(),
@@ -413,9 +481,10 @@ def search_trial(options: dict[str, Any], config: dict[str, Any], report: Any) -
     args.epochs = int(config.get("epochs", options["HP_epochs"]))
     target, truth = load_target(args.simulation_checkpoint, "--simulation-checkpoint")
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
-    make_attack(args).reconstruct(
+    attack = make_attack(args)
+    attack.reconstruct(
         target,
-        labels=_labels(args, target, truth),
+        labels=_labels(args, target, truth, attack),
         device=device,
         seed=args.seed,
         print_every=args.print_freq,

@@ -7,12 +7,16 @@ value per image, so that restarts and shards can be combined exactly.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 
-from gradients.checkpoint import BatchStatistics
+from gradients.checkpoint import BatchStatistics, Target
 from training import distributed
+from training.errors import InputError
+from training.models import last_linear
 
 # Under the square root of isotropic variants: its slope at 0 is infinite.
 SMOOTHING = 1e-8
@@ -70,8 +74,30 @@ class IsotropicTV(Regularizer):
         return (across.square() + down.square() + SMOOTHING).sqrt().mean((-3, -2, -1))
 
 
+class NormTV(Regularizer):
+    """Euclidean lengths of the differences to the neighbours across, down and on both diagonals.
+
+    Sums over all pixels, not means: weights are far smaller than for the other kinds.
+    The original takes one norm over the whole batch, which for equally rough images is
+    sqrt(N) times the mean over images that this gives.
+
+    Source: DeepInversion (Yin et al. 2020), section 3.1, https://arxiv.org/abs/1912.08795,
+    as its authors use it in GradInversion and in the attack of Hatamizadeh et al. (2022).
+    """
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """See `Regularizer`."""
+        differences = (
+            images[..., :, 1:] - images[..., :, :-1],
+            images[..., 1:, :] - images[..., :-1, :],
+            images[..., 1:, :-1] - images[..., :-1, 1:],
+            images[..., 1:, 1:] - images[..., :-1, :-1],
+        )
+        return torch.stack([_image_norm(d) for d in differences]).sum(0)
+
+
 class InputNorm(Regularizer):
-    """Mean squared value of the normalised input.
+    """Euclidean norm of the normalised input.
 
     Source: the l2 term of GradInversion (Yin et al. 2021), eq. 9,
     https://arxiv.org/abs/2104.07586.
@@ -79,7 +105,7 @@ class InputNorm(Regularizer):
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """See `Regularizer`."""
-        return images.square().mean((-3, -2, -1))
+        return _image_norm(images)
 
 
 class PatchPrior(Regularizer):
@@ -114,27 +140,68 @@ class ColourPrior(Regularizer):
 
 
 class GroupConsistency(Regularizer):
-    """Squared distance to a consensus of the restarts.
+    """Distance to a consensus of the restarts.
 
     Args:
-        consensus: N x C x H x W, for instance the mean over restarts, registered.
+        consensus: N x C x H x W: the mean over restarts, or E2EGI's fusion.
+        squared: Mean squared difference (E2EGI) instead of the Euclidean norm.
 
-    Source: GradInversion (Yin et al. 2021), eq. 11, https://arxiv.org/abs/2104.07586.
+    Source: GradInversion (Yin et al. 2021), eq. 11, https://arxiv.org/abs/2104.07586;
+    squared: E2EGI (Li et al. 2022), https://doi.org/10.1109/JBHI.2022.3204455.
     """
 
-    def __init__(self, consensus: torch.Tensor) -> None:
+    def __init__(self, consensus: torch.Tensor, squared: bool = True) -> None:
         self.consensus = consensus
+        self.squared = squared
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """See `Regularizer`."""
-        return (images - self.consensus).square().mean((-3, -2, -1))
+        difference = images - self.consensus
+        return difference.square().mean((-3, -2, -1)) if self.squared else _image_norm(difference)
+
+
+class EpochOrderPrior(Regularizer):
+    """The images of different local epochs are the same set, in whatever order.
+
+    Features of a random convolution are reduced by a maximum over each epoch's images,
+    which does not depend on their order; the prior is the mean squared difference over
+    all pairs of epochs. Every image gets the value of the whole.
+
+    Args:
+        epochs: The batch holds so many copies of the data, one epoch after the other.
+        channels: Of the images.
+        seed: Of the convolution.
+        features: Its output channels.
+
+    Source: Dimitrov et al., Data Leakage in Federated Averaging, TMLR 2022, section 4.2,
+    https://openreview.net/forum?id=e7A0B99zJf; `l2_max_conv` of its code.
+    """
+
+    def __init__(self, epochs: int, channels: int, seed: int = 0, features: int = 96) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        kernel = torch.randn((features, channels, 3, 3), generator=generator)
+        self.epochs = epochs
+        self.kernel = kernel / math.sqrt(9 * channels)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """See `Regularizer`."""
+        features = F.conv2d(images, self.kernel.to(images), padding=1)
+        of_epochs = torch.stack([part.amax(0) for part in features.chunk(self.epochs)])
+        # Over all pairs, the mean squared difference is twice the variance.
+        value = 2 * of_epochs.var(0, unbiased=False).mean()
+        return value.expand(len(images))
 
 
 TOTAL_VARIATIONS: dict[str, Callable[[], Regularizer]] = {
     "anisotropic": AnisotropicTV,
     "isotropic": IsotropicTV,
     "double-opponents": lambda: IsotropicTV(double_opponents=True),
+    "norm": NormTV,
 }
+
+
+# Watches one forward pass of a model; what it returns gives the penalty after that pass.
+ModelPenalty = Callable[[torch.nn.Module], Callable[[], torch.Tensor]]
 
 
 class BatchNormPenalty:
@@ -212,3 +279,76 @@ class BatchNormPenalty:
 def _norm(x: torch.Tensor) -> torch.Tensor:
     """Euclidean norm with a finite slope at 0."""
     return (x.square().sum() + torch.finfo(x.dtype).tiny).sqrt()
+
+
+def _image_norm(images: torch.Tensor) -> torch.Tensor:
+    """Euclidean norm per image with a finite slope at 0."""
+    return (images.square().sum((-3, -2, -1)) + torch.finfo(images.dtype).tiny).sqrt()
+
+
+class FeaturePenalty:
+    """Distance of each image's deep features from those that the gradient gives away.
+
+    Row y of the last layer's weight gradient divided by entry y of its bias gradient is
+    the feature vector of the image with label y, if no other image has that label.
+
+    Args:
+        features: n x F, one row per image of this process.
+        batch_size: Images of all processes.
+
+    Source: the feature regularisation of Geiping's `breaching`,
+    https://github.com/JonasGeiping/breaching; the quotient: Geiping et al. (2020),
+    proposition 3.1, https://arxiv.org/abs/2003.14053.
+    """
+
+    def __init__(self, features: torch.Tensor, batch_size: int) -> None:
+        self.features = features
+        self.batch_size = batch_size
+
+    def __call__(self, model: torch.nn.Module) -> Callable[[], torch.Tensor]:
+        """Watch one forward pass of `model`; the result gives the penalty after it."""
+        seen: list[torch.Tensor] = []
+        _, layer = last_linear(model)
+        handle = layer.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+
+        def total() -> torch.Tensor:
+            handle.remove()
+            return (seen[0] - self.features).square().mean(1).sum() / self.batch_size
+
+        return total
+
+
+def shared_features(target: Target, labels: torch.Tensor) -> torch.Tensor:
+    """The features that the last layer's gradient gives away for each label.
+
+    Args:
+        target: What was shared.
+        labels: n class indices.
+
+    Returns:
+        n x F; zeros where the bias gradient of a label is zero.
+
+    Raises:
+        InputError: The last layer's weight and bias gradients were not both shared.
+    """
+    name, _ = last_linear(target.build_model())
+    weight = target.gradient.get(f"{name}.weight")
+    bias = target.gradient.get(f"{name}.bias")
+    if weight is None or bias is None:
+        raise InputError(
+            f"--features: needs the gradients of {name}.weight and {name}.bias, which are not "
+            "both shared; leave it out"
+        )
+    labels = labels.to(weight.device)
+    rows, slopes = weight[labels], bias[labels][:, None]
+    return torch.where(slopes == 0, torch.zeros_like(rows), rows / slopes)
+
+
+def weighted_penalty(parts: Sequence[tuple[float, ModelPenalty]]) -> ModelPenalty:
+    """The weighted sum of several penalties, from the same forward pass."""
+
+    def watch(model: torch.nn.Module) -> Callable[[], torch.Tensor]:
+        totals = [(weight, penalty(model)) for weight, penalty in parts]
+        return lambda: torch.stack([weight * total() for weight, total in totals]).sum()
+
+    return watch

@@ -21,7 +21,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "LBFGS": torch.optim.LBFGS,
 }
 
-STARTS = ("normal", "uniform", "zeros", "pattern")
+STARTS = ("normal", "uniform", "zeros", "pattern", "prior")
 
 
 @dataclass(frozen=True)
@@ -39,24 +39,32 @@ class InversionConfig:
         schedule: See `attack.schedules.learning_rate`.
         warmup: Iterations of linear growth of the learning rate.
         signed: Use the sign of the image gradient only.
+        soft_sign: Use tanh(s g) / s of it instead, s falling linearly from 1 to 0.
         gradient_weight: Factor of the objective.
         tv: Factor of total variation.
         tv_kind: Name in `attack.regularizers.TOTAL_VARIATIONS`.
         bn: Factor of the BatchNorm penalty (with `balance`: relative length of its step).
-        input_norm: Factor of the squared input.
+        features: Factor of the distance from the deep features that the last layer's
+            gradient gives away.
+        input_norm: Factor of the input's Euclidean norm.
         colour: Factor of the colour prior.
         patch: Factor of the patch prior; `patch_size` pixels a patch.
         patch_size: Side of a patch.
         group: Factor of the group consistency between restarts.
+        group_start: Share of the iterations before it begins.
+        group_every: Iterations between two updates of what it draws the restarts to.
+        registration: Shift the restarts onto their mean first; Euclidean instead of
+            squared distance, as GradInversion.
         balance: Length of the regulariser's step relative to the objective's; None
             adds the weighted gradients as they are. Needs no tuning per model.
         balance_end: What `balance` falls to by the last iteration on targets whose
             objective is matched well; see `Inversion`.
         coordinates: "pixels" or "dct[:exponent]".
         box: Keep the images in the valid range.
-        input_noise: Standard deviation of noise added to the inputs of each iteration,
-            falling linearly to 0.
-        start: "normal", "uniform", "zeros" (mean colour) or "pattern" (a tiled 4 x 4 patch).
+        input_noise: Standard deviation, in learning rates, of the noise added to the
+            images after each step; none in E2EGI's final stage.
+        start: "normal", "uniform", "zeros" (mean colour), "pattern" (a tiled 4 x 4 patch)
+            or "prior" (a given image).
         restarts: Number of starts.
         restarts_at_once: Restarts per batched call; 0: by the model's size and memory.
         halving: Drop the worse half of the restarts at 1/8, 1/4 and 1/2 of the iterations.
@@ -72,6 +80,7 @@ class InversionConfig:
         joint_labels: Optimise label logits together with the images.
         exact_bn: Match the batch statistics of the target instead of running ones.
         double: Compute in float64.
+        adaptive: Take the client's stated defenses into account, see `attack.adaptive`.
     """
 
     objective: str = "sim"
@@ -84,15 +93,20 @@ class InversionConfig:
     schedule: str = "cosine"
     warmup: int = 0
     signed: bool = True
+    soft_sign: bool = False
     gradient_weight: float = 1.0
     tv: float = 0.1
     tv_kind: str = "anisotropic"
     bn: float = 0.0
+    features: float = 0.0
     input_norm: float = 0.0
     colour: float = 0.0
     patch: float = 0.0
     patch_size: int = 16
     group: float = 0.0
+    group_start: float = 0.0
+    group_every: int = 1
+    registration: bool = False
     balance: float | None = None
     balance_end: float | None = None
     coordinates: str = "pixels"
@@ -114,6 +128,7 @@ class InversionConfig:
     joint_labels: bool = False
     exact_bn: bool = False
     double: bool = False
+    adaptive: bool = False
 
     def validate(self) -> None:
         """Refuse unknown names and impossible numbers.
@@ -144,3 +159,9 @@ class InversionConfig:
             raise InputError(f"--lr {self.lr}: must be positive")
         if self.combine and self.restarts < 2:
             raise InputError("--MinCombine fuses several restarts; give --n-seed 2 or more")
+        if self.features and (self.joint_labels or self.balance is not None):
+            raise InputError("--features needs known labels and a fixed weight: no --joint-labels")
+        if self.signed and self.soft_sign:
+            raise InputError("--soft-sign replaces the sign; add --no-signed")
+        if self.group_every < 1:
+            raise InputError("--group-every must be at least 1")

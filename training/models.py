@@ -21,6 +21,8 @@ from training.schemes import DEFAULT_POOL_KERNEL
 # Side of torchvision's feature map in front of the pooling layer at 224 px, for
 # which the rank-analysis defense states its kernel of 19.
 REFERENCE_POOL_INPUT = 112
+# Patches per side of the small vision transformers.
+VIT_PATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -359,3 +361,56 @@ def _mlp(spec: ModelSpec) -> nn.Module:
         nn.ReLU(),
         nn.Linear(w, spec.n_classes),
     )
+
+
+@register_model("vit_tiny")
+def _vit_tiny(spec: ModelSpec) -> nn.Module:
+    """A vision transformer for small images: 8 x 8 patches, two blocks, 192 channels."""
+    from torchvision.models import VisionTransformer
+
+    hidden = spec.width or 192
+    if spec.image_size % VIT_PATCHES:
+        raise InputError(
+            f"--arch {spec.arch}: the image side must be a multiple of {VIT_PATCHES}, "
+            f"not {spec.image_size}"
+        )
+    model = VisionTransformer(
+        image_size=spec.image_size,
+        patch_size=spec.image_size // VIT_PATCHES,
+        num_layers=2,
+        num_heads=next(n for n in (3, 2, 1) if hidden % n == 0),
+        hidden_dim=hidden,
+        mlp_dim=2 * hidden,
+        num_classes=spec.n_classes,
+    )
+    # Torchvision starts the head at zero, through which no gradient passes.
+    head: Any = model.heads.head
+    head.reset_parameters()
+    return model
+
+
+class _BareAttention(nn.Module):
+    """The first half of a transformer block without normalisation and shortcut."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.self_attention = block.self_attention
+        self.ln_2, self.mlp = block.ln_2, block.mlp
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """N x tokens x channels to the same shape."""
+        x, _ = self.self_attention(tokens, tokens, tokens, need_weights=False)
+        return x + self.mlp(self.ln_2(x))
+
+
+@register_model("vit_april")
+def _vit_april(spec: ModelSpec) -> nn.Module:
+    """`vit_tiny` whose first attention reads the embedding itself.
+
+    The architecture on which APRIL's closed form is exact (Lu et al. 2022, theorem 1,
+    https://arxiv.org/abs/2112.14087).
+    """
+    model: Any = _vit_tiny(spec)
+    layers = model.encoder.layers
+    layers[0] = _BareAttention(layers[0])
+    return model
