@@ -182,3 +182,19 @@ def test_the_project_s_tables_expand_under_every_preset(name: str, preset: str) 
     table = load_table(table_files()[name], preset)
     assert table.rows
     assert table.description
+
+
+@pytest.mark.parametrize("name", sorted(table_files()))
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_project_s_cells_are_command_lines_that_their_stages_take(
+    name: str, preset: str, tmp_path: Path
+) -> None:
+    table = load_table(table_files()[name], preset)
+    for cell in in_order(table.cells()):
+        inputs = {flag: tmp_path / i.pattern for flag, i in cell.inputs.items()}
+        stage = STAGES[cell.stage]
+        words = stage.command(cell.config, inputs, tmp_path, {})[1 + len(stage.script) :]
+        args = stage.parser().parse_args(words)  # type: ignore[misc]
+        if cell.stage == "extract":
+            assert not args.shards or sum(map(int, args.shards.split(","))) == args.batch_size
+            assert args.batch_size % (args.duplicates or 1) == 0
