@@ -293,6 +293,7 @@ def _check(args: argparse.Namespace) -> None:
     from training.distributed import check_launch_arguments
 
     check_launch_arguments(args)
+    _check_places(args)
     if args.checkpoint is None:
         raise InputError("--checkpoint: give the gradient checkpoint to invert")
     if args.pseudo_label_init not in rule_names():
@@ -321,6 +322,18 @@ def _check(args: argparse.Namespace) -> None:
         if args.simulation_checkpoint is None:
             raise InputError("--superparameters-search needs --simulation-checkpoint PATH")
         load_target(args.simulation_checkpoint, "--simulation-checkpoint")
+
+
+def _check_places(args: argparse.Namespace) -> None:
+    """Refuse names and folders that would fail once the attack has run."""
+    if Path(args.id).name != args.id:
+        raise InputError(f"--id {args.id}: becomes the name of a folder in --root")
+    if Path(args.root).exists() and not Path(args.root).is_dir():
+        raise InputError(f"--root: {args.root} is a file, not a folder")
+    if args.lpips_weights is not None and not Path(args.lpips_weights).is_dir():
+        raise InputError(f"--lpips-weights: there is no folder {args.lpips_weights}")
+    if args.state_every < 1 or args.save_every < 0:
+        raise InputError("--state-every must be at least 1, and --save-every not negative")
 
 
 def make_attack(args: argparse.Namespace) -> Any:

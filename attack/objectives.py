@@ -281,7 +281,7 @@ def layer_weights(n: int, kind: str) -> list[float]:
             "first:K" / "last:K" (only these parameters).
 
     Raises:
-        ValueError: Unknown kind.
+        ValueError: Unknown kind, or none of the parameters.
     """
     name, _, count = kind.partition(":")
     if name == "linear":
@@ -290,7 +290,7 @@ def layer_weights(n: int, kind: str) -> list[float]:
         return [0.5 ** (i / max(1, n / 4)) for i in range(n)]
     if name == "decay":
         return [math.exp(-(i // 2) / 2) for i in range(n)]
-    if name in ("first", "last") and count.isdigit():
+    if name in ("first", "last") and count.isdigit() and int(count) > 0:
         chosen = range(int(count)) if name == "first" else range(n - int(count), n)
         return [1.0 if i in chosen else 0.0 for i in range(n)]
     raise ValueError(f"unknown layer weights {kind}; known: linear, exp, decay, first:K, last:K")

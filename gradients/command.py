@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from training.launch_arguments import add_launch_arguments
 if TYPE_CHECKING:
     from torch import nn
 
+    from gradients.checkpoint import Target
     from gradients.client import ClientSettings
     from gradients.rank_analysis import LayerRank
     from gradients.received_model import Pretrained
@@ -154,14 +156,15 @@ def check_arguments(args: argparse.Namespace) -> None:
     for flag, word in (("--id", args.id), ("--data-name", args.data_name or "")):
         if Path(word).name != word:
             raise InputError(f"{flag} {word}: becomes part of a file name, without folders")
-    for flag in ("batch_size", "epochs", "local_batches"):
-        if getattr(args, flag) < 1:
+    for flag in ("batch_size", "epochs", "local_batches", "duplicates"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise InputError(f"--{flag.replace('_', '-')} must be at least 1")
     if args.workers < 0:
         raise InputError("--workers must not be negative")
-    if args.lr <= 0:
+    # Written so that NaN is refused as well.
+    if not 0 < args.lr < math.inf:
         raise InputError("--lr must be positive")
-    if args.local_momentum < 0 or args.local_weight_decay < 0:
+    if not (0 <= args.local_momentum < math.inf and 0 <= args.local_weight_decay < math.inf):
         raise InputError("--local-momentum and --local-weight-decay must not be negative")
     if args.kernel_size_of_maxpool < 2:
         raise InputError("--kernel-size-of-maxpool must be at least 2")
@@ -226,6 +229,7 @@ def work(process: Process, args: argparse.Namespace) -> Path | None:
     )
     if target is None:
         return None
+    _check_finite(target, args)
     measured = cost | {
         "seconds": round(time.perf_counter() - began, 3),
         "seconds_of_update": round(time.perf_counter() - loaded, 3),
@@ -234,6 +238,15 @@ def work(process: Process, args: argparse.Namespace) -> Path | None:
         "indices": indices,
     }
     return write_results(args, target, truth, ranks, process.device, measured)
+
+
+def _check_finite(target: Target, args: argparse.Namespace) -> None:
+    """Refuse to share NaN: nothing could be learnt from it, nor read in a table."""
+    if all(gradient.isfinite().all() for gradient in target.gradient.values()):
+        return
+    if all(value.isfinite().all() for value in target.state_dict.values()):
+        raise InputError(f"the update is not finite: local training diverges with --lr {args.lr:g}")
+    raise InputError(f"--pretrained: the parameters in {args.pretrained} are not finite")
 
 
 def _client_settings(args: argparse.Namespace) -> ClientSettings:
