@@ -388,6 +388,30 @@ def label_accuracy(recovered: torch.Tensor, labels: torch.Tensor) -> float:
     return overlap.total() / len(labels)
 
 
+def accuracy_by_rule(target: Target, labels: torch.Tensor) -> dict[str, dict[str, Any]]:
+    """Every rule but "known" on one target.
+
+    Args:
+        target: What was shared.
+        labels: The true labels, to compare with.
+
+    Returns:
+        By rule: labels and accuracy, or None for both and the reason why the rule does
+        not apply.
+    """
+    model = target.build_model()
+    return {r: _one_rule(r, target, model, labels) for r in rule_names() if r != "known"}
+
+
+def _one_rule(rule: str, target: Target, model: nn.Module, labels: torch.Tensor) -> dict[str, Any]:
+    try:
+        found = recover_labels(rule, target, model)
+    except InputError as error:
+        return {"labels": None, "accuracy": None, "reason": str(error)}
+    accuracy = label_accuracy(found, labels)
+    return {"labels": found.tolist(), "accuracy": accuracy, "reason": None}
+
+
 REPEATS = ("none", "4 each", "all the same")
 
 

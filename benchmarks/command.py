@@ -1,9 +1,10 @@
-"""`python -m benchmarks TABLE`: compute a table and show it."""
+"""`python -m benchmarks TABLE ...`: compute tables and show them."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 from collections import Counter
@@ -30,14 +31,17 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line of `python -m benchmarks`."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Compute a table of results and render it; finished cells are reused.",
+        description="Compute tables of results and render them; finished cells are reused.",
         epilog="Further commands: python -m benchmarks leaderboard, python -m benchmarks submit.",
     )
-    parser.add_argument("table", nargs="?", help="name of a table, or a YAML file of your own")
+    parser.add_argument("table", nargs="*", help="name of a table, a YAML file of your own, or all")
     parser.add_argument("--list", action="store_true", help="list the tables and end")
     parser.add_argument("--preset", choices=PRESETS, default="embedded")
     parser.add_argument("--data", help="folder or built-in data set instead of the preset's")
-    parser.add_argument("--output", type=Path, help="default: results/TABLE")
+    parser.add_argument(
+        "--output", type=Path, help="default: results/TABLE; several tables: OUTPUT/TABLE"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what would be run, and end")
     parser.add_argument("--store", type=Path, default=DEFAULT_STORE, help="where cells are kept")
     parser.add_argument("--jobs", type=int, help="cells at a time (default: one per GPU, else 1)")
     parser.add_argument("--retry-failed", action="store_true", help="run failed cells again")
@@ -69,29 +73,67 @@ def _run(args: argparse.Namespace) -> bool:
     if args.list:
         _list_tables()
         return False
-    table = _table(args)
+    tables = _tables(args)
     _check(args)
     signal.signal(signal.SIGTERM, _interrupt)
     store = Store(args.store.resolve())
+    if args.dry_run:
+        _say_commands(tables, store)
+        return False
+    failed = [_run_table(table, store, args, several=len(tables) > 1) for table in tables]
+    return any(failed)
+
+
+def _run_table(table: Table, store: Store, args: argparse.Namespace, several: bool) -> bool:
     statuses = _compute(table, store, args)
     result = collect(table, store)
-    folder = args.output or ROOT / "results" / _folder_name(table)
+    name = _folder_name(table)
+    folder = ROOT / "results" / name
+    if args.output is not None:
+        folder = args.output / name if several else args.output
     write_outputs(result, store, folder)
     _show(result, statuses, folder, args.quiet)
     return any(s in (Status.FAILED, Status.BLOCKED) for s in statuses.values())
 
 
-def _table(args: argparse.Namespace) -> Table:
-    if args.table is None:
+def _tables(args: argparse.Namespace) -> list[Table]:
+    """Every table that was asked for, checked before the first is computed."""
+    if not args.table:
         raise InputError(f"which table? Known are {', '.join(table_files())}; see --list")
-    return load_table(find_table(args.table), args.preset, args.data)
+    names = [*table_files()] if args.table == ["all"] else args.table
+    return [load_table(find_table(name), args.preset, args.data) for name in names]
+
+
+def _say_commands(tables: Sequence[Table], store: Store) -> None:
+    """Print the commands of all cells that are not finished, each once."""
+    labels = {key: label for table in tables for key, label in table.labels().items()}
+    cells = in_order(cell for table in tables for cell in table.cells())
+    folders = {name: path for table in tables for name, path in table.folders.items()}
+    for cell in cells:
+        state = "finished" if store.is_finished(cell) else "to do"
+        inputs = {f: store.files(i.cell) / i.pattern for f, i in cell.inputs.items()}
+        command = STAGES[cell.stage].command(cell.config, inputs, store.files(cell), folders)
+        print(f"# {labels.get(cell.key, cell.stage)} ({state})\n{shlex.join(command)}")
 
 
 def _check(args: argparse.Namespace) -> None:
     if args.jobs is not None and args.jobs < 1:
         raise InputError("--jobs must be at least 1")
+    for flag, folder in (("--store", args.store), ("--output", args.output)):
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise InputError(f"{flag}: {folder} is a file, not a folder")
+    if args.data is not None:
+        _check_data(args.data)
     if args.executor == "local" and (args.address or args.gpus_per_cell):
         raise InputError("--address and --gpus-per-cell need --executor ray")
+
+
+def _check_data(data: str) -> None:
+    """Or every cell would fail, one after the other."""
+    from training.data import BUILT_IN
+
+    if data not in BUILT_IN and not Path(data).exists():
+        raise InputError(f"--data: there is no {data} (built-in names: {', '.join(BUILT_IN)})")
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

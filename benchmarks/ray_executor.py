@@ -1,7 +1,8 @@
 """Where cells run: on a Ray cluster, which needs to share no files with this machine.
 
 Code, inputs and data travel through Ray's object store, results come back the same
-way. A cell whose worker or node is lost is run again elsewhere.
+way, and while a cell runs so does what it says and has saved. A cell whose worker or
+node is lost is run again elsewhere.
 """
 
 from __future__ import annotations
@@ -10,18 +11,16 @@ import contextlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from benchmarks import ray_worker
 from benchmarks.cells import ROOT
-from benchmarks.executor import Job, Outcome, describe_failure
-from benchmarks.ray_worker import HERE, pack, run_cell, unpack
-from benchmarks.stages import PROCESSES
+from benchmarks.executor import Job, Outcome, describe_failure, processes_of
+from benchmarks.ray_worker import HERE, Mailbox, pack, run_cell, unpack
 from training.errors import InputError
 
-CODE = ("training", "gradients", "attack", "main_run.py")
+CODE = ("training", "gradients", "attack", "federated", "main_run.py")
 LOST_WORKER_RETRIES = 3
 
 
@@ -29,6 +28,7 @@ LOST_WORKER_RETRIES = 3
 class _Running:
     job: Job
     result: Any
+    log_before: int
 
 
 class RayExecutor:
@@ -36,7 +36,8 @@ class RayExecutor:
 
     Args:
         address: "auto", HOST:PORT, or None to start Ray on this machine.
-        gpus_per_cell: Fraction or number of GPUs per job; None: one if the cluster has any.
+        gpus_per_cell: Fraction or number of GPUs per job; None: one per process of it, as
+            far as a node has as many.
         jobs: At most so many at a time; None: as many as the cluster has room for.
         shared_data: Data sets are at the same paths on every node and need not travel.
         code: What of the checkout travels.
@@ -51,26 +52,41 @@ class RayExecutor:
         code: tuple[str, ...] = CODE,
     ) -> None:
         self._ray = _connect(address)
-        self._gpus = self._gpus_per_cell(gpus_per_cell)
+        self._gpus_per_cell = self._checked(gpus_per_cell)
         self._jobs = jobs
         self._shared_data = shared_data
         self._code = self._ray.put(pack(ROOT, [name for name in code if (ROOT / name).exists()]))
         self._data: dict[str, Any] = {}
         self._running: list[_Running] = []
+        # The workers have no checkout to import from: send the code itself.
+        self._ray.cloudpickle.register_pickle_by_value(ray_worker)
+        self._task = self._ray.remote(run_cell)
+        self._mailbox = self._ray.remote(Mailbox).options(num_cpus=0, max_restarts=-1).remote()
+        self._mail: Any = None
 
-    def _gpus_per_cell(self, asked: float | None) -> float:
-        available = self._ray.cluster_resources().get("GPU", 0)
-        if asked is None:
-            return 1.0 if available else 0.0
-        if asked > available:
-            raise InputError(f"--gpus-per-cell {asked:g}: the cluster has {available:g} GPUs")
+    def _checked(self, asked: float | None) -> float | None:
+        available = self._on_one_node("GPU")
+        if asked is not None and asked > available:
+            raise InputError(
+                f"--gpus-per-cell {asked:g}: no node of the cluster has more than {available:g}"
+            )
         return asked
 
-    @cached_property
-    def _task(self) -> Any:
-        # The worker has no checkout to import from: send the function itself.
-        self._ray.cloudpickle.register_pickle_by_value(ray_worker)
-        return self._ray.remote(run_cell)
+    def _on_one_node(self, resource: str) -> float:
+        """The most that one node has: a task never spreads over several."""
+        alive = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        return max((resources.get(resource, 0.0) for resources in alive), default=0.0)
+
+    def _share(self, job: Job) -> dict[str, float]:
+        """Cores and GPUs of a job: one per process, and never more than a node has.
+
+        Ray would wait for ever for a node large enough.
+        """
+        processes = processes_of(job.cell)
+        gpus = self._gpus_per_cell
+        if gpus is None:
+            gpus = min(processes, self._on_one_node("GPU"))
+        return {"num_cpus": min(processes, max(1.0, self._on_one_node("CPU"))), "num_gpus": gpus}
 
     def has_room(self) -> bool:
         """Whether another job may be handed to the cluster, which queues it."""
@@ -86,10 +102,9 @@ class RayExecutor:
             Path(HERE, "files"),
             job.data if self._shared_data else {n: f"{HERE}/data/{n}" for n in data},
         )
-        processes = int(job.cell.config.get(PROCESSES, 1))
-        result = self._task.options(
-            num_cpus=processes, num_gpus=self._gpus, max_retries=LOST_WORKER_RETRIES
-        ).remote(
+        result = self._task.options(**self._share(job), max_retries=LOST_WORKER_RETRIES).remote(
+            job.cell.key,
+            self._mailbox,
             self._code,
             command[1:],
             {names[flag]: path.read_bytes() for flag, path in job.inputs.items()},
@@ -98,7 +113,8 @@ class RayExecutor:
             [f"data/{name}" for name in data],
             *data.values(),
         )
-        self._running.append(_Running(job, result))
+        size = job.log.stat().st_size if job.log.exists() else 0
+        self._running.append(_Running(job, result, size))
 
     def _data_of(self, job: Job) -> Mapping[str, Any]:
         """The data sets of a job that must travel, put into the object store once."""
@@ -113,11 +129,30 @@ class RayExecutor:
         """Jobs whose results have come back."""
         if not self._running:
             return []
+        self._read_mail()
         results = [running.result for running in self._running]
         ready, _ = self._ray.wait(results, num_returns=len(results), timeout=0)
         ended = [running for running in self._running if running.result in ready]
         self._running = [running for running in self._running if running.result not in ready]
         return [self._outcome(running) for running in ended]
+
+    def _read_mail(self) -> None:
+        """Write what running cells have said and saved to where local ones would."""
+        if self._mail is None:
+            self._mail = self._mailbox.collect.remote()
+        ready, _ = self._ray.wait([self._mail], timeout=0)
+        if not ready:
+            return
+        mail, self._mail = self._mail, None
+        # With its node goes what the mailbox held; Ray starts another.
+        with contextlib.suppress(self._ray.exceptions.RayError):
+            said, files = self._ray.get(mail)
+            for job in (running.job for running in self._running):
+                if job.cell.key in said:
+                    with job.log.open("ab") as log:
+                        log.write(said[job.cell.key])
+                if job.cell.key in files:
+                    unpack(files[job.cell.key], job.files)
 
     def _outcome(self, running: _Running) -> Outcome:
         job = running.job
@@ -125,7 +160,9 @@ class RayExecutor:
             status, said, files = self._ray.get(running.result)
         except self._ray.exceptions.RayError as error:
             return Outcome(job, f"Ray: {str(error).splitlines()[0]}")
+        # In the place of what was heard of it meanwhile, which may be incomplete.
         with job.log.open("ab") as log:
+            log.truncate(running.log_before)
             log.write(said)
         unpack(files, job.files)
         return Outcome(job, describe_failure(status, job.log))

@@ -15,11 +15,38 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 # Stands for the cell's folder in command lines, whatever it is called on the worker.
 HERE = "@CELL@"
+SPEAK_SECONDS = 1.0
+SAVE_SECONDS = 20.0
+
+
+class Mailbox:
+    """What running cells say and leave behind, until the harness collects it.
+
+    A Ray actor, so that a harness killed in the middle has what its cells had saved.
+    """
+
+    def __init__(self) -> None:
+        self._said: dict[str, bytes] = {}
+        self._files: dict[str, bytes] = {}
+
+    def post(self, key: str, said: bytes, files: bytes | None) -> None:
+        """Add to what cell `key` said; `files` (packed) replace earlier ones."""
+        self._said[key] = self._said.get(key, b"") + said
+        if files is not None:
+            self._files[key] = files
+
+    def collect(self) -> tuple[dict[str, bytes], dict[str, bytes]]:
+        """What was said and left since the last call, by cell."""
+        said, files = self._said, self._files
+        self._said, self._files = {}, {}
+        return said, files
 
 
 def pack(root: Path, names: Sequence[str] = (".",)) -> bytes:
@@ -57,6 +84,8 @@ def unpacked_once(archive: bytes, what: str) -> Path:
 
 
 def run_cell(
+    key: str,
+    mailbox: Any,
     code: bytes,
     command: Sequence[str],
     inputs: Mapping[str, bytes],
@@ -68,6 +97,8 @@ def run_cell(
     """Run a cell's command.
 
     Args:
+        key: Of the cell.
+        mailbox: Where to send what is said and left behind meanwhile.
         code: The checkout, packed.
         command: Its words without the interpreter; `HERE` stands for the cell's folder.
         inputs: Files of other cells, by name below the cell's folder.
@@ -89,16 +120,52 @@ def run_cell(
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).symlink_to(unpacked_once(archive, "data"), target_is_directory=True)
         words = [word.replace(HERE, str(folder)) for word in command]
-        done = subprocess.run(
-            [sys.executable, *words],
-            cwd=root,
-            env={**os.environ, "PYTHONPATH": str(root), **environment},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            check=False,
-        )
-        return done.returncode, done.stdout, pack(folder / "files")
+        log = folder / "log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, *words],
+                cwd=root,
+                env={**os.environ, "PYTHONPATH": str(root), **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        try:
+            _report_until_done(process, key, mailbox, log, folder / "files")
+        finally:
+            process.kill()
+        return process.returncode, log.read_bytes(), pack(folder / "files")
+
+
+def _report_until_done(
+    process: subprocess.Popen[bytes], key: str, mailbox: Any, log: Path, files: Path
+) -> None:
+    """Send what the command says as it says it, and now and then what it has saved."""
+    sent, saved, last_save = 0, _newest(files), time.monotonic()
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(SPEAK_SECONDS)
+            return
+        with log.open("rb") as output:
+            output.seek(sent)
+            said = output.read()
+        sent += len(said)
+        packed, newest = None, _newest(files)
+        if newest > saved and time.monotonic() - last_save > SAVE_SECONDS:
+            # A file may be renamed while it is packed; the next time will do.
+            with contextlib.suppress(OSError):
+                packed, saved, last_save = pack(files), newest, time.monotonic()
+        if said or packed:
+            mailbox.post.remote(key, said, packed)
+
+
+def _newest(folder: Path) -> float:
+    """When anything below `folder` was changed last."""
+    times = [0.0]
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            times.append(path.stat().st_mtime)
+    return max(times)
 
 
 @contextlib.contextmanager

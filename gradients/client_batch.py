@@ -95,31 +95,54 @@ def load_batch(
     return torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
 
 
-def mean_validation_image(
-    data: DataSets, workers: int = 0, limit: int = 1000
-) -> torch.Tensor | None:
-    """Mean of at most `limit` validation images, spread evenly over the set.
+def validation_guesses(
+    data: DataSets, originals: torch.Tensor, workers: int = 0, limit: int = 1000
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """What images that are not the client's tell of the client's, without any gradient.
 
     Args:
         data: The data set.
+        originals: The client's images, N x C x H x W in [0, 1].
         workers: Threads that decode; 0: none besides the caller.
-        limit: Images at most.
+        limit: Validation images at most, spread evenly over the set.
 
     Returns:
-        C x H x W in [0, 1]; None where there are no validation images.
+        Their mean (C x H x W) and, for each original, the one nearest to it in squared
+        error (N x C x H x W), both in [0, 1]; None twice where there are none.
     """
     n = len(data.val)
     chosen = range(0, n, max(1, -(-n // limit)))
     pieces = [chosen[start : start + 50] for start in range(0, len(chosen), 50)]
     if not pieces:
-        return None
+        return None, None
 
-    def total(indices: Sequence[int]) -> torch.Tensor:
-        return take_samples(data.val, indices, data.spec)[0].double().sum(0)
+    def look(indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        images = take_samples(data.val, indices, data.spec)[0].double()
+        squares = torch.stack([(images - x).square().flatten(1).mean(1) for x in originals])
+        distance, index = squares.min(1)
+        return images.sum(0), distance, images[index]
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        sums = list(pool.map(total, pieces))
-    return (torch.stack(sums).sum(0) / len(chosen)).float()
+        sums, distances, nearest = zip(*pool.map(look, pieces), strict=True)
+    best = torch.stack(distances).argmin(0)
+    winners = torch.stack([nearest[piece][i] for i, piece in enumerate(best.tolist())])
+    return (torch.stack(sums).sum(0) / len(chosen)).float(), winners.float()
+
+
+def public_images(data: DataSets, workers: int = 0, limit: int = 500) -> torch.Tensor:
+    """Images that are no client's: those of the validation set, at most `limit`.
+
+    Raises:
+        InputError: There are none.
+    """
+    n = len(data.val)
+    if n == 0:
+        raise InputError("--malicious: the server has no images of its own (no validation set)")
+    indices = range(0, n, max(1, -(-n // limit)))
+    pieces = [indices[start : start + 50] for start in range(0, len(indices), 50)]
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        parts = pool.map(lambda piece: take_samples(data.val, piece, data.spec)[0], pieces)
+        return torch.cat(list(parts))
 
 
 def _draw(items: Sequence[int], n: int, generator: torch.Generator) -> list[int]:

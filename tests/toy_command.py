@@ -26,6 +26,7 @@ def main() -> None:
     if args.fail_without and not args.fail_without.exists():
         sys.exit(f"error: {args.fail_without.name} is missing")
     print("working", flush=True)
+    (args.out / "draft").write_text("saved on the way")
     time.sleep(args.sleep)
     added = json.loads(args.add.read_text())["value"] if args.add else 0.0
     if args.data:

@@ -27,7 +27,7 @@ from training.data import DataSets
 from training.distributed import Process, all_reduce, barrier, derived_seed, seed_everything
 from training.errors import InputError
 from training.loader import ShardedBatches, ValidationShard, check_batches, make_loader
-from training.models import ModelSpec
+from training.models import ModelSpec, load_parameters
 from training.privacy import (
     Accountant,
     PerSampleClipping,
@@ -192,6 +192,7 @@ class Trainer:
         self.args = args or argparse.Namespace()
         self.epoch = 0
         self.best_acc1 = 0.0
+        self.initial_acc1: float | None = None
         self.history: list[EpochResult] = []
         self.scalars = ScalarLog(root / "tensorboard", process.is_main and config.tensorboard)
         self.n = len(data.train)
@@ -263,6 +264,7 @@ class Trainer:
         """
         if self.epoch == 0:
             self.save_initial()
+            self.initial_acc1 = self.validate()[1]
         self.write_record("running")
         for epoch in range(self.epoch, self.config.epochs):
             result = self.run_epoch(epoch)
@@ -455,6 +457,7 @@ class Trainer:
             "arch": self.model_spec.arch,
             "state_dict": self.model.state_dict(),
             "best_acc1": self.best_acc1,
+            "initial_acc1": self.initial_acc1,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "accountant": self.accountant.state_dict() if self.accountant else None,
@@ -502,7 +505,7 @@ class Trainer:
         self._check_resumable(path, raw)
         state = {name.removeprefix("module."): v for name, v in raw["state_dict"].items()}
         try:
-            self.model.load_state_dict(state)
+            load_parameters(self.model, state)
             self.optimizer.load_state_dict(raw["optimizer"])
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[-1].strip()
@@ -512,6 +515,7 @@ class Trainer:
         if self.accountant is not None and raw.get("accountant"):
             self.accountant.load_state_dict(raw["accountant"])
         self.epoch, self.best_acc1 = int(raw["epoch"]), float(raw.get("best_acc1", 0.0))
+        self.initial_acc1 = raw.get("initial_acc1")
         self.history = [EpochResult(**entry) for entry in raw.get("history", [])]
 
     def _check_resumable(self, path: Path, raw: dict[str, Any]) -> None:
@@ -556,6 +560,7 @@ class Trainer:
             "n_val": len(self.data.val),
             "processes": self.process.world_size,
             "epochs_done": self.epoch,
+            "initial_val_acc1": self.initial_acc1,
             "best_val_acc1": self.best_acc1 if last else None,
             "final_val_acc1": last.val_acc1 if last else None,
             "final_train_acc1": last.train_acc1 if last else None,

@@ -26,6 +26,17 @@ class Attack(abc.ABC):
     name: ClassVar[str]
     requires: ClassVar[frozenset[Capability]] = frozenset()
 
+    @classmethod
+    def configured(cls, given: dict[str, Any]) -> Attack:
+        """An instance under the flags that were really given.
+
+        Args:
+            given: Fields of `InversionConfig` and their values; an attack without an
+                optimisation loop uses what has a meaning for it. The command adds
+                `granted`, the capabilities of the run, and `adaptive`.
+        """
+        return cls()
+
     @abc.abstractmethod
     def reconstruct(
         self, target: Target, *, labels: torch.Tensor, device: torch.device, seed: int, **run: Any

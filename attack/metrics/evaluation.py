@@ -53,6 +53,11 @@ def metric_names() -> list[str]:
     return [*_SIMPLE, *_LPIPS]
 
 
+def is_smaller_better(metric: str) -> bool:
+    """Whether a smaller value of the metric means a better reconstruction."""
+    return metric in _SMALLER_IS_BETTER
+
+
 def register_metric(
     name: str, metric: Metric, *, title: str, smaller_is_better: bool = False
 ) -> None:
@@ -183,6 +188,7 @@ def evaluate(
     candidates: torch.Tensor | None = None,
     one_to_one: bool = True,
     mean_image: torch.Tensor | None = None,
+    nearest_images: torch.Tensor | None = None,
     prior: torch.Tensor | None = None,
     lpips_weights: str | Path | None = None,
 ) -> Evaluation:
@@ -198,6 +204,8 @@ def evaluate(
         one_to_one: One assignment on the MSE used by every metric; otherwise each
             metric takes its best reconstruction for each original, labelled so.
         mean_image: Mean of the data set, C x H x W: a second baseline.
+        nearest_images: For each original the nearest image that is not the client's
+            (N x C x H x W): a third one, the best guess among known images.
         prior: C x H x W in [0, 1]; adds the relative data leakage value.
         lpips_weights: Folder with LPIPS' weights (`--lpips-weights`).
 
@@ -221,7 +229,7 @@ def evaluate(
         metrics=names,
         matching=ONE_TO_ONE if one_to_one else BEST_PER_METRIC,
         per_image=_rows(names, values, truth, labels, chosen, images, originals),
-        baselines=_baselines(names, functions, originals, mean_image),
+        baselines=_baselines(names, functions, originals, mean_image, nearest_images),
         order=order.cpu(),
         missing=missing,
         whole=_whole(images, originals, order, candidates, prior),
@@ -327,12 +335,15 @@ def _baselines(
     functions: Mapping[str, Metric],
     originals: torch.Tensor,
     mean_image: torch.Tensor | None,
+    nearest_images: torch.Tensor | None,
 ) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Guesses without a gradient: each image's best flat colour, the data set's mean image."""
+    """Guesses without a gradient: best flat colour, mean image, best image of others."""
     guesses = {"flat colour": originals.mean((-2, -1), keepdim=True).expand_as(originals)}
     if mean_image is not None:
         mean = mean_image.to(originals).reshape(1, *originals.shape[1:])
         guesses["mean image"] = mean.expand_as(originals)
+    if nearest_images is not None:
+        guesses["best non-member"] = nearest_images.to(originals)
     nothing: list[float | None] = []
     return {
         name: {

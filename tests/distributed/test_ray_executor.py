@@ -71,6 +71,37 @@ def test_a_grid_survives_the_loss_of_a_node_with_the_same_numbers(
     assert list(here["result.value"]) == list(there["result.value"])
 
 
+def test_what_a_cell_says_and_saves_arrives_while_it_runs(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import ray_worker
+
+    monkeypatch.setattr(ray_worker, "SAVE_SECONDS", 0.5)
+    cell = toy(value=1, sleep=6)
+    store = Store(tmp_path / "store")
+    heard: list[str] = []
+
+    class Listens:
+        """Forwards to the executor; notes what has arrived before the cell ends."""
+
+        def __init__(self, inner: Any) -> None:
+            self._inner = inner
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._inner, name)
+
+        def poll(self) -> list[Outcome]:
+            ended = self._inner.poll()
+            if not ended and store.log(cell).exists() and (store.files(cell) / "draft").exists():
+                heard.append(store.log(cell).read_text())
+            return ended
+
+    grid([cell], store, executor=Listens(executor(cluster))).run()
+    assert heard
+    assert "working" in heard[-1]
+    assert store.log(cell).read_text().count("working") == 1
+
+
 def test_data_travels_and_failures_come_back(cluster: Any, tmp_path: Path) -> None:
     data = tmp_path / "photos"
     data.mkdir()

@@ -9,11 +9,11 @@ import torch
 
 from gradients.checkpoint import LocalTraining, Target, Truth
 from gradients.client import ClientSettings, has_active_dropout, resolve_shards, share_update
-from gradients.client_batch import batch_indices, duplicate_label_indices
+from gradients.client_batch import batch_indices, duplicate_label_indices, validation_guesses
 from gradients.defenses import parse_defenses
 from gradients.local_update import Placement, unrolled_update
 from training.batch_norm import convert_batch_norm
-from training.data import DataSpec
+from training.data import DataSets, DataSpec
 from training.errors import InputError
 from training.models import ModelSpec, build_model
 
@@ -128,9 +128,8 @@ def test_defenses_see_the_update_and_not_the_other_way_round() -> None:
     norm = torch.stack([g.norm() for g in plain.gradient.values()]).norm()
     for name, gradient in plain.gradient.items():
         torch.testing.assert_close(clipped.gradient[name], gradient * 0.1 / norm)
-    assert replace(clipped, gradient={}, state_dict={}, bn_statistics=None, defenses=()) == replace(
-        plain, gradient={}, state_dict={}, bn_statistics=None
-    )
+    tensors = {"gradient": {}, "state_dict": {}, "bn_statistics": None, "running_after": None}
+    assert replace(clipped, defenses=(), **tensors) == replace(plain, **tensors)
 
 
 def test_batches_are_parts_of_one_shuffle() -> None:
@@ -152,3 +151,37 @@ def test_duplicates_come_from_classes_with_enough_images() -> None:
         assert found[4:] == 4 * [found[4]]
         assert found[0] != found[4]
         assert 1 not in found
+
+
+class _Images(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
+    def __init__(self, images: torch.Tensor) -> None:
+        self.images, self.targets = images, [0] * len(images)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.images[index], 0
+
+
+@pytest.mark.parametrize("n", [3, 120])
+def test_guesses_come_from_images_of_others_and_are_the_nearest(n: int) -> None:
+    torch.manual_seed(1)
+    spec = DataSpec("noise", (3, 4, 4), (0.0,) * 3, (1.0,) * 3, 2)
+    others, originals = torch.rand(n, 3, 4, 4), torch.rand(2, 3, 4, 4)
+    images = _Images(others)
+    mean, nearest = validation_guesses(DataSets(spec, images, images, images), originals)
+    assert mean is not None
+    assert nearest is not None
+    torch.testing.assert_close(mean, others.mean(0))
+    distances = torch.cdist(originals.flatten(1), others.flatten(1))
+    torch.testing.assert_close(nearest, others[distances.argmin(1)])
+
+
+def test_without_validation_images_there_is_no_guess() -> None:
+    spec = DataSpec("noise", (3, 4, 4), (0.0,) * 3, (1.0,) * 3, 2)
+    empty = _Images(torch.zeros(0, 3, 4, 4))
+    assert validation_guesses(DataSets(spec, empty, empty, empty), torch.rand(1, 3, 4, 4)) == (
+        None,
+        None,
+    )

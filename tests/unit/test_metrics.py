@@ -227,6 +227,13 @@ class TestEvaluate:
         )
         assert set(result.baselines) == {"flat colour", "mean image"}
 
+    def test_the_best_non_member_is_compared_image_by_image(self) -> None:
+        known = pictures(4).flip(0)
+        truth, result = self.evaluation(nearest_images=known)
+        assert result.baselines["best non-member"]["psnr"]["mean"] == pytest.approx(
+            float(psnr(known, truth.images).mean())
+        )
+
     def test_no_flat_image_beats_the_flat_baseline(self) -> None:
         truth, result = self.evaluation()
         grey = torch.full_like(truth.images, 0.5)

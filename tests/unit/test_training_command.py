@@ -118,7 +118,14 @@ def flags(data: Path, root: Path, *more: str) -> list[str]:
         (["-b", "0"], "--batch-size must be at least 1"),
         (["--accumulate", "20"], "cannot be divided into 20 parts"),
         (["--lr", "0"], "--lr must be positive"),
-        (["--sigma", "-1"], "--sigma must not be negative"),
+        (["--sigma", "-1"], "--sigma must be at least 0"),
+        (["--sigma", "nan", "--enable-dp"], "--sigma must be at least 0, not nan"),
+        (["--momentum", "-1"], "--momentum must be at least 0"),
+        (["--wd", "-1"], "--wd must be at least 0"),
+        (["--width", "0"], "--width must be at least 1"),
+        (["--bn-groups", "0"], "--bn-groups must be at least 1"),
+        (["--lr", "inf"], "--lr must be positive"),
+        (["-c", "nan"], "--max-per-sample-grad_norm must be positive"),
         (["--delta", "2"], "--delta must lie between"),
         (["--enable-dp", "--compile"], "cannot be combined"),
         (["--enable-dp", "--norm", "batch"], "--norm group"),
@@ -219,6 +226,7 @@ def test_resuming_is_bitwise_the_uninterrupted_run(
     whole, cut = final_state(tmp_path / "whole"), final_state(tmp_path / "cut")
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     records = [json.loads((tmp_path / d / "record.json").read_text()) for d in ("whole", "cut")]
+    assert records[0]["initial_val_acc1"] == records[1]["initial_val_acc1"] is not None
     for key in ("val_loss", "train_loss", "epsilon"):
         series = [[entry[key] for entry in record["history"]] for record in records]
         assert series[0] == series[1]

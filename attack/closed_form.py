@@ -1,0 +1,66 @@
+"""What attacks without an optimisation loop share: from solved inputs to a reconstruction."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from attack.matching import GradientMatcher, Replica
+from attack.objectives import Cosine
+from attack.reconstruction import Reconstruction
+from gradients.checkpoint import Target
+from training import distributed
+
+
+def gradient_loss(
+    target: Target, inputs: torch.Tensor, labels: torch.Tensor, device: torch.device
+) -> float:
+    """Cosine distance of a candidate batch's gradient to the shared one, in float64.
+
+    Args:
+        target: What was shared.
+        inputs: N x C x H x W, normalised.
+        labels: N class indices.
+        device: Where to compute.
+    """
+    with distributed.alone():
+        replica = Replica(target, device, torch.float64)
+        matcher = GradientMatcher(replica, Cosine(), "exact")
+        return float(matcher.value(inputs.to(device).double(), labels.to(device)))
+
+
+def closed_form_reconstruction(
+    target: Target,
+    solved: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    device: torch.device,
+    began: float,
+    **result: Any,
+) -> Reconstruction:
+    """A reconstruction from solved network inputs.
+
+    Args:
+        target: What was shared.
+        solved: k x (C * H * W) network inputs, k at most the batch size; images that
+            were not found are shown in the mean colour.
+        labels: N class indices, those of `solved` first.
+        device: Where to evaluate the gradient loss.
+        began: `time.perf_counter()` at the start of the attack.
+        result: Further fields of the reconstruction.
+    """
+    inputs = torch.zeros((target.batch_size, *target.data.shape), dtype=torch.float64)
+    found = solved.reshape(-1, *target.data.shape)[: target.batch_size]
+    inputs[: len(found)] = found.cpu().nan_to_num()
+    images = target.data.denormalize(inputs).clamp(0, 1)
+    details = {"solved": len(found), **result.pop("details", {})}
+    return Reconstruction(
+        images=images.float(),
+        labels=labels.cpu(),
+        objective=gradient_loss(target, target.data.normalize(images), labels, device),
+        seconds=time.perf_counter() - began,
+        details=details,
+        **result,
+    )

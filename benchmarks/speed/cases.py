@@ -1,0 +1,102 @@
+"""What is timed: models, batches and BatchNorm modes, with targets made for them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from gradients.checkpoint import Target
+from training.data import DataSpec
+from training.models import ModelSpec, build_model
+
+
+@dataclass(frozen=True)
+class Case:
+    """One target.
+
+    Attributes:
+        model: The architecture.
+        batch: Number of images.
+        train_mode: BatchNorm with the statistics of the batch.
+        quick: Part of the short run.
+    """
+
+    model: ModelSpec
+    batch: int
+    train_mode: bool
+    quick: bool = False
+
+    @property
+    def name(self) -> str:
+        """Short and unique."""
+        mode = "train" if self.train_mode else "eval"
+        return f"{self.model.arch}-{self.model.image_size}px-b{self.batch}-{mode}"
+
+
+def _both_modes(model: ModelSpec, batches: list[int], quick: tuple[int, ...] = ()) -> list[Case]:
+    return [
+        Case(model, batch, mode, batch in quick and not mode)
+        for batch in batches
+        for mode in (False, True)
+    ]
+
+
+# Overhead outweighs arithmetic: where batched restarts pay.
+SMALL_CASE = Case(ModelSpec("cnn", 10, 32), 2, False)
+CASES: dict[str, Case] = {
+    case.name: case
+    for case in [
+        SMALL_CASE,
+        *_both_modes(ModelSpec("convnet", 10, 32), [1, 8, 32], quick=(1,)),
+        *_both_modes(ModelSpec("resnet18", 10, 32, "cifar"), [1, 8, 32], quick=(1,)),
+        *_both_modes(ModelSpec("resnet18", 200, 64), [4], quick=(4,)),
+        *_both_modes(ModelSpec("resnet18", 1000, 224), [1, 4], quick=(1,)),
+        *_both_modes(ModelSpec("vgg11", 10, 32), [1]),
+    ]
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A target with a candidate to evaluate.
+
+    Attributes:
+        target: What was shared.
+        inputs: The candidate, N x C x H x W, normalised.
+        labels: N class indices.
+    """
+
+    target: Target
+    inputs: torch.Tensor
+    labels: torch.Tensor
+
+
+def make_problem(case: Case, seed: int = 0) -> Problem:
+    """The gradient of a freshly initialised model, and noise as the candidate."""
+    torch.manual_seed(seed)
+    spec, size = case.model, case.model.image_size
+    data = DataSpec("noise", (3, size, size), (0.5,) * 3, (0.25,) * 3, spec.n_classes)
+    model = build_model(spec).train(case.train_mode)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    labels = torch.arange(case.batch) % spec.n_classes
+    images = F.interpolate(torch.rand(case.batch, 3, 4, 4), size=(size, size), mode="bilinear")
+    loss = F.cross_entropy(model(data.normalize(images)), labels)
+    named = dict(model.named_parameters())
+    gradient = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+    target = Target(spec, data, state, gradient, case.train_mode, case.batch)
+    return Problem(target, torch.randn(case.batch, *data.shape), labels)
+
+
+def in_double(target: Target) -> Target:
+    """The same target in float64."""
+    return dataclasses.replace(
+        target,
+        state_dict={
+            name: value.double() if value.is_floating_point() else value
+            for name, value in target.state_dict.items()
+        },
+        gradient={name: value.double() for name, value in target.gradient.items()},
+    )

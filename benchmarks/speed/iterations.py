@@ -1,0 +1,157 @@
+"""Seconds per iteration, memory, restarts and processes of gradient matching."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from attack.matching import GradientMatcher, Replica
+from attack.objectives import Cosine
+from benchmarks.speed import references
+from benchmarks.speed.cases import CASES, Case, Problem, make_problem
+from benchmarks.speed.timing import interleaved, matrix_rate, medians, paired_ratio
+from training import distributed
+from training.errors import InputError
+
+# An iteration needs a forward pass (1), a backward pass (2) and their derivative (4).
+PASSES = 7
+METHODS: dict[str, Callable[[Problem], references.Iteration]] = {
+    "R1": references.published_loop,
+    "R2": references.analytic_seed,
+    "ours": references.ours,
+    "breaching": references.breaching_loop,
+    "our loop": references.our_loop,
+}
+
+
+def measure_case(case: Case, repeats: int, seconds: float, seed: int) -> dict[str, Any]:
+    """One row: every method on one target, taking turns.
+
+    `R1`, `R2` and `ours` evaluate the gradient of the objective; `breaching` and `our loop`
+    are whole iterations of Inverting Gradients with total variation and optimizer.
+
+    Args:
+        case: The target.
+        repeats: Rounds at most.
+        seconds: Enough time to stop after three rounds.
+        seed: Of model, images and candidate.
+    """
+    problem = make_problem(case, seed)
+    methods = {name: method for name, method in METHODS.items() if _available(name)}
+    functions = {name: method(problem) for name, method in methods.items()}
+    times = interleaved(functions, repeats, seconds)
+    row: dict[str, Any] = {
+        "case": case.name,
+        "seconds": medians(times),
+        "rounds": len(times["ours"]),
+        "speedup_over_R1": paired_ratio(times["R1"], times["ours"]),
+        "speedup_over_R2": paired_ratio(times["R2"], times["ours"]),
+        "cosine_to_float64": _accuracy(problem, functions["ours"]),
+        "parameters": sum(g.numel() for g in problem.target.gradient.values()),
+    }
+    if "breaching" in times:
+        row["speedup_over_breaching"] = paired_ratio(times["breaching"], times["our loop"])
+    return row | _roofline(problem, row["seconds"]["ours"])
+
+
+def _available(method: str) -> bool:
+    import importlib.util
+
+    return method != "breaching" or importlib.util.find_spec("breaching") is not None
+
+
+def _accuracy(problem: Problem, iteration: references.Iteration) -> float:
+    exact = references.analytic_seed(problem, torch.float64)()
+    found = iteration().double()
+    return float((exact * found).sum() / (exact.norm() * found.norm()))
+
+
+def _roofline(problem: Problem, seconds: float) -> dict[str, float]:
+    """What the matrix products alone of `PASSES` forward passes would take."""
+    model = problem.target.build_model()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(problem.inputs)
+    rate = matrix_rate()
+    bound = PASSES * counter.get_total_flops() / rate
+    return {
+        "forward_flops": counter.get_total_flops(),
+        "matrix_flops_per_second": rate,
+        "roofline_seconds": bound,
+        "times_roofline": seconds / bound,
+    }
+
+
+def measure_restarts(case: Case, n: int, repeats: int, seed: int) -> dict[str, Any]:
+    """The time of `n` restarts in units of the time of one."""
+    problem = make_problem(case, seed)
+    functions = {
+        "one": references.our_loop(problem),
+        "one by one": references.our_loop(problem, n, at_once=1),
+        "together": references.our_loop(problem, n, at_once=n),
+        "chosen": references.our_loop(problem, n, at_once=0),
+    }
+    times = interleaved(functions, repeats)
+    return {
+        "case": case.name,
+        "restarts": n,
+        "seconds": medians(times),
+        "times_one": {k: paired_ratio(times[k], times["one"]) for k in list(functions)[1:]},
+        **{k: v for k, v in _roofline(problem, medians(times)["one"]).items() if k[0] == "t"},
+    }
+
+
+def measure_processes(case: Case, processes: int, repeats: int, seed: int) -> dict[str, Any]:
+    """Seconds per iteration with the batch sharded over gloo processes."""
+    from multiprocessing import get_context
+
+    answers = get_context("spawn").SimpleQueue()
+    args = argparse.Namespace(
+        case=case.name,
+        repeats=repeats,
+        seed=seed,
+        answers=answers,
+        cpu=True,
+        gpu=None,
+        world_size=1,
+        rank=0,
+        dist_url="tcp://127.0.0.1:0",
+        dist_backend="gloo",
+        multiprocessing_distributed=True,
+        nproc_per_node=processes,
+    )
+    distributed.launch(_shard_of_iteration, args)
+    return {"case": case.name, "processes": processes, **json.loads(answers.get())}
+
+
+def _shard_of_iteration(process: distributed.Process, args: argparse.Namespace) -> None:
+    # Each process as on a core of its own, also where it is alone.
+    torch.set_num_threads(1)
+    problem = make_problem(CASES[args.case], args.seed)
+    replica = Replica(problem.target, process.device)
+    matcher = GradientMatcher(replica, Cosine(), "difference")
+    inputs, labels = problem.inputs[replica.share], problem.labels[replica.share]
+    flat = torch.zeros(sum(p.numel() for p in replica.parameters))
+    functions = {
+        "iteration": lambda: matcher(inputs, labels),
+        "all-reduce": lambda: distributed.all_reduce(flat),
+    }
+    times = medians(interleaved(functions, args.repeats))
+    if process.is_main:
+        args.answers.put(json.dumps({"seconds": times, "bytes": flat.numel() * 4}))
+
+
+def check_names(names: list[str]) -> list[Case]:
+    """The cases of these names.
+
+    Raises:
+        InputError: There is no such case.
+    """
+    unknown = [name for name in names if name not in CASES]
+    if unknown:
+        raise InputError(f"--cases {unknown[0]}: unknown; known are {', '.join(CASES)}")
+    return [CASES[name] for name in names]

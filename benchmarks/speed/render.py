@@ -1,0 +1,155 @@
+"""Markdown tables of the speed records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table."""
+    lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
+    lines += [f"| {' | '.join(map(str, row))} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _ms(seconds: float | None) -> str:
+    return "" if seconds is None else f"{1000 * seconds:.1f}"
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}"
+
+
+def _iterations(rows: list[Row]) -> str:
+    header = ["case", "R1 ms", "R2 ms", "ours ms", "over R1", "over R2", "over breaching"]
+    header += ["cosine to float64", "times roofline"]
+    return table(
+        header,
+        [
+            [
+                row["case"],
+                *(_ms(row["seconds"][name]) for name in ("R1", "R2", "ours")),
+                _times(row["speedup_over_R1"]),
+                _times(row["speedup_over_R2"]),
+                _times(row.get("speedup_over_breaching")),
+                f"{row['cosine_to_float64']:.6f}",
+                _times(row["times_roofline"]),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _restarts(rows: list[Row]) -> str:
+    header = ["case", "restarts", "one ms", "one by one", "together", "as chosen", "times roofline"]
+    return table(
+        header,
+        [
+            [
+                row["case"],
+                row["restarts"],
+                _ms(row["seconds"]["one"]),
+                *(_times(row["times_one"][k]) for k in ("one by one", "together", "chosen")),
+                _times(row["times_roofline"]),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _memory(rows: list[Row]) -> str:
+    header = ["case", "method", "peak MiB", "of which imports", "share of R1's peak"]
+    base = {row["case"]: row["peak_bytes"] for row in rows if row["method"] == "R1"}
+    return table(
+        header,
+        [
+            [
+                row["case"],
+                row["method"],
+                round(row["peak_bytes"] / 2**20),
+                round(row["bytes_of_imports"] / 2**20),
+                f"{100 * row['peak_bytes'] / base[row['case']]:.0f} %",
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _processes(rows: list[Row]) -> str:
+    header = ["case", "processes", "iteration ms", "all-reduce ms", "all-reduced MB", "speed-up"]
+    alone = {r["case"]: r["seconds"]["iteration"] for r in rows if r["processes"] == 1}
+    return table(
+        header,
+        [
+            [
+                row["case"],
+                row["processes"],
+                _ms(row["seconds"]["iteration"]),
+                _ms(row["seconds"]["all-reduce"]) if row["processes"] > 1 else "",
+                f"{row['bytes'] / 1e6:.1f}" if row["processes"] > 1 else "",
+                _times(alone[row["case"]] / row["seconds"]["iteration"]),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _levers(rows: list[Row]) -> str:
+    header = ["lever", "case", "without ms", "with ms", "gain", "cosine to float64", "remark"]
+    return table(
+        header,
+        [
+            [
+                row["lever"],
+                row["case"],
+                _ms(row["seconds"]["without"]),
+                _ms(row["seconds"]["with"]),
+                _times(row["gain"]),
+                f"{row['cosine_to_float64']:.6f}" if "cosine_to_float64" in row else "",
+                row.get("remark", ""),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _parts(rows: list[Row]) -> str:
+    return table(
+        ["part", "figure", "unit"],
+        [[row["part"], f"{row['value']:.4g}", row["unit"]] for row in rows],
+    )
+
+
+SECTIONS: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
+    "iterations": ("Seconds per iteration", _iterations),
+    "restarts": ("Several restarts, in units of one", _restarts),
+    "memory": ("Peak memory", _memory),
+    "processes": ("One batch over several processes, one thread each", _processes),
+    "levers": ("What each lever gave", _levers),
+    "parts": ("The other parts", _parts),
+}
+
+
+def render(records: dict[str, dict[str, Any]]) -> str:
+    """All tables.
+
+    Args:
+        records: Record of each section, by its name in `SECTIONS`.
+    """
+    texts = []
+    for name, (title, draw) in SECTIONS.items():
+        if name in records:
+            record = records[name]
+            texts.append(f"## {title}\n\n{draw(record['rows'])}\n{_conditions(record)}\n")
+    return "\n".join(texts)
+
+
+def _conditions(record: dict[str, Any]) -> str:
+    made = record["provenance"]
+    return (
+        f"{made['processor']}, {made['cores']} cores, {made['threads']} threads, "
+        f"torch {made['versions']['torch']}, load average {made['load_average']:.1f} at the start."
+    )

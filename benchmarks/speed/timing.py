@@ -1,0 +1,75 @@
+"""Paired timing: what is compared runs in turns, so that a busy machine slows all alike."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], Any]], repeats: int, least_seconds: float = 0.0
+) -> dict[str, list[float]]:
+    """Seconds of every call, the functions taking turns.
+
+    Args:
+        functions: What to time, by name; each is called once before, unmeasured.
+        repeats: Rounds at most.
+        least_seconds: Stop after three rounds once so much time is used; 0: all rounds.
+    """
+    for function in functions.values():
+        function()
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    begun = time.perf_counter()
+    for rounds in range(repeats):
+        if least_seconds and rounds >= 3 and time.perf_counter() - begun > least_seconds:
+            break
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
+    """The median time of each."""
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def paired_ratio(slow: list[float], fast: list[float]) -> float:
+    """Median over rounds of slow / fast: a disturbance of one round counts once."""
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # What getrusage tells also counts the parent that this process was forked from.
+        lines = status.read_text(encoding="utf-8").splitlines()
+        fields = dict(line.split(":", 1) for line in lines if ":" in line)
+        return int(fields["VmHWM"].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def in_subprocess(module: str, *words: str) -> str:
+    """Standard output of `python -m module words`, in a fresh process."""
+    command = [sys.executable, "-m", module, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip()[-500:]}")
+    return done.stdout
+
+
+def matrix_rate(size: int = 1536, repeats: int = 7) -> float:
+    """Multiply-add rate of this machine, FLOP/s: the best of several float32 products."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    times = interleaved({"product": lambda: a @ b}, repeats)["product"]
+    return 2 * size**3 / min(times)

@@ -1,0 +1,355 @@
+"""A site's part of the federation: local training and validation on its own images.
+
+Nothing here knows of NVFlare; `CXRLearner` and the client script are two ways to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+
+from federated.datalists import Sample, load_datalist
+from federated.images import ImageListDataset, chest_spec
+from federated.networks import network_spec
+from federated.updates import LocalUpdate
+from training.errors import InputError
+from training.models import ModelSpec, build_model
+
+Weights = Mapping[str, np.ndarray]
+# After this many local epochs the learning rate falls to a tenth, as published.
+DECAY_EPOCHS, DECAY = 40, 0.1
+EVALUATION_BATCH = 64
+MAX_PUBLIC = 200
+
+
+@dataclass(frozen=True)
+class SiteSettings:
+    """What determines a site's local training.
+
+    Attributes:
+        data_root: Folder that the list's paths start from.
+        dataset_json: The site's data list.
+        model_name: The network, see `federated.networks`.
+        num_class: Number of classes.
+        image_size: Side in pixels.
+        batch_size: Images per local step; a smaller site takes what it has.
+        aggregation_epochs: Passes over the images per round.
+        lr: Learning rate of the first rounds.
+        fedproxloss_mu: Weight of the proximal term; 0 for none.
+        num_workers: Processes that load images; 0 loads in this one.
+        train_set: Section of the list to train on.
+        valid_set: Section to validate on.
+        test_set: Section to test on; may be absent.
+        cache_rate: Share of the images kept in memory.
+        seed: Of the order of the images.
+    """
+
+    data_root: str
+    dataset_json: str
+    model_name: str = "resnet18"
+    num_class: int = 2
+    image_size: int = 224
+    batch_size: int = 64
+    aggregation_epochs: int = 1
+    lr: float = 1e-2
+    fedproxloss_mu: float = 0.0
+    num_workers: int = 0
+    train_set: str = "training"
+    valid_set: str = "validation"
+    test_set: str = "testing"
+    cache_rate: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for key in ("data_root", "dataset_json"):
+            if not isinstance(getattr(self, key), str):
+                raise InputError(f"{key} {getattr(self, key)!r}: must be a path")
+        if not Path(self.data_root).is_dir():
+            raise InputError(f"data_root: there is no folder {self.data_root}")
+        if not Path(self.dataset_json).is_file():
+            raise InputError(f"dataset_json: there is no file {self.dataset_json}")
+        for key in ("batch_size", "aggregation_epochs"):
+            if getattr(self, key) < 1:
+                raise InputError(f"{key} {getattr(self, key)}: must be at least 1")
+        if self.lr <= 0 or self.fedproxloss_mu < 0:
+            raise InputError("lr must be positive and fedproxloss_mu not below 0")
+        _ = self.network
+
+    @property
+    def network(self) -> ModelSpec:
+        """The network's architecture."""
+        return network_spec(self.model_name, self.num_class, self.image_size)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How well a network classifies a section.
+
+    Attributes:
+        accuracy: Share of images whose class is right.
+        auc: Area under the ROC curve; None where it is not defined.
+        count: Number of images.
+    """
+
+    accuracy: float
+    auc: float | None
+    count: int
+
+    def __str__(self) -> str:
+        auc = "undefined" if self.auc is None else f"{self.auc:.4f}"
+        return f"accuracy {self.accuracy:.4f}, AUC {auc} ({self.count} images)"
+
+
+class TrainingStopped(Exception):  # noqa: N818 -- an outcome, not a fault
+    """Local training was told to stop before it was done."""
+
+
+class SiteTraining:
+    """A site's network and images.
+
+    Args:
+        settings: What to train on and how.
+        device: Where to compute; a GPU if there is one.
+    """
+
+    def __init__(self, settings: SiteSettings, device: torch.device | None = None) -> None:
+        self.settings = settings
+        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.data = chest_spec(settings.image_size, settings.num_class)
+        with torch.random.fork_rng(devices=[]):
+            self.model = build_model(settings.network).to(self.device)
+
+    @cached_property
+    def train_images(self) -> ImageListDataset:
+        """The images that an attacker would like to see."""
+        dataset = self._section(self.settings.train_set)
+        if not len(dataset):
+            raise InputError(f"{self.settings.dataset_json}: no {self.settings.train_set} images")
+        return dataset
+
+    @cached_property
+    def valid_images(self) -> ImageListDataset:
+        """Images to validate on."""
+        return self._section(self.settings.valid_set)
+
+    @cached_property
+    def test_images(self) -> ImageListDataset:
+        """Images to test on; none if the list has no such section."""
+        return self._section(self.settings.test_set, optional=True)
+
+    def _section(self, name: str, optional: bool = False) -> ImageListDataset:
+        try:
+            samples = load_datalist(self.settings.dataset_json, name)
+        except InputError:
+            if not optional:
+                raise
+            samples = []
+        _check_labels(samples, self.settings)
+        settings = self.settings
+        return ImageListDataset(
+            settings.data_root, samples, settings.image_size, self.data, settings.cache_rate
+        )
+
+    def public_images(self) -> torch.Tensor:
+        """Images that an attacker may know: those for validation, the same at every site.
+
+        Returns:
+            P x 3 x H x W in [0, 1].
+        """
+        return self.valid_images.images()[:MAX_PUBLIC]
+
+    @property
+    def batch_size(self) -> int:
+        """Images per local step, at most all of them."""
+        return min(self.settings.batch_size, len(self.train_images))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Local steps of one pass."""
+        return -(-len(self.train_images) // self.batch_size)
+
+    def learning_rate(self, round_number: int) -> float:
+        """Of a whole round: a step schedule over local epochs."""
+        epochs = round_number * self.settings.aggregation_epochs
+        return self.settings.lr * DECAY ** (epochs // DECAY_EPOCHS)
+
+    def orders(self, round_number: int) -> tuple[tuple[int, ...], ...]:
+        """The images in the order that each epoch of a round goes through them."""
+        n, epochs = len(self.train_images), self.settings.aggregation_epochs
+        rngs = [np.random.default_rng([self.settings.seed, round_number, e]) for e in range(epochs)]
+        return tuple(tuple(int(i) for i in rng.permutation(n)) for rng in rngs)
+
+    def load(self, weights: Weights) -> None:
+        """Set the network to weights of the federation.
+
+        Raises:
+            InputError: Variables are missing or have other shapes: the federation trains
+                another network than this site.
+        """
+        own = self.model.state_dict()
+        missing = [name for name in own if name not in weights]
+        if missing:
+            raise InputError(
+                f"the global model lacks {len(missing)} of {len(own)} variables of "
+                f"{self.settings.model_name}, such as {missing[0]}"
+            )
+        for name, value in own.items():
+            given = torch.as_tensor(np.asarray(weights[name]))
+            if given.numel() != value.numel():
+                raise InputError(
+                    f"the global model's {name} has shape {tuple(given.shape)}, "
+                    f"{self.settings.model_name} has {tuple(value.shape)}"
+                )
+            own[name] = given.reshape(value.shape).to(value.dtype)
+        self.model.load_state_dict(own)
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """The network as it is now, buffers included."""
+        return {
+            name: v.detach().cpu().numpy().copy() for name, v in self.model.state_dict().items()
+        }
+
+    def train(
+        self, weights: Weights, round_number: int, stopped: Callable[[], bool] = lambda: False
+    ) -> dict[str, np.ndarray]:
+        """Train for one round.
+
+        Args:
+            weights: The global model.
+            round_number: From 0; decides order and learning rate.
+            stopped: Asked before every step.
+
+        Returns:
+            Local minus global weights, by name; arrays of the variables' own types.
+
+        Raises:
+            TrainingStopped: `stopped` said so.
+            InputError: The network does not fit, or training diverged.
+        """
+        self.load(weights)
+        before = self.weights()
+        fixed = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=self.learning_rate(round_number))
+        self.model.train()
+        for order in self.orders(round_number):
+            for inputs, labels in self._batches(order):
+                if stopped():
+                    raise TrainingStopped
+                optimizer.zero_grad()
+                self._loss(inputs.to(self.device), labels.to(self.device), fixed).backward()
+                optimizer.step()
+        change = {name: np.asarray(v - before[name]) for name, v in self.weights().items()}
+        broken = [name for name, value in change.items() if not np.isfinite(value).all()]
+        if broken:
+            raise InputError(f"local training diverged: {broken[0]} is not finite; lower lr")
+        return change
+
+    def _loss(
+        self, inputs: torch.Tensor, labels: torch.Tensor, fixed: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        loss = F.cross_entropy(self.model(inputs), labels)
+        if self.settings.fedproxloss_mu > 0:
+            named = self.model.named_parameters()
+            drift = torch.stack([(p - fixed[name]).square().sum() for name, p in named]).sum()
+            loss = loss + self.settings.fedproxloss_mu / 2 * drift
+        return loss
+
+    def _batches(self, order: tuple[int, ...]) -> DataLoader[tuple[torch.Tensor, int]]:
+        size = self.batch_size
+        steps = [list(order[i : i + size]) for i in range(0, len(order), size)]
+        return DataLoader(
+            self.train_images,
+            batch_sampler=steps,
+            num_workers=self.settings.num_workers,
+            collate_fn=_collate,
+        )
+
+    @torch.no_grad()
+    def evaluate(
+        self, images: ImageListDataset, stopped: Callable[[], bool] = lambda: False
+    ) -> Scores:
+        """Classify a section with the network as it is now.
+
+        Raises:
+            TrainingStopped: `stopped` said so.
+        """
+        self.model.eval()
+        loader = DataLoader(images, EVALUATION_BATCH, collate_fn=_collate)
+        outputs, truths = [torch.zeros(0, self.settings.num_class)], [torch.zeros(0).long()]
+        for inputs, labels in loader:
+            if stopped():
+                raise TrainingStopped
+            outputs.append(self.model(inputs.to(self.device)).softmax(1).cpu())
+            truths.append(labels)
+        return scores(torch.cat(outputs), torch.cat(truths))
+
+    def local_update(
+        self, change: Weights, weights: Weights, round_number: int, bn_momentum: float = 0.1
+    ) -> LocalUpdate:
+        """What an attacker who knows this site's settings knows of an update.
+
+        Args:
+            change: What leaves the site, noise included.
+            weights: The global model before.
+            round_number: Of the update.
+            bn_momentum: Of the network's BatchNorm layers.
+        """
+        return LocalUpdate(
+            model=self.settings.network,
+            data=self.data,
+            global_weights=_tensors(weights, self.model),
+            weight_diff=_tensors(change, None),
+            batch_size=self.batch_size,
+            n_images=len(self.train_images),
+            local_epochs=self.settings.aggregation_epochs,
+            learning_rate=self.learning_rate(round_number),
+            bn_momentum=bn_momentum,
+            batch_order=self.orders(round_number),
+        )
+
+
+def _collate(batch: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    images, labels = zip(*batch, strict=True)
+    return torch.stack(images), torch.tensor(labels)
+
+
+def scores(probabilities: torch.Tensor, labels: torch.Tensor) -> Scores:
+    """Accuracy and, with two classes that both occur, the area under the ROC curve.
+
+    Args:
+        probabilities: N x n_classes.
+        labels: N class indices.
+    """
+    n = len(labels)
+    accuracy = float((probabilities.argmax(1) == labels).float().mean()) if n else float("nan")
+    positive = labels == 1
+    if probabilities.shape[1] != 2 or not 0 < int(positive.sum()) < n:
+        return Scores(accuracy, None, n)
+    ahead = probabilities[positive, 1][:, None] - probabilities[~positive, 1][None]
+    return Scores(accuracy, float((ahead.sign() + 1).mean() / 2), n)
+
+
+def _tensors(values: Weights, model: nn.Module | None) -> dict[str, torch.Tensor]:
+    """Arrays as tensors; with a model, of its variables' shapes and types."""
+    found = {name: torch.as_tensor(np.asarray(value)) for name, value in values.items()}
+    if model is None:
+        return found
+    own = model.state_dict()
+    return {name: found[name].reshape(v.shape).to(v.dtype) for name, v in own.items()}
+
+
+def _check_labels(samples: list[Sample], settings: SiteSettings) -> None:
+    for sample in samples:
+        if sample.label >= settings.num_class:
+            raise InputError(
+                f"{settings.dataset_json}: {sample.image} has the label {sample.label}, "
+                f"num_class is {settings.num_class}"
+            )
