@@ -127,7 +127,7 @@ def test_a_killed_site_does_not_stop_the_others(tmp_path: Path) -> None:
     job = make_job(tmp_path / "job", "--n_clients", "2", "--min_clients", "1", "--num_rounds", "2")
     edit(
         job / "server/config/config_fed_server.json",
-        lambda c: c["workflows"][1]["args"].update(validation_timeout=15),
+        lambda c: c["workflows"][1]["args"].update(validation_timeout=30),
     )
     folder = tmp_path / "runs"
     with started(job, folder, 2) as (process, log):
