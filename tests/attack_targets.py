@@ -17,12 +17,16 @@ from typing import Any
 import torch
 
 from attack.attacks import Attack, OptimizationAttack, get_attack
+from attack.ensemble import EnsembleConfig
 from attack.labels import recover_labels
 from attack.metrics import assign, psnr
 from attack.reconstruction import Reconstruction
 from attack.threat import Capability
 from gradients.checkpoint import LocalTraining, Target, Truth
-from tests.targets import make_target, smooth_images
+from gradients.client import ClientSettings, share_update
+from gradients.malicious_server import tamper
+from gradients.received_model import build_received_model
+from tests.targets import data_spec, make_target, smooth_images
 from training.models import ModelSpec
 
 Made = tuple[Target, Truth]
@@ -77,8 +81,47 @@ SETTINGS: dict[str, Callable[[], Made]] = {
     ),
 }
 
+WIDE = ModelSpec("mlp", 10, 8, width=128)
+VIT = ModelSpec("vit_tiny", 10, 16, width=96)
+
+SETTINGS |= {
+    "mlp": lambda: make_target(WIDE, 1),
+    "mlp, batch 8": lambda: make_target(WIDE, 8),
+    "mlp, batch 32": lambda: make_target(MLP, 32),
+    "cnn6": lambda: make_target(ModelSpec("cnn6", 10, 8, width=6), 1),
+    "vit": lambda: make_target(VIT, 1),
+    "vit, bare attention": lambda: make_target(dataclasses.replace(VIT, arch="vit_april"), 1),
+    "imprinted": lambda: malicious_target(CNN, 8, "imprint:256", train_mode=True),
+    "fished": lambda: malicious_target(LENET, 4, "fishing:2", train_mode=False),
+}
+
+
+def malicious_target(spec: ModelSpec, batch: int, malicious: str, *, train_mode: bool) -> Made:
+    """What clients share of a model that a malicious server changed."""
+    spec = dataclasses.replace(spec, malicious=malicious)
+    honest = build_received_model(dataclasses.replace(spec, malicious="")).double()
+    data = data_spec(spec.image_size, spec.n_classes)
+    truth = Truth(smooth_images(batch, spec.image_size), torch.arange(batch) % spec.n_classes)
+    model = tamper(honest, spec, data.normalize(smooth_images(200, spec.image_size, seed=7)))
+    settings = ClientSettings(train_mode=train_mode)
+    target = share_update(model, spec, data, truth.images, truth.labels, settings)
+    assert target is not None
+    return target, truth
+
+
 CASES = [
+    # Exact recovery: the margins say that nothing but rounding is left.
+    Case("analytic", "mlp", 60),
+    Case("analytic", "mlp, batch 32", FAILS, why="every neuron is active for several images"),
+    Case("spear", "mlp, batch 8", 60),
+    Case("spear-descent", "mlp, batch 8", 60),
+    Case("r-gap", "lenet", 20),
+    Case("r-gap", "cnn6", 60),
+    Case("patch-projection", "vit", 60),
+    Case("april", "vit, bare attention", 60),
+    Case("robbing-the-fed", "imprinted", 60),
     Case("inverting-gradients", "lenet", 5, {"iterations": 200, "tv": 1e-4}),
+    Case("fishing", "fished", 1, {"iterations": 150}, why="one image of the batch of four"),
     Case("spectral", "lenet", 5, {"iterations": 100}),
     Case("spectral", "cnn, train mode", 1, {"iterations": 100}),
     # Some starts of L-BFGS without a line search get stuck.
@@ -125,6 +168,7 @@ CASES = [
     ),
     Case("inverting-gradients-fedavg", "lenet, 4 local steps", 4, {"iterations": 100}),
     Case("data-leakage-fedavg", "lenet, 4 local steps", 4, {"iterations": 150}),
+    Case("auto", "lenet", 5, {"config": EnsembleConfig(("spectral", "dlg"), iterations=250)}),
 ]
 
 

@@ -41,18 +41,28 @@ def random_images(n: int = 2, side: int = 8) -> torch.Tensor:
 
 def test_total_variation_of_a_ramp() -> None:
     assert float(AnisotropicTV()(ramp())) == pytest.approx(3 + 4)
-    assert float(IsotropicTV()(ramp())) == pytest.approx(5)
+    # Both differences at four pixels, one at the last column's and row's, none at the corner.
+    expected = (4 * 5 + 2 * 4 + 2 * 3) / 9
+    assert float(IsotropicTV()(ramp())) == pytest.approx(expected, abs=SMOOTH_AT_0)
+
+
+@pytest.mark.parametrize("name", TOTAL_VARIATIONS)
+def test_no_pixel_is_free(name: str) -> None:
+    images = random_images(1).requires_grad_()
+    (gradient,) = torch.autograd.grad(TOTAL_VARIATIONS[name]()(images).sum(), images)
+    assert (gradient.abs().sum(1) > 0).all()
 
 
 def test_double_opponents_count_edges_of_colour() -> None:
     grey = ramp().expand(1, 3, 3, 3)
-    # Three channels with gradient 5, three differences with none.
-    expected = (3 * 5 + 3 * math.sqrt(1e-8)) / 6
+    one_channel = float(IsotropicTV()(ramp()))
+    # Three channels alike, three differences that are flat.
+    expected = (3 * one_channel + 3 * math.sqrt(1e-8)) / 6
     assert float(IsotropicTV(double_opponents=True)(grey)) == pytest.approx(expected)
     red = torch.cat([ramp(), torch.zeros(1, 2, 3, 3, dtype=torch.float64)], dim=1)
     # Red itself and its differences with green and with blue.
     found = float(IsotropicTV(double_opponents=True)(red))
-    assert found == pytest.approx(3 * 5 / 6, abs=SMOOTH_AT_0)
+    assert found == pytest.approx(3 * one_channel / 6, abs=SMOOTH_AT_0)
 
 
 def test_input_norm_colour_patch_and_group() -> None:
