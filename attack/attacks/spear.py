@@ -29,6 +29,7 @@ EXPLAINED = {torch.float64: 0.9999, torch.float32: 0.995}
 # Smoothing, relative to the mean entry, at which descents in an estimated space end.
 ROUGH = 0.05
 NEWTON_STEPS = 30
+TRIMMINGS = 5
 # Share of its switches that a linear rule explains, below which a direction is wrong.
 SEPARABLE = 0.98
 
@@ -409,7 +410,7 @@ class SpearDescent(_Spear):
         rough = self._descend(left @ rest, q, coarse, ROUGH * coarse)
         # Nobody knows how good the estimate is: exact data take over at different levels.
         levels = coarse * torch.logspace(-3, -1, len(q), dtype=left.dtype, device=left.device)
-        return self._descend(left, rough @ rest.T, levels[:, None], factors.tolerance)
+        return trim(left, self._descend(left, rough @ rest.T, levels[:, None], factors.tolerance))
 
     def _descend(
         self,
@@ -427,6 +428,26 @@ class SpearDescent(_Spear):
             q = torch.linalg.eigh(moments)[1][:, :, 0]
             smooth = (self.shrink * smooth).clamp_min(0.5 * last)
         return q
+
+
+def trim(left: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    """Least trimmed squares: from nearly right directions to exact ones.
+
+    The l1 norm's minimum lies beside the sparsest direction where that is not sparse
+    enough; the smallest entries are its zeros all the same.
+
+    Args:
+        left: m x r.
+        directions: k x r unit vectors; those that are right already stay.
+    """
+    n_rows = min(2 * left.shape[1], len(left) // 3)
+    if n_rows < left.shape[1]:
+        return directions
+    for _ in range(TRIMMINGS):
+        smallest = (directions @ left.T).abs().topk(n_rows, dim=1, largest=False).indices
+        rows = left[smallest]
+        directions = torch.linalg.eigh(rows.transpose(1, 2) @ rows)[1][:, :, 0]
+    return directions
 
 
 def rest_of_space(factors: Factorization, known: torch.Tensor) -> torch.Tensor | None:
