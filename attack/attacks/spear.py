@@ -304,7 +304,7 @@ class _Spear(Attack):
             solution = solve(layer, pool.factors, _completed(pool))
         inputs = layer.network_inputs(solution.inputs)
         if exact:
-            labels = recover_labels(target, layer, pool.factors, solution, inputs, labels)
+            labels = labels_of_images(target, layer, pool.factors, solution, inputs, labels)
         return closed_form_reconstruction(
             target,
             inputs,
@@ -377,10 +377,11 @@ class Spear(_Spear):
 class SpearDescent(_Spear):
     """SPEAR with a search that grows gently with the batch: descent to sparse directions.
 
-    The wanted directions are local minima of the l1 norm of left @ q on the sphere, and
-    of so few dimensions that descents from random starts end in them. Iteratively
+    The wanted directions are local minima of the l1 norm of left @ q on the sphere, of so
+    few dimensions that descents from random starts end in them. Iteratively
     reweighted least squares turns each step into the smallest eigenvector of an r x r
-    matrix. Starts avoid the directions that are known already.
+    matrix. Once some directions are known, the search goes on in what an estimate of the
+    images' ReLU switches leaves of the space, see `rest_of_space`.
 
     Everything else is SPEAR's, see `Spear`. This project's own; for the descent compare
     Qu, Sun, Wright, "Finding a sparse vector in a subspace", NIPS 2014,
@@ -511,7 +512,7 @@ def separate(outputs: torch.Tensor, bias: torch.Tensor, switches: torch.Tensor) 
     return torch.linalg.solve(whiten, y)
 
 
-def recover_labels(
+def labels_of_images(
     target: Target,
     layer: FirstLayer,
     factors: Factorization,
