@@ -17,10 +17,12 @@ from typing import Any
 import torch
 
 from attack.attacks import Attack, OptimizationAttack, get_attack
+from attack.ensemble import EnsembleConfig
 from attack.labels import recover_labels
 from attack.metrics import assign, psnr
 from attack.reconstruction import Reconstruction
-from gradients.checkpoint import Target, Truth
+from attack.threat import Capability
+from gradients.checkpoint import LocalTraining, Target, Truth
 from gradients.client import ClientSettings, share_update
 from gradients.malicious_server import tamper
 from gradients.received_model import build_received_model
@@ -68,8 +70,15 @@ SETTINGS: dict[str, Callable[[], Made]] = {
     # A smooth network, whose gradient determines one image.
     "lenet": lambda: make_target(LENET, 1, double=False),
     "lenet, batch 2": lambda: make_target(LENET, 2, double=False),
+    "lenet, batch 4": lambda: make_target(LENET, 4, double=False),
     # BatchNorm in train mode: the statistics are those of the batch.
     "cnn, train mode": lambda: make_target(CNN, 2, train_mode=True, double=False),
+    # BatchNorm with running statistics, those of many such images.
+    "cnn, eval mode": lambda: make_target(CNN, 1, double=False, adapted=True),
+    # Federated averaging: two epochs over two batches of one image.
+    "lenet, 4 local steps": lambda: make_target(
+        LENET, 2, local=LocalTraining(epochs=2, batches=2, lr=0.1), double=False
+    ),
 }
 
 WIDE = ModelSpec("mlp", 10, 8, width=128)
@@ -115,6 +124,38 @@ CASES = [
     Case("fishing", "fished", 1, {"iterations": 150}, why="one image of the batch of four"),
     Case("spectral", "lenet", 5, {"iterations": 100}),
     Case("spectral", "cnn, train mode", 1, {"iterations": 100}),
+    # Some starts of L-BFGS without a line search get stuck.
+    Case("dlg", "lenet", 20, {"iterations": 40, "restarts": 4}, labels=None),
+    Case("dlg", "cnn, train mode", FAILS, {"iterations": 5}, why="ReLU has no curvature"),
+    Case("idlg", "lenet", 20, {"iterations": 30}, labels=None),
+    Case(
+        "gradinversion",
+        "cnn, eval mode",
+        FAILS,
+        {"iterations": 100, "restarts": 2},
+        labels=None,
+        why="the published weight of the gradient is made for ResNet-50 at 224 px",
+    ),
+    Case(
+        "gradinversion",
+        "cnn, eval mode",
+        1,
+        {"iterations": 200, "restarts": 2, "gradient_weight": 10.0},
+        labels=None,
+    ),
+    Case("e2egi", "cnn, train mode", 2, {"iterations": 300, "restarts": 2, "combine_every": 45}),
+    Case("modern", "cnn, eval mode", 3, {"iterations": 300}),
+    Case(
+        "hatamizadeh",
+        "cnn, train mode",
+        FAILS,
+        {"iterations": 100},
+        labels=None,
+        why="the published weight of the gradient is made for ResNet-18 at 224 px",
+    ),
+    Case("inverting-gradients-fedavg", "lenet, 4 local steps", 4, {"iterations": 100}),
+    Case("data-leakage-fedavg", "lenet, 4 local steps", 4, {"iterations": 150}),
+    Case("auto", "lenet", 5, {"config": EnsembleConfig(("spectral", "dlg"), iterations=250)}),
 ]
 
 
@@ -133,7 +174,11 @@ def run_case(case: Case, made: Made) -> Reconstruction:
     rule = case.labels or getattr(attack, "label_rule", "llg")
     granted = truth.labels if rule == "known" else None
     labels = recover_labels(rule, target, truth_labels=granted)
-    return attack.reconstruct(target, labels=labels, device=torch.device("cpu"), seed=0)
+    device = torch.device("cpu")
+    if Capability.PRIOR_DATA in attack.requires:
+        prior = mean_of_others(truth).expand_as(truth.images)
+        return attack.reconstruct(target, labels=labels, device=device, seed=0, prior=prior)
+    return attack.reconstruct(target, labels=labels, device=device, seed=0)
 
 
 def gain(found: Reconstruction, truth: Truth) -> float:
@@ -145,6 +190,10 @@ def gain(found: Reconstruction, truth: Truth) -> float:
 def best_guess(truth: Truth) -> float:
     """PSNR of the better of two guesses: each image's mean colour, the mean of others."""
     flat = truth.images.mean((2, 3), keepdim=True).expand_as(truth.images)
-    others = smooth_images(64, truth.images.shape[-1], seed=12345)
-    mean = others.mean(0, keepdim=True).expand_as(truth.images)
+    mean = mean_of_others(truth).expand_as(truth.images)
     return max(float(psnr(guess, truth.images).mean()) for guess in (flat, mean))
+
+
+def mean_of_others(truth: Truth) -> torch.Tensor:
+    """The mean of images of the same kind that are not the client's (1 x C x H x W)."""
+    return smooth_images(64, truth.images.shape[-1], seed=12345).mean(0, keepdim=True)
