@@ -51,7 +51,7 @@ def attack(words: str, adaptive: bool, **changes: object) -> float:
 
 
 # Margin in dB by which knowing the defense pays.
-PAYS = [("sign", 3), ("soteria:0.8", 3), ("prune:0.99", 1), ("quantize:16", 2), ("topk:0.01", 0)]
+PAYS = [("sign", 3), ("soteria:0.8", 3), ("prune:0.9", 3), ("quantize:16", 0.5), ("topk:0.01", 0)]
 
 
 @pytest.mark.parametrize(("words", "margin"), PAYS, ids=str)
