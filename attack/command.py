@@ -258,6 +258,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     args.explicit = sorted(vars(_explicit(parser, argv)))
     import_plugin(args.plugin)
+    _take_label_rule(args)
     _check(args)
 
     from training.distributed import launch
@@ -275,6 +276,15 @@ def _explicit(parser: argparse.ArgumentParser, argv: list[str] | None) -> argpar
     return bare.parse_args(argv)
 
 
+def _take_label_rule(args: argparse.Namespace) -> None:
+    """With `--attack`, labels are recovered as its paper does, unless a rule was given."""
+    from attack.attacks.base import get_attack
+
+    if args.attack is not None and "pseudo_label_init" not in args.explicit:
+        rule = getattr(get_attack(args.attack), "label_rule", args.pseudo_label_init)
+        args.pseudo_label_init = rule
+
+
 def _check(args: argparse.Namespace) -> None:
     """Refuse what cannot work before any work is done."""
     from attack.labels import rule_names
@@ -283,6 +293,7 @@ def _check(args: argparse.Namespace) -> None:
     from training.distributed import check_launch_arguments
 
     check_launch_arguments(args)
+    _check_places(args)
     if args.checkpoint is None:
         raise InputError("--checkpoint: give the gradient checkpoint to invert")
     if args.pseudo_label_init not in rule_names():
@@ -305,10 +316,24 @@ def _check(args: argparse.Namespace) -> None:
     for flag, asked in needs_truth.items():
         if asked and truth is None:
             raise InputError(f"{flag}: {args.checkpoint} holds no true images and labels")
+    if args.prior is not None:
+        _prior(args, target)
     if args.superparameters_search:
         if args.simulation_checkpoint is None:
             raise InputError("--superparameters-search needs --simulation-checkpoint PATH")
         load_target(args.simulation_checkpoint, "--simulation-checkpoint")
+
+
+def _check_places(args: argparse.Namespace) -> None:
+    """Refuse names and folders that would fail once the attack has run."""
+    if Path(args.id).name != args.id:
+        raise InputError(f"--id {args.id}: becomes the name of a folder in --root")
+    if Path(args.root).exists() and not Path(args.root).is_dir():
+        raise InputError(f"--root: {args.root} is a file, not a folder")
+    if args.lpips_weights is not None and not Path(args.lpips_weights).is_dir():
+        raise InputError(f"--lpips-weights: there is no folder {args.lpips_weights}")
+    if args.state_every < 1 or args.save_every < 0:
+        raise InputError("--state-every must be at least 1, and --save-every not negative")
 
 
 def make_attack(args: argparse.Namespace) -> Any:
@@ -378,11 +403,15 @@ def run(process: Any, args: argparse.Namespace) -> None:
             write_label_results(args, folder, key, target, truth, process)
         return
     labels = _labels(args, target, truth, attack)
+    if args.adaptive and args.pseudo_label_init != "known" and labels is not None:
+        labels = _arranged(labels, target, attack, process.device, args.seed)
     curve = _Curve(args, folder, truth, key)
     spread = args.spread == "restarts" and process.world_size > 1
     reconstruct = attack.reconstruct
     if spread:
         reconstruct = functools.partial(reconstruct_spread, attack)
+    if args.prior is not None:
+        reconstruct = functools.partial(reconstruct, prior=_prior(args, target))
     reconstruction = reconstruct(
         target,
         labels=labels,
@@ -423,6 +452,25 @@ def _labels(args: argparse.Namespace, target: Any, truth: Any, attack: Any) -> A
     return recover_labels(args.pseudo_label_init, target, truth_labels=granted)
 
 
+def _prior(args: argparse.Namespace, target: Any) -> Any:
+    """The prior image for every image of the batch."""
+    from attack.pictures import read_image
+
+    image = read_image(args.prior, tuple(target.data.shape), "--prior")
+    return image.expand(target.batch_size, *image.shape)
+
+
+def _arranged(labels: Any, target: Any, attack: Any, device: Any, seed: int) -> Any:
+    """Recovered labels where they belong, for attacks that can tell by trying."""
+    from attack.hypotheses import arrange_labels
+    from attack.settings import InversionConfig
+
+    config = getattr(attack, "config", None)
+    if not isinstance(config, InversionConfig):
+        return labels
+    return arrange_labels(target, labels, config, device=device, seed=seed)
+
+
 def _run_key(args: argparse.Namespace, attack: Any) -> str:
     """Identifies a run: what decides its numbers."""
     from attack.requirements import threat_record
@@ -436,9 +484,14 @@ def _run_key(args: argparse.Namespace, attack: Any) -> str:
         "threat": threat_record(args),
         "seed": args.seed,
         "metric": [args.metric, args.one_to_one_similarity, args.GInfoR, args.lpips_weights],
-        "checkpoint": hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest(),
+        "prior": None if args.prior is None else _sha256(args.prior),
+        "checkpoint": _sha256(args.checkpoint),
     }
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _sha256(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def finished_record(folder: Path, key: str) -> dict[str, Any] | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -22,6 +23,21 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 STARTS = ("normal", "uniform", "zeros", "pattern", "prior")
+
+
+# Flags that are not spelled like their setting.
+FLAG_NAMES = {"gradient_weight": "grads-weight", "tv": "TV", "bn": "BN", "group": "Group"}
+
+
+def _check_numbers(config: InversionConfig) -> None:
+    """Refuse NaN and infinity: they would only show as an attack that finds nothing."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            flag = FLAG_NAMES.get(field.name, field.name.replace("_", "-"))
+            raise InputError(f"--{flag} {value}: must be a finite number")
+    if config.patch_size < 1:
+        raise InputError("--patch-size must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -154,6 +170,7 @@ class InversionConfig:
             if value not in known:
                 raise InputError(f"{flag} {value}: choose one of {', '.join(known)}")
         make_coordinates(self.coordinates, (1, 1), torch.device("cpu"), torch.float32)
+        _check_numbers(self)
         if self.layers is not None:
             try:
                 layer_weights(1, self.layers)

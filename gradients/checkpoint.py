@@ -20,7 +20,7 @@ import torch
 from training.data import DataSpec
 from training.distributed import shard_sizes
 from training.errors import InputError
-from training.models import ModelSpec, build_model, default_stem
+from training.models import ModelSpec, build_model, default_stem, load_parameters
 from training.storage import load_checkpoint, save_checkpoint
 
 FORMAT_VERSION = 1
@@ -108,7 +108,7 @@ class Target:
         """The shared model with its parameters, in the mode the client used."""
         model = build_model(self.model)
         try:
-            model.load_state_dict(self.state_dict)
+            load_parameters(model, self.state_dict)
         except RuntimeError as error:
             raise InputError(
                 f"the checkpoint's parameters do not fit {self.model.arch} with "

@@ -80,6 +80,7 @@ def share_update(
     labels: torch.Tensor,
     settings: ClientSettings,
     process: Process | None = None,
+    measured: dict[str, Any] | None = None,
 ) -> Target | None:
     """Compute what a client shares for a batch.
 
@@ -94,6 +95,8 @@ def share_update(
         labels: N class indices.
         settings: What the client does.
         process: This process among the client's processes.
+        measured: Takes what the defenses cost, for the record: `update_cosine` between
+            what is shared and the update before them.
 
     Returns:
         What an attacker sees, on the CPU; None on all processes but the first.
@@ -119,6 +122,8 @@ def share_update(
         return None
     view = ClientView(model, inputs, labels, generator(settings.seed, _DEFENSES))
     shared = apply_defenses(settings.defenses, update, view)
+    if measured is not None and settings.privacy is None:
+        measured["update_cosine"] = update_cosine(shared, update)
     return Target(
         model=model_spec,
         data=data_spec,
@@ -134,6 +139,19 @@ def share_update(
         dropout_seed=run.dropout_seed,
         running_after=run.running_after(),
     )
+
+
+def update_cosine(shared: Parameters, update: Parameters) -> float:
+    """How much of the update's direction is left in what is shared (1: all of it).
+
+    What is not shared counts as zero.
+    """
+    dot = sum(float((shared[name].double() * update[name].double()).sum()) for name in shared)
+    squares = [
+        sum(float(value.double().square().sum()) for value in tensors.values())
+        for tensors in (shared, update)
+    ]
+    return dot / max((squares[0] * squares[1]) ** 0.5, 1e-30)
 
 
 def _words(settings: ClientSettings) -> tuple[str, ...]:
