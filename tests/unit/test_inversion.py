@@ -373,4 +373,4 @@ def test_a_small_smooth_network_gives_its_image_away_exactly() -> None:
         balance=0.3, balance_end=0.0, polish=300,
     )  # fmt: skip
     found = invert(made, config)
-    assert float(psnr(found, made[1].images)) > 60
+    assert float(psnr(found.images, made[1].images)) > 60
