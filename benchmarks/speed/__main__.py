@@ -124,10 +124,13 @@ def _chosen(args: argparse.Namespace) -> list[Case]:
 
 
 def _iterations(args: argparse.Namespace) -> Rows:
+    import torch
+
     from benchmarks.speed.iterations import measure_case
 
     for case in _chosen(args):
-        yield measure_case(case, args.repeats, args.seconds / (5 if args.quick else 1), args.seed)
+        seconds = args.seconds / (5 if args.quick else 1)
+        yield measure_case(case, args.repeats, seconds, args.seed, torch.get_num_threads())
 
 
 def _restarts(args: argparse.Namespace) -> Rows:
