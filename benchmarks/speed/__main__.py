@@ -78,7 +78,8 @@ def _run_section(name: str, args: argparse.Namespace) -> None:
     from benchmarks.speed.render import SECTIONS, render
     from training.storage import write_json, write_text
 
-    folder, made, rows = Path(args.output), _provenance(args), []
+    folder, made = Path(args.output), _provenance(args)
+    rows: list[dict[str, Any]] = []
     for row in tqdm(MEASUREMENTS[name](args), desc=name, unit="row"):
         rows.append(row)
         # What is measured stays, also where the rest is interrupted.
