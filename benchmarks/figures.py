@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.cells import Cell
-from benchmarks.columns import dig, find_column
+from benchmarks.columns import dig, find_column, measured_leakage
 from benchmarks.report import Picture
 from benchmarks.results import RowResult, TableResult
 from benchmarks.statistics import summarize
@@ -261,7 +261,31 @@ def _layers(result: TableResult, store: Store, folder: Path) -> Iterator[Picture
     yield Picture(path, "Rank-analysis index per layer (above zero: underdetermined)")
 
 
+def _rounds(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]:
+    """Leakage over the rounds of a federation: a panel per row, a line per site."""
+    rows = [row for row in result.rows if row.runs and dig(row.runs[0], "federated.leakage")]
+    if not rows:
+        return
+    figure, axes = _subplots(1, len(rows), 3.2, 2.8)
+    for ax, row in zip(axes[0], rows, strict=True):
+        run = row.runs[0]
+        for site in sorted({entry["site"] for entry in run["federated"]["leakage"]}):
+            entries = [e for e in measured_leakage(run, site) if e["rdlv"] is not None]
+            rounds = [entry["round"] for entry in entries]
+            ax.plot(rounds, [entry["rdlv"] for entry in entries], "o-", ms=3, label=site)
+        ax.axhline(0, color="k", lw=0.8)
+        ax.set_title(", ".join(row.row.labels.values()), fontsize=8)
+        ax.set_xlabel("round")
+        ax.sharey(axes[0][0])
+    axes[0][0].set_ylabel("RDLV (largest of the site's images)")
+    axes[0][0].legend(fontsize=7)
+    path = folder / "rounds.png"
+    _save(figure, path)
+    yield Picture(path, "Relative data leakage value over the rounds of the federation")
+
+
 FIGURES: dict[str, Draw] = {
+    "rounds": _rounds,
     "reconstructions": _reconstructions,
     "tradeoff": _tradeoff,
     "bars": _bars,

@@ -20,7 +20,7 @@ UNFINISHED = ("running", "interrupted")
 
 @dataclass(frozen=True)
 class Stage:
-    """One of the three commands, as cells run it.
+    """One of the commands, as cells run it.
 
     Attributes:
         name: What tables call it.
@@ -143,6 +143,14 @@ STAGES: dict[str, Stage] = {
             outputs=lambda folder: {"root": str(folder), "id": "cell"},
             record="record.json",
             parser=_attack_parser,
+        ),
+        Stage(
+            name="federated",
+            script=("-m", "federated.recipe"),
+            rooms=("training", "gradients", "attack", "federated"),
+            outputs=lambda folder: {"workspace": str(folder)},
+            record="run.json",
+            distributed=False,
         ),
     )
 }

@@ -372,10 +372,23 @@ def write_run(job: Job, workspace: Path, **details: Any) -> Path:
         "num_rounds": job.num_rounds,
         "test_accuracy": _mean_accuracy(scores, f"SRV_{FINAL_MODEL}"),
         "best_test_accuracy": _mean_accuracy(scores, f"SRV_best_{FINAL_MODEL}"),
+        "leakage": measured_leakage(workspace),
         "provenance": provenance(device, seed=0),
     }
     write_json(workspace / RUN_FILE, {**record, **details})
     return workspace / RUN_FILE
+
+
+def measured_leakage(workspace: Path) -> list[dict[str, Any]]:
+    """What every site measured in every round, as far as tables need it."""
+    from federated.leakage import read_leakage
+
+    try:
+        records = read_leakage(workspace)
+    except InputError:
+        return []
+    keys = ("site", "round", "rdlv", "images", "decision", "statement")
+    return [{key: record.content[key] for key in keys} for record in records]
 
 
 def _mean_accuracy(scores: Mapping[str, Any], model: str) -> float | None:

@@ -352,3 +352,15 @@ def test_resumed_ends_as_uninterrupted(
     assert torch.equal(resumed.images, expected.images)
     assert torch.equal(resumed.labels, expected.labels)
     assert resumed.objective == expected.objective
+
+
+@pytest.mark.parametrize(("hold", "fallen"), [(0.0, 12), (1e9, 0)])
+def test_the_balance_stays_where_the_gradient_is_matched_well(
+    lenet: tuple[Target, Truth], hold: float, fallen: int
+) -> None:
+    config = change(balance=0.5, balance_end=0.05, balance_hold=hold)
+    inversion = Inversion(lenet[0], lenet[1].labels, config, device=CPU)
+    inversion.run()
+    restart = inversion.restarts[0]
+    assert restart.fallen == fallen
+    assert inversion._balance(restart) == pytest.approx(0.05 if fallen else 0.5)
