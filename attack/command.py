@@ -42,6 +42,7 @@ FIELDS = {
     "registration": "registration",
     "balance": "balance",
     "balance_end": "balance_end",
+    "balance_hold": "balance_hold",
     "coordinates": "coordinates",
     "box": "box",
     "input_noise": "input_noise",
@@ -59,6 +60,7 @@ FIELDS = {
     "polish": "polish",
     "joint_labels": "joint_labels",
     "exact_bn": "exact_bn",
+    "bn_from_update": "bn_from_update",
     "double": "double",
     "adaptive": "adaptive",
 }
@@ -123,6 +125,11 @@ def _add_loss_arguments(parser: argparse.ArgumentParser) -> None:
         "--exact-bn", action="store_true", help="the target's batch statistics, not running ones"
     )
     group.add_argument(
+        "--bn-from-update",
+        action="store_true",
+        help="those that the client's running statistics after its training give away",
+    )
+    group.add_argument(
         "--features", type=float, default=0.0, help="weight of the last layer's features"
     )
     group.add_argument("--input-norm", type=float, default=0.0)
@@ -136,6 +143,9 @@ def _add_loss_arguments(parser: argparse.ArgumentParser) -> None:
         help="step along the priors relative to the objective's, instead of fixed weights",
     )
     group.add_argument("--balance-end", type=float, default=None, help="what it falls to")
+    group.add_argument(
+        "--balance-hold", type=float, default=0.0, help="it stays while the objective is below"
+    )
 
 
 def _add_loop_arguments(parser: argparse.ArgumentParser) -> None:
@@ -248,6 +258,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     args.explicit = sorted(vars(_explicit(parser, argv)))
     import_plugin(args.plugin)
+    _take_label_rule(args)
     _check(args)
 
     from training.distributed import launch
@@ -265,6 +276,15 @@ def _explicit(parser: argparse.ArgumentParser, argv: list[str] | None) -> argpar
     return bare.parse_args(argv)
 
 
+def _take_label_rule(args: argparse.Namespace) -> None:
+    """With `--attack`, labels are recovered as its paper does, unless a rule was given."""
+    from attack.attacks.base import get_attack
+
+    if args.attack is not None and "pseudo_label_init" not in args.explicit:
+        rule = getattr(get_attack(args.attack), "label_rule", args.pseudo_label_init)
+        args.pseudo_label_init = rule
+
+
 def _check(args: argparse.Namespace) -> None:
     """Refuse what cannot work before any work is done."""
     from attack.labels import rule_names
@@ -273,6 +293,7 @@ def _check(args: argparse.Namespace) -> None:
     from training.distributed import check_launch_arguments
 
     check_launch_arguments(args)
+    _check_places(args)
     if args.checkpoint is None:
         raise InputError("--checkpoint: give the gradient checkpoint to invert")
     if args.pseudo_label_init not in rule_names():
@@ -295,10 +316,24 @@ def _check(args: argparse.Namespace) -> None:
     for flag, asked in needs_truth.items():
         if asked and truth is None:
             raise InputError(f"{flag}: {args.checkpoint} holds no true images and labels")
+    if args.prior is not None:
+        _prior(args, target)
     if args.superparameters_search:
         if args.simulation_checkpoint is None:
             raise InputError("--superparameters-search needs --simulation-checkpoint PATH")
         load_target(args.simulation_checkpoint, "--simulation-checkpoint")
+
+
+def _check_places(args: argparse.Namespace) -> None:
+    """Refuse names and folders that would fail once the attack has run."""
+    if Path(args.id).name != args.id:
+        raise InputError(f"--id {args.id}: becomes the name of a folder in --root")
+    if Path(args.root).exists() and not Path(args.root).is_dir():
+        raise InputError(f"--root: {args.root} is a file, not a folder")
+    if args.lpips_weights is not None and not Path(args.lpips_weights).is_dir():
+        raise InputError(f"--lpips-weights: there is no folder {args.lpips_weights}")
+    if args.state_every < 1 or args.save_every < 0:
+        raise InputError("--state-every must be at least 1, and --save-every not negative")
 
 
 def make_attack(args: argparse.Namespace) -> Any:
@@ -341,12 +376,14 @@ def run(process: Any, args: argparse.Namespace) -> None:
     """
     import functools
 
+    from attack.allocation import keep_freed_memory
     from attack.spreading import reconstruct_spread
     from attack.threat import find_threat
     from gradients.checkpoint import load_target
     from training.distributed import barrier, broadcast_object
 
     import_plugin(args.plugin)
+    keep_freed_memory()
     logging.basicConfig(level=logging.INFO if process.is_main else logging.ERROR)
     target, truth = load_target(args.checkpoint)
     threat = find_threat(args.threat)
@@ -370,11 +407,13 @@ def run(process: Any, args: argparse.Namespace) -> None:
     labels = _labels(args, target, truth, attack)
     if args.adaptive and args.pseudo_label_init != "known" and labels is not None:
         labels = _arranged(labels, target, attack, process.device, args.seed)
-    curve = _Curve(args, folder, truth)
+    curve = _Curve(args, folder, truth, key)
     spread = args.spread == "restarts" and process.world_size > 1
     reconstruct = attack.reconstruct
     if spread:
         reconstruct = functools.partial(reconstruct_spread, attack)
+    if args.prior is not None:
+        reconstruct = functools.partial(reconstruct, prior=_prior(args, target))
     reconstruction = reconstruct(
         target,
         labels=labels,
@@ -394,7 +433,7 @@ def run(process: Any, args: argparse.Namespace) -> None:
         write_results(args, folder, key, attack, target, truth, reconstruction, curve, process)
     barrier()
     if process.is_main:
-        for state in folder.glob(f"state-{key}*.pt"):
+        for state in folder.glob(f"state-{key}*"):
             state.unlink()
 
 
@@ -413,6 +452,14 @@ def _labels(args: argparse.Namespace, target: Any, truth: Any, attack: Any) -> A
         return truth.labels if known else None
     granted = truth.labels if args.pseudo_label_init == "known" and truth is not None else None
     return recover_labels(args.pseudo_label_init, target, truth_labels=granted)
+
+
+def _prior(args: argparse.Namespace, target: Any) -> Any:
+    """The prior image for every image of the batch."""
+    from attack.pictures import read_image
+
+    image = read_image(args.prior, tuple(target.data.shape), "--prior")
+    return image.expand(target.batch_size, *image.shape)
 
 
 def _arranged(labels: Any, target: Any, attack: Any, device: Any, seed: int) -> Any:
@@ -439,9 +486,14 @@ def _run_key(args: argparse.Namespace, attack: Any) -> str:
         "threat": threat_record(args),
         "seed": args.seed,
         "metric": [args.metric, args.one_to_one_similarity, args.GInfoR, args.lpips_weights],
-        "checkpoint": hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest(),
+        "prior": None if args.prior is None else _sha256(args.prior),
+        "checkpoint": _sha256(args.checkpoint),
     }
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _sha256(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def finished_record(folder: Path, key: str) -> dict[str, Any] | None:
@@ -456,10 +508,14 @@ def finished_record(folder: Path, key: str) -> dict[str, Any] | None:
 class _Curve:
     """Watches the attack from outside: PSNR over iterations, and pictures on the way."""
 
-    def __init__(self, args: argparse.Namespace, folder: Path, truth: Any) -> None:
+    def __init__(self, args: argparse.Namespace, folder: Path, truth: Any, key: str) -> None:
         self.folder, self.save_every = folder, args.save_every
         self.truth = truth if args.metric else None
+        # A continued run keeps the points of the interrupted one.
+        self.file = folder / f"state-{key}-curve.json"
         self.points: list[dict[str, float]] = []
+        if self.file.exists():
+            self.points = json.loads(self.file.read_text())
 
     def every(self, config: Any) -> int:
         """Iterations between two snapshots."""
@@ -472,11 +528,15 @@ class _Curve:
     def __call__(self, iteration: int, images: Any) -> None:
         from attack.metrics import assign, psnr
         from attack.pictures import save_images
+        from training.storage import write_json
 
         if self.truth is not None:
             ordered = images[assign(images, self.truth.images)]
             mean = float(psnr(ordered, self.truth.images).mean())
-            self.points.append({"iteration": iteration, "psnr": mean})
+            # Iterations after the last saved state are run again.
+            earlier = [point for point in self.points if point["iteration"] < iteration]
+            self.points = [*earlier, {"iteration": iteration, "psnr": mean}]
+            write_json(self.file, self.points)
         if self.save_every:
             name = f"progress_{iteration:06d}.png"
             save_images(self.folder / name, images, title=f"iteration {iteration}")

@@ -32,6 +32,7 @@ from attack.regularizers import (
     GroupConsistency,
     InputNorm,
     ModelPenalty,
+    MovingAveragePenalty,
     PatchPrior,
     Regularizer,
     shared_features,
@@ -39,6 +40,7 @@ from attack.regularizers import (
 )
 from attack.schedules import learning_rate, staged_learning_rate
 from attack.settings import OPTIMIZERS, InversionConfig
+from attack.shared_statistics import layer_momentum, recovered_statistics
 from gradients.checkpoint import BatchStatistics, Target
 from training import distributed
 from training.errors import InputError
@@ -72,6 +74,7 @@ class Restart:
         best_iteration: When the objective was smallest.
         shrink: Factor on the learning rate, below 1 after a divergence.
         divergences: Number of those.
+        fallen: Iterations in which the balance has fallen.
     """
 
     index: int
@@ -86,6 +89,7 @@ class Restart:
     best_iteration: int = 0
     shrink: float = 1.0
     divergences: int = 0
+    fallen: int = 0
     last_value: float = math.nan
 
 
@@ -137,6 +141,10 @@ class Inversion:
             raise InputError("--start prior: give the image to start from with --prior")
         if config.exact_bn and target.bn_statistics is None:
             raise InputError("--exact-bn: the checkpoint holds no batch statistics")
+        if config.bn_from_update and target.running_after is None:
+            raise InputError(
+                "--bn-from-update: the checkpoint holds no running statistics after training"
+            )
         if config.optimizer == "LBFGS" and distributed.world_size() > 1:
             raise InputError("--optim LBFGS runs on one process; use Adam and --polish here")
         self.adaptation = (
@@ -220,22 +228,32 @@ class Inversion:
             penalties.append((self.config.features, FeaturePenalty(known, self.target.batch_size)))
         return penalties
 
-    def _batch_norm_penalty(self) -> BatchNormPenalty:
+    def _batch_norm_penalty(self) -> ModelPenalty:
         known, groups = self._known_statistics()
-        known = [
-            {
-                k: (m.to(self.device, self.dtype), v.to(self.device, self.dtype))
-                for k, (m, v) in s.items()
-            }
-            for s in known
-        ]
+        known = [self._moved(statistics) for statistics in known]
         if not known[0]:
             raise InputError(f"--BN: {self.target.model.arch} has no BatchNorm layer to match")
         whole_batch = self.replica.groups is None
-        return BatchNormPenalty(known, groups, whole_batch)
+        if not self.config.bn_from_update:
+            return BatchNormPenalty(known, groups, whole_batch)
+        if self.target.local.steps > 1:
+            processes = len(self.replica.placement.shards) or 1
+            return MovingAveragePenalty(known[0], layer_momentum(self.target), processes)
+        # The client shares the buffers of one process; its others' statistics are unknown.
+        first = self.replica.first_group
+        counted = [whole_batch or first + index == 0 for index in range(len(groups))]
+        return BatchNormPenalty(known, groups, whole_batch, counted)
+
+    def _moved(self, statistics: BatchStatistics) -> BatchStatistics:
+        return {
+            name: (mean.to(self.device, self.dtype), variance.to(self.device, self.dtype))
+            for name, (mean, variance) in statistics.items()
+        }
 
     def _known_statistics(self) -> tuple[list[BatchStatistics], list[int]]:
         groups = self.replica.groups or [self.replica.sizes[distributed.rank()]]
+        if self.config.bn_from_update:
+            return [recovered_statistics(self.target)], groups
         if not self.config.exact_bn:
             return [running_statistics(self.replica.model)], groups
         exact = self.target.bn_statistics
@@ -399,7 +417,8 @@ class Inversion:
         if not math.isfinite(value):
             return value
         self._keep_best(restart, inputs, value, iteration)
-        total = self._combine(match, prior_gradient, iteration)
+        self._advance_balance(restart, value)
+        total = self._combine(match, prior_gradient, self._balance(restart))
         gradient = self.coordinates.pull_back(total)
         restart.variable.grad = self._signed(gradient, iteration)
         if restart.label_logits is not None:
@@ -438,13 +457,15 @@ class Inversion:
         (gradient,) = torch.autograd.grad(total, leaf)
         return float(total.detach()), gradient
 
-    def _combine(self, match: Match, prior: torch.Tensor | None, iteration: int) -> torch.Tensor:
+    def _combine(
+        self, match: Match, prior: torch.Tensor | None, balance: float | None
+    ) -> torch.Tensor:
         """The direction in image space: weighted sum, or balanced lengths."""
-        if self.config.balance is None:
+        if balance is None:
             return match.input_gradient if prior is None else match.input_gradient + prior
         parts = [
             (1.0, match.input_gradient),
-            (self._balance(iteration), prior),
+            (balance, prior),
             (self.config.bn, match.penalty_gradient),
         ]
         present = [(length, g) for length, g in parts if g is not None]
@@ -453,12 +474,16 @@ class Inversion:
         units = [part * (k / norm) for (k, part), norm in zip(present, lengths, strict=True)]
         return torch.stack(units).sum(0)
 
-    def _balance(self, iteration: int) -> float:
-        assert self.config.balance is not None
-        if self.config.balance_end is None:
-            return self.config.balance
-        progress = iteration / self.config.iterations
-        return self.config.balance + progress * (self.config.balance_end - self.config.balance)
+    def _advance_balance(self, restart: Restart, value: float) -> None:
+        """Let the balance fall by one iteration, unless the prior stands in nobody's way."""
+        if value > self.config.balance_hold:
+            restart.fallen += 1
+
+    def _balance(self, restart: Restart) -> float | None:
+        start, end = self.config.balance, self.config.balance_end
+        if start is None or end is None:
+            return start
+        return start + restart.fallen / self.config.iterations * (end - start)
 
     def _learning_rate(self, iteration: int) -> float:
         config = self.config

@@ -18,10 +18,11 @@ one flat buffer; each process differentiates its own images.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,14 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attack.activations import RecordActivations, ReplayActivations, TwiceDifferentiable
-from attack.objectives import Objective, inner_product, squared_norm
+from attack.objectives import (
+    Objective,
+    Products,
+    in_pieces,
+    inner_product,
+    products_with,
+    squared_norm,
+)
 from gradients.checkpoint import Target
 from gradients.local_update import Placement, unrolled_update
 from training import distributed
@@ -195,9 +203,13 @@ class GradientMatcher:
         self.agreement: float | None = None
         self._steps = STEP_SIZES[_precision(replica.target_gradient)]
         self.step: float | None = self._steps[0] if hvp != "exact" else None
-        self._perturbed = copy.deepcopy(replica.model).requires_grad_(False)
+        self._perturbed = _sharing_copy(replica.model)
         moved = dict(self._perturbed.named_parameters())
         self._moved: Tensors = [moved[name] for name in replica.names]
+        # Entries are paired in memory order; a checkpoint may hold any layout.
+        pairs = zip(replica.target_gradient, _detached(replica.parameters), strict=True)
+        self._goal: Tensors = [_laid_out_as(t, p) for t, p in pairs]
+        self._target_squared = float(squared_norm(replica.target_gradient))
         self._theta_norm = float(squared_norm(_detached(replica.parameters)).sqrt())
         if replica.local.steps > 1:
             self._require_one_process()
@@ -273,7 +285,7 @@ class GradientMatcher:
         values, lengths = [], []
         for restart in range(len(inputs)):
             value, seed = self._value_and_seed([gradients[n][restart] for n in theta])
-            h = self._perturbation(seed, step)
+            h = self._perturbation(float(squared_norm(seed).sqrt()), step)
             torch._foreach_add_([moved[n][restart] for n in theta], seed, alpha=h)
             values.append(value)
             lengths.append(h)
@@ -290,9 +302,9 @@ class GradientMatcher:
             lambda z: torch.func.functional_call(self._perturbed, parameters, (z,)), x, labels
         )
 
-    def _perturbation(self, seed: Tensors, step: float) -> float:
-        """h such that h times the seed is `step` times as long as the parameters."""
-        return step * self._theta_norm / max(float(squared_norm(seed).sqrt()), 1e-30)
+    def _perturbation(self, length: float, step: float) -> float:
+        """h such that h times a seed of this length is `step` times as long as theta."""
+        return step * self._theta_norm / max(length, 1e-30)
 
     def value(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The objective alone, a scalar in float64."""
@@ -381,37 +393,87 @@ class GradientMatcher:
             loss = self.replica.loss(self.replica.model, *_fill(variables, labels))
         n = len(self.replica.parameters)
         first = torch.autograd.grad(loss, [*self.replica.parameters, *variables])
-        value, seed = self._value_and_seed(list(first[:n]))
-        h = self._perturbation(seed, step)
-        torch._foreach_copy_(self._moved, _detached(self.replica.parameters))
-        torch._foreach_add_(self._moved, seed, alpha=h)
+        at_theta = first[n:]
+        value, moved, h = self._moved_parameters(list(first[:n]), step)
+        del loss, first
 
-        moved = _variables(inputs, labels)
+        variables = _variables(inputs, labels)
         observe = None if penalty is None else penalty(self._perturbed)
-        with ReplayActivations(record.replays, record.switches):
-            loss = self.replica.loss(self._perturbed, *_fill(moved, labels))
-        extra = None if observe is None else observe()
-        alone = _penalty_gradient(extra, moved[0]) if apart else None
-        # The penalty rides along in the second pass; that it is taken at slightly
-        # moved parameters changes it in the fifth digit.
-        total = loss * (weight / h)
-        if extra is not None and not apart:
-            total = total + extra
-        second = torch.autograd.grad(total, moved)
-        result = [b.sub_(a, alpha=weight / h) for a, b in zip(first[n:], second, strict=True)]
+        with self._at(moved), ReplayActivations(record.replays, record.switches):
+            loss = self.replica.loss(self._perturbed, *_fill(variables, labels))
+            extra = None if observe is None else observe()
+            alone = _penalty_gradient(extra, variables[0]) if apart else None
+            # The penalty rides along in the second pass; that it is taken at slightly
+            # moved parameters changes it in the fifth digit.
+            total = loss * (weight / h)
+            if extra is not None and not apart:
+                total = total + extra
+            at_moved = torch.autograd.grad(total, variables)
+        result = [b.sub_(a, alpha=weight / h) for a, b in zip(at_theta, at_moved, strict=True)]
         return _match(value, result, extra, alone)
 
+    def _moved_parameters(
+        self, gradient: Tensors, step: float
+    ) -> tuple[torch.Tensor, Tensors, float]:
+        """The objective, theta + h v, and h; the gradient's memory is used for the second."""
+        theta, target = _detached(self.replica.parameters), self._goal
+        gradient = [_laid_out_as(g, t) for g, t in zip(self._summed(gradient), theta, strict=True)]
+        gg, gt = products_with(gradient, target)
+        affine = self.objective.affine_seed(Products(gg, gt, self._target_squared))
+        if affine is None:
+            value, seed = self.objective.value_and_seed(gradient, target)
+            h = self._perturbation(float(squared_norm(seed).sqrt()), step)
+            torch._foreach_mul_(seed, h)
+            torch._foreach_add_(seed, theta)
+            return value, seed, h
+        h = self._perturbation(affine.length, step)
+        for g, t, p in in_pieces(gradient, target, theta):
+            # What is small is added first: the sum with theta rounds only once.
+            g.mul_(h * affine.on_gradient).add_(t, alpha=h * affine.on_target).add_(p)
+        return gradient[0].new_tensor(affine.value, dtype=torch.float64), gradient, h
+
+    @contextlib.contextmanager
+    def _at(self, parameters: Tensors) -> Iterator[None]:
+        """Within the block the perturbed model has these parameters."""
+        for mine, moved in zip(self._moved, parameters, strict=True):
+            mine.data = moved
+        try:
+            yield
+        finally:
+            for mine, theta in zip(self._moved, self.replica.parameters, strict=True):
+                mine.data = theta.data
+
     def _value_and_seed(self, gradient: Tensors) -> tuple[torch.Tensor, Tensors]:
-        """The objective of the whole batch's gradient: the parts of all processes added."""
-        if distributed.world_size() > 1:
-            flat = distributed.all_reduce(torch.cat([g.flatten() for g in gradient]))
-            pieces = flat.split([g.numel() for g in gradient])
-            gradient = [p.view_as(g) for p, g in zip(pieces, gradient, strict=True)]
-        return self.objective.value_and_seed(gradient, self.replica.target_gradient)
+        """The objective of the whole batch's gradient."""
+        return self.objective.value_and_seed(self._summed(gradient), self.replica.target_gradient)
+
+    @staticmethod
+    def _summed(gradient: Tensors) -> Tensors:
+        """The gradient of the whole batch: the parts of all processes added."""
+        if distributed.world_size() == 1:
+            return gradient
+        flat = distributed.all_reduce(torch.cat([g.flatten() for g in gradient]))
+        pieces = flat.split([g.numel() for g in gradient])
+        return [p.view(g.shape) for p, g in zip(pieces, gradient, strict=True)]
 
 
 def _precision(tensors: Tensors) -> torch.dtype:
     return torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+
+
+def _sharing_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model on the same memory, whose parameters need no gradient."""
+    shared: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()
+    }
+    return copy.deepcopy(model, shared)
+
+
+def _laid_out_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The tensor with another's strides."""
+    if tensor.stride() == like.stride():
+        return tensor
+    return torch.empty_like(like).copy_(tensor)
 
 
 def _detached(tensors: Tensors) -> Tensors:

@@ -9,11 +9,48 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
 Tensors = list[torch.Tensor]
+# Entries that are taken at once on a CPU: three such pieces stay in its cache.
+PIECE = 1 << 16
+# Share of the value that products of float32 gradients must leave to be trusted.
+CANCELLATION = 1e-3
+
+
+@dataclass(frozen=True)
+class Products:
+    """Inner products of a gradient g and the target gradient t.
+
+    Attributes:
+        gg: <g, g>.
+        gt: <g, t>.
+        tt: <t, t>.
+    """
+
+    gg: float
+    gt: float
+    tt: float
+
+
+@dataclass(frozen=True)
+class AffineSeed:
+    """An objective whose derivative is a combination of g and t.
+
+    Attributes:
+        value: The objective.
+        on_gradient: Factor of g in the derivative.
+        on_target: Factor of t.
+        length: Norm of the derivative.
+    """
+
+    value: float
+    on_gradient: float
+    on_target: float
+    length: float
 
 
 class Objective(abc.ABC):
@@ -38,6 +75,17 @@ class Objective(abc.ABC):
             torch.zeros_like(g) if s is None else s for g, s in zip(leaves, seed, strict=True)
         ]
 
+    def affine_seed(self, products: Products) -> AffineSeed | None:
+        """Value and derivative from inner products alone, where that is possible.
+
+        It spares the sweeps over all parameters of `value_and_seed`.
+
+        Returns:
+            None where the objective is not such, or where its value is so small that
+            the difference of products would have lost its digits.
+        """
+        return None
+
 
 def squared_norm(tensors: Tensors) -> torch.Tensor:
     """Sum of squares over all entries, the layers added in float64.
@@ -53,6 +101,33 @@ def inner_product(a: Tensors, b: Tensors) -> torch.Tensor:
     """Inner product over all entries, the layers added in float64."""
     dots = [torch.dot(x.flatten(), y.flatten()) for x, y in zip(a, b, strict=True)]
     return torch.stack(dots).double().sum()
+
+
+def products_with(gradient: Tensors, target: Tensors) -> tuple[float, float]:
+    """<g, g> and <g, t>, each entry read once from memory; pieces are added in float64.
+
+    Args:
+        gradient: One tensor per shared parameter.
+        target: The same shapes and layouts.
+    """
+    pairs = [torch.stack((g.dot(g), g.dot(t))) for g, t in in_pieces(gradient, target)]
+    gg, gt = torch.stack(pairs).double().sum(0).tolist()
+    return gg, gt
+
+
+def in_pieces(*lists: Tensors) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Matching one-dimensional pieces of several lists of tensors, in memory order.
+
+    On a CPU a piece fits the cache, so that several operations on it cost one pass over
+    the memory; on a GPU, where a launch costs more, a piece is a whole tensor.
+
+    Args:
+        lists: Of the same shapes and layouts; entries are views, to be changed in place.
+    """
+    for tensors in zip(*lists, strict=True):
+        flat = [t.as_strided((t.numel(),), (1,), t.storage_offset()) for t in tensors]
+        size = PIECE if flat[0].device.type == "cpu" else max(1, flat[0].numel())
+        yield from zip(*(f.split(size) for f in flat), strict=True)
 
 
 class Cosine(Objective):
@@ -90,6 +165,17 @@ class Cosine(Objective):
         torch._foreach_mul_(difference, (1 / g_norm).to(dtype))
         return value, list(difference)
 
+    def affine_seed(self, products: Products) -> AffineSeed | None:
+        """See `Objective.affine_seed`; ((1 - D) u - w) / |g| is sin(g, t) / |g| long."""
+        if products.gg <= 0 or products.tt <= 0:
+            return None
+        g_norm, t_norm = math.sqrt(products.gg), math.sqrt(products.tt)
+        cosine = products.gt / (g_norm * t_norm)
+        if not 1 - cosine > CANCELLATION:
+            return None
+        length = math.sqrt(max(0.0, 1 - cosine**2)) / g_norm
+        return AffineSeed(1 - cosine, cosine / products.gg, -1 / (g_norm * t_norm), length)
+
 
 class L2(Objective):
     """Sum of squared differences, the objective of DLG (`L2`).
@@ -109,6 +195,13 @@ class L2(Objective):
         value = squared_norm(difference)
         torch._foreach_mul_(difference, 2.0)
         return value, difference
+
+    def affine_seed(self, products: Products) -> AffineSeed | None:
+        """See `Objective.affine_seed`."""
+        value = products.gg - 2 * products.gt + products.tt
+        if not value > CANCELLATION * max(products.gg, products.tt):
+            return None
+        return AffineSeed(value, 2.0, -2.0, 2 * math.sqrt(value))
 
 
 class LayerNorms(Objective):
@@ -188,7 +281,7 @@ def layer_weights(n: int, kind: str) -> list[float]:
             "first:K" / "last:K" (only these parameters).
 
     Raises:
-        ValueError: Unknown kind.
+        ValueError: Unknown kind, or none of the parameters.
     """
     name, _, count = kind.partition(":")
     if name == "linear":
@@ -197,7 +290,7 @@ def layer_weights(n: int, kind: str) -> list[float]:
         return [0.5 ** (i / max(1, n / 4)) for i in range(n)]
     if name == "decay":
         return [math.exp(-(i // 2) / 2) for i in range(n)]
-    if name in ("first", "last") and count.isdigit():
+    if name in ("first", "last") and count.isdigit() and int(count) > 0:
         chosen = range(int(count)) if name == "first" else range(n - int(count), n)
         return [1.0 if i in chosen else 0.0 for i in range(n)]
     raise ValueError(f"unknown layer weights {kind}; known: linear, exp, decay, first:K, last:K")

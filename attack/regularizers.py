@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -69,8 +69,9 @@ class IsotropicTV(Regularizer):
         """See `Regularizer`."""
         if self.double_opponents and images.shape[-3] == 3:
             images = torch.cat([images, images - images.roll(1, dims=-3)], dim=-3)
-        across = images[..., :-1, 1:] - images[..., :-1, :-1]
-        down = images[..., 1:, :-1] - images[..., :-1, :-1]
+        # Differences over the border are 0, so that the last row and column count as well.
+        across = F.pad(images.diff(dim=-1), (0, 1))
+        down = F.pad(images.diff(dim=-2), (0, 0, 0, 1))
         return (across.square() + down.square() + SMOOTHING).sqrt().mean((-3, -2, -1))
 
 
@@ -216,20 +217,26 @@ class BatchNormPenalty:
         groups: Images of this process per group.
         synchronized: Whether one batch is spread over the processes. Otherwise every
             process has groups of its own.
+        counted: Whether each group's statistics are known at all; default: they are.
 
     Source: DeepInversion (Yin et al. 2020), eq. 4, https://arxiv.org/abs/1912.08795;
     GradInversion (2021), eq. 10.
     """
 
     def __init__(
-        self, known: list[BatchStatistics], groups: list[int], synchronized: bool = False
+        self,
+        known: list[BatchStatistics],
+        groups: list[int],
+        synchronized: bool = False,
+        counted: list[bool] | None = None,
     ) -> None:
         self.known = known
         self.groups = groups
         self.synchronized = synchronized
-        # Processes add their penalties up; the sum is the mean over all groups.
+        self._counted = counted or [True] * len(groups)
+        # Processes add their penalties up; the sum is the mean over all known groups.
         device = next(iter(known[0].values()))[0].device
-        parts = distributed.all_reduce(torch.tensor(float(len(groups)), device=device))
+        parts = distributed.all_reduce(torch.tensor(float(sum(self._counted)), device=device))
         self._parts = float(parts)
 
     def __call__(self, model: torch.nn.Module) -> Callable[[], torch.Tensor]:
@@ -260,7 +267,8 @@ class BatchNormPenalty:
         for index, group in enumerate(features.split(self.groups)):
             known_mean, known_var = self.known[min(index, len(self.known) - 1)][name]
             mean, var = self._moments(group, dims)
-            terms += [_norm(mean - known_mean), _norm(var - known_var)]
+            weight = float(self._counted[index])
+            terms += [weight * _norm(mean - known_mean), weight * _norm(var - known_var)]
         return torch.stack(terms).sum() / self._parts
 
     def _moments(self, x: torch.Tensor, dims: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -274,6 +282,62 @@ class BatchNormPenalty:
         shape = [1, -1] + [1] * (x.dim() - 2)
         var = differentiable_all_reduce((x - mean.view(shape)).square().sum(dims)) / total
         return mean, var
+
+
+class MovingAveragePenalty:
+    """Distance of the candidate's running statistics after several local steps from known ones.
+
+    As `BatchNormPenalty`, but what is compared is the average over the client's local
+    steps that its running statistics have taken: step k of K counts with
+    m (1 - m)^(K - 1 - k), m being the layer's momentum. The steps' own statistics can't
+    be told apart.
+
+    Args:
+        known: Average mean and average unbiased variance, per layer.
+        momentum: Per layer.
+        processes: Of the client; every step is a forward pass for each of them, and the
+            first one's statistics are the known ones.
+    """
+
+    def __init__(
+        self, known: BatchStatistics, momentum: Mapping[str, float], processes: int = 1
+    ) -> None:
+        self.known, self.momentum, self.processes = known, momentum, processes
+
+    def __call__(self, model: torch.nn.Module) -> Callable[[], torch.Tensor]:
+        """Watch the forward passes of `model`; the result gives the penalty after them."""
+        passes: dict[str, list[torch.Tensor]] = {name: [] for name in self.known}
+        modules = dict(model.named_modules())
+
+        def watch(seen: list[torch.Tensor]) -> Callable[..., None]:
+            def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+                seen.append(_mean_and_variance(inputs[0]))
+
+            return hook
+
+        handles = [modules[n].register_forward_pre_hook(watch(passes[n])) for n in passes]
+
+        def total() -> torch.Tensor:
+            for handle in handles:
+                handle.remove()
+            terms = [self._distance(name, seen) for name, seen in passes.items()]
+            return torch.stack(terms).sum()
+
+        return total
+
+    def _distance(self, name: str, seen: list[torch.Tensor]) -> torch.Tensor:
+        steps = torch.stack(seen[:: self.processes])
+        keep = 1 - self.momentum[name]
+        weights = keep ** torch.arange(len(steps) - 1, -1, -1).to(steps)
+        mean, variance = torch.einsum("k,ksc->sc", weights / weights.sum(), steps)
+        known_mean, known_variance = self.known[name]
+        return _norm(mean - known_mean) + _norm(variance - known_variance)
+
+
+def _mean_and_variance(features: torch.Tensor) -> torch.Tensor:
+    """Mean and unbiased variance per channel, 2 x C."""
+    dims = [0, *range(2, features.dim())]
+    return torch.stack([features.mean(dims), features.var(dims, unbiased=True)])
 
 
 def _norm(x: torch.Tensor) -> torch.Tensor:

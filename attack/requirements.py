@@ -47,6 +47,9 @@ def requirements(
 def _of_settings(config: InversionConfig, target: Target) -> Iterator[tuple[str, Capabilities]]:
     if config.exact_bn:
         yield "--exact-bn", frozenset({Capability.BATCH_STATISTICS})
+    elif config.bn_from_update:
+        # What a client's moved running statistics say is what the batch's are.
+        yield "--bn-from-update", frozenset({Capability.BATCH_STATISTICS})
     elif config.bn > 0:
         yield "--BN", frozenset({Capability.RUNNING_STATISTICS})
     if target.local.steps > 1:
@@ -67,7 +70,7 @@ def granted_capabilities(args: argparse.Namespace) -> Capabilities:
         return threat.grants
     flags = {
         Capability.LABELS: args.pseudo_label_init == "known",
-        Capability.BATCH_STATISTICS: args.exact_bn,
+        Capability.BATCH_STATISTICS: args.exact_bn or args.bn_from_update,
         Capability.DEFENSE: adapts(args),
     }
     return _UNSAID | {capability for capability, given in flags.items() if given}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -22,6 +23,21 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 STARTS = ("normal", "uniform", "zeros", "pattern", "prior")
+
+
+# Flags that are not spelled like their setting.
+FLAG_NAMES = {"gradient_weight": "grads-weight", "tv": "TV", "bn": "BN", "group": "Group"}
+
+
+def _check_numbers(config: InversionConfig) -> None:
+    """Refuse NaN and infinity: they would only show as an attack that finds nothing."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            flag = FLAG_NAMES.get(field.name, field.name.replace("_", "-"))
+            raise InputError(f"--{flag} {value}: must be a finite number")
+    if config.patch_size < 1:
+        raise InputError("--patch-size must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -57,8 +73,10 @@ class InversionConfig:
             squared distance, as GradInversion.
         balance: Length of the regulariser's step relative to the objective's; None
             adds the weighted gradients as they are. Needs no tuning per model.
-        balance_end: What `balance` falls to by the last iteration on targets whose
-            objective is matched well; see `Inversion`.
+        balance_end: What `balance` falls to by the last iteration; None: it stays.
+        balance_hold: Objective below which the balance does not fall: where the gradient
+            is matched that well beside the prior, many images match it, and the prior
+            alone tells them apart. 0: it always falls.
         coordinates: "pixels" or "dct[:exponent]".
         box: Keep the images in the valid range.
         input_noise: Standard deviation, in learning rates, of the noise added to the
@@ -79,6 +97,8 @@ class InversionConfig:
         polish: Iterations of L-BFGS on the best iterate at the end.
         joint_labels: Optimise label logits together with the images.
         exact_bn: Match the batch statistics of the target instead of running ones.
+        bn_from_update: Match what the client's running statistics after its training
+            say about its batch, see `attack.shared_statistics`.
         double: Compute in float64.
         adaptive: Take the client's stated defenses into account, see `attack.adaptive`.
     """
@@ -109,6 +129,7 @@ class InversionConfig:
     registration: bool = False
     balance: float | None = None
     balance_end: float | None = None
+    balance_hold: float = 0.0
     coordinates: str = "pixels"
     box: bool = True
     input_noise: float = 0.0
@@ -127,6 +148,7 @@ class InversionConfig:
     polish: int = 0
     joint_labels: bool = False
     exact_bn: bool = False
+    bn_from_update: bool = False
     double: bool = False
     adaptive: bool = False
 
@@ -148,6 +170,7 @@ class InversionConfig:
             if value not in known:
                 raise InputError(f"{flag} {value}: choose one of {', '.join(known)}")
         make_coordinates(self.coordinates, (1, 1), torch.device("cpu"), torch.float32)
+        _check_numbers(self)
         if self.layers is not None:
             try:
                 layer_weights(1, self.layers)
@@ -157,6 +180,10 @@ class InversionConfig:
             raise InputError("--epochs and --n-seed must be at least 1")
         if self.lr <= 0:
             raise InputError(f"--lr {self.lr}: must be positive")
+        if self.bn_from_update and self.exact_bn:
+            raise InputError("--bn-from-update and --exact-bn: choose one of them")
+        if self.bn_from_update and self.bn <= 0:
+            raise InputError("--bn-from-update needs --BN, the weight of the statistics")
         if self.combine and self.restarts < 2:
             raise InputError("--MinCombine fuses several restarts; give --n-seed 2 or more")
         if self.features and (self.joint_labels or self.balance is not None):

@@ -54,7 +54,7 @@ class ThreatModel:
         """
         hidden: dict[str, tuple[str, ...] | None] = {}
         if Capability.BATCH_STATISTICS not in self.grants:
-            hidden["bn_statistics"] = None
+            hidden["bn_statistics"] = hidden["running_after"] = None
         if Capability.DEFENSE not in self.grants:
             hidden["defenses"] = ()
         return dataclasses.replace(target, **hidden)  # type: ignore[arg-type]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 # Results of one repeat of a row, by stage.
 Run = Mapping[str, Mapping[str, Any]]
+# An image above this PSNR is recovered exactly, up to rounding.
+RECOVERED_DB = 60.0
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,11 @@ def _information_ratios(run: Run) -> list[float | None]:
     return [sample["ratio"] for sample in dig(run, "attack.GInfoR.by_sample") or []]
 
 
+def _recovered(run: Run) -> list[float | None]:
+    """1 for every image that is recovered up to rounding, else 0."""
+    return [float((value or 0) > RECOVERED_DB) for value in _per_image("psnr")(run)]
+
+
 def _missing_metric(metric: str) -> Callable[[Run], str | None]:
     def note(run: Run) -> str | None:
         reason = dig(run, f"attack.evaluation.missing.{metric}")
@@ -142,6 +150,37 @@ def _is_untrained(run: Run) -> bool:
     return model is None or str(model).endswith("model_init.pth.tar")
 
 
+def _test_accuracy(run: Run) -> list[float | None]:
+    return [100 * value for value in _scalar("federated.test_accuracy")(run) if value is not None]
+
+
+def measured_leakage(run: Run, site: str) -> list[Mapping[str, Any]]:
+    """What a site of a federation measured, by round."""
+    entries = dig(run, "federated.leakage") or []
+    return sorted((e for e in entries if e["site"] == site), key=lambda e: e["round"])
+
+
+def _rdlv(site: str, round_number: int | None) -> Callable[[Run], list[float | None]]:
+    def values(run: Run) -> list[float | None]:
+        measured = measured_leakage(run, site)
+        if round_number is not None:
+            measured = [entry for entry in measured if entry["round"] == round_number]
+        return [image["rdlv"] for image in measured[-1]["images"]] if measured else []
+
+    return values
+
+
+def _rdlv_column(name: str) -> Column | None:
+    """`rdlv SITE`, of the last round measured, or `rdlv SITE round N`; per training image."""
+    found = _RDLV.fullmatch(name)
+    if found is None:
+        return None
+    site, number = found.groups()
+    header = f"RDLV {site}" if number is None else f"{site}, round {number}"
+    values = _rdlv(site, None if number is None else int(number))
+    return Column(name, header, values, 2, "high", "this site did not measure")
+
+
 def _epsilon(run: Run) -> list[float | None]:
     """Spent on the very model that was attacked, or by the one release from an untrained one."""
     stage = "extract" if _is_untrained(run) else "train"
@@ -153,13 +192,24 @@ def _epsilon_note(run: Run) -> str | None:
     return None if note is None else str(note)
 
 
+_RDLV = re.compile(r"rdlv (\S+?)(?: round (\d+))?")
 _ALL = [
     Column("validation accuracy", "val. acc. %", _validation_accuracy, 1, note=_accuracy_note),
     Column(
         "epsilon", "ε", _epsilon, None, missing="not differentially private", note=_epsilon_note
     ),
+    Column("test accuracy", "test acc. %", _test_accuracy, 1),
     Column("RA index", "RA index", _scalar("extract.rank_analysis.maximum"), 0),
+    Column("trained accuracy", "trained acc. %", _scalar("train.best_val_acc1"), 1),
+    Column(
+        "update cosine",
+        "update kept",
+        _scalar("extract.update_cosine"),
+        3,
+        missing="the noise is inside training; see the trained accuracy",
+    ),
     Column("label accuracy", "label acc.", _scalar("attack.label_accuracy"), 2, "high"),
+    Column("recovered", "recovered", _recovered, 2, "high"),
     Column("information ratio", "GInfoR", _information_ratios, 3, "high"),
     Column("objective", "objective", _scalar("attack.objective"), 5),
     Column("seconds", "seconds", _scalar("attack.seconds"), 1),
@@ -198,7 +248,7 @@ def _label_rule(name: str) -> Column:
 
 def find_column(name: str) -> Column:
     """A column by its name, or for any number of the records by `STAGE.DOTTED.PATH`."""
-    known = COLUMNS.get(name)
+    known = COLUMNS.get(name) or _rdlv_column(name)
     if name.startswith(BY_RULE):
         return _label_rule(name)
     return known or Column(name, name.rpartition(".")[2].replace("_", " "), _scalar(name))
@@ -242,4 +292,5 @@ def find_view(name: str) -> View:
 def is_known(name: str) -> bool:
     """Whether a table may show a column of this name."""
     column = find_view(name).column
-    return column.name in COLUMNS or "." in column.name or column.name.startswith(BY_RULE)
+    computed = column.name.startswith(BY_RULE) or _rdlv_column(column.name) is not None
+    return column.name in COLUMNS or "." in column.name or computed

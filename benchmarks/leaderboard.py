@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -157,7 +158,8 @@ def _check_leakage(leakage: Mapping[str, Any], name: str) -> None:
     for metric in METRICS:
         for part in ("n", "mean", "worst"):
             value = dig(leakage, f"{metric}.{part}")
-            if not isinstance(value, (int, float)) or isinstance(value, bool):
+            # JSON's NaN would stand anywhere in the ranking.
+            if not isinstance(value, (int, float)) or value is True or not math.isfinite(value):
                 raise InputError(f"{name}: leakage.{metric}.{part} is not a number")
 
 
@@ -226,7 +228,10 @@ def submit(args: argparse.Namespace) -> None:
     entry = make_entry(rows, args.defense, args.description, args.reference)
     if args.utility is not None:
         entry["utility"] = args.utility
-    path = args.entries / f"{re.sub(r'[^a-z0-9]+', '-', args.defense.lower()).strip('-')}.json"
+    stem = re.sub(r"[^a-z0-9]+", "-", args.defense.lower()).strip("-")
+    if not stem:
+        raise InputError(f"--defense {args.defense}: a file name needs a Latin letter or digit")
+    path = args.entries / f"{stem}.json"
     write_json(path, entry)
     print(f"{path}: worst SSIM {dig(entry, 'leakage.ssim.worst'):.3f}, {entry['threat_model']}")
 
@@ -325,6 +330,8 @@ def threat_model(config: Mapping[str, Any]) -> str:
         return str(config["threat"])
     labels = "known" if config.get("pseudo-label-init") == "known" else "unknown"
     statistics = "known" if config.get("exact-bn") else "unknown"
+    if config.get("bn-from-update"):
+        statistics = "recovered from shared running statistics"
     return f"honest-but-curious server; labels {labels}; batch statistics {statistics}"
 
 

@@ -195,7 +195,8 @@ class _Compared:
         self.similarity = np.stack([to_found[m] for m in self.metrics], -1)
         self.prior = np.stack([to_prior[m] for m in self.metrics], -1)
         floor = np.maximum(np.abs(self.prior), PRIOR_FLOOR)
-        self.relative = (self.similarity - self.prior) / floor
+        with np.errstate(invalid="ignore"):
+            self.relative = (self.similarity - self.prior) / floor
 
 
 def _report(

@@ -166,7 +166,12 @@ def simulate(job: Job, workspace: Path) -> None:
     Args:
         job: What to run; its folder stays as it is.
         workspace: Folder of this run; a former run there is replaced.
+
+    Raises:
+        InputError: A path with spaces, at which NVFlare's simulator fails.
     """
+    if any(character.isspace() for character in str(workspace)):
+        raise InputError(f"workspace {workspace}: NVFlare's simulator needs a path without spaces")
     if workspace.exists():
         shutil.rmtree(workspace)
     prepared = prepare(job, workspace / "job")
@@ -180,6 +185,8 @@ def simulate(job: Job, workspace: Path) -> None:
         process = subprocess.Popen(
             command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
+        # `timeout` and schedulers end a command so; its clients have to end with it.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             assert process.stdout is not None
             for line in process.stdout:
@@ -190,6 +197,8 @@ def simulate(job: Job, workspace: Path) -> None:
         except BaseException:
             stop(process)
             raise
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -363,10 +372,23 @@ def write_run(job: Job, workspace: Path, **details: Any) -> Path:
         "num_rounds": job.num_rounds,
         "test_accuracy": _mean_accuracy(scores, f"SRV_{FINAL_MODEL}"),
         "best_test_accuracy": _mean_accuracy(scores, f"SRV_best_{FINAL_MODEL}"),
+        "leakage": measured_leakage(workspace),
         "provenance": provenance(device, seed=0),
     }
     write_json(workspace / RUN_FILE, {**record, **details})
     return workspace / RUN_FILE
+
+
+def measured_leakage(workspace: Path) -> list[dict[str, Any]]:
+    """What every site measured in every round, as far as tables need it."""
+    from federated.leakage import read_leakage
+
+    try:
+        records = read_leakage(workspace)
+    except InputError:
+        return []
+    keys = ("site", "round", "rdlv", "images", "decision", "statement")
+    return [{key: record.content[key] for key in keys} for record in records]
 
 
 def _mean_accuracy(scores: Mapping[str, Any], model: str) -> float | None:

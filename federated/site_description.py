@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import torch
 from nvflare.apis.fl_component import FLComponent
 
 from federated.site_training import SiteSettings, SiteTraining
@@ -72,5 +73,12 @@ class SiteDescription(FLComponent):
         """
         if self._weights is None:
             raise InputError("the global weights are unknown: add federated.taps.GlobalModelTap")
+        return self._training().local_update(change, self._weights, self._round, bn_momentum)
+
+    def public_images(self) -> torch.Tensor:
+        """Images that an attacker may know; P x 3 x H x W in [0, 1]."""
+        return self._training().public_images()
+
+    def _training(self) -> SiteTraining:
         self._site = self._site or SiteTraining(self._settings)
-        return self._site.local_update(change, self._weights, self._round, bn_momentum)
+        return self._site

@@ -27,6 +27,7 @@ Weights = Mapping[str, np.ndarray]
 # After this many local epochs the learning rate falls to a tenth, as published.
 DECAY_EPOCHS, DECAY = 40, 0.1
 EVALUATION_BATCH = 64
+MAX_PUBLIC = 200
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,14 @@ class SiteTraining:
         return ImageListDataset(
             settings.data_root, samples, settings.image_size, self.data, settings.cache_rate
         )
+
+    def public_images(self) -> torch.Tensor:
+        """Images that an attacker may know: those for validation, the same at every site.
+
+        Returns:
+            P x 3 x H x W in [0, 1].
+        """
+        return self.valid_images.images()[:MAX_PUBLIC]
 
     @property
     def batch_size(self) -> int:

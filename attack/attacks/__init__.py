@@ -13,11 +13,14 @@ from attack.attacks.base import (
 from attack.attacks.dlg import DLG
 from attack.attacks.e2egi import E2EGI
 from attack.attacks.fedavg import DataLeakageFedAvg, InvertingGradientsFedAvg
+from attack.attacks.fishing import Fishing
 from attack.attacks.gradinversion import GradInversion
 from attack.attacks.hatamizadeh import Hatamizadeh
 from attack.attacks.idlg import IDLG
 from attack.attacks.inverting_gradients import InvertingGradients
 from attack.attacks.modern import Modern
+from attack.attacks.r_gap import RGap
+from attack.attacks.robbing_the_fed import RobbingTheFed
 from attack.attacks.spear import Spear, SpearDescent
 from attack.attacks.spectral import Spectral
 
@@ -30,6 +33,7 @@ __all__ = [
     "Attack",
     "Auto",
     "DataLeakageFedAvg",
+    "Fishing",
     "GradInversion",
     "Hatamizadeh",
     "InvertingGradients",
@@ -37,6 +41,8 @@ __all__ = [
     "Modern",
     "OptimizationAttack",
     "PatchProjection",
+    "RGap",
+    "RobbingTheFed",
     "Spear",
     "SpearDescent",
     "Spectral",

@@ -143,11 +143,12 @@ def render(records: dict[str, dict[str, Any]]) -> str:
     for name, (title, draw) in SECTIONS.items():
         if name in records:
             record = records[name]
-            texts.append(f"## {title}\n\n{draw(record['rows'])}\n{_conditions(record)}\n")
+            texts.append(f"## {title}\n\n{draw(record['rows'])}\n{conditions(record)}\n")
     return "\n".join(texts)
 
 
-def _conditions(record: dict[str, Any]) -> str:
+def conditions(record: dict[str, Any]) -> str:
+    """What a record was measured on, in a sentence."""
     made = record["provenance"]
     return (
         f"{made['processor']}, {made['cores']} cores, {made['threads']} threads, "

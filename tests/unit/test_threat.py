@@ -45,6 +45,7 @@ WITHHELD = [
     ("eavesdropper-no-labels", ["--pseudo-label-init", "known"], "labels known"),
     ("honest-server", ["--pseudo-label-init", "known"], "labels known"),
     ("honest-server", ["--exact-bn"], "exact BatchNorm statistics"),
+    ("honest-server", ["--bn-from-update", "--BN", "0.1"], "exact BatchNorm statistics"),
     ("eavesdropper-no-labels", ["--adaptive"], "the client's defense known"),
     ("eavesdropper-no-labels", ["--pseudo-label-init", "fedavg"], "local hyper-parameters"),
 ]
