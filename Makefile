@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
-EXTRAS := embedded,privacy,search,bench,test,lint
+EXTRAS := embedded,privacy,search,bench,federated,test,lint
 
 # Matplotlib would write its font cache to the home folder.
 export MPLCONFIGDIR := $(CURDIR)/$(VENV)/.matplotlib
@@ -13,11 +13,12 @@ TEST_THREADS ?= 1
 # Many tests wait for processes they start; three at a time keep two cores busy.
 TEST_WORKERS ?= 3
 
-.PHONY: help setup bench test lint clean
+.PHONY: help setup bench federated test lint clean
 
 help:
 	@echo "make setup   create $(VENV) with the tested versions (constraints.txt)"
 	@echo "make bench   train, invert and report the four defense schemes (results/schemes/)"
+	@echo "make federated  measure leakage in simulated federations (results/federated/)"
 	@echo "make test    run the tests"
 	@echo "make lint    ruff and mypy"
 	@echo "make clean   remove $(VENV), caches and uncommitted results"
@@ -34,6 +35,22 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 bench: $(STAMP)
 	@$(BIN)/python -m benchmarks schemes --preset embedded
 
+# One client that sends updates of a single image, then nine at three noise levels; figures.
+FEDERATED := results/federated
+federated: export GRADINVBENCH_CACHE ?= $(CURDIR)/$(VENV)/.cache
+federated: $(STAMP)
+	@$(BIN)/python -m federated.create_job_config --n_clients 1 --num_rounds 3 --scale 0.02 \
+		--output $(FEDERATED)/jobs/cxr_1client
+	@PYTHON=$(BIN)/python ./start_fl_sim.sh 1 $(FEDERATED)/jobs/cxr_1client cxr_1client
+	@$(BIN)/python -m federated.recipe --n_clients 9 --num_rounds 2 --invert_clients 1,5,9 \
+		--scale 0.02 --iterations 100 --sigma0 0 0.3 3 --workspace $(FEDERATED)/cxr_9clients
+	@$(BIN)/python -m federated.plot_rdlv_per_round \
+		--workspace $(FEDERATED)/cxr_9clients/sigma0_0 --output $(FEDERATED)/rdlv_per_round.png
+	@$(BIN)/python -m federated.plot_rdlv_vs_gauss \
+		--workspaces $(FEDERATED)/cxr_9clients --output $(FEDERATED)/rdlv_vs_gauss.png
+	@$(BIN)/python -m federated.plot_reconstructions \
+		--workspaces $(FEDERATED)/cxr_9clients --output $(FEDERATED)/reconstructions.png
+
 test: $(STAMP)
 	@OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
 
@@ -44,5 +61,5 @@ lint: $(STAMP)
 
 clean:
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
-	@rm -rf results/store results/logs
+	@rm -rf results/store results/logs results/federated
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -26,17 +26,23 @@ FIELDS = {
     "gradient_loss_fun": "objective",
     "layers": "layers",
     "signed": "signed",
+    "soft_sign": "soft_sign",
     "grads_weight": "gradient_weight",
     "TV": "tv",
     "tv_kind": "tv_kind",
     "BN": "bn",
+    "features": "features",
     "input_norm": "input_norm",
     "colour": "colour",
     "patch": "patch",
     "patch_size": "patch_size",
     "Group": "group",
+    "group_start": "group_start",
+    "group_every": "group_every",
+    "registration": "registration",
     "balance": "balance",
     "balance_end": "balance_end",
+    "balance_hold": "balance_hold",
     "coordinates": "coordinates",
     "box": "box",
     "input_noise": "input_noise",
@@ -54,7 +60,9 @@ FIELDS = {
     "polish": "polish",
     "joint_labels": "joint_labels",
     "exact_bn": "exact_bn",
+    "bn_from_update": "bn_from_update",
     "double": "double",
+    "adaptive": "adaptive",
 }
 TUNABLE = ("epochs", "lr", "TV", "BN", "input_norm", "grads_weight")
 SNAPSHOTS_OF_A_CURVE = 20
@@ -74,6 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--plugin", default=None, metavar="MODULE", help="imported first; may register attacks, ..."
     )
+    _add_threat_arguments(parser)
     _add_loss_arguments(parser)
     _add_loop_arguments(parser)
     _add_label_arguments(parser)
@@ -84,16 +93,44 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_threat_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("threat model")
+    group.add_argument(
+        "--threat",
+        default=None,
+        metavar="NAME",
+        help="what the attacker is given: honest-server, honest-server-with-bn, "
+        "eavesdropper-no-labels, malicious-server, worst-case, ... (default: custom, as the "
+        "flags say)",
+    )
+    group.add_argument(
+        "--adaptive",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="take the client's defense into account (default: only with --attack auto)",
+    )
+
+
 def _add_loss_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("objective and priors")
-    group.add_argument("--gradient-loss-fun", choices=["sim", "L2", "layer-sim"], default="sim")
-    group.add_argument("--layers", default=None, help="linear, exp, first:K or last:K")
+    group.add_argument(
+        "--gradient-loss-fun", choices=["sim", "L2", "layer-sim", "layer-L2"], default="sim"
+    )
+    group.add_argument("--layers", default=None, help="linear, exp, decay, first:K or last:K")
     group.add_argument("--grads-weight", type=float, default=1.0)
     group.add_argument("--TV", type=float, default=0.1, help="weight of total variation")
     group.add_argument("--tv-kind", default="anisotropic", help="isotropic, double-opponents, ...")
     group.add_argument("--BN", type=float, default=0.0, help="weight of the BatchNorm statistics")
     group.add_argument(
         "--exact-bn", action="store_true", help="the target's batch statistics, not running ones"
+    )
+    group.add_argument(
+        "--bn-from-update",
+        action="store_true",
+        help="those that the client's running statistics after its training give away",
+    )
+    group.add_argument(
+        "--features", type=float, default=0.0, help="weight of the last layer's features"
     )
     group.add_argument("--input-norm", type=float, default=0.0)
     group.add_argument("--colour", type=float, default=0.0, help="weight of the colour prior")
@@ -106,6 +143,9 @@ def _add_loss_arguments(parser: argparse.ArgumentParser) -> None:
         help="step along the priors relative to the objective's, instead of fixed weights",
     )
     group.add_argument("--balance-end", type=float, default=None, help="what it falls to")
+    group.add_argument(
+        "--balance-hold", type=float, default=0.0, help="it stays while the objective is below"
+    )
 
 
 def _add_loop_arguments(parser: argparse.ArgumentParser) -> None:
@@ -133,12 +173,16 @@ def _add_loop_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="sign of the image gradient only (default: with sim)",
     )
+    group.add_argument(
+        "--soft-sign", action="store_true", help="tanh in place of the sign (with --no-signed)"
+    )
     group.add_argument("--min-grads-loss", action="store_true", help="keep the smallest loss")
     group.add_argument("--target-tv", type=float, default=0.28, help="stop below (0: never)")
     group.add_argument("--patience", type=int, default=0, metavar="N")
     group.add_argument("--time-budget", type=float, default=None, metavar="SECONDS")
     group.add_argument("--input-noise", type=float, default=0.0)
-    group.add_argument("--start", default="normal", help="normal, uniform, zeros or pattern")
+    group.add_argument("--start", default="normal", help="normal, uniform, zeros, pattern, prior")
+    group.add_argument("--prior", metavar="IMAGE", help="file of the image that --start prior uses")
     group.add_argument("--coordinates", default="pixels", help="pixels, dct or dct:EXPONENT")
     group.add_argument("--box", action=argparse.BooleanOptionalAction, default=True)
     group.add_argument("--hvp", choices=["auto", "exact", "difference"], default="auto")
@@ -153,12 +197,20 @@ def _add_label_arguments(parser: argparse.ArgumentParser) -> None:
         "--pseudo-label-init", default="llg", help="llg, from_grads, known, or another rule"
     )
     group.add_argument("--joint-labels", action="store_true", help="optimise the labels as well")
+    group.add_argument(
+        "--labels-only", action="store_true", help="recover labels by every rule, and end"
+    )
 
 
 def _add_combination_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("several restarts (E2EGI)")
     group.add_argument("--MinCombine", action="store_true", help="fuse restarts by minimum loss")
     group.add_argument("--Group", type=float, default=0.0, help="weight of group consistency")
+    group.add_argument(
+        "--group-start", type=float, default=0.0, metavar="SHARE", help="of the iterations"
+    )
+    group.add_argument("--group-every", type=int, default=1, metavar="N", help="renewal")
+    group.add_argument("--registration", action="store_true", help="align restarts (GradInversion)")
     group.add_argument("--T-init-rate", type=float, default=0.3)
     group.add_argument("--total-T-in-rate", type=float, default=0.3)
     group.add_argument("--T-in", type=int, default=1000)
@@ -206,6 +258,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     args.explicit = sorted(vars(_explicit(parser, argv)))
     import_plugin(args.plugin)
+    _take_label_rule(args)
     _check(args)
 
     from training.distributed import launch
@@ -223,13 +276,24 @@ def _explicit(parser: argparse.ArgumentParser, argv: list[str] | None) -> argpar
     return bare.parse_args(argv)
 
 
+def _take_label_rule(args: argparse.Namespace) -> None:
+    """With `--attack`, labels are recovered as its paper does, unless a rule was given."""
+    from attack.attacks.base import get_attack
+
+    if args.attack is not None and "pseudo_label_init" not in args.explicit:
+        rule = getattr(get_attack(args.attack), "label_rule", args.pseudo_label_init)
+        args.pseudo_label_init = rule
+
+
 def _check(args: argparse.Namespace) -> None:
     """Refuse what cannot work before any work is done."""
     from attack.labels import rule_names
+    from attack.requirements import check_run
     from gradients.checkpoint import load_target
     from training.distributed import check_launch_arguments
 
     check_launch_arguments(args)
+    _check_places(args)
     if args.checkpoint is None:
         raise InputError("--checkpoint: give the gradient checkpoint to invert")
     if args.pseudo_label_init not in rule_names():
@@ -241,19 +305,35 @@ def _check(args: argparse.Namespace) -> None:
         from attack.spreading import check_spreadable
 
         check_spreadable(attack)
-    _, truth = load_target(args.checkpoint)
+    target, truth = load_target(args.checkpoint)
+    check_run(args, attack, target)
     needs_truth = {
         "--metric": args.metric,
+        "--labels-only": args.labels_only,
         "--GInfoR": args.GInfoR,
         "--pseudo-label-init known": args.pseudo_label_init == "known",
     }
     for flag, asked in needs_truth.items():
         if asked and truth is None:
             raise InputError(f"{flag}: {args.checkpoint} holds no true images and labels")
+    if args.prior is not None:
+        _prior(args, target)
     if args.superparameters_search:
         if args.simulation_checkpoint is None:
             raise InputError("--superparameters-search needs --simulation-checkpoint PATH")
         load_target(args.simulation_checkpoint, "--simulation-checkpoint")
+
+
+def _check_places(args: argparse.Namespace) -> None:
+    """Refuse names and folders that would fail once the attack has run."""
+    if Path(args.id).name != args.id:
+        raise InputError(f"--id {args.id}: becomes the name of a folder in --root")
+    if Path(args.root).exists() and not Path(args.root).is_dir():
+        raise InputError(f"--root: {args.root} is a file, not a folder")
+    if args.lpips_weights is not None and not Path(args.lpips_weights).is_dir():
+        raise InputError(f"--lpips-weights: there is no folder {args.lpips_weights}")
+    if args.state_every < 1 or args.save_every < 0:
+        raise InputError("--state-every must be at least 1, and --save-every not negative")
 
 
 def make_attack(args: argparse.Namespace) -> Any:
@@ -262,10 +342,12 @@ def make_attack(args: argparse.Namespace) -> Any:
     With `--attack`, its published setting with the explicitly given flags on top;
     otherwise all flags with their published defaults.
     """
-    from attack.attacks.base import OptimizationAttack, get_attack
+    from attack.attacks import OptimizationAttack, get_attack
+    from attack.requirements import adapts, granted_capabilities
     from attack.settings import InversionConfig
 
     values = {field: getattr(args, flag) for flag, field in FIELDS.items()}
+    values["adaptive"] = bool(args.adaptive)
     if args.signed is None:
         # L-BFGS measures curvature by differences of true gradients.
         values["signed"] = args.gradient_loss_fun == "sim" and args.optim != "LBFGS"
@@ -278,7 +360,8 @@ def make_attack(args: argparse.Namespace) -> Any:
     attack = get_attack(args.attack)
     given = {FIELDS[flag]: values[FIELDS[flag]] for flag in args.explicit if flag in FIELDS}
     if not issubclass(attack, OptimizationAttack):
-        return attack.configured(given)
+        granted = {"granted": granted_capabilities(args), "adaptive": adapts(args)}
+        return attack.configured(given | granted)
     config = dataclasses.replace(attack.published, **given)
     config.validate()
     return attack(config)
@@ -295,6 +378,7 @@ def run(process: Any, args: argparse.Namespace) -> None:
 
     from attack.allocation import keep_freed_memory
     from attack.spreading import reconstruct_spread
+    from attack.threat import find_threat
     from gradients.checkpoint import load_target
     from training.distributed import barrier, broadcast_object
 
@@ -302,6 +386,9 @@ def run(process: Any, args: argparse.Namespace) -> None:
     keep_freed_memory()
     logging.basicConfig(level=logging.INFO if process.is_main else logging.ERROR)
     target, truth = load_target(args.checkpoint)
+    threat = find_threat(args.threat)
+    if threat is not None:
+        target = threat.view(target)
     attack = make_attack(args)
     folder = Path(args.root) / args.id
     key = _run_key(args, attack)
@@ -311,12 +398,22 @@ def run(process: Any, args: argparse.Namespace) -> None:
         print("\n".join(record["tables"]))
     if broadcast_object(record is not None):
         return
-    labels = _labels(args, target, truth)
-    curve = _Curve(args, folder, truth)
+    if args.labels_only:
+        if process.is_main and truth is not None:
+            from attack.report import write_label_results
+
+            write_label_results(args, folder, key, target, truth, process)
+        return
+    labels = _labels(args, target, truth, attack)
+    if args.adaptive and args.pseudo_label_init != "known" and labels is not None:
+        labels = _arranged(labels, target, attack, process.device, args.seed)
+    curve = _Curve(args, folder, truth, key)
     spread = args.spread == "restarts" and process.world_size > 1
     reconstruct = attack.reconstruct
     if spread:
         reconstruct = functools.partial(reconstruct_spread, attack)
+    if args.prior is not None:
+        reconstruct = functools.partial(reconstruct, prior=_prior(args, target))
     reconstruction = reconstruct(
         target,
         labels=labels,
@@ -336,7 +433,7 @@ def run(process: Any, args: argparse.Namespace) -> None:
         write_results(args, folder, key, attack, target, truth, reconstruction, curve, process)
     barrier()
     if process.is_main:
-        for state in folder.glob(f"state-{key}*.pt"):
+        for state in folder.glob(f"state-{key}*"):
             state.unlink()
 
 
@@ -344,25 +441,59 @@ def _state_file(folder: Path, key: str, rank: int | None) -> Path:
     return folder / (f"state-{key}.pt" if rank is None else f"state-{key}-share{rank}.pt")
 
 
-def _labels(args: argparse.Namespace, target: Any, truth: Any) -> Any:
+def _labels(args: argparse.Namespace, target: Any, truth: Any, attack: Any) -> Any:
+    """The labels that the attack is given; None where it recovers them itself."""
     from attack.labels import recover_labels
+    from attack.requirements import granted_capabilities, labels_are_left_to
+    from attack.threat import Capability
 
+    if labels_are_left_to(attack, args):
+        known = Capability.LABELS in granted_capabilities(args) and truth is not None
+        return truth.labels if known else None
     granted = truth.labels if args.pseudo_label_init == "known" and truth is not None else None
     return recover_labels(args.pseudo_label_init, target, truth_labels=granted)
 
 
+def _prior(args: argparse.Namespace, target: Any) -> Any:
+    """The prior image for every image of the batch."""
+    from attack.pictures import read_image
+
+    image = read_image(args.prior, tuple(target.data.shape), "--prior")
+    return image.expand(target.batch_size, *image.shape)
+
+
+def _arranged(labels: Any, target: Any, attack: Any, device: Any, seed: int) -> Any:
+    """Recovered labels where they belong, for attacks that can tell by trying."""
+    from attack.hypotheses import arrange_labels
+    from attack.settings import InversionConfig
+
+    config = getattr(attack, "config", None)
+    if not isinstance(config, InversionConfig):
+        return labels
+    return arrange_labels(target, labels, config, device=device, seed=seed)
+
+
 def _run_key(args: argparse.Namespace, attack: Any) -> str:
     """Identifies a run: what decides its numbers."""
+    from attack.requirements import threat_record
+
     config = getattr(attack, "config", None)
     decisive = {
         "attack": attack.name,
         "config": None if config is None else dataclasses.asdict(config),
         "labels": args.pseudo_label_init,
+        "labels_only": args.labels_only,
+        "threat": threat_record(args),
         "seed": args.seed,
         "metric": [args.metric, args.one_to_one_similarity, args.GInfoR, args.lpips_weights],
-        "checkpoint": hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest(),
+        "prior": None if args.prior is None else _sha256(args.prior),
+        "checkpoint": _sha256(args.checkpoint),
     }
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _sha256(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def finished_record(folder: Path, key: str) -> dict[str, Any] | None:
@@ -377,10 +508,14 @@ def finished_record(folder: Path, key: str) -> dict[str, Any] | None:
 class _Curve:
     """Watches the attack from outside: PSNR over iterations, and pictures on the way."""
 
-    def __init__(self, args: argparse.Namespace, folder: Path, truth: Any) -> None:
+    def __init__(self, args: argparse.Namespace, folder: Path, truth: Any, key: str) -> None:
         self.folder, self.save_every = folder, args.save_every
         self.truth = truth if args.metric else None
+        # A continued run keeps the points of the interrupted one.
+        self.file = folder / f"state-{key}-curve.json"
         self.points: list[dict[str, float]] = []
+        if self.file.exists():
+            self.points = json.loads(self.file.read_text())
 
     def every(self, config: Any) -> int:
         """Iterations between two snapshots."""
@@ -393,11 +528,15 @@ class _Curve:
     def __call__(self, iteration: int, images: Any) -> None:
         from attack.metrics import assign, psnr
         from attack.pictures import save_images
+        from training.storage import write_json
 
         if self.truth is not None:
             ordered = images[assign(images, self.truth.images)]
             mean = float(psnr(ordered, self.truth.images).mean())
-            self.points.append({"iteration": iteration, "psnr": mean})
+            # Iterations after the last saved state are run again.
+            earlier = [point for point in self.points if point["iteration"] < iteration]
+            self.points = [*earlier, {"iteration": iteration, "psnr": mean}]
+            write_json(self.file, self.points)
         if self.save_every:
             name = f"progress_{iteration:06d}.png"
             save_images(self.folder / name, images, title=f"iteration {iteration}")
@@ -415,9 +554,10 @@ def search_trial(options: dict[str, Any], config: dict[str, Any], report: Any) -
     args.epochs = int(config.get("epochs", options["HP_epochs"]))
     target, truth = load_target(args.simulation_checkpoint, "--simulation-checkpoint")
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
-    make_attack(args).reconstruct(
+    attack = make_attack(args)
+    attack.reconstruct(
         target,
-        labels=_labels(args, target, truth),
+        labels=_labels(args, target, truth, attack),
         device=device,
         seed=args.seed,
         print_every=args.print_freq,

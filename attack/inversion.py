@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from attack.adaptive import Adaptation, adapt
+from attack.combination import combine, group_target
 from attack.coordinates import Coordinates, make_coordinates
 from attack.matching import GradientMatcher, Match, Replica
 from attack.objectives import OBJECTIVES, LayerWeighted, Objective, layer_weights
@@ -26,13 +28,19 @@ from attack.regularizers import (
     AnisotropicTV,
     BatchNormPenalty,
     ColourPrior,
+    FeaturePenalty,
     GroupConsistency,
     InputNorm,
+    ModelPenalty,
+    MovingAveragePenalty,
     PatchPrior,
     Regularizer,
+    shared_features,
+    weighted_penalty,
 )
-from attack.schedules import learning_rate
+from attack.schedules import learning_rate, staged_learning_rate
 from attack.settings import OPTIMIZERS, InversionConfig
+from attack.shared_statistics import layer_momentum, recovered_statistics
 from gradients.checkpoint import BatchStatistics, Target
 from training import distributed
 from training.errors import InputError
@@ -66,6 +74,7 @@ class Restart:
         best_iteration: When the objective was smallest.
         shrink: Factor on the learning rate, below 1 after a divergence.
         divergences: Number of those.
+        fallen: Iterations in which the balance has fallen.
     """
 
     index: int
@@ -80,6 +89,7 @@ class Restart:
     best_iteration: int = 0
     shrink: float = 1.0
     divergences: int = 0
+    fallen: int = 0
     last_value: float = math.nan
 
 
@@ -108,6 +118,7 @@ class Inversion:
             same restart is the same whatever else runs beside it.
         prior: Images to start from (N x C x H x W in [0, 1]) instead of `config.start`.
         first_restart: Number of the first restart, where others run elsewhere.
+        regularizers: Weighted penalties on the images beside those of `config`.
 
     Raises:
         InputError: A configuration that does not fit the target.
@@ -123,12 +134,23 @@ class Inversion:
         seed: int = 0,
         prior: torch.Tensor | None = None,
         first_restart: int = 0,
+        regularizers: Sequence[tuple[float, Regularizer]] = (),
     ) -> None:
         config.validate()
+        if config.start == "prior" and prior is None:
+            raise InputError("--start prior: give the image to start from with --prior")
         if config.exact_bn and target.bn_statistics is None:
             raise InputError("--exact-bn: the checkpoint holds no batch statistics")
+        if config.bn_from_update and target.running_after is None:
+            raise InputError(
+                "--bn-from-update: the checkpoint holds no running statistics after training"
+            )
         if config.optimizer == "LBFGS" and distributed.world_size() > 1:
             raise InputError("--optim LBFGS runs on one process; use Adam and --polish here")
+        self.adaptation = (
+            adapt(target, config) if config.adaptive else Adaptation.none(target, config)
+        )
+        config = self.adaptation.config
         self.target, self.config, self.seed, self.prior = target, config, seed, prior
         self.device = device
         self.dtype = torch.float64 if config.double else torch.float32
@@ -136,8 +158,8 @@ class Inversion:
         self.matcher = self._make_matcher()
         self.labels = labels[self.replica.share].to(device)
         self.coordinates = self._make_coordinates()
-        self.regularizers = _make_regularizers(config)
-        self.penalty = self._batch_norm_penalty() if config.bn > 0 else None
+        self.regularizers = [*_make_regularizers(config), *regularizers]
+        self.penalties = self._make_penalties()
         self.progress = _Progress()
         numbers = range(first_restart, first_restart + config.restarts)
         self.restarts = [self._start(number) for number in numbers]
@@ -145,8 +167,8 @@ class Inversion:
     # -- What other kinds of targets replace -----------------------------------------
 
     def _make_matcher(self) -> GradientMatcher:
-        objective = _make_objective(self.config, len(self.target.gradient))
-        return GradientMatcher(self.replica, objective, self.config.hvp)
+        objective = make_objective(self.config, len(self.target.gradient))
+        return GradientMatcher(self.replica, self.adaptation.objective(objective), self.config.hvp)
 
     def _make_coordinates(self) -> Coordinates:
         size = (self.target.data.shape[1], self.target.data.shape[2])
@@ -196,22 +218,42 @@ class Inversion:
             options["betas"] = self.config.betas
         return OPTIMIZERS[self.config.optimizer](parameters, **options)
 
-    def _batch_norm_penalty(self) -> BatchNormPenalty:
+    def _make_penalties(self) -> list[tuple[float, ModelPenalty]]:
+        """Weighted penalties on what the forward pass shows beside the logits."""
+        penalties: list[tuple[float, ModelPenalty]] = []
+        if self.config.bn > 0:
+            penalties.append((self.config.bn, self._batch_norm_penalty()))
+        if self.config.features > 0:
+            known = shared_features(self.target, self.labels).to(self.device, self.dtype)
+            penalties.append((self.config.features, FeaturePenalty(known, self.target.batch_size)))
+        return penalties
+
+    def _batch_norm_penalty(self) -> ModelPenalty:
         known, groups = self._known_statistics()
-        known = [
-            {
-                k: (m.to(self.device, self.dtype), v.to(self.device, self.dtype))
-                for k, (m, v) in s.items()
-            }
-            for s in known
-        ]
+        known = [self._moved(statistics) for statistics in known]
         if not known[0]:
             raise InputError(f"--BN: {self.target.model.arch} has no BatchNorm layer to match")
         whole_batch = self.replica.groups is None
-        return BatchNormPenalty(known, groups, whole_batch)
+        if not self.config.bn_from_update:
+            return BatchNormPenalty(known, groups, whole_batch)
+        if self.target.local.steps > 1:
+            processes = len(self.replica.placement.shards) or 1
+            return MovingAveragePenalty(known[0], layer_momentum(self.target), processes)
+        # The client shares the buffers of one process; its others' statistics are unknown.
+        first = self.replica.first_group
+        counted = [whole_batch or first + index == 0 for index in range(len(groups))]
+        return BatchNormPenalty(known, groups, whole_batch, counted)
+
+    def _moved(self, statistics: BatchStatistics) -> BatchStatistics:
+        return {
+            name: (mean.to(self.device, self.dtype), variance.to(self.device, self.dtype))
+            for name, (mean, variance) in statistics.items()
+        }
 
     def _known_statistics(self) -> tuple[list[BatchStatistics], list[int]]:
         groups = self.replica.groups or [self.replica.sizes[distributed.rank()]]
+        if self.config.bn_from_update:
+            return [recovered_statistics(self.target)], groups
         if not self.config.exact_bn:
             return [running_statistics(self.replica.model)], groups
         exact = self.target.bn_statistics
@@ -281,20 +323,17 @@ class Inversion:
         """One iteration of every restart."""
         self._thin_out(iteration)
         consensus = self._consensus(iteration)
-        together = self._evaluate_together(iteration)
+        together = self._evaluate_together()
         for restart in self.restarts:
             self._step(restart, iteration, consensus, together.get(restart.index))
 
-    def _evaluate_together(self, iteration: int) -> dict[int, Match]:
+    def _evaluate_together(self) -> dict[int, Match]:
         """The matches of all restarts from batched calls, by index; empty where not batched."""
         at_once = self._restarts_at_once()
         matches: dict[int, Match] = {}
         for first in range(0, len(self.restarts) if at_once > 1 else 0, at_once):
             group = self.restarts[first : first + at_once]
-            inputs = [
-                self._add_noise(self.coordinates.decode(r.variable.detach()), r, iteration)
-                for r in group
-            ]
+            inputs = [self.coordinates.decode(r.variable.detach()) for r in group]
             found = self.matcher.several(torch.stack(inputs), self.labels)
             for restart, match in zip(group, found, strict=True):
                 match.input_gradient.mul_(self.config.gradient_weight)
@@ -305,7 +344,7 @@ class Inversion:
         """How many restarts one call evaluates; 1 where a batched call is not possible."""
         possible = (
             len(self.restarts) > 1
-            and self.penalty is None
+            and not self.penalties
             and not self.config.joint_labels
             and self.config.optimizer != "LBFGS"
             and self.target.local.steps == 1
@@ -346,13 +385,16 @@ class Inversion:
                 restart.optimizer.step()
         if not math.isfinite(restart.last_value) or not _all_finite(restart.variable):
             self._recover(restart, iteration)
-        elif self.config.box:
+            return
+        if self.config.input_noise and not self._in_final_stage():
+            self._add_noise(restart, iteration)
+        if self.config.box:
             self._box(restart.variable)
 
-    def _evaluate(self, restart: Restart, inputs: torch.Tensor, iteration: int) -> Match:
+    def _evaluate(self, restart: Restart, inputs: torch.Tensor) -> Match:
         labels = self.labels if restart.label_logits is None else restart.label_logits.detach()
         return self.matcher(
-            self._add_noise(inputs, restart, iteration),
+            inputs,
             labels,
             weight=self.config.gradient_weight,
             penalty=self._weighted_penalty(),
@@ -368,30 +410,36 @@ class Inversion:
     ) -> float:
         """Evaluate the restart where it stands and fill the gradients for its optimizer."""
         inputs = self.coordinates.decode(restart.variable.detach())
-        match = match or self._evaluate(restart, inputs, iteration)
+        match = match or self._evaluate(restart, inputs)
         prior_value, prior_gradient = self._prior(inputs, consensus)
         value = float(match.value)
         restart.last_value = value
         if not math.isfinite(value):
             return value
         self._keep_best(restart, inputs, value, iteration)
-        total = self._combine(match, prior_gradient, iteration)
+        self._advance_balance(restart, value)
+        total = self._combine(match, prior_gradient, self._balance(restart))
         gradient = self.coordinates.pull_back(total)
-        restart.variable.grad = gradient.sign() if self.config.signed else gradient
+        restart.variable.grad = self._signed(gradient, iteration)
         if restart.label_logits is not None:
             restart.label_logits.grad = match.label_gradient
         return value * self.config.gradient_weight + prior_value
 
-    def _weighted_penalty(self) -> Any:
-        if self.penalty is None or self.config.balance is not None:
-            return self.penalty
-        penalty, weight = self.penalty, self.config.bn
+    def _signed(self, gradient: torch.Tensor, iteration: int) -> torch.Tensor:
+        if self.config.signed:
+            return gradient.sign()
+        if self.config.soft_sign:
+            scale = 1 - iteration / self.config.iterations
+            return (gradient * scale).tanh() / scale
+        return gradient
 
-        def watch(model: torch.nn.Module) -> Callable[[], torch.Tensor]:
-            total = penalty(model)
-            return lambda: weight * total()
-
-        return watch
+    def _weighted_penalty(self) -> ModelPenalty | None:
+        if not self.penalties:
+            return None
+        if self.config.balance is not None:
+            # Only the direction of the BatchNorm term counts there.
+            return self.penalties[0][1]
+        return weighted_penalty(self.penalties)
 
     def _prior(
         self, inputs: torch.Tensor, consensus: torch.Tensor | None
@@ -399,7 +447,8 @@ class Inversion:
         """Value and gradient of the weighted regularisers, as this process's part."""
         terms = list(self.regularizers)
         if consensus is not None and self.config.group > 0:
-            terms.append((self.config.group, GroupConsistency(consensus)))
+            squared = not self.config.registration
+            terms.append((self.config.group, GroupConsistency(consensus, squared)))
         if not terms:
             return 0.0, None
         leaf = inputs.detach().requires_grad_()
@@ -408,13 +457,15 @@ class Inversion:
         (gradient,) = torch.autograd.grad(total, leaf)
         return float(total.detach()), gradient
 
-    def _combine(self, match: Match, prior: torch.Tensor | None, iteration: int) -> torch.Tensor:
+    def _combine(
+        self, match: Match, prior: torch.Tensor | None, balance: float | None
+    ) -> torch.Tensor:
         """The direction in image space: weighted sum, or balanced lengths."""
-        if self.config.balance is None:
+        if balance is None:
             return match.input_gradient if prior is None else match.input_gradient + prior
         parts = [
             (1.0, match.input_gradient),
-            (self._balance(iteration), prior),
+            (balance, prior),
             (self.config.bn, match.penalty_gradient),
         ]
         present = [(length, g) for length, g in parts if g is not None]
@@ -423,31 +474,43 @@ class Inversion:
         units = [part * (k / norm) for (k, part), norm in zip(present, lengths, strict=True)]
         return torch.stack(units).sum(0)
 
-    def _balance(self, iteration: int) -> float:
-        assert self.config.balance is not None
-        if self.config.balance_end is None:
-            return self.config.balance
-        progress = iteration / self.config.iterations
-        return self.config.balance + progress * (self.config.balance_end - self.config.balance)
+    def _advance_balance(self, restart: Restart, value: float) -> None:
+        """Let the balance fall by one iteration, unless the prior stands in nobody's way."""
+        if value > self.config.balance_hold:
+            restart.fallen += 1
+
+    def _balance(self, restart: Restart) -> float | None:
+        start, end = self.config.balance, self.config.balance_end
+        if start is None or end is None:
+            return start
+        return start + restart.fallen / self.config.iterations * (end - start)
 
     def _learning_rate(self, iteration: int) -> float:
-        config, first = self.config, self.progress.final_stage_from
+        config = self.config
+        if config.combine and config.schedule == "cosine":
+            ends = [*self._fusions(), config.iterations]
+            return staged_learning_rate(iteration, ends, config.lr, config.lr_min)
         return learning_rate(
             config.schedule,
-            iteration - first,
-            config.iterations - first,
+            iteration,
+            config.iterations,
             config.lr,
             config.lr_min,
             config.warmup,
         )
 
-    def _add_noise(self, inputs: torch.Tensor, restart: Restart, iteration: int) -> torch.Tensor:
-        if self.config.input_noise == 0:
-            return inputs
-        shape = (self.target.batch_size, *inputs.shape[1:])
+    def _in_final_stage(self) -> bool:
+        return self.progress.final_stage_from > 0
+
+    def _add_noise(self, restart: Restart, iteration: int) -> None:
+        """Langevin noise: as much smaller than the step as `input_noise` says."""
+        shape = (self.target.batch_size, *self.target.data.shape)
         noise = torch.randn(shape, generator=restart.generator)[self.replica.share]
-        scale = self.config.input_noise * (1 - iteration / self.config.iterations)
-        return inputs + scale * noise.to(inputs)
+        scale = self.config.input_noise * restart.shrink * self._learning_rate(iteration)
+        with torch.no_grad():
+            inputs = self.coordinates.decode(restart.variable)
+            noisy = inputs + scale * noise.to(inputs)
+            restart.variable.copy_(self.coordinates.encode(noisy))
 
     def _keep_best(
         self, restart: Restart, inputs: torch.Tensor, value: float, iteration: int
@@ -500,19 +563,29 @@ class Inversion:
         if self.config.combine:
             self._advance_stages(iteration)
             return self.progress.fusion
-        if self.config.group == 0 or len(self.restarts) < 2:
+        begin = int(self.config.iterations * self.config.group_start)
+        if self.config.group == 0 or len(self.restarts) < 2 or iteration < begin:
             return None
-        inputs = [self.coordinates.decode(r.variable.detach()) for r in self.restarts]
-        return torch.stack(inputs).mean(0)
+        if self.progress.fusion is None or (iteration - begin) % self.config.group_every == 0:
+            inputs = [self.coordinates.decode(r.variable.detach()) for r in self.restarts]
+            self.progress.fusion = group_target(
+                torch.stack(inputs), registration=self.config.registration
+            )
+        return self.progress.fusion
+
+    def _fusions(self) -> list[int]:
+        """Iterations at which E2EGI's stages begin with a fusion; the last begins the final."""
+        initial, middle, _ = self.config.stages
+        first = int(self.config.iterations * initial)
+        last = int(self.config.iterations * (initial + middle))
+        return [*range(first, last, self.config.combine_every), last]
 
     def _advance_stages(self, iteration: int) -> None:
         """E2EGI: independent starts, starts drawn to their fusion, then the fusion alone."""
-        first = int(self.config.iterations * self.config.stages[0])
-        last = int(self.config.iterations * (self.config.stages[0] + self.config.stages[1]))
-        middle = first <= iteration < last
-        if iteration == last or (middle and (iteration - first) % self.config.combine_every == 0):
-            self.progress.fusion = self._fuse()
-        if iteration == last and self.progress.fusion is not None:
+        if iteration not in self._fusions():
+            return
+        self.progress.fusion = self._fuse()
+        if iteration == self._fusions()[-1]:
             generator = torch.Generator().manual_seed(self.seed)
             start = self.coordinates.encode(self.progress.fusion)
             self.restarts = [self._restart(0, start, generator)]
@@ -520,8 +593,6 @@ class Inversion:
 
     def _fuse(self) -> torch.Tensor:
         """The combination of the restarts' images with the smallest objective."""
-        from attack.combination import combine
-
         candidates = [
             self.coordinates.decode(r.variable.detach()) if r.best_inputs is None else r.best_inputs
             for r in self.restarts
@@ -641,6 +712,7 @@ class Inversion:
                 "events": self.progress.events,
                 "hvp_agreement": self.matcher.agreement,
                 "hvp_step": self.matcher.step,
+                **({"adaptations": self.adaptation.notes} if self.config.adaptive else {}),
             },
         )
 
@@ -705,7 +777,12 @@ class Inversion:
         )
 
 
-def _make_objective(config: InversionConfig, n_parameters: int) -> Objective:
+def make_objective(config: InversionConfig, n_parameters: int) -> Objective:
+    """The objective that a configuration names, for so many shared parameters.
+
+    Raises:
+        InputError: Unknown layer weights.
+    """
     objective = OBJECTIVES[config.objective]()
     if config.layers is None:
         return objective

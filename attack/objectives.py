@@ -204,6 +204,23 @@ class L2(Objective):
         return AffineSeed(value, 2.0, -2.0, 2 * math.sqrt(value))
 
 
+class LayerNorms(Objective):
+    """Sum over layers of the Euclidean distance (`layer-L2`): large layers do not dominate.
+
+    Source: GradInversion (Yin et al. 2021), eq. 2, https://arxiv.org/abs/2104.07586; its
+    authors compute it so in the attack of Hatamizadeh et al. (2022).
+    """
+
+    def distance(self, gradient: Tensors, target: Tensors) -> torch.Tensor:
+        """See `Objective.distance`."""
+        tiny = torch.finfo(gradient[0].dtype).tiny
+        terms = [
+            ((g - t).square().sum() + tiny).sqrt().double()
+            for g, t in zip(gradient, target, strict=True)
+        ]
+        return torch.stack(terms).sum()
+
+
 class LayerMeanCosine(Objective):
     """Mean over layers of each layer's own 1 - cos: every layer counts the same."""
 
@@ -249,6 +266,7 @@ OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "sim": Cosine,
     "L2": L2,
     "layer-sim": LayerMeanCosine,
+    "layer-L2": LayerNorms,
 }
 
 
@@ -258,18 +276,21 @@ def layer_weights(n: int, kind: str) -> list[float]:
     Args:
         n: Number of shared parameters.
         kind: "linear" (later layers count more, up to twice the mean), "exp"
-            (each counts less than the one before it) or "first:K" / "last:K"
-            (only these parameters).
+            (each counts less than the one before it), "decay" (the squares fall by e from
+            each pair of weight and bias to the next, as in Dimitrov et al. 2022) or
+            "first:K" / "last:K" (only these parameters).
 
     Raises:
-        ValueError: Unknown kind.
+        ValueError: Unknown kind, or none of the parameters.
     """
     name, _, count = kind.partition(":")
     if name == "linear":
         return [2 * (i + 1) / (n + 1) for i in range(n)]
     if name == "exp":
         return [0.5 ** (i / max(1, n / 4)) for i in range(n)]
-    if name in ("first", "last") and count.isdigit():
+    if name == "decay":
+        return [math.exp(-(i // 2) / 2) for i in range(n)]
+    if name in ("first", "last") and count.isdigit() and int(count) > 0:
         chosen = range(int(count)) if name == "first" else range(n - int(count), n)
         return [1.0 if i in chosen else 0.0 for i in range(n)]
-    raise ValueError(f"unknown layer weights {kind}; known: linear, exp, first:K, last:K")
+    raise ValueError(f"unknown layer weights {kind}; known: linear, exp, decay, first:K, last:K")

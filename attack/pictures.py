@@ -20,6 +20,33 @@ _CELL_INCHES = 1.35
 _DPI = 120
 
 
+def read_image(path: str | Path, shape: tuple[int, ...], flag: str) -> torch.Tensor:
+    """Read one image, scaled to the size of a target's.
+
+    Args:
+        path: PNG, JPEG or whatever Pillow reads.
+        shape: C, H, W; C is 1 or 3.
+        flag: What the user gave it with, for messages.
+
+    Returns:
+        C x H x W in [0, 1].
+
+    Raises:
+        InputError: Missing, or no image.
+    """
+    import numpy as np
+    from PIL import Image
+
+    channels, height, width = shape
+    try:
+        with Image.open(path) as file:
+            image = file.convert("L" if channels == 1 else "RGB").resize((width, height))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{flag} {path}: cannot be read as an image ({error})") from None
+    pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)
+    return pixels.reshape(height, width, channels).permute(2, 0, 1).contiguous()
+
+
 def save_comparison(
     path: str | Path,
     originals: torch.Tensor,

@@ -21,6 +21,7 @@ class Reconstruction:
         iterations: Iterations done.
         status: "finished", "target-tv", "patience", "time" or "diverged".
         details: Anything else worth recording, plain values.
+        members: Of an ensemble, every attack's own result by its name.
     """
 
     images: torch.Tensor
@@ -31,3 +32,4 @@ class Reconstruction:
     iterations: int = 0
     status: str = "finished"
     details: dict[str, Any] = field(default_factory=dict)
+    members: dict[str, Reconstruction] = field(default_factory=dict)

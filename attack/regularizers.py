@@ -7,12 +7,16 @@ value per image, so that restarts and shards can be combined exactly.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 
-from gradients.checkpoint import BatchStatistics
+from gradients.checkpoint import BatchStatistics, Target
 from training import distributed
+from training.errors import InputError
+from training.models import last_linear
 
 # Under the square root of isotropic variants: its slope at 0 is infinite.
 SMOOTHING = 1e-8
@@ -65,13 +69,36 @@ class IsotropicTV(Regularizer):
         """See `Regularizer`."""
         if self.double_opponents and images.shape[-3] == 3:
             images = torch.cat([images, images - images.roll(1, dims=-3)], dim=-3)
-        across = images[..., :-1, 1:] - images[..., :-1, :-1]
-        down = images[..., 1:, :-1] - images[..., :-1, :-1]
+        # Differences over the border are 0, so that the last row and column count as well.
+        across = F.pad(images.diff(dim=-1), (0, 1))
+        down = F.pad(images.diff(dim=-2), (0, 0, 0, 1))
         return (across.square() + down.square() + SMOOTHING).sqrt().mean((-3, -2, -1))
 
 
+class NormTV(Regularizer):
+    """Euclidean lengths of the differences to the neighbours across, down and on both diagonals.
+
+    Sums over all pixels, not means: weights are far smaller than for the other kinds.
+    The original takes one norm over the whole batch, which for equally rough images is
+    sqrt(N) times the mean over images that this gives.
+
+    Source: DeepInversion (Yin et al. 2020), section 3.1, https://arxiv.org/abs/1912.08795,
+    as its authors use it in GradInversion and in the attack of Hatamizadeh et al. (2022).
+    """
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """See `Regularizer`."""
+        differences = (
+            images[..., :, 1:] - images[..., :, :-1],
+            images[..., 1:, :] - images[..., :-1, :],
+            images[..., 1:, :-1] - images[..., :-1, 1:],
+            images[..., 1:, 1:] - images[..., :-1, :-1],
+        )
+        return torch.stack([_image_norm(d) for d in differences]).sum(0)
+
+
 class InputNorm(Regularizer):
-    """Mean squared value of the normalised input.
+    """Euclidean norm of the normalised input.
 
     Source: the l2 term of GradInversion (Yin et al. 2021), eq. 9,
     https://arxiv.org/abs/2104.07586.
@@ -79,7 +106,7 @@ class InputNorm(Regularizer):
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """See `Regularizer`."""
-        return images.square().mean((-3, -2, -1))
+        return _image_norm(images)
 
 
 class PatchPrior(Regularizer):
@@ -114,27 +141,68 @@ class ColourPrior(Regularizer):
 
 
 class GroupConsistency(Regularizer):
-    """Squared distance to a consensus of the restarts.
+    """Distance to a consensus of the restarts.
 
     Args:
-        consensus: N x C x H x W, for instance the mean over restarts, registered.
+        consensus: N x C x H x W: the mean over restarts, or E2EGI's fusion.
+        squared: Mean squared difference (E2EGI) instead of the Euclidean norm.
 
-    Source: GradInversion (Yin et al. 2021), eq. 11, https://arxiv.org/abs/2104.07586.
+    Source: GradInversion (Yin et al. 2021), eq. 11, https://arxiv.org/abs/2104.07586;
+    squared: E2EGI (Li et al. 2022), https://doi.org/10.1109/JBHI.2022.3204455.
     """
 
-    def __init__(self, consensus: torch.Tensor) -> None:
+    def __init__(self, consensus: torch.Tensor, squared: bool = True) -> None:
         self.consensus = consensus
+        self.squared = squared
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """See `Regularizer`."""
-        return (images - self.consensus).square().mean((-3, -2, -1))
+        difference = images - self.consensus
+        return difference.square().mean((-3, -2, -1)) if self.squared else _image_norm(difference)
+
+
+class EpochOrderPrior(Regularizer):
+    """The images of different local epochs are the same set, in whatever order.
+
+    Features of a random convolution are reduced by a maximum over each epoch's images,
+    which does not depend on their order; the prior is the mean squared difference over
+    all pairs of epochs. Every image gets the value of the whole.
+
+    Args:
+        epochs: The batch holds so many copies of the data, one epoch after the other.
+        channels: Of the images.
+        seed: Of the convolution.
+        features: Its output channels.
+
+    Source: Dimitrov et al., Data Leakage in Federated Averaging, TMLR 2022, section 4.2,
+    https://openreview.net/forum?id=e7A0B99zJf; `l2_max_conv` of its code.
+    """
+
+    def __init__(self, epochs: int, channels: int, seed: int = 0, features: int = 96) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        kernel = torch.randn((features, channels, 3, 3), generator=generator)
+        self.epochs = epochs
+        self.kernel = kernel / math.sqrt(9 * channels)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """See `Regularizer`."""
+        features = F.conv2d(images, self.kernel.to(images), padding=1)
+        of_epochs = torch.stack([part.amax(0) for part in features.chunk(self.epochs)])
+        # Over all pairs, the mean squared difference is twice the variance.
+        value = 2 * of_epochs.var(0, unbiased=False).mean()
+        return value.expand(len(images))
 
 
 TOTAL_VARIATIONS: dict[str, Callable[[], Regularizer]] = {
     "anisotropic": AnisotropicTV,
     "isotropic": IsotropicTV,
     "double-opponents": lambda: IsotropicTV(double_opponents=True),
+    "norm": NormTV,
 }
+
+
+# Watches one forward pass of a model; what it returns gives the penalty after that pass.
+ModelPenalty = Callable[[torch.nn.Module], Callable[[], torch.Tensor]]
 
 
 class BatchNormPenalty:
@@ -149,20 +217,26 @@ class BatchNormPenalty:
         groups: Images of this process per group.
         synchronized: Whether one batch is spread over the processes. Otherwise every
             process has groups of its own.
+        counted: Whether each group's statistics are known at all; default: they are.
 
     Source: DeepInversion (Yin et al. 2020), eq. 4, https://arxiv.org/abs/1912.08795;
     GradInversion (2021), eq. 10.
     """
 
     def __init__(
-        self, known: list[BatchStatistics], groups: list[int], synchronized: bool = False
+        self,
+        known: list[BatchStatistics],
+        groups: list[int],
+        synchronized: bool = False,
+        counted: list[bool] | None = None,
     ) -> None:
         self.known = known
         self.groups = groups
         self.synchronized = synchronized
-        # Processes add their penalties up; the sum is the mean over all groups.
+        self._counted = counted or [True] * len(groups)
+        # Processes add their penalties up; the sum is the mean over all known groups.
         device = next(iter(known[0].values()))[0].device
-        parts = distributed.all_reduce(torch.tensor(float(len(groups)), device=device))
+        parts = distributed.all_reduce(torch.tensor(float(sum(self._counted)), device=device))
         self._parts = float(parts)
 
     def __call__(self, model: torch.nn.Module) -> Callable[[], torch.Tensor]:
@@ -193,7 +267,8 @@ class BatchNormPenalty:
         for index, group in enumerate(features.split(self.groups)):
             known_mean, known_var = self.known[min(index, len(self.known) - 1)][name]
             mean, var = self._moments(group, dims)
-            terms += [_norm(mean - known_mean), _norm(var - known_var)]
+            weight = float(self._counted[index])
+            terms += [weight * _norm(mean - known_mean), weight * _norm(var - known_var)]
         return torch.stack(terms).sum() / self._parts
 
     def _moments(self, x: torch.Tensor, dims: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -209,6 +284,135 @@ class BatchNormPenalty:
         return mean, var
 
 
+class MovingAveragePenalty:
+    """Distance of the candidate's running statistics after several local steps from known ones.
+
+    As `BatchNormPenalty`, but what is compared is the average over the client's local
+    steps that its running statistics have taken: step k of K counts with
+    m (1 - m)^(K - 1 - k), m being the layer's momentum. The steps' own statistics can't
+    be told apart.
+
+    Args:
+        known: Average mean and average unbiased variance, per layer.
+        momentum: Per layer.
+        processes: Of the client; every step is a forward pass for each of them, and the
+            first one's statistics are the known ones.
+    """
+
+    def __init__(
+        self, known: BatchStatistics, momentum: Mapping[str, float], processes: int = 1
+    ) -> None:
+        self.known, self.momentum, self.processes = known, momentum, processes
+
+    def __call__(self, model: torch.nn.Module) -> Callable[[], torch.Tensor]:
+        """Watch the forward passes of `model`; the result gives the penalty after them."""
+        passes: dict[str, list[torch.Tensor]] = {name: [] for name in self.known}
+        modules = dict(model.named_modules())
+
+        def watch(seen: list[torch.Tensor]) -> Callable[..., None]:
+            def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+                seen.append(_mean_and_variance(inputs[0]))
+
+            return hook
+
+        handles = [modules[n].register_forward_pre_hook(watch(passes[n])) for n in passes]
+
+        def total() -> torch.Tensor:
+            for handle in handles:
+                handle.remove()
+            terms = [self._distance(name, seen) for name, seen in passes.items()]
+            return torch.stack(terms).sum()
+
+        return total
+
+    def _distance(self, name: str, seen: list[torch.Tensor]) -> torch.Tensor:
+        steps = torch.stack(seen[:: self.processes])
+        keep = 1 - self.momentum[name]
+        weights = keep ** torch.arange(len(steps) - 1, -1, -1).to(steps)
+        mean, variance = torch.einsum("k,ksc->sc", weights / weights.sum(), steps)
+        known_mean, known_variance = self.known[name]
+        return _norm(mean - known_mean) + _norm(variance - known_variance)
+
+
+def _mean_and_variance(features: torch.Tensor) -> torch.Tensor:
+    """Mean and unbiased variance per channel, 2 x C."""
+    dims = [0, *range(2, features.dim())]
+    return torch.stack([features.mean(dims), features.var(dims, unbiased=True)])
+
+
 def _norm(x: torch.Tensor) -> torch.Tensor:
     """Euclidean norm with a finite slope at 0."""
     return (x.square().sum() + torch.finfo(x.dtype).tiny).sqrt()
+
+
+def _image_norm(images: torch.Tensor) -> torch.Tensor:
+    """Euclidean norm per image with a finite slope at 0."""
+    return (images.square().sum((-3, -2, -1)) + torch.finfo(images.dtype).tiny).sqrt()
+
+
+class FeaturePenalty:
+    """Distance of each image's deep features from those that the gradient gives away.
+
+    Row y of the last layer's weight gradient divided by entry y of its bias gradient is
+    the feature vector of the image with label y, if no other image has that label.
+
+    Args:
+        features: n x F, one row per image of this process.
+        batch_size: Images of all processes.
+
+    Source: the feature regularisation of Geiping's `breaching`,
+    https://github.com/JonasGeiping/breaching; the quotient: Geiping et al. (2020),
+    proposition 3.1, https://arxiv.org/abs/2003.14053.
+    """
+
+    def __init__(self, features: torch.Tensor, batch_size: int) -> None:
+        self.features = features
+        self.batch_size = batch_size
+
+    def __call__(self, model: torch.nn.Module) -> Callable[[], torch.Tensor]:
+        """Watch one forward pass of `model`; the result gives the penalty after it."""
+        seen: list[torch.Tensor] = []
+        _, layer = last_linear(model)
+        handle = layer.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+
+        def total() -> torch.Tensor:
+            handle.remove()
+            return (seen[0] - self.features).square().mean(1).sum() / self.batch_size
+
+        return total
+
+
+def shared_features(target: Target, labels: torch.Tensor) -> torch.Tensor:
+    """The features that the last layer's gradient gives away for each label.
+
+    Args:
+        target: What was shared.
+        labels: n class indices.
+
+    Returns:
+        n x F; zeros where the bias gradient of a label is zero.
+
+    Raises:
+        InputError: The last layer's weight and bias gradients were not both shared.
+    """
+    name, _ = last_linear(target.build_model())
+    weight = target.gradient.get(f"{name}.weight")
+    bias = target.gradient.get(f"{name}.bias")
+    if weight is None or bias is None:
+        raise InputError(
+            f"--features: needs the gradients of {name}.weight and {name}.bias, which are not "
+            "both shared; leave it out"
+        )
+    labels = labels.to(weight.device)
+    rows, slopes = weight[labels], bias[labels][:, None]
+    return torch.where(slopes == 0, torch.zeros_like(rows), rows / slopes)
+
+
+def weighted_penalty(parts: Sequence[tuple[float, ModelPenalty]]) -> ModelPenalty:
+    """The weighted sum of several penalties, from the same forward pass."""
+
+    def watch(model: torch.nn.Module) -> Callable[[], torch.Tensor]:
+        totals = [(weight, penalty(model)) for weight, penalty in parts]
+        return lambda: torch.stack([weight * total() for weight, total in totals]).sum()
+
+    return watch

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from attack.requirements import threat_record
 from gradients.checkpoint import Target, Truth
 from training.records import provenance
 from training.storage import save_checkpoint, write_json, write_text
@@ -49,6 +53,7 @@ def write_results(
         "key": key,
         "status": reconstruction.status,
         "attack": attack.name,
+        "threat": threat_record(args),
         "config": _plain(getattr(attack, "config", None)),
         "arguments": {k: v for k, v in vars(args).items() if k != "explicit"},
         "target": describe(target),
@@ -82,6 +87,54 @@ def write_results(
     if not args.quiet:
         print("\n\n".join(tables))
         print(f"wrote {folder / 'record.json'}")
+    return record
+
+
+def write_label_results(
+    args: argparse.Namespace,
+    folder: Path,
+    key: str,
+    target: Target,
+    truth: Truth,
+    process: Process,
+) -> dict[str, Any]:
+    """Recover the labels by every rule, measure, and write the record.
+
+    Args:
+        args: The command line.
+        folder: Where to.
+        key: Identifies the run.
+        target: What was shared.
+        truth: With the labels to compare with.
+        process: Where it runs.
+
+    Returns:
+        The record, as written to `record.json`.
+    """
+    from prettytable import PrettyTable
+
+    from attack.labels import accuracy_by_rule
+
+    began = time.perf_counter()
+    rules = accuracy_by_rule(target, truth.labels)
+    table = PrettyTable(["rule", "label accuracy"])
+    for rule, found in rules.items():
+        accuracy = found["accuracy"]
+        table.add_row([rule, found["reason"] if accuracy is None else f"{accuracy:.3f}"])
+    record = {
+        "key": key,
+        "status": "finished",
+        "threat": threat_record(args),
+        "arguments": {k: v for k, v in vars(args).items() if k != "explicit"},
+        "target": describe(target),
+        "provenance": provenance(process.device, args.seed),
+        "seconds": time.perf_counter() - began,
+        "label_rules": rules,
+        "tables": [table.get_string()],
+    }
+    write_json(folder / "record.json", record)
+    if not args.quiet:
+        print(table)
     return record
 
 
@@ -138,6 +191,46 @@ def _measure(
         title=f"{attack.name} on {target.model.arch}, batch {target.batch_size}",
     )
     record["pictures"].append("reconstruction.png")
+    if reconstruction.members:
+        _measure_worst_case(args, folder, truth, reconstruction, record, tables)
+
+
+def _measure_worst_case(
+    args: argparse.Namespace,
+    folder: Path,
+    truth: Truth,
+    ensemble: Reconstruction,
+    record: dict[str, Any],
+    tables: list[str],
+) -> None:
+    """Every member against the truth; which the ensemble's own choice never saw."""
+    from attack.metrics import evaluate
+    from attack.metrics.worst_case import worst_case
+    from attack.pictures import save_comparison
+
+    evaluations = {
+        name: evaluate(
+            member.images,
+            member.labels,
+            truth,
+            one_to_one=args.one_to_one_similarity,
+            lpips_weights=args.lpips_weights,
+        )
+        for name, member in ensemble.members.items()
+    }
+    worst = worst_case(evaluations)
+    record["worst_case"] = worst.to_record()
+    tables.append(worst.to_table().get_string())
+    rows = [(row, row["ssim_attack"] or row["psnr_attack"]) for row in worst.per_image]
+    images = [
+        ensemble.members[name].images[evaluations[name].order[row["index"]]] for row, name in rows
+    ]
+    scores = [evaluations[name].per_image[row["index"]] for row, name in rows]
+    title = f"worst case over {len(evaluations)} attacks"
+    save_comparison(
+        folder / "worst_case.png", truth.images, torch.stack(images), scores, title=title
+    )
+    record["pictures"].append("worst_case.png")
 
 
 def _draw_curve(folder: Path, attack: Attack, record: dict[str, Any]) -> None:

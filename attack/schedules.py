@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from training.errors import InputError
 
@@ -38,3 +39,23 @@ def learning_rate(
     if schedule == "constant":
         return lr
     raise InputError(f"--lr-schedule {schedule}: choose one of {', '.join(SCHEDULES)}")
+
+
+def staged_learning_rate(iteration: int, ends: Sequence[int], lr: float, lr_min: float) -> float:
+    """E2EGI's schedule: a line from `lr` to `lr_min`, replaced in each stage by half a cosine.
+
+    Args:
+        iteration: From 0.
+        ends: Where each stage ends; the last is the end of the attack.
+        lr: The largest value.
+        lr_min: The smallest.
+    """
+    end = min(lr, lr_min)
+    start, stop = 0, 0
+    for stop in ends:
+        if iteration < stop:
+            break
+        start = stop
+    high, low = (end + (lr - end) * (1 - at / ends[-1]) for at in (start, stop))
+    progress = (iteration - start) / max(1, stop - start)
+    return low + (high - low) * (1 + math.cos(math.pi * progress)) / 2

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -21,7 +22,22 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "LBFGS": torch.optim.LBFGS,
 }
 
-STARTS = ("normal", "uniform", "zeros", "pattern")
+STARTS = ("normal", "uniform", "zeros", "pattern", "prior")
+
+
+# Flags that are not spelled like their setting.
+FLAG_NAMES = {"gradient_weight": "grads-weight", "tv": "TV", "bn": "BN", "group": "Group"}
+
+
+def _check_numbers(config: InversionConfig) -> None:
+    """Refuse NaN and infinity: they would only show as an attack that finds nothing."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            flag = FLAG_NAMES.get(field.name, field.name.replace("_", "-"))
+            raise InputError(f"--{flag} {value}: must be a finite number")
+    if config.patch_size < 1:
+        raise InputError("--patch-size must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -39,24 +55,34 @@ class InversionConfig:
         schedule: See `attack.schedules.learning_rate`.
         warmup: Iterations of linear growth of the learning rate.
         signed: Use the sign of the image gradient only.
+        soft_sign: Use tanh(s g) / s of it instead, s falling linearly from 1 to 0.
         gradient_weight: Factor of the objective.
         tv: Factor of total variation.
         tv_kind: Name in `attack.regularizers.TOTAL_VARIATIONS`.
         bn: Factor of the BatchNorm penalty (with `balance`: relative length of its step).
-        input_norm: Factor of the squared input.
+        features: Factor of the distance from the deep features that the last layer's
+            gradient gives away.
+        input_norm: Factor of the input's Euclidean norm.
         colour: Factor of the colour prior.
         patch: Factor of the patch prior; `patch_size` pixels a patch.
         patch_size: Side of a patch.
         group: Factor of the group consistency between restarts.
+        group_start: Share of the iterations before it begins.
+        group_every: Iterations between two updates of what it draws the restarts to.
+        registration: Shift the restarts onto their mean first; Euclidean instead of
+            squared distance, as GradInversion.
         balance: Length of the regulariser's step relative to the objective's; None
             adds the weighted gradients as they are. Needs no tuning per model.
-        balance_end: What `balance` falls to by the last iteration on targets whose
-            objective is matched well; see `Inversion`.
+        balance_end: What `balance` falls to by the last iteration; None: it stays.
+        balance_hold: Objective below which the balance does not fall: where the gradient
+            is matched that well beside the prior, many images match it, and the prior
+            alone tells them apart. 0: it always falls.
         coordinates: "pixels" or "dct[:exponent]".
         box: Keep the images in the valid range.
-        input_noise: Standard deviation of noise added to the inputs of each iteration,
-            falling linearly to 0.
-        start: "normal", "uniform", "zeros" (mean colour) or "pattern" (a tiled 4 x 4 patch).
+        input_noise: Standard deviation, in learning rates, of the noise added to the
+            images after each step; none in E2EGI's final stage.
+        start: "normal", "uniform", "zeros" (mean colour), "pattern" (a tiled 4 x 4 patch)
+            or "prior" (a given image).
         restarts: Number of starts.
         restarts_at_once: Restarts per batched call; 0: by the model's size and memory.
         halving: Drop the worse half of the restarts at 1/8, 1/4 and 1/2 of the iterations.
@@ -71,7 +97,10 @@ class InversionConfig:
         polish: Iterations of L-BFGS on the best iterate at the end.
         joint_labels: Optimise label logits together with the images.
         exact_bn: Match the batch statistics of the target instead of running ones.
+        bn_from_update: Match what the client's running statistics after its training
+            say about its batch, see `attack.shared_statistics`.
         double: Compute in float64.
+        adaptive: Take the client's stated defenses into account, see `attack.adaptive`.
     """
 
     objective: str = "sim"
@@ -84,17 +113,23 @@ class InversionConfig:
     schedule: str = "cosine"
     warmup: int = 0
     signed: bool = True
+    soft_sign: bool = False
     gradient_weight: float = 1.0
     tv: float = 0.1
     tv_kind: str = "anisotropic"
     bn: float = 0.0
+    features: float = 0.0
     input_norm: float = 0.0
     colour: float = 0.0
     patch: float = 0.0
     patch_size: int = 16
     group: float = 0.0
+    group_start: float = 0.0
+    group_every: int = 1
+    registration: bool = False
     balance: float | None = None
     balance_end: float | None = None
+    balance_hold: float = 0.0
     coordinates: str = "pixels"
     box: bool = True
     input_noise: float = 0.0
@@ -113,7 +148,9 @@ class InversionConfig:
     polish: int = 0
     joint_labels: bool = False
     exact_bn: bool = False
+    bn_from_update: bool = False
     double: bool = False
+    adaptive: bool = False
 
     def validate(self) -> None:
         """Refuse unknown names and impossible numbers.
@@ -133,6 +170,7 @@ class InversionConfig:
             if value not in known:
                 raise InputError(f"{flag} {value}: choose one of {', '.join(known)}")
         make_coordinates(self.coordinates, (1, 1), torch.device("cpu"), torch.float32)
+        _check_numbers(self)
         if self.layers is not None:
             try:
                 layer_weights(1, self.layers)
@@ -142,5 +180,15 @@ class InversionConfig:
             raise InputError("--epochs and --n-seed must be at least 1")
         if self.lr <= 0:
             raise InputError(f"--lr {self.lr}: must be positive")
+        if self.bn_from_update and self.exact_bn:
+            raise InputError("--bn-from-update and --exact-bn: choose one of them")
+        if self.bn_from_update and self.bn <= 0:
+            raise InputError("--bn-from-update needs --BN, the weight of the statistics")
         if self.combine and self.restarts < 2:
             raise InputError("--MinCombine fuses several restarts; give --n-seed 2 or more")
+        if self.features and (self.joint_labels or self.balance is not None):
+            raise InputError("--features needs known labels and a fixed weight: no --joint-labels")
+        if self.signed and self.soft_sign:
+            raise InputError("--soft-sign replaces the sign; add --no-signed")
+        if self.group_every < 1:
+            raise InputError("--group-every must be at least 1")

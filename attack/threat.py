@@ -1,10 +1,18 @@
-"""What an attacker is given, and what an attack needs."""
+"""What an attacker is given, and what an attack needs.
+
+A threat model is a named set of capabilities. An attack, a way to get labels and the
+settings of a run state what they require; what the threat model withholds is refused
+before any work is done, and hidden from the attack besides.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from collections.abc import Iterable
+from dataclasses import dataclass
 
+from gradients.checkpoint import Target
 from training.errors import InputError
 
 
@@ -21,16 +29,132 @@ class Capability(enum.Enum):
     MALICIOUS_SERVER = "the server may change the model it sends"
 
 
-def check_capabilities(
-    attack: str, requires: Iterable[Capability], granted: Iterable[Capability]
-) -> None:
-    """Refuse an attack that needs more than the threat model grants.
+Capabilities = frozenset[Capability]
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """A named attacker.
+
+    Attributes:
+        name: What `--threat` and tables call it.
+        grants: What it is given beside the model and the shared gradient.
+        description: Who that is, in one sentence.
+    """
+
+    name: str
+    grants: Capabilities
+    description: str
+
+    def view(self, target: Target) -> Target:
+        """The target as this attacker sees it: without what is withheld.
+
+        Local hyper-parameters stay, because without them the shared gradient has no scale;
+        attacks that unroll local steps state that they require them.
+        """
+        hidden: dict[str, tuple[str, ...] | None] = {}
+        if Capability.BATCH_STATISTICS not in self.grants:
+            hidden["bn_statistics"] = hidden["running_after"] = None
+        if Capability.DEFENSE not in self.grants:
+            hidden["defenses"] = ()
+        return dataclasses.replace(target, **hidden)  # type: ignore[arg-type]
+
+
+# Where no threat model is named, the flags of the run decide.
+CUSTOM = "custom"
+
+_MODELS: dict[str, ThreatModel] = {}
+
+
+def register_threat_model(name: str, grants: Iterable[Capability], description: str) -> ThreatModel:
+    """Make `--threat name` known.
 
     Raises:
-        InputError: Names the attack and what it lacks.
+        ValueError: The name is taken.
+    """
+    if name in _MODELS or name == CUSTOM:
+        raise ValueError(f"threat model {name} is registered already")
+    _MODELS[name] = ThreatModel(name, frozenset(grants), description)
+    return _MODELS[name]
+
+
+def threat_names() -> list[str]:
+    """Every name that `--threat` knows."""
+    return [CUSTOM, *_MODELS]
+
+
+def find_threat(name: str | None) -> ThreatModel | None:
+    """The threat model of that name; None for `custom` and where none is given.
+
+    Raises:
+        InputError: There is none.
+    """
+    if name is None or name == CUSTOM:
+        return None
+    if name not in _MODELS:
+        raise InputError(f"--threat {name}: unknown; known are {', '.join(threat_names())}")
+    return _MODELS[name]
+
+
+_EAVESDROPPER = (Capability.BATCH_SIZE, Capability.RUNNING_STATISTICS)
+_SERVER = (*_EAVESDROPPER, Capability.LOCAL_TRAINING, Capability.DEFENSE)
+
+register_threat_model(
+    "eavesdropper-no-labels",
+    _EAVESDROPPER,
+    "Reads the model that is sent and the update that comes back, and knows nothing of what "
+    "the client does in between.",
+)
+register_threat_model(
+    "honest-server",
+    _SERVER,
+    "Follows the protocol, which it wrote: local training and defense are known to it, labels "
+    "and batch statistics are not.",
+)
+register_threat_model(
+    "honest-server-with-bn",
+    (*_SERVER, Capability.BATCH_STATISTICS),
+    "As honest-server, where clients share their BatchNorm statistics, from which those of the "
+    "batch follow after one local step.",
+)
+register_threat_model(
+    "honest-server-with-labels",
+    (*_SERVER, Capability.LABELS),
+    "As honest-server, with labels known from elsewhere and in order; isolates how well images "
+    "are recovered from how well labels are.",
+)
+register_threat_model(
+    "honest-server-with-data",
+    (*_SERVER, Capability.BATCH_STATISTICS, Capability.PRIOR_DATA),
+    "As honest-server-with-bn, with public images that resemble the client's.",
+)
+register_threat_model(
+    "malicious-server",
+    (*_SERVER, Capability.BATCH_STATISTICS, Capability.PRIOR_DATA, Capability.MALICIOUS_SERVER),
+    "May also send a model that was made to leak; labels are still the client's secret.",
+)
+register_threat_model(
+    "worst-case",
+    tuple(Capability),
+    "Is given everything but the images: an upper bound, not a realistic attacker.",
+)
+
+
+def check_capabilities(
+    what: str, requires: Iterable[Capability], granted: Iterable[Capability], threat: str = ""
+) -> None:
+    """Refuse what needs more than the threat model grants.
+
+    Args:
+        what: Who asks (an attack, a flag), as the message calls it.
+        requires: What it needs.
+        granted: What the threat model grants.
+        threat: The threat model's name, for the message.
+
+    Raises:
+        InputError: Names what asks and what it lacks.
     """
     missing = sorted(c.value for c in set(requires) - set(granted))
     if missing:
-        raise InputError(
-            f"attack {attack} needs what the threat model withholds: {'; '.join(missing)}"
-        )
+        named = f"--threat {threat}" if threat else "the threat model"
+        raise InputError(f"{what} needs what {named} withholds: {'; '.join(missing)}")

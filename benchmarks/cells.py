@@ -32,7 +32,7 @@ class Cell:
     """One command with one configuration.
 
     Attributes:
-        stage: "train", "extract" or "attack".
+        stage: "train", "extract", "attack" or "federated".
         config: The command's flags (long names without dashes) and their values;
             `True` is a flag without a value.
         inputs: Files of other cells, by the flag that takes them.

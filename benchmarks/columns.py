@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 # Results of one repeat of a row, by stage.
 Run = Mapping[str, Mapping[str, Any]]
+# An image above this PSNR is recovered exactly, up to rounding.
+RECOVERED_DB = 60.0
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class Column:
         leak: "high" or "low", on which side the metric says that more leaked.
         missing: Why a run may have no value, for the footnote.
         note: Explains a value's absence from the run itself.
+        text: For a column of words instead of numbers, the word of one run.
     """
 
     name: str
@@ -31,6 +35,7 @@ class Column:
     leak: str | None = None
     missing: str = "not recorded"
     note: Callable[[Run], str | None] = lambda run: None
+    text: Callable[[Run], str | None] | None = None
 
 
 def dig(value: Any, path: str) -> Any:
@@ -58,8 +63,60 @@ def _per_image(metric: str) -> Callable[[Run], list[float | None]]:
     return values
 
 
+def _worst_case(metric: str) -> Column:
+    """For every image the value of the attack from which most leaked."""
+
+    def values(run: Run) -> list[float | None]:
+        rows = dig(run, "attack.worst_case.per_image") or []
+        return [row.get(metric) for row in rows if row.get(metric) is not None]
+
+    known = {"psnr": ("PSNR", 2), "ssim": ("SSIM", 3), "lpips_alex": ("LPIPS", 3)}
+    title, digits = known[metric]
+    side = "low" if metric == "lpips_alex" else "high"
+    missing = "only an ensemble of attacks has a worst case"
+    return Column(f"worst-case {metric}", f"{title}, worst attack", values, digits, side, missing)
+
+
+def _words(path: str) -> Callable[[Run], str | None]:
+    def text(run: Run) -> str | None:
+        value = dig(run, path)
+        return None if value is None else str(value)
+
+    return text
+
+
+def _strongest(run: Run) -> str | None:
+    """The attacks that got most out of the images, by SSIM or else PSNR."""
+    rows = dig(run, "attack.worst_case.per_image") or []
+    names = [row.get("ssim_attack") or row.get("psnr_attack") for row in rows]
+    return ", ".join(dict.fromkeys(name for name in names if name)) or None
+
+
+def _threat(run: Run) -> str | None:
+    threat = dig(run, "attack.threat") or {}
+    if threat.get("name") != "custom":
+        return threat.get("name")
+    # Every custom attacker is given these.
+    usual = {
+        "batch size known",
+        "running BatchNorm statistics known",
+        "the client's local hyper-parameters known",
+    }
+    more = sorted(set(threat.get("granted", [])) - usual)
+    return "; ".join(["custom", *more])
+
+
+def _no_numbers(run: Run) -> list[float | None]:
+    return []
+
+
 def _information_ratios(run: Run) -> list[float | None]:
     return [sample["ratio"] for sample in dig(run, "attack.GInfoR.by_sample") or []]
+
+
+def _recovered(run: Run) -> list[float | None]:
+    """1 for every image that is recovered up to rounding, else 0."""
+    return [float((value or 0) > RECOVERED_DB) for value in _per_image("psnr")(run)]
 
 
 def _missing_metric(metric: str) -> Callable[[Run], str | None]:
@@ -93,6 +150,37 @@ def _is_untrained(run: Run) -> bool:
     return model is None or str(model).endswith("model_init.pth.tar")
 
 
+def _test_accuracy(run: Run) -> list[float | None]:
+    return [100 * value for value in _scalar("federated.test_accuracy")(run) if value is not None]
+
+
+def measured_leakage(run: Run, site: str) -> list[Mapping[str, Any]]:
+    """What a site of a federation measured, by round."""
+    entries = dig(run, "federated.leakage") or []
+    return sorted((e for e in entries if e["site"] == site), key=lambda e: e["round"])
+
+
+def _rdlv(site: str, round_number: int | None) -> Callable[[Run], list[float | None]]:
+    def values(run: Run) -> list[float | None]:
+        measured = measured_leakage(run, site)
+        if round_number is not None:
+            measured = [entry for entry in measured if entry["round"] == round_number]
+        return [image["rdlv"] for image in measured[-1]["images"]] if measured else []
+
+    return values
+
+
+def _rdlv_column(name: str) -> Column | None:
+    """`rdlv SITE`, of the last round measured, or `rdlv SITE round N`; per training image."""
+    found = _RDLV.fullmatch(name)
+    if found is None:
+        return None
+    site, number = found.groups()
+    header = f"RDLV {site}" if number is None else f"{site}, round {number}"
+    values = _rdlv(site, None if number is None else int(number))
+    return Column(name, header, values, 2, "high", "this site did not measure")
+
+
 def _epsilon(run: Run) -> list[float | None]:
     """Spent on the very model that was attacked, or by the one release from an untrained one."""
     stage = "extract" if _is_untrained(run) else "train"
@@ -104,17 +192,34 @@ def _epsilon_note(run: Run) -> str | None:
     return None if note is None else str(note)
 
 
+_RDLV = re.compile(r"rdlv (\S+?)(?: round (\d+))?")
 _ALL = [
     Column("validation accuracy", "val. acc. %", _validation_accuracy, 1, note=_accuracy_note),
     Column(
         "epsilon", "ε", _epsilon, None, missing="not differentially private", note=_epsilon_note
     ),
+    Column("test accuracy", "test acc. %", _test_accuracy, 1),
     Column("RA index", "RA index", _scalar("extract.rank_analysis.maximum"), 0),
+    Column("trained accuracy", "trained acc. %", _scalar("train.best_val_acc1"), 1),
+    Column(
+        "update cosine",
+        "update kept",
+        _scalar("extract.update_cosine"),
+        3,
+        missing="the noise is inside training; see the trained accuracy",
+    ),
     Column("label accuracy", "label acc.", _scalar("attack.label_accuracy"), 2, "high"),
+    Column("recovered", "recovered", _recovered, 2, "high"),
     Column("information ratio", "GInfoR", _information_ratios, 3, "high"),
     Column("objective", "objective", _scalar("attack.objective"), 5),
     Column("seconds", "seconds", _scalar("attack.seconds"), 1),
     Column("training seconds", "training s", _scalar("train.seconds"), 1),
+    Column("threat", "threat model", _no_numbers, text=_threat),
+    Column("chosen attack", "chosen attack", _no_numbers, text=_words("attack.details.chosen")),
+    Column("strongest attack", "strongest attack", _no_numbers, text=_strongest),
+    _worst_case("psnr"),
+    _worst_case("ssim"),
+    _worst_case("lpips_alex"),
     _metric("mse", "MSE", 4, "low"),
     _metric("psnr", "PSNR", 2, "high"),
     _metric("ssim", "SSIM", 3, "high"),
@@ -126,9 +231,26 @@ _ALL = [
 COLUMNS: dict[str, Column] = {column.name: column for column in _ALL}
 
 
+BY_RULE = "labels by "
+
+
+def _label_rule(name: str) -> Column:
+    """Label accuracy of one rule, from a run of label recovery alone."""
+    place = f"attack.label_rules.{name.removeprefix(BY_RULE)}"
+
+    def note(run: Run) -> str | None:
+        reason = dig(run, f"{place}.reason")
+        return None if reason is None else str(reason)
+
+    rule = name.removeprefix(BY_RULE)
+    return Column(name, rule, _scalar(f"{place}.accuracy"), 2, "high", note=note)
+
+
 def find_column(name: str) -> Column:
     """A column by its name, or for any number of the records by `STAGE.DOTTED.PATH`."""
-    known = COLUMNS.get(name)
+    known = COLUMNS.get(name) or _rdlv_column(name)
+    if name.startswith(BY_RULE):
+        return _label_rule(name)
     return known or Column(name, name.rpartition(".")[2].replace("_", " "), _scalar(name))
 
 
@@ -170,4 +292,5 @@ def find_view(name: str) -> View:
 def is_known(name: str) -> bool:
     """Whether a table may show a column of this name."""
     column = find_view(name).column
-    return column.name in COLUMNS or "." in column.name
+    computed = column.name.startswith(BY_RULE) or _rdlv_column(column.name) is not None
+    return column.name in COLUMNS or "." in column.name or computed

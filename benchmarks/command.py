@@ -119,8 +119,21 @@ def _say_commands(tables: Sequence[Table], store: Store) -> None:
 def _check(args: argparse.Namespace) -> None:
     if args.jobs is not None and args.jobs < 1:
         raise InputError("--jobs must be at least 1")
+    for flag, folder in (("--store", args.store), ("--output", args.output)):
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise InputError(f"{flag}: {folder} is a file, not a folder")
+    if args.data is not None:
+        _check_data(args.data)
     if args.executor == "local" and (args.address or args.gpus_per_cell):
         raise InputError("--address and --gpus-per-cell need --executor ray")
+
+
+def _check_data(data: str) -> None:
+    """Or every cell would fail, one after the other."""
+    from training.data import BUILT_IN
+
+    if data not in BUILT_IN and not Path(data).exists():
+        raise InputError(f"--data: there is no {data} (built-in names: {', '.join(BUILT_IN)})")
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -1,17 +1,21 @@
 """Attacks compared at equal processor time on the same gradient checkpoints.
 
-`python -m benchmarks.equal_time CHECKPOINT ... --seconds 20`
+`python -m benchmarks.equal_time CHECKPOINT ... --seconds 20`, or a grid of targets made for it:
+`python -m benchmarks.equal_time --data photo-patches,DIR --models convnet:32,FILE --batches 1,8`
 
 Every attack gets the same seconds of processor time on one thread: a few iterations are
 timed first, and the attack then runs as many as fit, its schedules stretched over just
-those. Labels are known to all. Attacks of the package `breaching` (`pip install breaching`)
-run beside ours as `breaching:NAME`, with their published settings.
+those. What is recorded already is not run again. Labels are known to all. Attacks of the
+package `breaching` (`pip install breaching`) run beside ours as `breaching:NAME`, with
+their published settings.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -33,6 +37,9 @@ from training.storage import write_json, write_text
 
 CPU = torch.device("cpu")
 DEFAULT_ATTACKS = "spectral,inverting-gradients"
+RECORD = "record.json"
+# Flags of the grid, the slowest first.
+GRID = ("images", "data", "batches", "models")
 # Inverts with so many iterations; returns N x C x H x W in [0, 1].
 Run = Callable[[int], torch.Tensor]
 
@@ -40,11 +47,22 @@ Run = Callable[[int], torch.Tensor]
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.equal_time", description=__doc__)
-    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
+    parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT")
     parser.add_argument("--attacks", default=DEFAULT_ATTACKS, help="comma-separated names")
     parser.add_argument("--seconds", type=float, default=20.0, help="processor time per attack")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="results/equal_time", metavar="DIR")
+    grid = parser.add_argument_group("grid of targets")
+    grid.add_argument("--data", default="", metavar="NAME_OR_DIR,...", help="data sets")
+    grid.add_argument(
+        "--models",
+        default="convnet:32,resnet18:16",
+        metavar="ARCH:WIDTH|FILE,...",
+        help="initial models, and trained ones of stage 1",
+    )
+    grid.add_argument("--batches", default="1", metavar="N,...", help="batch sizes")
+    grid.add_argument("--images", default="0", metavar="N,...", help="which batches of the data")
+    grid.add_argument("--train-mode", action="store_true", help="batch statistics in BatchNorm")
     return parser
 
 
@@ -53,19 +71,82 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     torch.set_num_threads(1)
     folder = Path(args.output)
-    targets = {path: load_target(path) for path in args.checkpoints}
-    for path, (_, truth) in targets.items():
-        if truth is None:
+    checkpoints = [*args.checkpoints, *make_targets(args)]
+    if not checkpoints:
+        raise InputError("CHECKPOINT: give gradient checkpoints, or --data for a grid of them")
+    for path in checkpoints:
+        if load_target(path)[1] is None:
             raise InputError(f"CHECKPOINT: {path} holds no true images to compare with")
-    jobs = [(path, attack) for path in args.checkpoints for attack in args.attacks.split(",")]
-    rows = []
+    jobs = [(path, attack) for path in checkpoints for attack in args.attacks.split(",")]
+    rows = recorded_rows(folder)
+    done = {_key(row) for row in rows}
     for path, attack in tqdm(jobs, desc="attacks at equal time"):
-        target, truth = targets[path]
+        if (Path(path).name, attack, args.seconds, args.seed) in done:
+            continue
+        target, truth = load_target(path)
         assert truth is not None
         rows.append(compare(path, attack, target, truth, args.seconds, args.seed, folder))
-        write_json(folder / "record.json", {"rows": rows, "provenance": provenance(CPU, args.seed)})
-    write_text(folder / "table.md", render(rows))
-    print(render(rows))
+        write_json(folder / RECORD, {"rows": rows, "provenance": provenance(CPU, args.seed)})
+        write_text(folder / "table.md", render(rows))
+        write_text(folder / "summary.md", render_summary(rows))
+    print(render_summary(rows))
+
+
+def recorded_rows(folder: Path) -> list[dict[str, Any]]:
+    """What an earlier run has finished."""
+    path = folder / RECORD
+    return list(json.loads(path.read_text())["rows"]) if path.exists() else []
+
+
+def _key(row: dict[str, Any]) -> tuple[str, str, float, int]:
+    return row["checkpoint"], row["attack"], row["budget_seconds"], row["seed"]
+
+
+def make_targets(args: argparse.Namespace) -> list[str]:
+    """Stage 2 for every cell of the grid that has no checkpoint yet.
+
+    The images vary slowest, so that a run cut short has seen every kind of target.
+
+    Args:
+        args: The command line.
+
+    Returns:
+        The checkpoints' paths.
+    """
+    from gradients.command import run
+
+    if not args.data:
+        return []
+    cells = itertools.product(*(_words(getattr(args, name)) for name in GRID))
+    paths = []
+    for image, data, batch, model in cells:
+        name = f"{Path(data).name}_{_model_name(model)}_b{batch}_i{image}"
+        path = Path(args.output) / "targets" / f"{name}{'_train' if args.train_mode else ''}.tar"
+        if not path.exists():
+            words = ["--data", data, "-b", batch, "--target-idx", image, "-j", "1"]
+            words += [*_model_flags(model), *([] if args.train_mode else ["--model-eval"])]
+            made = path.parent / "stage2" / path.stem
+            run([*words, "--cpu", "--results", str(made)])
+            next(made.glob("*-checkpoint.pth.tar")).replace(path)
+        paths.append(str(path))
+    return paths
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
+
+
+def _model_name(model: str) -> str:
+    """The architecture, or of a stage 1 checkpoint its folder's name."""
+    path = Path(model)
+    return f"{path.parent.name}-trained" if path.is_file() else model.replace(":", "-")
+
+
+def _model_flags(model: str) -> list[str]:
+    if Path(model).is_file():
+        return ["--pretrained", model]
+    arch, _, width = model.partition(":")
+    return ["-a", arch, *(["--width", width] if width else [])]
 
 
 def compare(
@@ -98,7 +179,7 @@ def compare(
     images = run(iterations)
     used = time.process_time() - begun
     evaluation = evaluate(images, truth.labels, truth, metrics=("mse", "psnr", "ssim"))
-    stem = f"{Path(path).name.split('-checkpoint')[0]}_{name.replace(':', '-')}"
+    stem = f"{Path(path).name.removesuffix('.tar').split('-checkpoint')[0]}_{_safe(name)}_s{seed}"
     save_comparison(
         folder / f"{stem}.png",
         truth.images,
@@ -111,9 +192,15 @@ def compare(
         "checkpoint": Path(path).name,
         "target": describe(target),
         "iterations": iterations,
+        "budget_seconds": seconds,
+        "seed": seed,
         "cpu_seconds": used,
         "evaluation": evaluation.to_record(),
     }
+
+
+def _safe(name: str) -> str:
+    return name.replace(":", "-")
 
 
 def _affordable(run: Run, seconds: float, sample: int = 12) -> int:
@@ -187,6 +274,45 @@ def _breaching(name: str, target: Target, labels: torch.Tensor, seed: int) -> Ru
     return run
 
 
+def render_summary(rows: list[dict[str, Any]]) -> str:
+    """PSNR / SSIM per target, one column per attack, and how often each attack is best."""
+    attacks = list(dict.fromkeys(row["attack"] for row in rows))
+    cells: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault(_target_name(row), {})[row["attack"]] = row["evaluation"]["summary"]
+    lines = [
+        f"| target (PSNR in dB / SSIM) | {' | '.join(attacks)} |",
+        f"| :--- |{' ---: |' * len(attacks)}",
+    ]
+    for name, found in cells.items():
+        shown = [_scores(found.get(attack)) for attack in attacks]
+        lines.append(f"| {name} | {' | '.join(shown)} |")
+    for metric in ("psnr", "ssim"):
+        wins = [str(_wins(cells, attack, metric)) for attack in attacks]
+        lines.append(f"| best in {metric.upper()} | {' | '.join(wins)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _target_name(row: dict[str, Any]) -> str:
+    name = row["checkpoint"].removesuffix(".tar").split("-checkpoint")[0]
+    return f"{name}, seed {row['seed']}" if row["seed"] else name
+
+
+def _scores(summary: dict[str, Any] | None) -> str:
+    if summary is None:
+        return "–"
+    return f"{summary['psnr']['mean']:.2f} / {summary['ssim']['mean']:.3f}"
+
+
+def _wins(cells: dict[str, dict[str, dict[str, Any]]], attack: str, metric: str) -> int:
+    """Targets on which no attack that ran is better."""
+    won = 0
+    for found in cells.values():
+        values = {name: summary[metric]["mean"] for name, summary in found.items()}
+        won += len(values) > 1 and attack in values and values[attack] == max(values.values())
+    return won
+
+
 def render(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table, mean over the images of each batch."""
     lines = [
@@ -196,7 +322,7 @@ def render(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         target, summary = row["target"], row["evaluation"]["summary"]
         cells = [
-            row["checkpoint"].split("-checkpoint")[0],
+            _target_name(row),
             "train" if target["train_mode"] else "eval",
             target["batch_size"],
             row["attack"],

@@ -72,8 +72,9 @@ class LocalExecutor:
     """Jobs as processes of this machine.
 
     Args:
-        jobs: How many at a time.
-        gpus: Device numbers to hand out in turn; empty without GPUs.
+        jobs: How many at a time; one that takes several GPUs counts as so many.
+        gpus: Device numbers to hand out in turn, one per process of a job as far as
+            there are as many; empty without GPUs.
         cores: Processor cores to divide among the jobs.
     """
 
@@ -81,15 +82,15 @@ class LocalExecutor:
         self._jobs = jobs
         self._gpus = tuple(gpus)
         self._cores = cores or len(os.sched_getaffinity(0))
-        self._running: list[tuple[Job, subprocess.Popen[bytes], str | None]] = []
+        self._running: list[tuple[Job, subprocess.Popen[bytes], tuple[str, ...]]] = []
 
     def has_room(self) -> bool:
         """Whether fewer than `jobs` jobs run."""
-        return len(self._running) < self._jobs
+        return sum(max(1, len(gpus)) for *_, gpus in self._running) < self._jobs
 
     def start(self, job: Job) -> None:
         """Start the job's command, its output in the job's log."""
-        gpu = self._least_used_gpu()
+        gpus = self._least_used_gpus(processes_of(job.cell))
         command = job.stage.command(job.cell.config, job.inputs, job.files, job.data)
         with job.log.open("ab") as log:
             log.write(f"$ {' '.join(command)}\n".encode())
@@ -97,7 +98,7 @@ class LocalExecutor:
             process = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env=self._environment(job, gpu),
+                env=self._environment(job, gpus),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -105,7 +106,7 @@ class LocalExecutor:
                 # The command keeps the cell locked even if the harness is killed.
                 pass_fds=(job.lock,),
             )
-        self._running.append((job, process, gpu))
+        self._running.append((job, process, gpus))
 
     def poll(self) -> list[Outcome]:
         """Jobs whose command has ended, with the end of their log as error."""
@@ -125,22 +126,25 @@ class LocalExecutor:
             process.wait()
         self._running = []
 
-    def _least_used_gpu(self) -> str | None:
-        if not self._gpus:
-            return None
-        used = [gpu for _, _, gpu in self._running]
-        return min(self._gpus, key=used.count)
+    def _least_used_gpus(self, count: int) -> tuple[str, ...]:
+        used = [gpu for *_, gpus in self._running for gpu in gpus]
+        return tuple(sorted(self._gpus, key=used.count)[:count])
 
-    def _environment(self, job: Job, gpu: str | None) -> dict[str, str]:
+    def _environment(self, job: Job, gpus: Sequence[str]) -> dict[str, str]:
         environment = command_environment(self._cores // self._jobs, job.cell)
-        if gpu is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = gpu
+        if gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         return environment
+
+
+def processes_of(cell: Cell) -> int:
+    """How many processes share the cell's work."""
+    return int(cell.config.get(PROCESSES, 1))
 
 
 def command_environment(cores: int, cell: Cell) -> dict[str, str]:
     """The environment of a cell's command that may use `cores` cores."""
-    threads = max(1, cores // int(cell.config.get(PROCESSES, 1)))
+    threads = max(1, cores // processes_of(cell))
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.cells import Cell
-from benchmarks.columns import dig, find_column
+from benchmarks.columns import dig, find_column, measured_leakage
 from benchmarks.report import Picture
 from benchmarks.results import RowResult, TableResult
 from benchmarks.statistics import summarize
@@ -56,12 +57,13 @@ def draw_figures(result: TableResult, store: Store, folder: Path) -> list[Pictur
 def _reconstructions(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]:
     """One picture per value of the first axis: originals above reconstructions."""
     axis = result.table.axes[0]
-    for value in dict.fromkeys(row.row.labels[axis] for row in result.rows):
+    values = dict.fromkeys(row.row.labels[axis] for row in result.rows)
+    for value, stem in zip(values, _distinct_slugs(values), strict=True):
         rows = [row for row in result.rows if row.row.labels[axis] == value]
         strips = [(_rest(row, axis), _pairs(row, store)) for row in rows]
         strips = [(label, pairs) for label, pairs in strips if pairs]
         if strips:
-            path = folder / f"reconstructions-{_slug(value)}.png"
+            path = folder / f"reconstructions-{stem}.png"
             _save(_draw_strips(f"{axis}: {value}", strips), path)
             caption = f"{value}: originals above reconstructions, PSNR in dB and SSIM per image"
             yield Picture(path, caption, {axis: value})
@@ -261,7 +263,31 @@ def _layers(result: TableResult, store: Store, folder: Path) -> Iterator[Picture
     yield Picture(path, "Rank-analysis index per layer (above zero: underdetermined)")
 
 
+def _rounds(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]:
+    """Leakage over the rounds of a federation: a panel per row, a line per site."""
+    rows = [row for row in result.rows if row.runs and dig(row.runs[0], "federated.leakage")]
+    if not rows:
+        return
+    figure, axes = _subplots(1, len(rows), 3.2, 2.8)
+    for ax, row in zip(axes[0], rows, strict=True):
+        run = row.runs[0]
+        for site in sorted({entry["site"] for entry in run["federated"]["leakage"]}):
+            entries = [e for e in measured_leakage(run, site) if e["rdlv"] is not None]
+            rounds = [entry["round"] for entry in entries]
+            ax.plot(rounds, [entry["rdlv"] for entry in entries], "o-", ms=3, label=site)
+        ax.axhline(0, color="k", lw=0.8)
+        ax.set_title(", ".join(row.row.labels.values()), fontsize=8)
+        ax.set_xlabel("round")
+        ax.sharey(axes[0][0])
+    axes[0][0].set_ylabel("RDLV (largest of the site's images)")
+    axes[0][0].legend(fontsize=7)
+    path = folder / "rounds.png"
+    _save(figure, path)
+    yield Picture(path, "Relative data leakage value over the rounds of the federation")
+
+
 FIGURES: dict[str, Draw] = {
+    "rounds": _rounds,
     "reconstructions": _reconstructions,
     "tradeoff": _tradeoff,
     "bars": _bars,
@@ -282,6 +308,18 @@ def _subplots(rows: int, columns: int, width: float, height: float) -> tuple[Fig
 def _save(figure: Figure, path: Path) -> None:
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=110)
+
+
+def _distinct_slugs(texts: Iterable[str]) -> list[str]:
+    """A file name for every text; "0.1" and "-0.1" would share one."""
+    slugs: list[str] = []
+    for text in texts:
+        plain = _slug(text)
+        same = (f"{plain}-{count}".strip("-") for count in itertools.count(2))
+        slugs.append(
+            plain if plain and plain not in slugs else next(s for s in same if s not in slugs)
+        )
+    return slugs
 
 
 def _slug(text: str) -> str:

@@ -1,20 +1,25 @@
 """The leaderboard: one reviewable JSON file per defense, rendered, never edited.
 
+    python -m benchmarks submit --apply gaussian:0.01 --defense "Gaussian noise 0.01"
     python -m benchmarks submit mine.yaml --defense "My defense" --where defense=mine
     python -m benchmarks leaderboard
 
-An entry is ranked by what the worst image of the worst row gave away, among the
-entries of the same threat model.
+The first form runs the ensemble of all attacks (`--attack auto`) on a defense of the
+registry, or of a `--plugin`; the second takes the rows of a table that was computed. An
+entry is ranked by what the worst image of the worst row gave away to the worst attack,
+among the entries of the same threat model.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.cells import ROOT, Cell
 from benchmarks.columns import dig
@@ -23,6 +28,10 @@ from benchmarks.results import DEFAULT_STORE, RowResult, TableResult, collect
 from benchmarks.statistics import Summary, summarize
 from training.errors import InputError, exit_status
 from training.storage import write_json, write_text
+
+if TYPE_CHECKING:
+    from benchmarks.store import Store
+    from benchmarks.tables import Table
 
 FOLDER = ROOT / "results" / "leaderboard"
 SCHEMA_VERSION = 1
@@ -54,8 +63,21 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("--entries", type=Path, default=FOLDER, help="folder of JSON files")
     show.add_argument("--output", type=Path, help="default: the folder of the entries")
     show.add_argument("--min-utility", type=float, help="only defenses of this accuracy (percent)")
-    submit = commands.add_parser("submit", help="write an entry from a computed table")
-    submit.add_argument("table", help="name or file of the table that measured the defense")
+    submit = commands.add_parser("submit", help="attack a defense with everything; write its entry")
+    submit.add_argument("table", nargs="?", help="a computed table that measured the defense")
+    submit.add_argument(
+        "--apply",
+        metavar="NAME:PARAM,...",
+        help="run --attack auto on this defense (none: without)",
+    )
+    submit.add_argument("--threat", default="honest-server", help="with --apply: the threat model")
+    submit.add_argument("--plugin", metavar="MODULE", help="with --apply: registers the defense")
+    submit.add_argument("--budget", type=int, help="with --apply: gradient evaluations per run")
+    submit.add_argument("--jobs", type=int, default=1, help="with --apply: cells at a time")
+    submit.add_argument("--quiet", action="store_true", help="with --apply: no progress")
+    submit.add_argument(
+        "--utility", type=float, help="accuracy in percent of a model trained under the defense"
+    )
     submit.add_argument("--preset", default="embedded")
     submit.add_argument("--data", help="as the table was computed with")
     submit.add_argument("--store", type=Path, default=DEFAULT_STORE)
@@ -136,7 +158,8 @@ def _check_leakage(leakage: Mapping[str, Any], name: str) -> None:
     for metric in METRICS:
         for part in ("n", "mean", "worst"):
             value = dig(leakage, f"{metric}.{part}")
-            if not isinstance(value, (int, float)) or isinstance(value, bool):
+            # JSON's NaN would stand anywhere in the ranking.
+            if not isinstance(value, (int, float)) or value is True or not math.isfinite(value):
                 raise InputError(f"{name}: leakage.{metric}.{part} is not a number")
 
 
@@ -189,17 +212,59 @@ def to_html(tables: Iterable[TextTable]) -> str:
 
 
 def submit(args: argparse.Namespace) -> None:
-    """Write the entry of a defense whose table has been computed."""
+    """Write the entry of a defense: computed here by all attacks, or from a table."""
     from benchmarks.store import Store
     from benchmarks.tables import find_table, load_table
 
-    table = load_table(find_table(args.table), args.preset, args.data)
-    result = collect(table, Store(args.store.resolve()))
-    rows = _chosen_rows(result, args.where)
+    store = Store(args.store.resolve())
+    if args.apply is not None:
+        table = _ensemble_table(args)
+        _compute(table, store, args)
+    elif args.table is not None:
+        table = load_table(find_table(args.table), args.preset, args.data)
+    else:
+        raise InputError("submit: give --apply NAME:PARAM, or a computed table")
+    rows = _chosen_rows(collect(table, store), args.where)
     entry = make_entry(rows, args.defense, args.description, args.reference)
-    path = args.entries / f"{re.sub(r'[^a-z0-9]+', '-', args.defense.lower()).strip('-')}.json"
+    if args.utility is not None:
+        entry["utility"] = args.utility
+    stem = re.sub(r"[^a-z0-9]+", "-", args.defense.lower()).strip("-")
+    if not stem:
+        raise InputError(f"--defense {args.defense}: a file name needs a Latin letter or digit")
+    path = args.entries / f"{stem}.json"
     write_json(path, entry)
     print(f"{path}: worst SSIM {dig(entry, 'leakage.ssim.worst'):.3f}, {entry['threat_model']}")
+
+
+def _ensemble_table(args: argparse.Namespace) -> Table:
+    """The leaderboard's table with this defense as its only row."""
+    from attack.threat import find_threat
+    from benchmarks.tables import find_table, load_table
+    from gradients.defenses import parse_defenses
+    from training.plugins import import_plugin
+
+    import_plugin(args.plugin)
+    find_threat(args.threat)
+    words = "" if args.apply == "none" else args.apply
+    parse_defenses(words)
+    attack = {"threat": args.threat, "plugin": args.plugin, "epochs": args.budget}
+    flags: dict[str, dict[str, Any]] = {
+        "extract": {"defense": words or None, "plugin": args.plugin},
+        "attack": {flag: value for flag, value in attack.items() if value is not None},
+    }
+    axes = {"defense": {args.defense: flags}}
+    return load_table(find_table("leaderboard"), args.preset, args.data, axes=axes)
+
+
+def _compute(table: Table, store: Store, args: argparse.Namespace) -> None:
+    from benchmarks.executor import LocalExecutor, visible_gpus
+    from benchmarks.grid import Grid
+    from benchmarks.progress import Progress
+    from benchmarks.stages import STAGES
+
+    executor = LocalExecutor(args.jobs, visible_gpus(), os.cpu_count())
+    progress = Progress(table.labels(), args.quiet)
+    Grid(table.cells(), store, executor, STAGES, progress, table.folders, True).run()
 
 
 def _chosen_rows(result: TableResult, where: Sequence[str]) -> list[RowResult]:
@@ -241,9 +306,9 @@ def make_entry(
         "description": description,
         "reference": reference,
         "threat_model": models.pop(),
-        "attack": str(worst.row.repeats[0]["attack"].config.get("attack", "default")),
+        "attack": _attack_name(worst),
         "data": _data_name(worst.row.repeats[0]),
-        "utility": _first(rows, "train.best_val_acc1"),
+        "utility": None if _alters_update(rows) else _first(rows, "train.best_val_acc1"),
         "epsilon": _first(rows, "train.privacy.epsilon"),
         "leakage": {metric: _leakage(worst, metric) for metric in METRICS},
         "configuration": [_configuration(run) for run in worst.row.repeats],
@@ -253,11 +318,27 @@ def make_entry(
     return entry
 
 
+def _attack_name(row: RowResult) -> str:
+    """The attack, an ensemble with its version: entries of different ones do not compare."""
+    version = dig(row.runs[0], "attack.details.ensemble")
+    return str(version or row.row.repeats[0]["attack"].config.get("attack", "default"))
+
+
 def threat_model(config: Mapping[str, Any]) -> str:
     """What the attacker is given, from the flags of the attack."""
+    if config.get("threat", "custom") != "custom":
+        return str(config["threat"])
     labels = "known" if config.get("pseudo-label-init") == "known" else "unknown"
     statistics = "known" if config.get("exact-bn") else "unknown"
+    if config.get("bn-from-update"):
+        statistics = "recovered from shared running statistics"
     return f"honest-but-curious server; labels {labels}; batch statistics {statistics}"
+
+
+def _alters_update(rows: Iterable[RowResult]) -> bool:
+    """Whether the defense acts after training, so that training says nothing of its cost."""
+    cells = (run["extract"] for row in rows for run in row.row.repeats if "extract" in run)
+    return any(cell.config.get("defense") for cell in cells)
 
 
 def _data_name(run: Mapping[str, Cell]) -> str:
@@ -270,7 +351,14 @@ def _first(rows: Iterable[RowResult], path: str) -> float | None:
 
 
 def _values(row: RowResult, metric: str) -> list[float]:
-    images = [image for run in row.runs for image in dig(run, "attack.evaluation.per_image") or []]
+    """Of every image: under the worst attack of an ensemble, or the only one."""
+    images = [
+        image
+        for run in row.runs
+        for image in dig(run, "attack.worst_case.per_image")
+        or dig(run, "attack.evaluation.per_image")
+        or []
+    ]
     return [image[metric] for image in images if image.get(metric) is not None]
 
 

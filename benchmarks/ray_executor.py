@@ -16,12 +16,11 @@ from typing import Any
 
 from benchmarks import ray_worker
 from benchmarks.cells import ROOT
-from benchmarks.executor import Job, Outcome, describe_failure
+from benchmarks.executor import Job, Outcome, describe_failure, processes_of
 from benchmarks.ray_worker import HERE, Mailbox, pack, run_cell, unpack
-from benchmarks.stages import PROCESSES
 from training.errors import InputError
 
-CODE = ("training", "gradients", "attack", "main_run.py")
+CODE = ("training", "gradients", "attack", "federated", "main_run.py")
 LOST_WORKER_RETRIES = 3
 
 
@@ -37,7 +36,8 @@ class RayExecutor:
 
     Args:
         address: "auto", HOST:PORT, or None to start Ray on this machine.
-        gpus_per_cell: Fraction or number of GPUs per job; None: one if the cluster has any.
+        gpus_per_cell: Fraction or number of GPUs per job; None: one per process of it, as
+            far as a node has as many.
         jobs: At most so many at a time; None: as many as the cluster has room for.
         shared_data: Data sets are at the same paths on every node and need not travel.
         code: What of the checkout travels.
@@ -52,7 +52,7 @@ class RayExecutor:
         code: tuple[str, ...] = CODE,
     ) -> None:
         self._ray = _connect(address)
-        self._gpus = self._gpus_per_cell(gpus_per_cell)
+        self._gpus_per_cell = self._checked(gpus_per_cell)
         self._jobs = jobs
         self._shared_data = shared_data
         self._code = self._ray.put(pack(ROOT, [name for name in code if (ROOT / name).exists()]))
@@ -64,13 +64,29 @@ class RayExecutor:
         self._mailbox = self._ray.remote(Mailbox).options(num_cpus=0, max_restarts=-1).remote()
         self._mail: Any = None
 
-    def _gpus_per_cell(self, asked: float | None) -> float:
-        available = self._ray.cluster_resources().get("GPU", 0)
-        if asked is None:
-            return 1.0 if available else 0.0
-        if asked > available:
-            raise InputError(f"--gpus-per-cell {asked:g}: the cluster has {available:g} GPUs")
+    def _checked(self, asked: float | None) -> float | None:
+        available = self._on_one_node("GPU")
+        if asked is not None and asked > available:
+            raise InputError(
+                f"--gpus-per-cell {asked:g}: the cluster has {available:g} GPUs on its largest node"
+            )
         return asked
+
+    def _on_one_node(self, resource: str) -> float:
+        """The most that one node has: a task never spreads over several."""
+        alive = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        return max((resources.get(resource, 0.0) for resources in alive), default=0.0)
+
+    def _share(self, job: Job) -> dict[str, float]:
+        """Cores and GPUs of a job: one per process, and never more than a node has.
+
+        Ray would wait for ever for a node large enough.
+        """
+        processes = processes_of(job.cell)
+        gpus = self._gpus_per_cell
+        if gpus is None:
+            gpus = min(processes, self._on_one_node("GPU"))
+        return {"num_cpus": min(processes, max(1.0, self._on_one_node("CPU"))), "num_gpus": gpus}
 
     def has_room(self) -> bool:
         """Whether another job may be handed to the cluster, which queues it."""
@@ -86,10 +102,7 @@ class RayExecutor:
             Path(HERE, "files"),
             job.data if self._shared_data else {n: f"{HERE}/data/{n}" for n in data},
         )
-        processes = int(job.cell.config.get(PROCESSES, 1))
-        result = self._task.options(
-            num_cpus=processes, num_gpus=self._gpus, max_retries=LOST_WORKER_RETRIES
-        ).remote(
+        result = self._task.options(**self._share(job), max_retries=LOST_WORKER_RETRIES).remote(
             job.cell.key,
             self._mailbox,
             self._code,

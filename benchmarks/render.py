@@ -85,6 +85,8 @@ def _row_texts(
 
 
 def _entry(row: RowResult, view: View, notes: _Footnotes) -> str:
+    if view.column.name in row.texts:
+        return row.texts[view.column.name]
     summary = row.summaries[view.column.name]
     if summary is not None:
         return format_summary(summary, view)
@@ -193,8 +195,11 @@ def _latex(text: str) -> str:
 def to_csv(result: TableResult) -> str:
     """One line per row; every column as mean, std, interval, worst and n."""
     parts = [f.name for f in dataclasses.fields(Summary)]
-    names = list(dict.fromkeys(view.column.name for view in result.views))
-    header = [*result.table.axes, *(f"{n} {p}" for n in names for p in parts), "published", "error"]
+    columns = {view.column.name: view.column for view in result.views}
+    names = [name for name, column in columns.items() if column.text is None]
+    words = [name for name, column in columns.items() if column.text is not None]
+    numbered = [f"{n} {p}" for n in names for p in parts]
+    header = [*result.table.axes, *words, *numbered, "published", "error"]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(header)
@@ -202,7 +207,8 @@ def to_csv(result: TableResult) -> str:
         summaries = [row.summaries[n] for n in names]
         numbers = [getattr(s, p) if s else None for s in summaries for p in parts]
         papers = "; ".join(f"{p.text} ({p.source})" for p in row.row.published)
-        writer.writerow([*row.row.labels.values(), *numbers, papers, "; ".join(row.errors)])
+        texts = [row.texts.get(name) for name in words]
+        writer.writerow([*row.row.labels.values(), *texts, *numbers, papers, "; ".join(row.errors)])
     return buffer.getvalue()
 
 
@@ -226,6 +232,7 @@ def _row_json(row: RowResult) -> dict[str, Any]:
         "values": {
             name: None if s is None else dataclasses.asdict(s) for name, s in row.summaries.items()
         },
+        "texts": dict(row.texts),
         "notes": dict(row.notes),
         "errors": list(row.errors),
         "published": [dataclasses.asdict(p) for p in row.row.published],

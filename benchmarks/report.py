@@ -112,7 +112,8 @@ def _number(row: RowResult, view: View, entry: str) -> str:
     """An entry that sorts by its value and explains itself when pointed at."""
     summary = row.summaries[view.column.name]
     if summary is None:
-        return f'<td data-value="">{escape(entry)}</td>'
+        word = row.texts.get(view.column.name, "")
+        return f'<td data-value="{escape(word)}">{escape(entry)}</td>'
     value = summary.worst if view.part == "worst" else summary.mean
     hint = f"n = {summary.n}"
     if summary.low is not None:

@@ -29,6 +29,7 @@ class RowResult:
         summaries: By column name; None where there is no value.
         notes: By column name, why there is none.
         errors: What failed, one sentence per cell.
+        texts: By column name, what a column of words says.
     """
 
     row: Row
@@ -36,6 +37,7 @@ class RowResult:
     summaries: Mapping[str, Summary | None]
     notes: Mapping[str, str] = field(default_factory=dict)
     errors: tuple[str, ...] = ()
+    texts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,19 @@ def _row(row: Row, views: Iterable[View], store: Store) -> RowResult:
         if summaries[column.name] is None:
             notes[column.name] = _why_missing(column, runs)
     errors = dict.fromkeys(e for cells in row.repeats for e in _errors(cells, store))
-    return RowResult(row, runs, summaries, notes, tuple(errors))
+    return RowResult(row, runs, summaries, notes, tuple(errors), _texts(runs, views))
+
+
+def _texts(runs: Iterable[Run], views: Iterable[View]) -> dict[str, str]:
+    """What columns of words say, each word once."""
+    runs = list(runs)
+    texts = {}
+    for column in (view.column for view in views):
+        words = [column.text(run) for run in runs] if column.text is not None else []
+        found = dict.fromkeys(word for word in words if word)
+        if found:
+            texts[column.name] = "; ".join(found)
+    return texts
 
 
 def _run(cells: Mapping[str, Cell], store: Store) -> dict[str, Any]:

@@ -15,12 +15,17 @@
       embedded: {data: photo-patches, train: {epochs: 2}}
     columns: [validation accuracy, psnr, ssim]
 
-`like: schemes` starts from the flags and presets of another table. A value
-`STAGE/FILE` is a file that an earlier stage's cell of the same row made.
+What papers report stands under `published` (entries of `where`, `text` and `source`), of
+the table or, where it holds for one setting only, of a preset.
+
+`like: schemes` starts from the flags of another table and of its presets; axes and
+repeats are each table's own. A value `STAGE/FILE` is a file that an earlier stage's
+cell of the same row made.
 """
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import functools
 import itertools
@@ -45,7 +50,7 @@ _TABLE_KEYS = {
     "title", "description", "like", "axes", "repeats", "presets", "columns", "figures", "published",
     "chain", *STAGES,
 }  # fmt: skip
-_PRESET_KEYS = {"axes", "repeats", "data", *STAGES}
+_PRESET_KEYS = {"axes", "repeats", "data", "published", *STAGES}
 
 
 @dataclass(frozen=True)
@@ -158,6 +163,7 @@ def load_table(
     preset: str = "embedded",
     data: str | None = None,
     stages: Mapping[str, Stage] = STAGES,
+    axes: Mapping[str, Any] | None = None,
 ) -> Table:
     """Read, check and expand a table.
 
@@ -166,6 +172,7 @@ def load_table(
         preset: One of the file's presets.
         data: Data set instead of the preset's.
         stages: The commands.
+        axes: Instead of those in the file.
 
     Raises:
         InputError: Names the file and the line of what is wrong.
@@ -173,6 +180,9 @@ def load_table(
     document = read_yaml(file)
     model = _model(document)
     _check_structure(document, preset, model)
+    if axes is not None:
+        document.value["axes"] = dict(axes)
+        document.value.get("presets", {}).get(preset, {}).pop("axes", None)
     return _Expansion(document, model, preset, data, stages).table()
 
 
@@ -319,41 +329,86 @@ class _Expansion:
     def _check_flags(self, stage: str, config: Flags) -> None:
         known = _known_flags(self._stages[stage])
         for flag, value in config.items():
+            place = self._place_of(stage, flag, value)
             if known and flag not in known:
-                message = _unknown(f"flag of {stage},", flag, known)
-                raise self._document.error(message, *self._place_of(stage, flag))
-            choices = known.get(flag)
-            if choices and value not in choices:
-                raise self._document.error(
-                    f"{stage} --{flag} {value}: choose from {', '.join(map(str, choices))}",
-                    *self._place_of(stage, flag),
-                )
+                raise self._document.error(_unknown(f"flag of {stage},", flag, known), *place)
+            complaint = _complaint(known.get(flag), value)
+            if complaint:
+                raise self._document.error(f"{stage} --{flag} {value}: {complaint}", *place)
 
-    def _place_of(self, stage: str, flag: str) -> tuple[Any, ...]:
-        """Where the file gives a flag: the deepest place that ends with it."""
+    def _place_of(self, stage: str, flag: str, value: Any) -> tuple[Any, ...]:
+        """Where the file gives a flag this value; where it gives it any, if nowhere."""
         ends = [p for p in self._document.lines if p[-2:] == (stage, flag)]
         short = [p for p in self._document.lines if f"{stage}.{flag}" in p]
-        return next(iter([*ends, *short]), ())
+        places = [*ends, *short]
+        exact = [p for p in places if _at(self._raw, p) == value]
+        return next(iter([*exact, *places]), ())
+
+    def _axis_names(self) -> list[str]:
+        names = [_get(self._raw, place) for place in (("axes",), ("presets", self._preset, "axes"))]
+        return list(dict.fromkeys(str(name) for axes in names for name in axes))
 
     def _published(self) -> list[Published]:
         entries = []
-        for index, entry in enumerate(self._raw.get("published", [])):
-            if not isinstance(entry, dict) or not {"text", "source"} <= entry.keys():
-                raise self._document.error("expected where, text and source", "published", index)
-            where = {str(k): _text(v) for k, v in entry.get("where", {}).items()}
-            entries.append(Published(where, str(entry["text"]), str(entry["source"])))
+        for place in (("published",), ("presets", self._preset, "published")):
+            for index, entry in enumerate(_get(self._raw, place) or []):
+                if not isinstance(entry, dict) or not {"text", "source"} <= entry.keys():
+                    raise self._document.error("expected where, text and source", *place, index)
+                where = self._where(entry.get("where", {}), (*place, index))
+                entries.append(Published(where, str(entry["text"]), str(entry["source"])))
         return entries
 
+    def _where(self, given: Any, place: tuple[Any, ...]) -> dict[str, str]:
+        if not isinstance(given, dict) or not given.keys() <= set(self._axis_names()):
+            known = ", ".join(self._axis_names())
+            raise self._document.error(f"where: expected values of {known}", *place)
+        return {str(k): _text(v) for k, v in given.items()}
 
-def _known_flags(stage: Stage) -> dict[str, Sequence[Any] | None]:
-    """The flags of a stage's command with their choices; empty without a parser."""
+
+def _known_flags(stage: Stage) -> dict[str, argparse.Action]:
+    """The flags of a stage's command; empty without a parser."""
     if stage.parser is None:
         return {}
-    flags: dict[str, Sequence[Any] | None] = {PROCESSES: None}
-    for action in stage.parser()._actions:
-        choices = list(action.choices) if action.choices is not None else None
-        flags |= {o[2:]: choices for o in action.option_strings if o.startswith("--")}
-    return flags
+    parser = stage.parser()
+    processes = argparse.ArgumentParser().add_argument(f"--{PROCESSES}", type=_process_count)
+    actions = [processes, *parser._actions]
+    return {o[2:]: a for a in actions for o in a.option_strings if o.startswith("--")}
+
+
+def _process_count(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def _complaint(action: argparse.Action | None, value: Any) -> str:
+    """Why a command would refuse a flag's value; empty if it would not."""
+    if action is None or value is None:
+        return ""
+    if action.nargs == 0:
+        return "" if isinstance(value, bool) else "a flag without a value: true or false"
+    if action.choices is not None and value not in action.choices:
+        return f"choose from {', '.join(map(str, action.choices))}"
+    if value is True:
+        return "" if action.nargs == "?" else "needs a value"
+    if isinstance(value, (list, dict)):
+        return "expected a single value"
+    try:
+        if callable(action.type) and value is not False:
+            action.type(str(value))
+    except (ValueError, TypeError, argparse.ArgumentTypeError):
+        return "not a valid value"
+    return ""
+
+
+def _at(value: Any, path: Sequence[Any]) -> Any:
+    """What lies at a path of keys and indices; None where it ends early."""
+    for key in path:
+        try:
+            value = value[key]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return value
 
 
 def _combinations(axes: Sequence[_Axis]) -> Iterator[tuple[dict[str, str], Overrides]]:
@@ -410,7 +465,17 @@ def _check_structure(document: Document, preset: str, model: Mapping[str, Any]) 
     if available and preset not in available:
         known = ", ".join(map(str, available))
         raise document.error(f"--preset {preset}: the table has {known}", "presets")
+    _check_chain(document, raw.get("chain", []))
     _check_names(document, raw)
+
+
+def _check_chain(document: Document, chain: list[Any]) -> None:
+    """Stages in the order in which data flows."""
+    for index, stage in enumerate(chain):
+        if stage not in STAGES:
+            raise document.error(_unknown("stage", str(stage), STAGES), "chain", index)
+    if chain != [stage for stage in STAGES if stage in chain]:
+        raise document.error(f"chain: each once, in the order {', '.join(STAGES)}", "chain")
 
 
 def _check_keys(document: Document, raw: dict[Any, Any], known: set[str], place: Any) -> None:

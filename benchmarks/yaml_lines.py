@@ -55,7 +55,13 @@ def read_yaml(file: Path) -> Document:
     document = Document(file, None)
     if root is None:
         raise InputError(f"{file}: the file is empty")
-    document.value = _convert(root, (), document, yaml.SafeLoader(""))
+    try:
+        document.value = _convert(root, (), document, yaml.SafeLoader(""))
+    except RecursionError:
+        raise InputError(f"{file}: a value contains itself") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise InputError(f"{file}:{line}: not plain YAML: {error.problem}") from None
     return document
 
 
@@ -81,10 +87,12 @@ def _convert(node: Any, place: Place, document: Document, loader: Any) -> Any:
 def _convert_mapping(node: Any, place: Place, document: Document, loader: Any) -> dict[Any, Any]:
     result: dict[Any, Any] = {}
     for key_node, value_node in node.value:
+        where = f"{document.file}:{key_node.start_mark.line + 1}"
+        if key_node.id != "scalar" or key_node.tag.endswith(":merge"):
+            raise InputError(f"{where}: a key is a single word, not << or a list or a mapping")
         key = _scalar(loader.construct_object(key_node))
         if key in result:
-            line = key_node.start_mark.line + 1
-            raise InputError(f"{document.file}:{line}: {key} is given twice")
+            raise InputError(f"{where}: {key} is given twice")
         result[key] = _convert(value_node, (*place, key), document, loader)
         # The line of the key says more than that of a block below it.
         document.lines[(*place, key)] = key_node.start_mark.line + 1
@@ -92,7 +100,9 @@ def _convert_mapping(node: Any, place: Place, document: Document, loader: Any) -
 
 
 def _scalar(value: Any) -> Any:
-    """YAML 1.1 reads 1e-5 as a string; everybody means a number."""
+    """YAML 1.1 reads 1e-5 as a string; everybody means a number. Dates stay text."""
+    if not isinstance(value, (str, bool, int, float, type(None))):
+        return str(value)
     if isinstance(value, str):
         try:
             return float(value) if "e" in value.lower() else value

@@ -15,7 +15,7 @@ from PIL import Image
 
 # Pictures are drawn larger and shrunk, which softens edges as a detector does.
 SUPERSAMPLING = 2
-MIN_CANVAS = 96
+MIN_CANVAS = 64
 
 
 @dataclass(frozen=True)

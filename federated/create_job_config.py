@@ -34,6 +34,14 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--app_folder", type=Path, default=TEMPLATE, help="folder with the template app")
     add("--output", type=Path, required=True, help="job folder to write; replaced if it is one")
+    add("--sigma0", type=float, default=0.0, help="noise of GaussianPrivacy")
+    add_job_flags(parser)
+    return parser
+
+
+def add_job_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that say what federation to run."""
+    add = parser.add_argument
     add("--n_clients", type=int, default=1, help="1 takes the high-risk client 9 alone")
     add("--num_rounds", type=int, default=100, help="rounds of the federation")
     add("--min_clients", type=int, help="updates that a round needs (default: all clients')")
@@ -53,13 +61,11 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_argument("--lr", type=float, default=0.01, help="local learning rate")
     training.add_argument("--local_epochs", type=int, default=1, help="local epochs per round")
     training.add_argument("--seed", type=int, default=0, help="of first weights and image order")
-    privacy = parser.add_argument_group("privacy")
-    privacy.add_argument("--sigma0", type=float, default=0.0, help="noise of GaussianPrivacy")
-    privacy.add_argument("--rdlv_threshold", type=float, default=1.0, help="withhold above it")
-    privacy.add_argument("--frequency", type=int, default=1, help="measure every so many rounds")
-    privacy.add_argument("--method", default="full", help="full, bn, published, or an attack")
-    privacy.add_argument("--iterations", type=int, default=300, help="of the inversion")
-    return parser
+    leakage = parser.add_argument_group("leakage")
+    leakage.add_argument("--rdlv_threshold", type=float, default=1.0, help="withhold above it")
+    leakage.add_argument("--frequency", type=int, default=1, help="measure every so many rounds")
+    leakage.add_argument("--method", default="full", help="full, bn, published, or an attack")
+    leakage.add_argument("--iterations", type=int, default=300, help="of the inversion")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -129,16 +135,37 @@ def create_job(args: argparse.Namespace) -> list[Client]:
     Raises:
         InputError: Names the flag.
     """
-    clients = job_clients(args)
-    _check(args, clients)
     template = _Template(args.app_folder)
-    data = job_data(args, clients)
-    _check_network(args)
-    _check_inversion(args, template, data)
+    _check_output(args.output)
+    clients, data = check_flags(args, [args.sigma0], args.output)
     if args.output.exists():
         shutil.rmtree(args.output)
     _write_job(args, clients, template, data)
     return clients
+
+
+def check_flags(
+    args: argparse.Namespace, noise: Sequence[float], folder: Path
+) -> tuple[list[Client], JobData]:
+    """Check all that a federation is made from, before any long work.
+
+    Args:
+        args: See `add_job_flags`.
+        noise: Levels of `GaussianPrivacy`.
+        folder: Where a missing prior image is written.
+
+    Returns:
+        Clients, and the data with the prior image in its place.
+
+    Raises:
+        InputError: Names the flag.
+    """
+    clients = job_clients(args)
+    _check_numbers(args, clients, noise)
+    _check_network(args)
+    data = job_data(args, clients, folder)
+    _check_inversion(inversion(args, data))
+    return clients, data
 
 
 def job_clients(args: argparse.Namespace) -> list[Client]:
@@ -185,8 +212,13 @@ def numbers_of(flag: str, text: str) -> list[int]:
     return numbers
 
 
-def job_data(args: argparse.Namespace, clients: Sequence[Client]) -> JobData:
+def job_data(args: argparse.Namespace, clients: Sequence[Client], folder: Path) -> JobData:
     """The images the flags name; phantoms, drawn now if need be, without `--data_root`.
+
+    Args:
+        args: See `add_job_flags`.
+        clients: Whose lists must exist.
+        folder: Where the prior image will be written if there is none.
 
     Raises:
         InputError: A folder, list or image is missing.
@@ -207,7 +239,7 @@ def job_data(args: argparse.Namespace, clients: Sequence[Client]) -> JobData:
     prior = args.prior_file or (root / PRIOR_FILE if args.data_root is None else None)
     if prior is not None and not prior.is_file():
         raise InputError(f"--prior_file: there is no image {prior}")
-    data = JobData(root, prefix, (prior or args.output / PRIOR_FILE).resolve())
+    data = JobData(root, prefix, (prior or folder / PRIOR_FILE).resolve())
     for client in clients:
         if not data.datalist(client).is_file():
             raise InputError(f"--dataset_json_prefix: there is no list {data.datalist(client)}")
@@ -222,18 +254,26 @@ def _prefix(given: str, root: Path, client: Client) -> str:
     return str(Path(given).resolve())
 
 
-def _check(args: argparse.Namespace, clients: Sequence[Client]) -> None:
-    least = {"num_rounds": 1, "frequency": 1, "local_epochs": 1, "sigma0": 0}
-    for name, minimum in least.items():
-        if not minimum <= getattr(args, name) < float("inf"):
-            raise InputError(f"--{name} {getattr(args, name)}: must be at least {minimum}")
+def _check_numbers(
+    args: argparse.Namespace, clients: Sequence[Client], noise: Sequence[float]
+) -> None:
+    for name in ("num_rounds", "frequency", "local_epochs"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} {getattr(args, name)}: must be at least 1")
+    for level in noise:
+        if not 0 <= level < float("inf"):
+            raise InputError(f"--sigma0 {level}: must be a number not below 0")
     if not args.lr > 0:
         raise InputError(f"--lr {args.lr}: must be positive")
     if args.min_clients is not None and not 1 <= args.min_clients <= len(clients):
         raise InputError(f"--min_clients {args.min_clients}: there are {len(clients)} clients")
-    marker = args.output / "meta.json"
-    if args.output.exists() and not marker.is_file() and any(args.output.iterdir()):
-        raise InputError(f"--output: {args.output} exists and is no job folder")
+
+
+def _check_output(output: Path) -> None:
+    """Only a job folder is replaced."""
+    is_job = (output / "meta.json").is_file()
+    if output.exists() and not is_job and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"--output: {output} exists and is no job folder")
 
 
 def _check_network(args: argparse.Namespace) -> None:
@@ -245,11 +285,11 @@ def _check_network(args: argparse.Namespace) -> None:
         raise InputError(f"--{error}") from None
 
 
-def _check_inversion(args: argparse.Namespace, template: _Template, data: JobData) -> None:
+def _check_inversion(content: dict[str, Any]) -> None:
     from federated.settings import settings_from_dict
 
     try:
-        settings_from_dict(_inversion(args, template, data))
+        settings_from_dict(content)
     except InputError as error:
         raise InputError(f"--{error}") from None
 
@@ -283,8 +323,7 @@ def _load(path: Path) -> dict[str, Any]:
 def _write_job(
     args: argparse.Namespace, clients: Sequence[Client], template: _Template, data: JobData
 ) -> None:
-    if not data.prior.is_file():
-        _write_prior(args, clients[0], data)
+    write_prior(args, clients[0], data)
     least = args.min_clients or len(clients)
     names = [client.name for client in clients]
     deploy = {"server": ["server"], **{name: [name] for name in names}}
@@ -295,7 +334,7 @@ def _write_job(
     for client in clients:
         files = {"config_fed_client.json": _client(args, client, template, data)}
         if client.invert:
-            files["config_inversion.json"] = _inversion(args, template, data)
+            files["config_inversion.json"] = {**template.inversion, **inversion(args, data)}
         _write_app(args.output / client.name, files)
 
 
@@ -326,9 +365,9 @@ def _client(
     return fill(template.inverting if client.invert else template.plain, values)
 
 
-def _inversion(args: argparse.Namespace, template: _Template, data: JobData) -> dict[str, Any]:
+def inversion(args: argparse.Namespace, data: JobData) -> dict[str, Any]:
+    """What the flags say of `config_inversion.json`."""
     return {
-        **template.inversion,
         "img_prior": str(data.prior),
         "method": args.method,
         "iterations": args.iterations,
@@ -362,13 +401,19 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=4) + "\n")
 
 
-def _write_prior(args: argparse.Namespace, client: Client, data: JobData) -> None:
-    """The mean of the public validation images; never a training image."""
+def write_prior(args: argparse.Namespace, client: Client, data: JobData) -> None:
+    """Write the mean of the public validation images, never a training image, if need be.
+
+    Raises:
+        InputError: There is no prior image and no validation image.
+    """
     from torchvision.utils import save_image
 
     from federated.datalists import load_datalist
     from federated.images import ImageListDataset
 
+    if data.prior.is_file():
+        return
     samples = load_datalist(data.datalist(client), "validation")
     if not samples:
         raise InputError(f"--prior_file: needed, {data.datalist(client)} has no validation images")

@@ -26,12 +26,13 @@ from attack.labels import recover_labels
 from attack.matching import GradientMatcher, Match, Penalty
 from attack.objectives import OBJECTIVES, Objective
 from attack.settings import InversionConfig
+from federated.coordinates import PRINCIPAL_STEP, Grey, Principal, PriorDistance
 from federated.published import PublishedAttack
 from federated.settings import InversionSettings, load_inversion_settings
 from federated.simulation import LocalSimulation
+from federated.smoothing import width_at
 from federated.updates import LocalUpdate, target_from_update
 from gradients.checkpoint import BatchStatistics, Target
-from training.data import DataSpec
 from training.errors import InputError
 
 __all__ = [
@@ -82,6 +83,7 @@ def invert_update(
     settings: InversionSettings,
     *,
     prior: torch.Tensor | None = None,
+    public: torch.Tensor | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
     progress: bool = False,
@@ -92,6 +94,8 @@ def invert_update(
         update: What the site sent, and what is known of its training.
         settings: Method and hyper-parameters.
         prior: 3 x H x W in [0, 1] to start from, such as the mean of public images.
+        public: P x 3 x H x W in [0, 1], images of other people, for methods full and bn: how
+            people differ. Without a prior their mean is the prior.
         seed: Of every random number.
         device: Where to compute.
         progress: Show a bar.
@@ -101,6 +105,8 @@ def invert_update(
     """
     settings.validate()
     device = torch.device(device)
+    if prior is None and public is not None and len(public):
+        prior = public.mean(0)
     if prior is not None and tuple(prior.shape) != tuple(update.data.shape):
         raise InputError(
             f"the prior image has shape {tuple(prior.shape)}, the site's {update.data.shape}"
@@ -111,7 +117,7 @@ def invert_update(
     if settings.method == "published":
         result = _run_published(update, settings, prior, seed, device, progress)
     elif settings.method in ("full", "bn"):
-        result = _run_own(update, settings, prior, seed, device, progress)
+        result = _run_own(update, settings, prior, public, seed, device, progress)
     else:
         result = _run_registered(update, settings, prior, seed, device, progress)
     result.seconds = time.perf_counter() - started
@@ -120,36 +126,6 @@ def invert_update(
 
 
 # --- Methods full and bn ----------------------------------------------------------
-
-
-class Grey(Coordinates):
-    """One grey value per pixel instead of three channels.
-
-    Values are centred and scaled like network inputs, so that learning rates mean the same.
-
-    Args:
-        data: The normalisation of the network inputs.
-    """
-
-    def __init__(self, data: DataSpec) -> None:
-        self.data = data
-        self.mean = sum(data.mean) / len(data.mean)
-        self.std = sum(data.std) / len(data.std)
-
-    def decode(self, coordinates: torch.Tensor) -> torch.Tensor:
-        """N x 1 x H x W to N x C x H x W."""
-        grey = coordinates * self.std + self.mean
-        return self.data.normalize(grey.expand(-1, len(self.data.mean), -1, -1))
-
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """N x C x H x W to N x 1 x H x W."""
-        grey = self.data.denormalize(images).mean(1, keepdim=True)
-        return (grey - self.mean) / self.std
-
-    def pull_back(self, image_gradient: torch.Tensor) -> torch.Tensor:
-        """See `Coordinates`; the transpose of the linear part of `decode`."""
-        std = torch.tensor(self.data.std, dtype=image_gradient.dtype, device=image_gradient.device)
-        return (image_gradient * (self.std / std.view(1, -1, 1, 1))).sum(1, keepdim=True)
 
 
 class UpdateMatcher(GradientMatcher):
@@ -166,9 +142,12 @@ class UpdateMatcher(GradientMatcher):
     """
 
     def __init__(
-        self, inversion: Inversion, objective: Objective, simulation: LocalSimulation,
+        self,
+        inversion: Inversion,
+        objective: Objective,
+        simulation: LocalSimulation,
         settings: InversionSettings,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(inversion.replica, objective, "exact")
         self.simulation = simulation
         self.moves = settings.method == "full" and settings.gradient_weight > 0
@@ -262,6 +241,7 @@ class UpdateInversion(Inversion):
         settings: Method "full" or "bn".
         config: The same for the engine's loop.
         start: N x C x H x W in [0, 1].
+        public: P x C x H x W in [0, 1], images of other people; None for none.
         seed: Of every random number.
         device: Where to compute.
     """
@@ -269,20 +249,50 @@ class UpdateInversion(Inversion):
     matcher: UpdateMatcher
 
     def __init__(
-        self, update: LocalUpdate, labels: torch.Tensor, settings: InversionSettings,
-        config: InversionConfig, *, start: torch.Tensor, seed: int, device: torch.device,
-    ) -> None:  # fmt: skip
-        self.update, self.settings = update, settings
+        self,
+        update: LocalUpdate,
+        labels: torch.Tensor,
+        settings: InversionSettings,
+        config: InversionConfig,
+        *,
+        start: torch.Tensor,
+        public: torch.Tensor | None = None,
+        seed: int = 0,
+        device: torch.device,
+    ) -> None:
+        self.update, self.settings, self.public = update, settings, public
         super().__init__(
             _loose_target(update), labels, config, device=device, seed=seed, prior=start
         )
+        # One image is determined by its update; the pull would only keep it from there.
+        if settings.prior_weight > 0 and settings.start == "prior" and update.n_images > 1:
+            prior = update.data.normalize(start).to(device, self.dtype)
+            unit = PRINCIPAL_STEP if isinstance(self.coordinates, Principal) else 1.0
+            distance = PriorDistance(self.coordinates, prior, unit)
+            self.regularizers.append((settings.prior_weight, distance))
 
     def _make_matcher(self) -> UpdateMatcher:
         simulation = LocalSimulation(self.update, self.device, self.dtype)
         return UpdateMatcher(self, OBJECTIVES[self.settings.objective](), simulation, self.settings)
 
     def _make_coordinates(self) -> Coordinates:
-        return Grey(self.update.data) if self.settings.greyscale else super()._make_coordinates()
+        kind = self.settings.coordinates
+        if kind == "channels":
+            return super()._make_coordinates()
+        enough = self.public is not None and len(self.public) > 1
+        # A single image is matched to the pixel anyway; the public images would hold it back.
+        if kind == "principal" or (kind == "auto" and enough and self.update.n_images > 1):
+            if self.public is None or not enough:
+                raise InputError("coordinates principal: give at least two public images")
+            return Principal(self.update.data, self.public.to(self.device, self.dtype))
+        return Grey(self.update.data)
+
+    def _iterate(self, iteration: int) -> None:
+        settings = self.settings
+        progress = iteration / max(1, self.config.iterations - 1)
+        width = width_at(progress, settings.smoothing, settings.smoothing_end)
+        self.matcher.simulation.width = width
+        super()._iterate(iteration)
 
     def _first_inputs(self, generator: torch.Generator) -> torch.Tensor:
         """The start, with a little noise of each restart's own."""
@@ -315,13 +325,20 @@ def _engine_config(settings: InversionSettings, joint: bool) -> InversionConfig:
         restarts_at_once=1,
         joint_labels=joint,
         hvp="exact",
+        # Losses of differently softened networks cannot be compared.
+        smallest_loss=settings.smoothing == 0,
     )
 
 
 def _run_own(
-    update: LocalUpdate, settings: InversionSettings, prior: torch.Tensor | None, seed: int,
-    device: torch.device, progress: bool,
-) -> UpdateReconstruction:  # fmt: skip
+    update: LocalUpdate,
+    settings: InversionSettings,
+    prior: torch.Tensor | None,
+    public: torch.Tensor | None,
+    seed: int,
+    device: torch.device,
+    progress: bool,
+) -> UpdateReconstruction:
     labels, source = _labels(update, settings)
     config = _engine_config(settings, source == "joint")
     inversion = UpdateInversion(
@@ -330,6 +347,7 @@ def _run_own(
         settings,
         config,
         start=_start(update, settings, prior, seed),
+        public=public,
         seed=seed,
         device=device,
     )
@@ -352,6 +370,7 @@ def _final_losses(
     inversion: UpdateInversion, images: torch.Tensor, labels: torch.Tensor
 ) -> dict[str, float]:
     inputs = inversion.update.data.normalize(images).to(inversion.device, inversion.dtype)
+    inversion.matcher.simulation.width = 0.0
     inversion.matcher(inputs, labels.to(inversion.device))
     return dict(inversion.matcher.terms)
 
@@ -387,9 +406,13 @@ def _labels(update: LocalUpdate, settings: InversionSettings) -> tuple[torch.Ten
 
 
 def _run_published(
-    update: LocalUpdate, settings: InversionSettings, prior: torch.Tensor | None, seed: int,
-    device: torch.device, progress: bool,
-) -> UpdateReconstruction:  # fmt: skip
+    update: LocalUpdate,
+    settings: InversionSettings,
+    prior: torch.Tensor | None,
+    seed: int,
+    device: torch.device,
+    progress: bool,
+) -> UpdateReconstruction:
     start = _start(update, settings, prior, seed)[0]
     attack = PublishedAttack(update, settings, prior=start, seed=seed, device=device)
     found = attack.run(progress)
@@ -407,9 +430,13 @@ def _run_published(
 
 
 def _run_registered(
-    update: LocalUpdate, settings: InversionSettings, prior: torch.Tensor | None, seed: int,
-    device: torch.device, progress: bool,
-) -> UpdateReconstruction:  # fmt: skip
+    update: LocalUpdate,
+    settings: InversionSettings,
+    prior: torch.Tensor | None,
+    seed: int,
+    device: torch.device,
+    progress: bool,
+) -> UpdateReconstruction:
     """An attack of stage 3 with its published setting, for the settings' iterations."""
     target = target_from_update(update)
     attack = get_attack(settings.method)()

@@ -50,6 +50,9 @@ class KnowsTraining(Protocol):
     def local_update(self, change: Mapping[str, np.ndarray], bn_momentum: float) -> LocalUpdate:
         """The update together with what an attacker knows of the local training."""
 
+    def public_images(self) -> torch.Tensor:
+        """Images of other people that anybody may know; P x C x H x W in [0, 1]."""
+
 
 class GradInversionInverter(Inverter):
     """Inverts the update with one of the methods of `federated.inversion`.
@@ -104,10 +107,12 @@ class GradInversionInverter(Inverter):
             raise InputError(f"data of kind {dxo.data_kind}: only WEIGHT_DIFF can be inverted")
         app_root = Path(fl_ctx.get_prop(FLContextKey.APP_ROOT) or ".")
         settings = load_inversion_settings(app_root / self.cfg_file)
-        update = self._update(dxo, fl_ctx)
+        learner = self._learner(dxo, fl_ctx)
+        change = {name: _array(value) for name, value in dxo.data.items()}
+        update = learner.local_update(change, self.bn_momentum)
         if self.compute_update_sums:
             self._log_sums(update, fl_ctx)
-        found = self._invert(update, settings)
+        found = self._invert(update, settings, learner.public_images())
         self.log_info(
             fl_ctx,
             f"{found.method}: {len(found.images)} reconstructions of {found.iterations} "
@@ -117,23 +122,24 @@ class GradInversionInverter(Inverter):
             self._save(found.images, app_root / settings.save_path / _round_name(fl_ctx, dxo))
         return found
 
-    def _update(self, dxo: DXO, fl_ctx: FLContext) -> LocalUpdate:
+    def _learner(self, dxo: DXO, fl_ctx: FLContext) -> KnowsTraining:
         learner = fl_ctx.get_engine().get_component(self.learner_name)
         if not isinstance(learner, KnowsTraining):
             raise InputError(
                 f"learner_name {self.learner_name!r}: the job has no such component that knows "
-                "the local training (a CXRLearner, or federated.client.SiteDescription)"
+                "the local training (a CXRLearner, or federated.site_description.SiteDescription)"
             )
-        change = {name: _array(value) for name, value in dxo.data.items()}
         if hasattr(learner, "observe"):
             learner.observe(fl_ctx.get_prop(GLOBAL_WEIGHTS), current_round(dxo, fl_ctx))
-        return learner.local_update(change, self.bn_momentum)
+        return learner
 
-    def _invert(self, update: LocalUpdate, settings: InversionSettings) -> UpdateReconstruction:
+    def _invert(
+        self, update: LocalUpdate, settings: InversionSettings, public: torch.Tensor
+    ) -> UpdateReconstruction:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         prior = self._prior(settings, update)
         with torch.backends.cudnn.flags(enabled=True, deterministic=self.use_determinism):
-            return invert_update(update, settings, prior=prior, device=device)
+            return invert_update(update, settings, prior=prior, public=public, device=device)
 
     def _prior(self, settings: InversionSettings, update: LocalUpdate) -> torch.Tensor | None:
         if not settings.img_prior:

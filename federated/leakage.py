@@ -174,8 +174,12 @@ def measure_leakage(
     if not np.isfinite(own.relative).all():
         return failed_report("the similarities are not finite numbers", threshold)
     rest = None if others is None or not len(others) else others
-    return _report(own, None if rest is None else _Compared(metric, rest, reconstructions, prior),
-                   reduce, threshold)  # fmt: skip
+    return _report(
+        own,
+        None if rest is None else _Compared(metric, rest, reconstructions, prior),
+        reduce,
+        threshold,
+    )
 
 
 class _Compared:
@@ -191,7 +195,8 @@ class _Compared:
         self.similarity = np.stack([to_found[m] for m in self.metrics], -1)
         self.prior = np.stack([to_prior[m] for m in self.metrics], -1)
         floor = np.maximum(np.abs(self.prior), PRIOR_FLOOR)
-        self.relative = (self.similarity - self.prior) / floor
+        with np.errstate(invalid="ignore"):
+            self.relative = (self.similarity - self.prior) / floor
 
 
 def _report(

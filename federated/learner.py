@@ -144,6 +144,10 @@ class CXRLearner(Learner):
         site = self._ready()
         return site.local_update(change, self.global_weights, self.current_round, bn_momentum)
 
+    def public_images(self) -> torch.Tensor:
+        """Images that an attacker may know; P x 3 x H x W in [0, 1]."""
+        return self._ready().public_images()
+
     def get_lr(self) -> list[float]:
         """Learning rate of the round, one per parameter group."""
         return [self._ready().learning_rate(self.current_round or 0)]

@@ -28,7 +28,9 @@ BATCH_SIZES = {1: 4, 2: 4, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8, 9: 1}
 N_VALIDATION, N_TESTING = 200, 1382
 # Sizes that stay as they are in a smaller set: what leaks most is to stay comparable.
 FIXED_SITES = (1, 5, 9)
-SMALLEST_SITE, SMALLEST_COMMON = 8, 32
+SMALLEST_SITE, SMALLEST_TESTING = 8, 32
+# Fewer public images would say too little about how patients differ.
+SMALLEST_VALIDATION = 100
 CLASS_FOLDERS = ("normal", "opacity")
 # Lists are PREFIX + site + ".json", as published.
 LIST_PREFIX = "data_200val+rest_client"
@@ -65,8 +67,9 @@ def phantom_sizes(scale: float) -> PhantomSizes:
         site: n if site in FIXED_SITES else min(n, max(SMALLEST_SITE, round(n * scale)))
         for site, n in SITE_SIZES.items()
     }
-    common = [min(n, max(SMALLEST_COMMON, round(n * scale))) for n in (N_VALIDATION, N_TESTING)]
-    return PhantomSizes(sites, *common)
+    validation = max(SMALLEST_VALIDATION, round(N_VALIDATION * scale))
+    testing = max(SMALLEST_TESTING, round(N_TESTING * scale))
+    return PhantomSizes(sites, validation, testing)
 
 
 def make_phantoms(

@@ -21,7 +21,10 @@ from federated.withholding import FailClosedFilter, WithheldError, current_round
 from training.errors import InputError
 from training.records import provenance
 
-TRAIN_SET, OTHERS_SET = "training", "validation"
+TRAIN_SET = "training"
+# Other patients come from the first of these that a list has. The attack may know the
+# validation images; test images it has never seen.
+OTHERS_SETS = ("testing", "validation")
 # Other patients that the null distribution is drawn from, at most.
 MAX_OTHERS = 200
 
@@ -111,7 +114,7 @@ class RelativeDataLeakageValueFilter(FailClosedFilter):
             self._folder(fl_ctx), fl_ctx.get_identity_name(), number, report, images, originals,
             details=details, keep_images=self.save_best_matches,
         )  # fmt: skip
-        self.log_info(fl_ctx, f"round {number}: {report.statement()}")
+        self.log_info(fl_ctx, f"round {number}: {report.statement()}", fire_event=False)
         if report.withheld:
             raise MeasuredLeakError(report.reason)
         return dxo
@@ -135,15 +138,25 @@ class RelativeDataLeakageValueFilter(FailClosedFilter):
             self._component(self.sim_metric_name, SimMetric, fl_ctx),
             reduce=self.rdlv_reduce,
             threshold=self.rdlv_threshold,
-            others=self._images(OTHERS_SET, size),
+            others=self._others(size),
         )
 
-    def _images(self, section: str, size: int) -> torch.Tensor:
+    def _images(self, section: str, size: int, most: int | None = None) -> torch.Tensor:
         """Of a section in [0, 1]; N x 3 x size x size."""
-        samples = load_datalist(self.dataset_json, section)
-        if section == OTHERS_SET:
-            samples = samples[:MAX_OTHERS]
+        samples = load_datalist(self.dataset_json, section)[:most]
         return ImageListDataset(self.data_root, samples, size).images()
+
+    def _others(self, size: int) -> torch.Tensor | None:
+        """Images of other patients; None if the list has none."""
+        for section in OTHERS_SETS:
+            try:
+                found = self._images(section, size, MAX_OTHERS)
+            except InputError as error:
+                self.logger.info(f"no other patients from the list: {error}")
+                continue
+            if len(found):
+                return found
+        return None
 
     def _component(self, name: str, kind: type[Any], fl_ctx: FLContext) -> Any:
         component = fl_ctx.get_engine().get_component(name)

@@ -63,7 +63,7 @@ def _run_of(path: Path, root: Path) -> tuple[Path, float, float | None]:
     for folder in _folders(path, root):
         config = folder / "config" / CLIENT_CONFIG
         if config.is_file():
-            return root, _configured_noise(config), None
+            return root, configured_noise(config), None
     raise InputError(
         f"nothing says what noise {path} had: there is no {RUN_FILE} and no {CLIENT_CONFIG} "
         f"between it and {root}"
@@ -93,7 +93,7 @@ def _number(value: Any, path: Path) -> float:
     return float(value)
 
 
-def _configured_noise(path: Path) -> float:
+def configured_noise(path: Path) -> float:
     """sigma0 of the noise filter in a client's configuration; 0 where there is none.
 
     The argument may name a variable of the same file, such as "{SIGMA0}".

@@ -14,6 +14,7 @@ from training.errors import InputError
 OWN_METHODS = ("full", "bn", "published")
 LABEL_RULES = ("auto", "recovered", "joint")
 STARTS = ("prior", "grey", "random")
+COORDINATES = ("auto", "principal", "grey", "channels")
 
 # Published keys and what they are called here.
 _RENAMED = {"lr": "learning_rate", "start_rand": "start"}
@@ -42,9 +43,16 @@ class InversionSettings:
         gradient_weight: Factor of that comparison.
         bn_weight: Factor of the distance of BatchNorm statistics.
         tv_weight: Factor of total variation.
+        prior_weight: Factor of the squared distance from the prior image (with public images:
+            of their normal distribution); only where a site has several images.
+        smoothing: Width of the softened ReLUs at the start, 0 for none; see
+            `federated.smoothing`.
+        smoothing_end: The same at the end.
         labels: "recovered" from the update, optimised "joint"ly with the images, or
             "auto": recovered where they can be (one image, or one local step).
-        greyscale: Whether the three channels are one grey value.
+        coordinates: "channels" (three values per pixel), "grey" (one), "principal" (whitened
+            by public images) or "auto": principal for several images where there are
+            public ones, else grey.
         start: "prior", "grey" (mean colour) or "random".
         start_noise: Standard deviation of noise on the start (network inputs), without
             which the images of a batch could not become different.
@@ -69,10 +77,13 @@ class InversionSettings:
     gradient_weight: float = 1.0
     bn_weight: float = 0.1
     tv_weight: float = 1e-3
+    prior_weight: float = 0.1
+    smoothing: float = 0.5
+    smoothing_end: float = 0.01
     labels: str = "auto"
-    greyscale: bool = True
+    coordinates: str = "auto"
     start: str = "prior"
-    start_noise: float = 0.1
+    start_noise: float = 0.03
     restarts: int = 1
     grad_l2: float = 1e-3
     original_bn_l2: float = 1e-1
@@ -98,6 +109,7 @@ class InversionSettings:
             "method": (*OWN_METHODS, *attack_names()),
             "labels": LABEL_RULES,
             "start": STARTS,
+            "coordinates": COORDINATES,
             "objective": tuple(OBJECTIVES),
         }
         for key, known in choices.items():
@@ -111,9 +123,12 @@ class InversionSettings:
         self._validate_weights()
 
     def _validate_weights(self) -> None:
-        ours = ("gradient_weight", "bn_weight", "tv_weight", "start_noise")
+        if self.smoothing > 0 and self.smoothing_end <= 0:
+            raise InputError("smoothing_end must be positive where smoothing is")
+        ours = ("gradient_weight", "bn_weight", "tv_weight", "prior_weight")
+        course = ("start_noise", "smoothing", "smoothing_end")
         published = ("grad_l2", "original_bn_l2", "energy_l2", "tv_l1", "tv_l2", "l2")
-        for key in ours + published:
+        for key in ours + course + published:
             if not 0 <= getattr(self, key) < float("inf"):
                 raise InputError(f"{key} {getattr(self, key)}: must be a number not below 0")
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from federated.smoothing import SmoothReLU
 from federated.updates import LocalUpdate
 from gradients.batch_statistics import batch_norm_layers
 from gradients.checkpoint import BatchStatistics
@@ -45,6 +46,9 @@ class LocalSimulation:
         update: What the site sent.
         device: Where to compute.
         dtype: Precision of the computation.
+
+    Attributes:
+        width: Of the softened ReLUs, see `federated.smoothing`; 0 for the network as it is.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class LocalSimulation:
                 # The count of batches has no derivative and is not compared.
                 layer.num_batches_tracked = None
         self.start: Parameters = trainable_parameters(self.model)
+        self.width = 0.0
         self._weights = _weights(len(update.steps), update.bn_momentum)
 
     def __call__(self, inputs: torch.Tensor, labels: torch.Tensor) -> Simulated:
@@ -111,7 +116,8 @@ class LocalSimulation:
             for name, layer in batch_norm_layers(self.model).items()
         ]
         try:
-            logits = torch.func.functional_call(self.model, state, (inputs,))
+            with SmoothReLU(self.width):
+                logits = torch.func.functional_call(self.model, state, (inputs,))
         finally:
             for hook in hooks:
                 hook.remove()

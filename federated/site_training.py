@@ -27,6 +27,7 @@ Weights = Mapping[str, np.ndarray]
 # After this many local epochs the learning rate falls to a tenth, as published.
 DECAY_EPOCHS, DECAY = 40, 0.1
 EVALUATION_BATCH = 64
+MAX_PUBLIC = 200
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,14 @@ class SiteTraining:
             settings.data_root, samples, settings.image_size, self.data, settings.cache_rate
         )
 
+    def public_images(self) -> torch.Tensor:
+        """Images that an attacker may know: those for validation, the same at every site.
+
+        Returns:
+            P x 3 x H x W in [0, 1].
+        """
+        return self.valid_images.images()[:MAX_PUBLIC]
+
     @property
     def batch_size(self) -> int:
         """Images per local step, at most all of them."""
@@ -253,7 +262,7 @@ class SiteTraining:
             loss = loss + self.settings.fedproxloss_mu / 2 * drift
         return loss
 
-    def _batches(self, order: tuple[int, ...]) -> DataLoader[tuple[torch.Tensor, torch.Tensor]]:
+    def _batches(self, order: tuple[int, ...]) -> DataLoader[tuple[torch.Tensor, int]]:
         size = self.batch_size
         steps = [list(order[i : i + size]) for i in range(0, len(order), size)]
         return DataLoader(

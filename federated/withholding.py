@@ -48,13 +48,13 @@ class FailClosedFilter(DXOFilter):
     """A filter of updates that withholds whatever it cannot handle.
 
     Args:
-        data_kinds: Kinds of data to filter; all kinds of updates if None. With a list,
-            other kinds pass, as whoever wrote it wanted.
+        data_kinds: Kinds of data to filter; all kinds of updates if None. With a shorter
+            list, other kinds pass, as whoever wrote it wanted.
     """
 
     def __init__(self, data_kinds: list[str] | None = None) -> None:
         super().__init__(UPDATE_KINDS, data_kinds or UPDATE_KINDS)
-        self.strict = not data_kinds
+        self.strict = set(self.data_kinds) == set(UPDATE_KINDS)
 
     @abstractmethod
     def process_update(self, dxo: DXO, fl_ctx: FLContext) -> DXO:
@@ -84,7 +84,7 @@ class FailClosedFilter(DXOFilter):
             return super().process(shareable, fl_ctx)
         except Exception as error:
             if not isinstance(error, WithheldError):
-                self.log_exception(fl_ctx, "the update cannot be checked")
+                self.log_exception(fl_ctx, "the update cannot be checked", fire_event=False)
             return self._withhold(error, shareable, fl_ctx)
 
     def process_dxo(self, dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> DXO:
@@ -96,16 +96,23 @@ class FailClosedFilter(DXOFilter):
     def _withhold(self, error: Exception, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
         reason = reason_of(error)
         name = f"{type(self).__name__} at {fl_ctx.get_identity_name()}"
-        self.log_warning(fl_ctx, f"{name}: the update is withheld: {reason}")
+        # Not as an event, which handlers might forward to the server.
+        self.log_warning(fl_ctx, f"{name}: the update is withheld: {reason}", fire_event=False)
         fl_ctx.set_prop(WITHHELD, reason, private=True, sticky=True)
         try:
             self.record_withheld(error, shareable, fl_ctx)
         except Exception:
-            self.log_exception(fl_ctx, "the reason for withholding could not be recorded")
+            self.log_exception(
+                fl_ctx, "the reason for withholding could not be recorded", fire_event=False
+            )
         try:
             return withheld_update(from_shareable(shareable), fl_ctx).to_shareable()
         except Exception:
-            self.log_exception(fl_ctx, "no zero difference could be made: an empty result is sent")
+            self.log_exception(
+                fl_ctx,
+                "no zero difference could be made: an empty result is sent",
+                fire_event=False,
+            )
             return make_reply(ReturnCode.EMPTY_RESULT)
 
 

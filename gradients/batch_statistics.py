@@ -86,7 +86,7 @@ def _merge(
 def statistics_from_running(
     old: Mapping[str, torch.Tensor],
     new: Mapping[str, torch.Tensor],
-    momentum: float = 0.1,
+    momentum: Mapping[str, float] | float = 0.1,
     n: Mapping[str, int] | int | None = None,
 ) -> BatchStatistics:
     """Recover the statistics of one batch from the running statistics around it.
@@ -97,7 +97,7 @@ def statistics_from_running(
     Args:
         old: State dictionary before the local step.
         new: State dictionary after exactly one local step.
-        momentum: BatchNorm momentum m.
+        momentum: BatchNorm momentum m, one number or one per layer.
         n: Values per channel behind every statistic (images x height x width), one
             number or one per layer. Running variances are unbiased; with `n` they
             are turned into the biased variance the layer normalised with, without
@@ -113,8 +113,9 @@ def statistics_from_running(
     names = [key.removesuffix(suffix).rstrip(".") for key in old if key.endswith(suffix)]
     recovered: BatchStatistics = {}
     for name in names:
+        m = momentum[name] if isinstance(momentum, Mapping) else momentum
         mean, variance = (
-            (new[key] - (1 - momentum) * old[key]) / momentum
+            (new[key] - (1 - m) * old[key]) / m
             for key in (_key(name, suffix), _key(name, "running_var"))
         )
         count = n.get(name) if isinstance(n, Mapping) else n

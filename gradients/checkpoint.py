@@ -20,13 +20,15 @@ import torch
 from training.data import DataSpec
 from training.distributed import shard_sizes
 from training.errors import InputError
-from training.models import ModelSpec, build_model, default_stem
+from training.models import ModelSpec, build_model, default_stem, load_parameters
 from training.storage import load_checkpoint, save_checkpoint
 
 FORMAT_VERSION = 1
 # The original tools' word for "no layer is frozen".
 ALL_LAYERS = "all"
 MAX_BATCH_SIZE = 1_000_000
+# How the names of BatchNorm's running statistics end.
+RUNNING_STATISTICS = ("running_mean", "running_var")
 
 # Mean and (biased) variance of one batch at every BatchNorm layer, by module name.
 BatchStatistics = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -78,6 +80,10 @@ class Target:
             batch (synchronized) or one per shard; None where unknown.
         defenses: What the client says it did to the gradient, as `name:param` words.
         dropout_seed: Seed of the client's dropout masks, where there was dropout.
+        running_after: BatchNorm's running statistics after the client's local training,
+            by their names in `state_dict` (those of its first process, where statistics
+            are asynchronous), as a client shares them that shares its whole state; None
+            where it keeps them.
     """
 
     model: ModelSpec
@@ -92,6 +98,7 @@ class Target:
     bn_statistics: tuple[BatchStatistics, ...] | None = None
     defenses: tuple[str, ...] = ()
     dropout_seed: int | None = None
+    running_after: dict[str, torch.Tensor] | None = None
 
     def __post_init__(self) -> None:
         if not self.shards:
@@ -101,7 +108,7 @@ class Target:
         """The shared model with its parameters, in the mode the client used."""
         model = build_model(self.model)
         try:
-            model.load_state_dict(self.state_dict)
+            load_parameters(model, self.state_dict)
         except RuntimeError as error:
             raise InputError(
                 f"the checkpoint's parameters do not fit {self.model.arch} with "
@@ -195,6 +202,7 @@ def _our_keys(target: Target) -> dict[str, Any]:
         else [{name: [m, v] for name, (m, v) in part.items()} for part in statistics],
         "defenses": list(target.defenses),
         "dropout_seed": target.dropout_seed,
+        "running_after": target.running_after,
     }
 
 
@@ -299,6 +307,7 @@ def _parse_target(raw: Mapping[str, Any]) -> Target:
         bn_statistics=_bn_statistics(raw, skeleton, 1 if synchronized else len(shards)),
         defenses=tuple(str(word) for word in raw.get("defenses") or ()),
         dropout_seed=None if seed is None else int(seed),
+        running_after=_running_after(raw, skeleton),
     )
 
 
@@ -489,6 +498,25 @@ def _layer_statistics(pair: Any, name: str, n: int) -> tuple[torch.Tensor, torch
     if (variance < 0).any():
         raise InputError(f"the BatchNorm variance of {name} is negative")
     return mean, variance
+
+
+def _running_after(
+    raw: Mapping[str, Any], skeleton: torch.nn.Module
+) -> dict[str, torch.Tensor] | None:
+    shared = raw.get("running_after")
+    if not shared:
+        return None
+    expected = {
+        name: buffer.shape
+        for name, buffer in skeleton.named_buffers()
+        if name.endswith(RUNNING_STATISTICS)
+    }
+    if set(shared) != set(expected):
+        raise InputError("its running statistics after training are not those of all layers")
+    return {
+        name: _finite(shared[name], f"{name} after training", shape)
+        for name, shape in expected.items()
+    }
 
 
 def _parse_truth(raw: Mapping[str, Any], target: Target) -> Truth | None:

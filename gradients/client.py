@@ -17,7 +17,7 @@ from gradients.batch_statistics import (
     collect_batch_statistics,
     merge_batch_statistics,
 )
-from gradients.checkpoint import BatchStatistics, LocalTraining, Target
+from gradients.checkpoint import RUNNING_STATISTICS, BatchStatistics, LocalTraining, Target
 from gradients.defenses import ClientView, Defense, apply_defenses
 from gradients.local_update import (
     Parameters,
@@ -57,6 +57,8 @@ class ClientSettings:
         defenses: Applied to the update, in order.
         seed: Of noise and defenses.
         dropout_seed: Of dropout masks.
+        share_running: Share BatchNorm's running statistics as they are afterwards, as
+            clients do that share their whole state.
     """
 
     local: LocalTraining = field(default_factory=LocalTraining)
@@ -67,6 +69,7 @@ class ClientSettings:
     defenses: tuple[Defense, ...] = ()
     seed: int = 0
     dropout_seed: int = 0
+    share_running: bool = True
 
 
 def share_update(
@@ -77,6 +80,7 @@ def share_update(
     labels: torch.Tensor,
     settings: ClientSettings,
     process: Process | None = None,
+    measured: dict[str, Any] | None = None,
 ) -> Target | None:
     """Compute what a client shares for a batch.
 
@@ -91,6 +95,8 @@ def share_update(
         labels: N class indices.
         settings: What the client does.
         process: This process among the client's processes.
+        measured: Takes what the defenses cost, for the record: `update_cosine` between
+            what is shared and the update before them.
 
     Returns:
         What an attacker sees, on the CPU; None on all processes but the first.
@@ -116,6 +122,8 @@ def share_update(
         return None
     view = ClientView(model, inputs, labels, generator(settings.seed, _DEFENSES))
     shared = apply_defenses(settings.defenses, update, view)
+    if measured is not None and settings.privacy is None:
+        measured["update_cosine"] = update_cosine(shared, update)
     return Target(
         model=model_spec,
         data=data_spec,
@@ -129,7 +137,21 @@ def share_update(
         bn_statistics=statistics,
         defenses=_words(settings),
         dropout_seed=run.dropout_seed,
+        running_after=run.running_after(),
     )
+
+
+def update_cosine(shared: Parameters, update: Parameters) -> float:
+    """How much of the update's direction is left in what is shared (1: all of it).
+
+    What is not shared counts as zero.
+    """
+    dot = sum(float((shared[name].double() * update[name].double()).sum()) for name in shared)
+    squares = [
+        sum(float(value.double().square().sum()) for value in tensors.values())
+        for tensors in (shared, update)
+    ]
+    return dot / max((squares[0] * squares[1]) ** 0.5, 1e-30)
 
 
 def _words(settings: ClientSettings) -> tuple[str, ...]:
@@ -202,6 +224,8 @@ class _Run:
         if self.part is not None and self.synchronized:
             # A copy: whatever runs on the first process alone must not wait for others.
             self.model = convert_batch_norm(copy.deepcopy(model), "synchronized")
+        # They move during the local steps; the model's own stay as they were received.
+        self.buffers = {name: b.clone() for name, b in self.model.named_buffers()}
 
     def update(self) -> Parameters:
         """The update of all processes together, before defenses."""
@@ -210,10 +234,10 @@ class _Run:
         placement = Placement(self.shards, self.part, reduce, self.dropout_seed)
         batch = (self.model, self.inputs, self.labels, local)
         if privacy is None:
-            gradient = client_gradient(*batch, placement=placement)
+            gradient = client_gradient(*batch, placement=placement, buffers=self.buffers)
         else:
             noise = generator(self.settings.seed, _NOISE)
-            gradient = private_gradient(*batch, privacy, noise, placement)
+            gradient = private_gradient(*batch, privacy, noise, placement, self.buffers)
         # Without a terminal, and for a single step, no bar is shown.
         quiet = True if local.steps == 1 or self.part not in (None, 0) else None
         with (
@@ -228,6 +252,14 @@ class _Run:
 
             start = {name: p.detach() for name, p in trainable_parameters(self.model).items()}
             return local_sgd(start, local, step)
+
+    def running_after(self) -> dict[str, torch.Tensor] | None:
+        """This process's running statistics after `update`; None where none moved."""
+        moved = self.settings.train_mode and batch_norm_layers(self.model)
+        if not (moved and self.settings.share_running):
+            return None
+        names = [name for name in self.buffers if name.endswith(RUNNING_STATISTICS)]
+        return {name: self.buffers[name].detach().cpu() for name in names} or None
 
     def statistics(self) -> tuple[BatchStatistics, ...] | None:
         """Exact BatchNorm statistics of the batch, where there is one batch and BatchNorm."""

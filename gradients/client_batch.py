@@ -129,6 +129,22 @@ def validation_guesses(
     return (torch.stack(sums).sum(0) / len(chosen)).float(), winners.float()
 
 
+def public_images(data: DataSets, workers: int = 0, limit: int = 500) -> torch.Tensor:
+    """Images that are no client's: those of the validation set, at most `limit`.
+
+    Raises:
+        InputError: There are none.
+    """
+    n = len(data.val)
+    if n == 0:
+        raise InputError("--malicious: the server has no images of its own (no validation set)")
+    indices = range(0, n, max(1, -(-n // limit)))
+    pieces = [indices[start : start + 50] for start in range(0, len(indices), 50)]
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        parts = pool.map(lambda piece: take_samples(data.val, piece, data.spec)[0], pieces)
+        return torch.cat(list(parts))
+
+
 def _draw(items: Sequence[int], n: int, generator: torch.Generator) -> list[int]:
     return [items[i] for i in torch.randperm(len(items), generator=generator)[:n]]
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from training.errors import InputError, exit_status
 from training.launch_arguments import add_launch_arguments
@@ -15,6 +16,7 @@ from training.launch_arguments import add_launch_arguments
 if TYPE_CHECKING:
     from torch import nn
 
+    from gradients.checkpoint import Target
     from gradients.client import ClientSettings
     from gradients.rank_analysis import LayerRank
     from gradients.received_model import Pretrained
@@ -73,6 +75,12 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--norm", choices=["batch", "group"], help="default: batch")
     group.add_argument("--kernel-size-of-maxpool", type=int, default=3, metavar="K")
     group.add_argument("--ra", action="store_true", help="print the R-GAP rank analysis")
+    group.add_argument(
+        "--malicious",
+        default="",
+        metavar="KIND:N",
+        help="a malicious server sends a changed model: imprint:BINS or fishing:CLASS",
+    )
 
 
 def _add_client_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,6 +93,12 @@ def _add_client_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--syncbn", action="store_true", help="synchronized BatchNorm")
     group.add_argument("--shards", metavar="N,N,...", help="images per process")
     group.add_argument("--double", action="store_true", help="compute in float64")
+    group.add_argument(
+        "--share-running",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="share BatchNorm's running statistics after the local training",
+    )
     group.add_argument("--dropout-seed", type=int, help="seed of dropout masks (default: --seed)")
 
 
@@ -142,14 +156,15 @@ def check_arguments(args: argparse.Namespace) -> None:
     for flag, word in (("--id", args.id), ("--data-name", args.data_name or "")):
         if Path(word).name != word:
             raise InputError(f"{flag} {word}: becomes part of a file name, without folders")
-    for flag in ("batch_size", "epochs", "local_batches"):
-        if getattr(args, flag) < 1:
+    for flag in ("batch_size", "epochs", "local_batches", "duplicates"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise InputError(f"--{flag.replace('_', '-')} must be at least 1")
     if args.workers < 0:
         raise InputError("--workers must not be negative")
-    if args.lr <= 0:
+    # Written so that NaN is refused as well.
+    if not 0 < args.lr < math.inf:
         raise InputError("--lr must be positive")
-    if args.local_momentum < 0 or args.local_weight_decay < 0:
+    if not (0 <= args.local_momentum < math.inf and 0 <= args.local_weight_decay < math.inf):
         raise InputError("--local-momentum and --local-weight-decay must not be negative")
     if args.kernel_size_of_maxpool < 2:
         raise InputError("--kernel-size-of-maxpool must be at least 2")
@@ -179,15 +194,19 @@ def work(process: Process, args: argparse.Namespace) -> Path | None:
 
     from gradients.checkpoint import Truth
     from gradients.client import share_update
-    from gradients.client_batch import load_batch, validation_guesses
+    from gradients.client_batch import load_batch, public_images, validation_guesses
+    from gradients.malicious_server import tamper
     from gradients.output import peak_memory, write_results
     from gradients.received_model import build_received_model, read_pretrained
+    from training.malicious import parse_malice
 
     _import_plugin(args)
     began = time.perf_counter()
     pretrained = None if args.pretrained is None else read_pretrained(args.pretrained)
     data, data_spec = _load_data(args, pretrained)
     spec = _model_spec(args, pretrained, data_spec)
+    if args.malicious:
+        parse_malice(args.malicious, spec.n_classes)
     spec, settings = _suit_privacy(spec, _client_settings(args), args, process)
     indices = _choose(args, data)
     images, labels = load_batch(data, indices, args.workers)
@@ -197,14 +216,21 @@ def work(process: Process, args: argparse.Namespace) -> Path | None:
     truth = Truth(images, labels, mean_image=mean, nearest_images=nearest)
     model = build_received_model(spec, pretrained, args.outlayer_state, args.seed)
     model = model.double() if args.double else model
+    if args.malicious:
+        spec = dataclasses.replace(spec, malicious=args.malicious)
+        model = tamper(model, spec, data_spec.normalize(public_images(data, args.workers)))
     ranks = _rank_analysis(model, data_spec, args, process)
     if process.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(process.device)
     loaded = time.perf_counter()
-    target = share_update(model, spec, data_spec, truth.images, truth.labels, settings, process)
+    cost: dict[str, Any] = {}
+    target = share_update(
+        model, spec, data_spec, truth.images, truth.labels, settings, process, cost
+    )
     if target is None:
         return None
-    measured = {
+    _check_finite(target, args)
+    measured = cost | {
         "seconds": round(time.perf_counter() - began, 3),
         "seconds_of_update": round(time.perf_counter() - loaded, 3),
         "peak_memory_mib": peak_memory(process.device),
@@ -212,6 +238,15 @@ def work(process: Process, args: argparse.Namespace) -> Path | None:
         "indices": indices,
     }
     return write_results(args, target, truth, ranks, process.device, measured)
+
+
+def _check_finite(target: Target, args: argparse.Namespace) -> None:
+    """Refuse to share NaN: nothing could be learnt from it, nor read in a table."""
+    if all(gradient.isfinite().all() for gradient in target.gradient.values()):
+        return
+    if all(value.isfinite().all() for value in target.state_dict.values()):
+        raise InputError(f"the update is not finite: local training diverges with --lr {args.lr:g}")
+    raise InputError(f"--pretrained: the parameters in {args.pretrained} are not finite")
 
 
 def _client_settings(args: argparse.Namespace) -> ClientSettings:
@@ -243,6 +278,7 @@ def _client_settings(args: argparse.Namespace) -> ClientSettings:
         defenses=parse_defenses(args.defense),
         seed=args.seed,
         dropout_seed=args.seed if args.dropout_seed is None else args.dropout_seed,
+        share_running=args.share_running,
     )
 
 

@@ -70,6 +70,7 @@ def describe(target: Target) -> dict[str, Any]:
         "bn_statistics": 0 if target.bn_statistics is None else len(target.bn_statistics),
         "defenses": list(target.defenses),
         "dropout_seed": target.dropout_seed,
+        "running_after": target.running_after is not None,
         "n_gradients": len(norms),
         "gradient_norms": norms,
         "gradient_norm": sum(norm**2 for norm in norms.values()) ** 0.5,
@@ -81,6 +82,8 @@ def capabilities(target: Target, truth: Truth | None) -> list[str]:
     known = ["batch size", "local hyper-parameters"]
     if any(name.endswith("running_mean") for name in target.state_dict):
         known.append("running BatchNorm statistics")
+    if target.running_after is not None:
+        known.append("running BatchNorm statistics after the local training")
     if target.bn_statistics is not None:
         known.append("exact BatchNorm statistics of the batch")
     if target.defenses:

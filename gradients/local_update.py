@@ -155,7 +155,8 @@ def unrolled_update(
         local: The client's local SGD.
         create_graph: Keep the graph for derivatives of the update.
         placement: Groups of images, processes and dropout masks.
-        buffers: Take the running statistics' changes; default: copies of the model's.
+        buffers: Take the changes of the running statistics of this (or the first)
+            process; default: copies of the model's.
         parameters: theta_0 instead of the model's own.
 
     Returns:
@@ -194,7 +195,8 @@ def client_gradient(
 ) -> StepGradient:
     """The gradient of a client's loss at each of its local steps, see `unrolled_update`."""
     slices = step_slices(len(images), local, placement.shards)
-    moving = {name: b.clone() for name, b in model.named_buffers()} if buffers is None else buffers
+    parts = own_parts(placement)
+    moving = _copies(dict(model.named_buffers())) if buffers is None else buffers
 
     def gradient(current: Parameters, step: int) -> Sequence[torch.Tensor]:
         if not create_graph:
@@ -203,12 +205,13 @@ def client_gradient(
         pieces = slices[step]
         n_step = sum(p.stop - p.start for p in pieces)
         total: list[torch.Tensor] | None = None
-        for index in own_parts(placement):
+        for index in parts:
             piece = pieces[index]
             with dropout_masks(placement.dropout_seed, step, index, images.device):
                 share = _weighted_gradient(
                     model,
-                    {**moving, **current},
+                    # Every process moves buffers of its own; the first one's are shared.
+                    {**(moving if index == parts[0] else _copies(moving)), **current},
                     list(current.values()),
                     images[piece],
                     labels[piece],
@@ -220,6 +223,10 @@ def client_gradient(
         return total if placement.reduce is None else placement.reduce(total)
 
     return gradient
+
+
+def _copies(tensors: Mapping[str, torch.Tensor]) -> Parameters:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def _weighted_gradient(

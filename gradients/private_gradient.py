@@ -82,6 +82,7 @@ def private_gradient(
     privacy: PrivacySettings,
     generator: torch.Generator,
     placement: Placement = ONE_PROCESS,
+    buffers: Mapping[str, torch.Tensor] | None = None,
 ) -> StepGradient:
     """The private gradient of a client's loss at each of its local steps.
 
@@ -94,19 +95,21 @@ def private_gradient(
         generator: Of the noise, on the CPU and in the same state on every process:
             the noise is added once per step, not once per process.
         placement: Groups of images, processes and dropout masks.
+        buffers: Take the changes of the running statistics, where the batch's gradient
+            is clipped as one; per sample, nothing moves them.
 
     Returns:
         To be run by `gradients.local_update.local_sgd`.
     """
     slices = step_slices(len(images), local, placement.shards)
     if privacy.clipping == BATCH:
-        plain = client_gradient(model, images, labels, local, placement=placement)
+        plain = client_gradient(model, images, labels, local, placement=placement, buffers=buffers)
 
         def clipped(current: Parameters, step: int) -> Sequence[torch.Tensor]:
             return clip_to_norm(plain(current, step), privacy.max_norm)
 
     else:
-        buffers = dict(model.named_buffers())
+        fixed = dict(model.named_buffers())
 
         def clipped(current: Parameters, step: int) -> Sequence[torch.Tensor]:
             total = [torch.zeros_like(p) for p in current.values()]
@@ -114,7 +117,7 @@ def private_gradient(
                 piece = slices[step][index]
                 with dropout_masks(placement.dropout_seed, step, index, images.device):
                     shard = clipped_gradient_sum(
-                        model, current, buffers, images[piece], labels[piece], privacy.max_norm
+                        model, current, fixed, images[piece], labels[piece], privacy.max_norm
                     )
                 total = [t + s for t, s in zip(total, shard, strict=True)]
             summed = total if placement.reduce is None else placement.reduce(total)

@@ -13,7 +13,7 @@ from torch import nn
 
 from training.data import DataSpec
 from training.errors import InputError
-from training.models import ModelSpec, build_model, last_linear
+from training.models import ModelSpec, build_model, last_linear, load_parameters
 from training.storage import load_checkpoint
 
 log = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ def _load(model: nn.Module, spec: ModelSpec, pretrained: Pretrained) -> None:
         log.warning("%s: the classifier %s is initialised anew", pretrained.path.name, name)
         state |= {key: model.state_dict()[key] for key in keys}
     try:
-        model.load_state_dict(state)
+        load_parameters(model, state)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise InputError(

@@ -34,13 +34,20 @@ def make_target(
     shards: tuple[int, ...] = (),
     seed: int = 0,
     double: bool = True,
+    adapted: bool = False,
 ) -> tuple[Target, Truth]:
-    """The gradient of a freshly initialised model on smooth images with labels 0, 1, ..."""
+    """The gradient of a freshly initialised model on smooth images with labels 0, 1, ...
+
+    With `adapted`, its running BatchNorm statistics are those of such images.
+    """
     torch.manual_seed(seed)
     dtype = torch.float64 if double else torch.float32
     data = data_spec(spec.image_size, spec.n_classes)
     truth = Truth(smooth_images(batch, spec.image_size, seed), torch.arange(batch) % spec.n_classes)
-    model = build_model(spec).to(dtype).train(train_mode)
+    model = build_model(spec).to(dtype)
+    if adapted:
+        adapt_running_statistics(model, data.normalize(smooth_images(256, spec.image_size, 99)))
+    model.train(train_mode)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     inputs = data.normalize(truth.images).to(dtype)
     target = Target(
@@ -57,6 +64,17 @@ def make_target(
     )
     model.load_state_dict(state)
     return dataclasses.replace(target, gradient=_shared(target, model, inputs, truth)), truth
+
+
+def adapt_running_statistics(model: torch.nn.Module, inputs: torch.Tensor) -> None:
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.momentum = 1.0
+    with torch.no_grad():
+        model.train()(inputs.to(next(model.parameters())))
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.momentum = 0.1
 
 
 def _shared(

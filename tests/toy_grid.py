@@ -33,4 +33,5 @@ def toy(add: Cell | None = None, **config: Any) -> Cell:
 def grid(cells: list[Cell], store: Store, **options: Any) -> Grid:
     """A quiet grid of toy cells on this machine."""
     executor = options.pop("executor", None) or LocalExecutor(options.pop("jobs", 2))
-    return Grid(cells, store, executor, STAGES, Progress(quiet=True), **options)
+    stages = options.pop("stages", STAGES)
+    return Grid(cells, store, executor, stages, Progress(quiet=True), **options)

@@ -71,6 +71,8 @@ def check_launch_arguments(args: argparse.Namespace) -> None:
         )
     if args.gpu is not None and cuda and not 0 <= args.gpu < torch.cuda.device_count():
         raise InputError(f"--gpu {args.gpu}: this machine has {torch.cuda.device_count()} GPUs")
+    if not -(2**63) <= args.seed < 2**63:
+        raise InputError(f"--seed {args.seed}: must be an integer of 64 bits")
     if args.nproc_per_node is not None and args.nproc_per_node < 1:
         raise InputError("--nproc-per-node must be at least 1")
     if args.world_size < 1 or not 0 <= args.rank < args.world_size:
@@ -150,10 +152,10 @@ def _spawn(work: Callable[..., Any], args: argparse.Namespace) -> None:
 
 def _resolve_url(url: str) -> str:
     """Replace port 0 by a free port, and complain early about a port in use."""
-    if not url.startswith("tcp://"):
+    if url.startswith(("file://", "env://")):
         return url
     host, _, port = url.removeprefix("tcp://").rpartition(":")
-    if not host or not port.isdigit():
+    if not (url.startswith("tcp://") and host and port.isdigit() and int(port) < 2**16):
         raise InputError(f"--dist-url {url}: expected tcp://HOST:PORT")
     if host not in ("127.0.0.1", "localhost"):
         return url

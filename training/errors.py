@@ -7,6 +7,11 @@ import os
 import sys
 from collections.abc import Callable
 
+WRITE_FAILURES = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
+    errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
+)  # fmt: skip
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used; the message names the flag or the file."""
@@ -45,8 +50,8 @@ def exit_status(command: Callable[[], None]) -> int:
 
 
 def is_write_failure(error: OSError) -> bool:
-    """Whether the disk is full, or does not let this user write."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+    """Whether the disk is full, does not let this user write, or has something in the way."""
+    return error.errno in WRITE_FAILURES
 
 
 def write_failure(error: OSError) -> str:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import re
 
 
 def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags common to the three commands."""
+    # Before Python 3.14, argparse takes a number such as -1e-6 for a flag
+    # (https://github.com/python/cpython/issues/105712).
+    parser._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
     group = parser.add_argument_group("processes and devices")
     group.add_argument("--seed", type=int, default=0, help="seed of every random number")
     group.add_argument("-p", "--print-freq", type=int, default=10, metavar="N")

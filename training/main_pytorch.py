@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -180,18 +181,26 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError(f"--arch {args.arch}: unknown architecture (see torchvision.models)")
     minima = {"epochs": 0, "batch_size": 1, "workers": 0, "accumulate": 1, "save_every": 1}
     minima |= {"lr_step": 1, "warmup_epochs": 0, "kernel_size_of_maxpool": 1, "start_epoch": 0}
+    minima |= {"width": 1, "bn_groups": 1, "momentum": 0, "weight_decay": 0, "sigma": 0}
     for name, least in minima.items():
-        if getattr(args, name) < least:
-            raise InputError(f"--{name.replace('_', '-')} must be at least {least}")
+        value = getattr(args, name)
+        # NaN and infinity are no settings either.
+        if value is not None and not least <= value < math.inf:
+            raise InputError(f"{_flag(name)} must be at least {least}, not {value}")
     for name in ("lr", "max_per_sample_grad_norm"):
-        if not getattr(args, name) > 0:
-            raise InputError(f"--{name.replace('_', '-')} must be positive")
-    if args.sigma < 0:
-        raise InputError("--sigma must not be negative")
+        if not 0 < getattr(args, name) < math.inf:
+            raise InputError(f"{_flag(name)} must be positive, not {getattr(args, name)}")
     if not 0 < args.delta < 1:
         raise InputError("--delta must lie between 0 and 1")
     if args.enable_dp and args.dp_clipping == "sample" and (args.compile or args.amp):
         raise InputError("--compile and --amp cannot be combined with per-sample clipping")
+
+
+def _flag(name: str) -> str:
+    """How the user spells an argument."""
+    return {"max_per_sample_grad_norm": "--max-per-sample-grad_norm", "weight_decay": "--wd"}.get(
+        name, f"--{name.replace('_', '-')}"
+    )
 
 
 def model_spec(args: argparse.Namespace, data: DataSets) -> ModelSpec:
@@ -290,6 +299,7 @@ def load_pretrained(model: nn.Module, args: argparse.Namespace) -> None:
     Raises:
         InputError: They cannot be had, or do not fit.
     """
+    from training.models import load_parameters
     from training.storage import load_checkpoint
 
     if args.pretrained == "torchvision":
@@ -303,7 +313,7 @@ def load_pretrained(model: nn.Module, args: argparse.Namespace) -> None:
     fitting = {n: v for n, v in state.items() if n in own and v.shape == own[n].shape}
     if not any(name in fitting for name, _ in model.named_parameters()):
         raise InputError(f"--pretrained {args.pretrained}: no parameter fits --arch {args.arch}")
-    model.load_state_dict(own | fitting)
+    load_parameters(model, own | fitting)
     skipped = sorted(set(own) - set(fitting))
     if skipped:
         logging.getLogger(__name__).warning(
@@ -457,7 +467,11 @@ def _announce_pooling(trainer: Trainer) -> None:
     """Say so where the kernel of the RA defense is scaled to a small feature map."""
     import torch
 
+    from training.schemes import DEFAULT_POOL_KERNEL
+
     asked = trainer.model_spec.pool_kernel
+    if asked == DEFAULT_POOL_KERNEL:
+        return
     pools = (m for m in trainer.model.modules() if isinstance(m, torch.nn.MaxPool2d))
     actual = getattr(next(pools, None), "kernel_size", asked)
     if actual != asked:
@@ -472,10 +486,10 @@ def _conclude(trainer: Trainer) -> None:
     if trainer.accountant is not None:
         spent = trainer.accountant.epsilon()
         print(spent.sentence(trainer.config.noise_multiplier))
-    print(
-        f"{trainer.config.scheme}: best validation accuracy {trainer.best_acc1:.2f} %, "
-        f"results in {trainer.root}"
-    )
+    reached = f"best validation accuracy {trainer.best_acc1:.2f} %"
+    if not trainer.history:
+        reached = "no epoch was trained"
+    print(f"{trainer.config.scheme}: {reached}, results in {trainer.root}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

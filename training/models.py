@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from training.schemes import DEFAULT_POOL_KERNEL
 # Side of torchvision's feature map in front of the pooling layer at 224 px, for
 # which the rank-analysis defense states its kernel of 19.
 REFERENCE_POOL_INPUT = 112
+# Patches per side of the small vision transformers.
+VIT_PATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class ModelSpec:
         width: Channels of the first stage; None for the architecture's own.
         pool_kernel: Kernel of the first max-pooling layer, as at 224 px.
         norm: "batch", or "group" where every BatchNorm is replaced by GroupNorm.
+        malicious: What a malicious server does to it, see `training.malicious`; empty for
+            an honest one.
     """
 
     arch: str = "resnet18"
@@ -45,6 +49,7 @@ class ModelSpec:
     width: int | None = None
     pool_kernel: int = DEFAULT_POOL_KERNEL
     norm: str = "batch"
+    malicious: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint or a record."""
@@ -114,9 +119,53 @@ def build_model(spec: ModelSpec) -> nn.Module:
     else:
         model = _torchvision_model(spec)
     _set_pool_kernel(model, spec)
+    _check_takes_images(model, spec)
     if spec.norm == "group":
         model = replace_batch_norm_by_group_norm(model)
+    if spec.malicious:
+        from training.malicious import add_malicious_layers
+
+        model = add_malicious_layers(model, spec)
     return model
+
+
+@torch.no_grad()
+def _check_takes_images(model: nn.Module, spec: ModelSpec) -> None:
+    """Refuse images that vanish in a model's pooling, or do not divide into its patches."""
+    parameter = next(model.parameters(), None)
+    if parameter is None or parameter.is_meta:
+        return
+    was_training = model.training
+    try:
+        # In eval mode nothing is drawn and no statistic moves.
+        model.eval()(torch.zeros(1, 3, spec.image_size, spec.image_size, device=parameter.device))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise _cannot_take(spec, error) from None
+    finally:
+        model.train(was_training)
+
+
+def _cannot_take(spec: ModelSpec, error: Exception) -> InputError:
+    reason = str(error).strip().splitlines()[0].rstrip(".!")
+    return InputError(
+        f"--arch {spec.arch} cannot take images of {spec.image_size} px ({reason}); choose "
+        "another --image-size or --arch"
+    )
+
+
+def load_parameters(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """`model.load_state_dict` for parameters from a plain dictionary.
+
+    A file keeps names and tensors but not the versions that torch notes beside them,
+    without which torchvision's MNASNet refuses its own parameters.
+
+    Raises:
+        RuntimeError: They do not fit.
+    """
+    own: Any = model.state_dict()
+    versioned: Any = OrderedDict(state)
+    versioned._metadata = getattr(state, "_metadata", own._metadata)
+    model.load_state_dict(versioned)
 
 
 def _torchvision_model(spec: ModelSpec) -> nn.Module:
@@ -132,9 +181,12 @@ def _torchvision_model(spec: ModelSpec) -> nn.Module:
     if spec.arch.startswith("vit"):
         options |= {"image_size": spec.image_size}
     is_resnet = spec.arch.startswith(("resnet", "resnext", "wide_resnet"))
-    if is_resnet and spec.width is not None:
+    if spec.width is not None:
         return _narrow_resnet(spec)
-    model = torchvision.models.get_model(spec.arch, weights=None, **options)
+    try:
+        model = torchvision.models.get_model(spec.arch, weights=None, **options)
+    except AssertionError as error:
+        raise _cannot_take(spec, error) from None
     if is_resnet and spec.stem == "cifar":
         _set_cifar_stem(model)
     return model
@@ -153,7 +205,10 @@ def _narrow_resnet(spec: ModelSpec) -> nn.Module:
 
     layers = {"resnet18": [2, 2, 2, 2], "resnet34": [3, 4, 6, 3]}.get(spec.arch)
     if layers is None:
-        raise InputError(f"--width: only resnet18 and resnet34 can be narrowed, not {spec.arch}")
+        raise InputError(
+            "--width: of torchvision's models resnet18 and resnet34 can be narrowed, not "
+            f"{spec.arch}"
+        )
     assert spec.width is not None
     model = ResNet(BasicBlock, layers, num_classes=spec.n_classes)
     narrow: Any = model
@@ -280,6 +335,24 @@ def _lenet(spec: ModelSpec) -> nn.Module:
     return model
 
 
+@register_model("cnn6")
+def _cnn6(spec: ModelSpec) -> nn.Module:
+    """The network of R-GAP (Zhu and Blaschko 2021), https://arxiv.org/abs/2010.07733.
+
+    Six convolutions without bias, leaky ReLU, no pooling: every layer can be solved for.
+    """
+    w = spec.width or 12
+    layers: list[nn.Module] = []
+    before, side = 3, spec.image_size
+    shapes = [(w, 4, 2, 2), (3 * w, 3, 2, 1), (3 * w, 3, 1, 1), (3 * w, 3, 1, 1)]
+    shapes += [(16 * w // 3, 3, 2, 1), (32 * w // 3, 3, 1, 1)]
+    for after, kernel, stride, padding in shapes:
+        layers.append(nn.Conv2d(before, after, kernel, stride, padding, bias=False))
+        layers.append(nn.LeakyReLU(0.2))
+        before, side = after, (side + 2 * padding - kernel) // stride + 1
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(before * side**2, spec.n_classes))
+
+
 @register_model("cnn")
 def _small_cnn(spec: ModelSpec) -> nn.Module:
     """Four convolutions with BatchNorm and a linear layer: the smallest useful victim."""
@@ -313,3 +386,56 @@ def _mlp(spec: ModelSpec) -> nn.Module:
         nn.ReLU(),
         nn.Linear(w, spec.n_classes),
     )
+
+
+@register_model("vit_tiny")
+def _vit_tiny(spec: ModelSpec) -> nn.Module:
+    """A vision transformer for small images: 8 x 8 patches, two blocks, 192 channels."""
+    from torchvision.models import VisionTransformer
+
+    hidden = spec.width or 192
+    if spec.image_size % VIT_PATCHES:
+        raise InputError(
+            f"--arch {spec.arch}: the image side must be a multiple of {VIT_PATCHES}, "
+            f"not {spec.image_size}"
+        )
+    model = VisionTransformer(
+        image_size=spec.image_size,
+        patch_size=spec.image_size // VIT_PATCHES,
+        num_layers=2,
+        num_heads=next(n for n in (3, 2, 1) if hidden % n == 0),
+        hidden_dim=hidden,
+        mlp_dim=2 * hidden,
+        num_classes=spec.n_classes,
+    )
+    # Torchvision starts the head at zero, through which no gradient passes.
+    head: Any = model.heads.head
+    head.reset_parameters()
+    return model
+
+
+class _BareAttention(nn.Module):
+    """The first half of a transformer block without normalisation and shortcut."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.self_attention = block.self_attention
+        self.ln_2, self.mlp = block.ln_2, block.mlp
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """N x tokens x channels to the same shape."""
+        x, _ = self.self_attention(tokens, tokens, tokens, need_weights=False)
+        return x + self.mlp(self.ln_2(x))
+
+
+@register_model("vit_april")
+def _vit_april(spec: ModelSpec) -> nn.Module:
+    """`vit_tiny` whose first attention reads the embedding itself.
+
+    The architecture on which APRIL's closed form is exact (Lu et al. 2022, theorem 1,
+    https://arxiv.org/abs/2112.14087).
+    """
+    model: Any = _vit_tiny(spec)
+    layers = model.encoder.layers
+    layers[0] = _BareAttention(layers[0])
+    return model

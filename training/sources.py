@@ -71,9 +71,22 @@ class FileSource:
         path = self.paths[index]
         try:
             with Image.open(path) as image:
-                return image.convert("RGB")
-        except OSError as error:
+                return _as_rgb(image)
+        # Pillow's decoders raise whatever a broken file leads them to.
+        except Exception as error:
             raise InputError(f"--data: the image {path} cannot be read ({error})") from None
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """The image in 8-bit RGB.
+
+    Pillow clips 16-bit grey values at 255 (https://github.com/python-pillow/Pillow/issues/3011):
+    a radiograph would turn white.
+    """
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        image = Image.fromarray((values.clip(0, 65535) // 256).astype(np.uint8))
+    return image.convert("RGB")
 
 
 @dataclass

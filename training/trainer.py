@@ -27,7 +27,7 @@ from training.data import DataSets
 from training.distributed import Process, all_reduce, barrier, derived_seed, seed_everything
 from training.errors import InputError
 from training.loader import ShardedBatches, ValidationShard, check_batches, make_loader
-from training.models import ModelSpec
+from training.models import ModelSpec, load_parameters
 from training.privacy import (
     Accountant,
     PerSampleClipping,
@@ -505,7 +505,7 @@ class Trainer:
         self._check_resumable(path, raw)
         state = {name.removeprefix("module."): v for name, v in raw["state_dict"].items()}
         try:
-            self.model.load_state_dict(state)
+            load_parameters(self.model, state)
             self.optimizer.load_state_dict(raw["optimizer"])
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[-1].strip()

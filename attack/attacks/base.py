@@ -32,7 +32,8 @@ class Attack(abc.ABC):
 
         Args:
             given: Fields of `InversionConfig` and their values; an attack without an
-                optimisation loop uses what has a meaning for it.
+                optimisation loop uses what has a meaning for it. The command adds
+                `granted`, the capabilities of the run, and `adaptive`.
         """
         return cls()
 

@@ -23,10 +23,13 @@ from training.errors import InputError
 ROUNDING = {torch.float64: 1e-11, torch.float32: 1e-5}
 # Directions whose cosine is closer to one are the same.
 SAME_DIRECTION = 1e-7
-# Share of ReLU switches explained, from which on the solution is taken for exact.
-EXPLAINED = 0.9995
-# Smoothing, relative to the mean entry, at which estimates give way to exact data.
+# Share of ReLU switches explained, from which on the solution is taken for exact: rounding
+# decides some of those that are close to switching.
+EXPLAINED = {torch.float64: 0.9999, torch.float32: 0.995}
+# Smoothing, relative to the mean entry, at which descents in an estimated space end.
 ROUGH = 0.05
+NEWTON_STEPS = 30
+TRIMMINGS = 5
 # Share of its switches that a linear rule explains, below which a direction is wrong.
 SEPARABLE = 0.98
 
@@ -45,6 +48,7 @@ class Factorization:
         tolerance: Entries of left @ q, |q| = 1, below this are zeros.
         outputs: m x r, the layer's outputs without bias for the rows of `right` as inputs.
         bias: m.
+        explained: Share of ReLU switches that an exact solution explains.
     """
 
     left: torch.Tensor
@@ -53,6 +57,7 @@ class Factorization:
     tolerance: float
     outputs: torch.Tensor
     bias: torch.Tensor
+    explained: float
 
     @property
     def rank(self) -> int:
@@ -83,6 +88,7 @@ def factorize(layer: FirstLayer, dtype: torch.dtype) -> Factorization:
         live=live,
         outputs=layer.weight[live] @ (values[:rank, None] * right[:rank]).T,
         bias=layer.bias[live],
+        explained=EXPLAINED.get(dtype, 0.99),
         tolerance=min(10 * noise, 1e-3),
     )
 
@@ -191,7 +197,7 @@ def best_solution(layer: FirstLayer, pool: Pool) -> Solution | None:
     best = solve(layer, factors, pool.directions[chosen])
     spare = [i for i in range(len(pool.directions)) if i not in chosen]
     for candidate in spare:
-        if best.explained >= EXPLAINED:
+        if best.explained >= factors.explained:
             break
         for place in _exchangeable(pool, chosen, candidate):
             trial = [*chosen[:place], candidate, *chosen[place + 1 :]]
@@ -250,7 +256,7 @@ class _Spear(Attack):
         pool = Pool(factors)
         solution, rounds = None, 0
         with tqdm(total=factors.rank, desc="directions", disable=not progress) as bar:
-            while not (solution is not None and solution.explained >= EXPLAINED):
+            while not (solution is not None and solution.explained >= factors.explained):
                 if rounds and time.perf_counter() - began > self.time_budget:
                     break
                 known = pool.directions
@@ -292,13 +298,13 @@ class _Spear(Attack):
         began: float,
         rounds: int,
     ) -> Reconstruction:
-        exact = solution is not None and solution.explained >= EXPLAINED
+        exact = solution is not None and solution.explained >= pool.factors.explained
         found = len(pool.basis())
         if solution is None:
             solution = solve(layer, pool.factors, _completed(pool))
         inputs = layer.network_inputs(solution.inputs)
         if exact:
-            labels = recover_labels(target, layer, pool.factors, solution, inputs, labels)
+            labels = labels_of_images(target, layer, pool.factors, solution, inputs, labels)
         return closed_form_reconstruction(
             target,
             inputs,
@@ -371,10 +377,11 @@ class Spear(_Spear):
 class SpearDescent(_Spear):
     """SPEAR with a search that grows gently with the batch: descent to sparse directions.
 
-    The wanted directions are local minima of the l1 norm of left @ q on the sphere, and
-    of so few dimensions that descents from random starts end in them. Iteratively
+    The wanted directions are local minima of the l1 norm of left @ q on the sphere, of so
+    few dimensions that descents from random starts end in them. Iteratively
     reweighted least squares turns each step into the smallest eigenvector of an r x r
-    matrix. Starts avoid the directions that are known already.
+    matrix. Once some directions are known, the search goes on in what an estimate of the
+    images' ReLU switches leaves of the space, see `rest_of_space`.
 
     Everything else is SPEAR's, see `Spear`. This project's own; for the descent compare
     Qu, Sun, Wright, "Finding a sparse vector in a subspace", NIPS 2014,
@@ -401,21 +408,47 @@ class SpearDescent(_Spear):
         )
         if rest is None:
             return self._descend(left, q, coarse, factors.tolerance)
-        # The rest of the space is known to a percent or so: good for a start.
         rough = self._descend(left @ rest, q, coarse, ROUGH * coarse)
-        return self._descend(left, rough @ rest.T, ROUGH * coarse, factors.tolerance)
+        # Nobody knows how good the estimate is: exact data take over at different levels.
+        levels = coarse * torch.logspace(-3, -1, len(q), dtype=left.dtype, device=left.device)
+        return trim(left, self._descend(left, rough @ rest.T, levels[:, None], factors.tolerance))
 
     def _descend(
-        self, left: torch.Tensor, starts: torch.Tensor, first: float, last: float
+        self,
+        left: torch.Tensor,
+        starts: torch.Tensor,
+        first: torch.Tensor | float,
+        last: float,
     ) -> torch.Tensor:
         """Minimise the smoothed l1 norm of left @ q on the sphere, ever less smoothed."""
-        q, smooth = F.normalize(starts, dim=1), first
-        while smooth > last:
+        q = F.normalize(starts, dim=1)
+        smooth = torch.as_tensor(first, dtype=left.dtype, device=left.device)
+        while smooth.max() > last:
             weights = ((q @ left.T).square() + smooth**2).rsqrt()
             moments = (left.T[None] * weights[:, None]) @ left
             q = torch.linalg.eigh(moments)[1][:, :, 0]
-            smooth *= self.shrink
+            smooth = (self.shrink * smooth).clamp_min(0.5 * last)
         return q
+
+
+def trim(left: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    """Least trimmed squares: from nearly right directions to exact ones.
+
+    The l1 norm's minimum lies beside the sparsest direction where that is not sparse
+    enough; the smallest entries are its zeros all the same.
+
+    Args:
+        left: m x r.
+        directions: k x r unit vectors; those that are right already stay.
+    """
+    n_rows = min(2 * left.shape[1], len(left) // 3)
+    if n_rows < left.shape[1]:
+        return directions
+    for _ in range(TRIMMINGS):
+        smallest = (directions @ left.T).abs().topk(n_rows, dim=1, largest=False).indices
+        rows = left[smallest]
+        directions = torch.linalg.eigh(rows.transpose(1, 2) @ rows)[1][:, :, 0]
+    return directions
 
 
 def rest_of_space(factors: Factorization, known: torch.Tensor) -> torch.Tensor | None:
@@ -464,20 +497,22 @@ def separate(outputs: torch.Tensor, bias: torch.Tensor, switches: torch.Tensor) 
     """
     basis, whiten = torch.linalg.qr(outputs)
     sign = switches.to(outputs) * 2 - 1
-    size = float(bias.norm()) or 1.0
-    y = torch.linalg.lstsq(basis, (sign * size / len(sign) ** 0.5 - bias)[:, None]).solution[:, 0]
-    ridge = 1e-3 * torch.eye(len(y), dtype=y.dtype, device=y.device)
-    unit = size / len(sign) ** 0.5
-    for _ in range(30):
-        margin = sign * (basis @ y + bias) / unit
-        off = torch.sigmoid(-margin)
-        gradient = -(basis.T @ (sign * off)) / unit + ridge @ y / unit**2
-        curvature = basis.T @ (basis * (off * (1 - off))[:, None]) / unit**2 + ridge / unit**2
+    unit = float(bias.square().mean().sqrt()) or 1.0
+    basis, bias = basis * len(sign) ** 0.5, bias / unit
+    y = torch.zeros_like(basis[0])
+    identity = torch.eye(len(y), dtype=y.dtype, device=y.device)
+    for step in range(NEWTON_STEPS):
+        # Of separable data the logistic loss has no minimum: the ridge gives way slowly.
+        ridge = 0.5**step * len(sign)
+        off = torch.sigmoid(-sign * (basis @ y + bias))
+        gradient = ridge * y - basis.T @ (sign * off)
+        curvature = basis.T @ (basis * (off * (1 - off))[:, None]) + ridge * identity
         y = y - torch.linalg.solve(curvature, gradient)
+    y = y * unit * len(sign) ** 0.5
     return torch.linalg.solve(whiten, y)
 
 
-def recover_labels(
+def labels_of_images(
     target: Target,
     layer: FirstLayer,
     factors: Factorization,

@@ -13,7 +13,9 @@ class Spectral(OptimizationAttack):
     - Each step goes along the unit gradient of the objective plus `balance` times the unit
       gradient of double-opponent total variation: the published weights, which span six
       orders of magnitude over models, are not needed.
-    - The balance falls during the attack, so that the end of it fits the gradient.
+    - The balance falls during the attack, so that the end of it fits the gradient, but
+      not while the objective is below `balance_hold`: there the gradient does not
+      determine the image (a plain ConvNet's), and the prior has to.
     - Plain Adam, no signs.
     """
 
@@ -27,5 +29,6 @@ class Spectral(OptimizationAttack):
         tv_kind="double-opponents",
         balance=0.5,
         balance_end=0.05,
+        balance_hold=0.002,
         coordinates="dct",
     )

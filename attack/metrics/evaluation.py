@@ -53,6 +53,11 @@ def metric_names() -> list[str]:
     return [*_SIMPLE, *_LPIPS]
 
 
+def is_smaller_better(metric: str) -> bool:
+    """Whether a smaller value of the metric means a better reconstruction."""
+    return metric in _SMALLER_IS_BETTER
+
+
 def register_metric(
     name: str, metric: Metric, *, title: str, smaller_is_better: bool = False
 ) -> None:

@@ -80,6 +80,13 @@ MISTAKES = [
     ("lenet.tar", ["--MinCombine"], "--n-seed 2 or more"),
     ("lenet.tar", ["--epochs", "0"], "--epochs"),
     ("lenet.tar", ["--BN", "0.1"], "no BatchNorm layer"),
+    ("lenet.tar", ["--lr", "nan"], "--lr nan: must be a finite number"),
+    ("lenet.tar", ["--TV", "inf"], "--TV inf: must be a finite number"),
+    ("lenet.tar", ["--layers", "first:0"], "--layers: unknown layer weights first:0"),
+    ("lenet.tar", ["--patch", "1", "--patch-size", "0"], "--patch-size must be at least 1"),
+    ("lenet.tar", ["--state-every", "0"], "--state-every must be at least 1"),
+    ("lenet.tar", ["--id", "../x"], "--id ../x: becomes the name of a folder"),
+    ("lenet.tar", ["--metric", "--lpips-weights", "nowhere"], "there is no folder nowhere"),
     ("lenet.tar", ["--dist-backend", "nccl"], "use --dist-backend gloo"),
     ("lenet.tar", ["--superparameters-search"], "needs --simulation-checkpoint"),
     ("stripped.tar", ["--metric"], "--metric: "),
@@ -204,6 +211,7 @@ def test_a_finished_run_is_not_repeated_and_a_changed_one_is(
 def test_killed_and_run_again_ends_as_uninterrupted(files: Path, tmp_path: Path) -> None:
     words = ["--checkpoint", str(files / "lenet.tar"), *FLAGS]
     words += ["--epochs", "600", "--state-every", "20", "--input-noise", "0.1", "--n-seed", "2"]
+    words += ["--metric", "--save-every", "10"]
     process = start(*words, "--root", str(tmp_path / "killed"))
     deadline = time.monotonic() + 100
     while not list(tmp_path.rglob("state-*.pt")) and time.monotonic() < deadline:
@@ -219,8 +227,11 @@ def test_killed_and_run_again_ends_as_uninterrupted(files: Path, tmp_path: Path)
         again = start(*words, "--root", str(tmp_path / folder))
         assert again.wait(timeout=100) == 0
         again.communicate()
-    assert torch.equal(images(killed), images(tmp_path / "whole" / "test"))
+    whole = tmp_path / "whole" / "test"
+    assert torch.equal(images(killed), images(whole))
     assert not list(killed.glob("state-*"))
+    curves = [json.loads((f / "record.json").read_text())["psnr_curve"] for f in (killed, whole)]
+    assert curves[0] == curves[1] != []
 
 
 LAUNCHES = {

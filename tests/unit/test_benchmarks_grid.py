@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -17,7 +18,10 @@ from benchmarks.executor import LocalExecutor
 from benchmarks.grid import Status
 from benchmarks.results import load_results
 from benchmarks.store import Store
-from tests.toy_grid import grid, toy
+from tests.toy_grid import TOY, grid, toy
+
+# The toy command knows no launch flags.
+ALONE = dataclasses.replace(TOY, distributed=False)
 
 
 @pytest.fixture
@@ -127,6 +131,16 @@ def test_gpus_are_handed_out_in_turn(store: Store, tmp_path: Path) -> None:
     cells = [toy(value=v, runs=str(runs), sleep=0.5) for v in range(3)]
     grid(cells, store, executor=LocalExecutor(3, gpus=["0", "5"])).run()
     assert sorted(line.split()[1] for line in runs.read_text().splitlines()) == ["0", "0", "5"]
+
+
+def test_a_cell_of_several_processes_has_as_many_gpus_and_leaves_room_for_no_other(
+    store: Store, tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    cells = [toy(value=v, runs=str(runs), sleep=0.3, processes=p) for v, p in ((1, 2), (2, 1))]
+    executor = LocalExecutor(2, gpus=["3", "4"])
+    grid(cells, store, executor=executor, stages={"toy": ALONE}).run()
+    assert [line.split()[1] for line in runs.read_text().splitlines()] == ["3,4", "3"]
 
 
 def test_results_are_a_data_frame(store: Store) -> None:

@@ -68,6 +68,10 @@ def test_entries_are_ranked_by_worst_leakage_and_then_by_utility(entry: dict[str
         ({"schema": 2}, "schema 2 instead of 1"),
         ({"extra": 1}, "unknown field extra"),
         ({"leakage": {}}, "leakage.ssim.n is not a number"),
+        (
+            {"leakage": {"ssim": {"n": 1, "mean": 0.1, "worst": float("nan")}}},
+            "leakage.ssim.worst is not a number",
+        ),
     ],
 )
 def test_broken_entries_are_refused(

@@ -103,6 +103,13 @@ def test_a_changed_folder_of_data_makes_new_cells(tmp_path: Path) -> None:
         (("train: {epochs: 1}", "train: 5"), r":12: train: expected a mapping"),
         (("train: {epochs: 1}", "train: {epochs: 1}\ntrain: {}"), r":13: train is given twice"),
         (("train: {epochs: 1}", "train: {epochs: 1"), r"example.yaml:\d+: not YAML"),
+        (("train: {epochs: 1}", "train: {<<: {}}"), r":12: a key is a single word"),
+        (("train: {epochs: 1}", "train: {[1]: 2}"), r":12: a key is a single word"),
+        (("train: {epochs: 1}", "train: &a {b: *a}"), r"a value contains itself"),
+        (("columns:", "chain: [train, atack]\ncolumns:"), r":15: unknown stage atack; did you"),
+        (("columns:", "chain: [attack, train]\ncolumns:"), r":15: chain: each once, in the order"),
+        (("where: {defense", "where: {defence"), r":18: where: expected values of defense, batch"),
+        (("where: {defense: none, batch size: 1}", "where: 1"), r":18: where: expected values of"),
     ],
 )
 def test_errors_name_file_and_line(tmp_path: Path, change: tuple[str, str], message: str) -> None:
@@ -129,6 +136,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser()
     made.add_argument("--epochs", type=int)
     made.add_argument("--data")
+    made.add_argument("--syncbn", action="store_true")
     made.add_argument("--scheme", choices=["pure", "GH"])
     return made
 
@@ -138,12 +146,26 @@ def parser() -> argparse.ArgumentParser:
     [
         ("{epoch: 1}", r":12: unknown flag of train, epoch; did you mean epochs\?"),
         ("{scheme: best}", r":12: train --scheme best: choose from pure, GH"),
+        ("{epochs: many}", r":12: train --epochs many: not a valid value"),
+        ("{epochs: 2020-01-01}", r":12: train --epochs 2020-01-01: not a valid value"),
+        ("{epochs: [1, 2]}", r":12: train --epochs .*: expected a single value"),
+        ("{epochs: true}", r":12: train --epochs True: needs a value"),
+        ("{syncbn: 3}", r":12: train --syncbn 3: a flag without a value"),
+        ("{processes: 0}", r":12: train --processes 0: not a valid value"),
+        ("{processes: two}", r":12: train --processes two: not a valid value"),
     ],
 )
 def test_flags_are_checked_against_the_command(tmp_path: Path, change: str, message: str) -> None:
     stages = {**ANY_FLAG, "train": dataclasses.replace(STAGES["train"], parser=parser)}
     file = write_table(tmp_path, TABLE.replace("{epochs: 1}", change))
     with pytest.raises(InputError, match=message):
+        load_table(file, stages=stages)
+
+
+def test_the_line_is_that_of_the_wrong_value_where_a_flag_is_given_twice(tmp_path: Path) -> None:
+    stages = {**ANY_FLAG, "train": dataclasses.replace(STAGES["train"], parser=parser)}
+    file = write_table(tmp_path, TABLE.replace("none: {}", "none: {train: {epochs: few}}"))
+    with pytest.raises(InputError, match=r":6: train --epochs few: not a valid value"):
         load_table(file, stages=stages)
 
 
@@ -160,3 +182,19 @@ def test_the_project_s_tables_expand_under_every_preset(name: str, preset: str) 
     table = load_table(table_files()[name], preset)
     assert table.rows
     assert table.description
+
+
+@pytest.mark.parametrize("name", sorted(table_files()))
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_project_s_cells_are_command_lines_that_their_stages_take(
+    name: str, preset: str, tmp_path: Path
+) -> None:
+    table = load_table(table_files()[name], preset)
+    for cell in in_order(table.cells()):
+        inputs = {flag: tmp_path / i.pattern for flag, i in cell.inputs.items()}
+        stage = STAGES[cell.stage]
+        words = stage.command(cell.config, inputs, tmp_path, {})[1 + len(stage.script) :]
+        args = stage.parser().parse_args(words)  # type: ignore[misc]
+        if cell.stage == "extract":
+            assert not args.shards or sum(map(int, args.shards.split(","))) == args.batch_size
+            assert args.batch_size % (args.duplicates or 1) == 0

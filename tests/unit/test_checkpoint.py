@@ -50,10 +50,11 @@ def file(tmp_path: Path) -> Path:
 
 
 def _same(a: Target, b: Target) -> None:
-    for one, two in ((a.gradient, b.gradient), (a.state_dict, b.state_dict)):
+    pairs = [(a.gradient, b.gradient), (a.state_dict, b.state_dict)]
+    for one, two in [*pairs, (a.running_after or {}, b.running_after or {})]:
         assert list(one) == list(two)
         assert all(torch.equal(one[name], two[name]) for name in one)
-    plain = {"gradient": {}, "state_dict": {}, "bn_statistics": None}
+    plain = {"gradient": {}, "state_dict": {}, "bn_statistics": None, "running_after": None}
     assert replace(a, **plain) == replace(b, **plain)
 
 

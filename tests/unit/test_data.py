@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from tests.image_folders import write_image, write_tree
 from training.data import DataSpec, load_data, take_samples
 from training.errors import InputError
+from training.sources import FileSource
 
 
 def test_train_and_val_folders(tmp_path: Path) -> None:
@@ -76,6 +78,31 @@ def test_plain_sample_is_the_file(tmp_path: Path) -> None:
     images, _ = take_samples(data.train_plain, [2], data.spec)
     pixels = np.asarray(Image.open(tmp_path / "train" / "class0" / "002.png"))
     np.testing.assert_allclose(images[0].permute(1, 2, 0) * 255, pixels, atol=1e-3)
+
+
+def test_sixteen_bit_greys_keep_their_contrast(tmp_path: Path) -> None:
+    from PIL import Image
+
+    write_tree(tmp_path)
+    ramp = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1024
+    Image.fromarray(ramp).save(tmp_path / "class0" / "000.png")
+    data = load_data(tmp_path)
+    source = next(
+        s for s in (data.train.source, data.val.source)
+        if tmp_path / "class0" / "000.png" in s.paths  # type: ignore[attr-defined]
+    )  # fmt: skip
+    pixels = np.asarray(source.image(0))
+    np.testing.assert_array_equal(pixels[..., 0], ramp // 256)
+
+
+def test_an_image_that_claims_gigabytes_is_refused_by_name(tmp_path: Path) -> None:
+    write_image(tmp_path / "bomb.png", 0)
+    content = bytearray((tmp_path / "bomb.png").read_bytes())
+    content[16:24] = struct.pack(">II", 60000, 60000)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    (tmp_path / "bomb.png").write_bytes(content)
+    with pytest.raises(InputError, match=r"bomb\.png cannot be read .*exceeds limit"):
+        FileSource([tmp_path / "bomb.png"], [0]).image(0)
 
 
 def test_json_list(tmp_path: Path) -> None:

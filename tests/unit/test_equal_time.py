@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.equal_time import main
+from benchmarks import equal_time
+from benchmarks.equal_time import main, recorded_rows, render_summary
 from gradients.checkpoint import save_target
 from tests.targets import make_target
 from training.errors import InputError
@@ -35,6 +36,44 @@ def test_every_attack_gets_its_time_and_is_recorded(checkpoint: Path, tmp_path: 
     table = (output / "table.md").read_text()
     assert table.count("| small | eval | 2 |") == 2
     assert len(list(output.glob("*.png"))) == 2
+
+
+def test_a_grid_is_made_and_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--models", "lenet:4", "--batches", "1,2", "--seconds", "0.5", "--attacks", "spectral"]
+    words += ["--data", "photo-patches", "--output", str(tmp_path)]
+    main(words)
+    names = [row["checkpoint"] for row in recorded_rows(tmp_path)]
+    assert names == ["photo-patches_lenet-4_b1_i0.tar", "photo-patches_lenet-4_b2_i0.tar"]
+    fresh: list[str] = []
+
+    def instead(path: str, attack: str, *rest: object) -> dict[str, object]:
+        fresh.append(Path(path).name)
+        return {**recorded_rows(tmp_path)[0], "checkpoint": fresh[-1]}
+
+    monkeypatch.setattr(equal_time, "compare", instead)
+    main([*words, "--images", "0,1"])
+    assert fresh == [name.replace("i0", "i1") for name in names]
+    assert "| best in SSIM |" in capsys.readouterr().out
+
+
+def test_the_summary_counts_who_is_best() -> None:
+    def row(attack: str, target: str, psnr: float, ssim: float) -> dict[str, object]:
+        summary = {"psnr": {"mean": psnr}, "ssim": {"mean": ssim}}
+        return {
+            "attack": attack,
+            "checkpoint": f"{target}.tar",
+            "seed": 0,
+            "evaluation": {"summary": summary},
+        }
+
+    rows = [row("a", "x", 20, 0.5), row("b", "x", 18, 0.6), row("a", "y", 9, 0.1)]
+    lines = render_summary(rows).splitlines()
+    assert "| x | 20.00 / 0.500 | 18.00 / 0.600 |" in lines
+    assert "| y | 9.00 / 0.100 | – |" in lines
+    # A target that one attack alone has seen has no best one.
+    assert lines[-2:] == ["| best in PSNR | 1 | 0 |", "| best in SSIM | 0 | 1 |"]
 
 
 def test_a_missing_package_is_named(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,11 +78,13 @@ EXTRACT: Flags = {
     "--delta": (float, 1e-5),
     "--duplicate-label": (FLAG, False),
     "--results": (str, "results/gradients"),
+    "--malicious": (str, ""),
 }
 ATTACK: Flags = {
     "--id": (str, "test"),
     "--checkpoint": (str, None),
     "--exact-bn": (FLAG, False),
+    "--bn-from-update": (FLAG, False),
     "--n-seed": (int, 1),
     "--optim": (str, "Adam"),
     "--gradient-loss-fun": (str, "sim"),
@@ -162,3 +164,11 @@ def test_flag(command: str, flag: str, kind: Any, default: Any) -> None:
         assert action.nargs == 0
     else:
         assert (action.type or str) is kind
+
+
+@pytest.mark.parametrize("command", PARSERS)
+@pytest.mark.parametrize("value", ["-1e-6", "-1E-06", "-.5e2", "-2"])
+def test_negative_numbers_are_values_and_not_flags(command: str, value: str) -> None:
+    parser = PARSERS[command]()
+    parser.add_argument("--number", type=float)
+    assert parser.parse_args(["--number", value]).number == float(value)

@@ -411,6 +411,17 @@ BAD = {
     "workers": (["--data", "{data}", "-j", "-1"], "--workers must not be negative"),
     "no iterations": (["--data", "{data}", "--epochs", "0"], "--epochs must be at least 1"),
     "learning rate": (["--data", "{data}", "--lr", "0"], "--lr must be positive"),
+    "learning rate of NaN": (["--data", "{data}", "--lr", "nan"], "--lr must be positive"),
+    "no duplicates": (["--data", "{data}", "--duplicates", "0"], "--duplicates must be at least 1"),
+    "divergence": (
+        ["--data", "{data}", "--lr", "1e30", "--epochs", "3", "-b", "4"],
+        "local training diverges with --lr 1e+30",
+    ),
+    "parameters of NaN": (
+        ["--data", "{data}", "-b", "4", "--pretrained", "{nan}"],
+        "the parameters in {nan} are not finite",
+    ),
+    "results in a file": (["--data", "{data}", "-b", "4", "--results", "{broken}"], "File exists"),
     "batch too large": (["--data", "{data}", "-b", "64"], "--target-idx 0: 48 images make 0"),
     "no such batch": (
         ["--data", "{data}", "-b", "4", "--target-idx", "12"],
@@ -474,15 +485,19 @@ def test_bad_input_is_told_in_one_sentence(
     flags, sentence = BAD[name]
     torch.save({"state_dict": {"w": torch.zeros(2)}}, tmp_path / "other.tar")
     (tmp_path / "broken.tar").write_bytes(b"x" * 100)
-    known = {"data": data, "other": tmp_path / "other.tar", "broken": tmp_path / "broken.tar"}
+    known = {"data": data}
+    known |= {stem: tmp_path / f"{stem}.tar" for stem in ("other", "broken", "nan")}
+    broken_model = build_model(ModelSpec("cnn", CLASSES, SIDE, "cifar", 4))
+    torch.nn.init.constant_(next(broken_model.parameters()), float("nan"))
+    torch.save(broken_model.state_dict(), tmp_path / "nan.tar")
     argv = [flag.format(**known) for flag in flags]
     if "-a" not in argv:
         argv = [*SMALL, *argv]
     results = tmp_path / "results"
-    assert main([*argv, "--results", str(results)]) == 2
+    assert main(["--results", str(results), *argv]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
-    assert sentence in error
+    assert sentence.format(**known) in error
     assert error.count("\n") == 1
     assert not results.exists()
 

@@ -352,3 +352,25 @@ def test_resumed_ends_as_uninterrupted(
     assert torch.equal(resumed.images, expected.images)
     assert torch.equal(resumed.labels, expected.labels)
     assert resumed.objective == expected.objective
+
+
+@pytest.mark.parametrize(("hold", "fallen"), [(0.0, 12), (1e9, 0)])
+def test_the_balance_stays_where_the_gradient_is_matched_well(
+    lenet: tuple[Target, Truth], hold: float, fallen: int
+) -> None:
+    config = change(balance=0.5, balance_end=0.05, balance_hold=hold)
+    inversion = Inversion(lenet[0], lenet[1].labels, config, device=CPU)
+    inversion.run()
+    restart = inversion.restarts[0]
+    assert restart.fallen == fallen
+    assert inversion._balance(restart) == pytest.approx(0.05 if fallen else 0.5)
+
+
+def test_a_small_smooth_network_gives_its_image_away_exactly() -> None:
+    made = make_target(ModelSpec("lenet", 10, 16, width=12), 1)
+    config = change(
+        objective="L2", iterations=300, lr=0.1, tv=1.0, tv_kind="double-opponents",
+        balance=0.3, balance_end=0.0, polish=300,
+    )  # fmt: skip
+    found = invert(made, config)
+    assert float(psnr(found.images, made[1].images)) > 60

@@ -1,0 +1,44 @@
+"""Deep Leakage from Gradients (Zhu et al. 2019)."""
+
+from attack.attacks.base import OptimizationAttack, register_attack
+from attack.settings import InversionConfig
+from attack.threat import Capability
+
+
+@register_attack
+class DLG(OptimizationAttack):
+    """L-BFGS on the squared gradient distance, over images and labels jointly.
+
+    Source: Zhu, Liu, Han, "Deep Leakage from Gradients", NeurIPS 2019,
+    https://arxiv.org/abs/1906.08935; https://github.com/mit-han-lab/dlg.
+
+    Needs a network with a second derivative (sigmoids; ReLU gives it little to follow) and
+    gradients of a freshly initialised one. One iteration is one `step` of `torch.optim.LBFGS`
+    with its default of 20 inner iterations; the line search has none, as published, so that
+    some starts diverge: give `--n-seed`.
+
+    Args:
+        config: Defaults: L-BFGS, learning rate 1, 300 iterations (the paper's 1200 for
+            batches), normal start, labels as free logits, no prior, no box.
+
+    Shape:
+        N x C x H x W images in [0, 1] and N labels.
+
+    Example:
+        >>> found = DLG().reconstruct(target, labels=labels, device=device, seed=0)
+    """
+
+    name = "dlg"
+    requires = frozenset({Capability.BATCH_SIZE})
+    published = InversionConfig(
+        objective="L2",
+        optimizer="LBFGS",
+        lr=1.0,
+        schedule="constant",
+        iterations=300,
+        signed=False,
+        tv=0.0,
+        box=False,
+        joint_labels=True,
+        hvp="exact",
+    )

@@ -1,0 +1,52 @@
+"""Improved Deep Leakage from Gradients (Zhao et al. 2020)."""
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from attack.attacks.base import OptimizationAttack, register_attack
+from attack.attacks.dlg import DLG
+from attack.reconstruction import Reconstruction
+from attack.threat import Capability
+from gradients.checkpoint import Target
+from training.errors import InputError
+
+
+@register_attack
+class IDLG(OptimizationAttack):
+    """DLG on one image, whose label the sign of the last layer's gradient gives away.
+
+    Source: Zhao, Mopuri, Bilen, "iDLG: Improved Deep Leakage from Gradients", 2020,
+    https://arxiv.org/abs/2001.02610.
+
+    Args:
+        config: Defaults: those of `DLG` with the label fixed (label rule "idlg").
+
+    Shape:
+        1 x C x H x W image in [0, 1] and 1 label.
+
+    Example:
+        >>> labels = recover_labels("idlg", target)
+        >>> found = IDLG().reconstruct(target, labels=labels, device=device, seed=0)
+    """
+
+    name = "idlg"
+    requires = frozenset({Capability.BATCH_SIZE})
+    label_rule = "idlg"
+    published = dataclasses.replace(DLG.published, joint_labels=False)
+
+    def reconstruct(
+        self, target: Target, *, labels: torch.Tensor, device: torch.device, seed: int, **run: Any
+    ) -> Reconstruction:
+        """See `Attack.reconstruct`.
+
+        Raises:
+            InputError: More than one image is behind the gradient.
+        """
+        if target.batch_size != 1:
+            raise InputError(
+                f"--attack idlg: made for one image and this gradient has {target.batch_size}; "
+                "use dlg"
+            )
+        return super().reconstruct(target, labels=labels, device=device, seed=seed, **run)

@@ -1,0 +1,82 @@
+"""Robbing the Fed: an imprint block in front of the model (Fowl et al. 2022)."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, ClassVar
+
+import torch
+
+from attack.attacks.base import Attack, register_attack
+from attack.closed_form import closed_form_reconstruction
+from attack.first_layer import FirstLayer, first_layer
+from attack.reconstruction import Reconstruction
+from attack.threat import Capability
+from gradients.checkpoint import Target
+from training.errors import InputError
+
+# A bin whose bias gradient is below this share of the largest is empty.
+EMPTY = {torch.float64: 1e-10, torch.float32: 1e-4}
+
+
+@register_attack
+class RobbingTheFed(Attack):
+    """Read the images out of the bins of an imprint block.
+
+    The server put the block there (stage 2: `--malicious imprint:BINS`). The gradients of
+    two neighbouring neurons differ by the images whose brightness lies between their
+    thresholds; an image that is alone in its bin is (difference of weight gradients) /
+    (difference of bias gradients), exactly. Images that share a bin come out as a mixture.
+
+    Source: Fowl, Geiping, Czaja, Goldblum, Goldstein, "Robbing the Fed: Directly Obtaining
+        Private Data in Federated Learning with Modified Models", ICLR 2022,
+        https://arxiv.org/abs/2110.13057.
+
+    Example:
+        python training/get_gradients.py --data photo-patches -b 8 --malicious imprint:256
+        python main_run.py --attack robbing-the-fed --checkpoint CHECKPOINT --metric
+    """
+
+    name = "robbing-the-fed"
+    requires: ClassVar[frozenset[Capability]] = frozenset({Capability.MALICIOUS_SERVER})
+
+    def reconstruct(
+        self, target: Target, *, labels: torch.Tensor, device: torch.device, seed: int, **run: Any
+    ) -> Reconstruction:
+        """See `Attack.reconstruct`; nothing is random.
+
+        Raises:
+            InputError: The model has no imprint block.
+        """
+        began = time.perf_counter()
+        if not target.model.malicious.startswith("imprint"):
+            raise InputError(
+                f"--attack {self.name}: {target.model.arch} has no imprint block; a malicious "
+                "server adds it in stage 2 with --malicious imprint:BINS"
+            )
+        if target.local.steps > 1:
+            raise InputError(f"--attack {self.name}: needs the gradient of one local step")
+        layer = first_layer(target, self.name, device)
+        dtype = target.gradient[f"{layer.name}.weight"].dtype
+        found = _read_bins(layer, target.batch_size, EMPTY.get(dtype, 1e-3))
+        return closed_form_reconstruction(
+            target,
+            layer.network_inputs(found),
+            labels,
+            device=device,
+            began=began,
+            iterations=1,
+            details={"bins": len(layer.bias), "filled_bins": len(found)},
+        )
+
+
+def _read_bins(layer: FirstLayer, batch_size: int, empty: float) -> torch.Tensor:
+    """Mean input of every filled bin, the fullest `batch_size` (k x d)."""
+    order = layer.bias.argsort(descending=True)
+    weight, bias = layer.weight_gradient[order], layer.bias_gradient[order]
+    # The last neuron has no brighter neighbour.
+    weight = weight - torch.cat([weight[1:], torch.zeros_like(weight[:1])])
+    bias = bias - torch.cat([bias[1:], torch.zeros_like(bias[:1])])
+    fullest = bias.abs().argsort(descending=True)[:batch_size]
+    filled = fullest[bias[fullest].abs() > empty * bias.abs().max()]
+    return weight[filled] / bias[filled, None]

@@ -1,0 +1,435 @@
+"""Many attacks under one budget: what `--attack auto` runs.
+
+Closed forms come first, then every attack by optimisation. The field is halved by one
+gradient loss that is common to all, never by the truth. Every member's last result is
+kept, so that an evaluation, which may look at the truth, can state the worst case over
+all of them beside what the attacker would have chosen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from attack.adaptive import Adaptation, adapt
+from attack.attacks.base import Attack, OptimizationAttack, get_attack
+from attack.hypotheses import (
+    arrangements,
+    choose_labels,
+    iterations_for,
+    label_candidates,
+    parts_of,
+)
+from attack.matching import GradientMatcher, Replica
+from attack.objectives import Cosine
+from attack.reconstruction import Reconstruction
+from attack.settings import InversionConfig
+from attack.threat import Capability
+from gradients.checkpoint import Target
+from training import distributed
+from training.errors import InputError
+from training.storage import load_checkpoint, save_checkpoint
+
+logger = logging.getLogger(__name__)
+
+# Changes whenever what it runs, or how it divides a budget, changes.
+VERSION = "auto-v1"
+# Gradient evaluations of one iteration of L-BFGS.
+LBFGS_COST = 20
+# Evaluations below which a further restart is worth less than a longer run.
+PER_RESTART = 500
+SHARE_FOR_LABELS = 0.1
+SHARE_FOR_FINAL = 0.5
+SHARE_FOR_CLOSED_FORMS = 0.2
+STATISTICS_STEP = 0.5
+
+
+@dataclass(frozen=True)
+class EnsembleConfig:
+    """What decides an ensemble's numbers beside target and seed.
+
+    Attributes:
+        members: Names of the attacks, in the order in which they are run.
+        version: Of the ensemble.
+        iterations: The budget: gradient evaluations of all members together.
+        time_budget: Seconds instead; the budget is then measured, and not reproducible.
+        granted: Names of the capabilities that the threat model grants.
+        adaptive: Whether members take the defense into account, where it is granted.
+    """
+
+    members: tuple[str, ...]
+    version: str = VERSION
+    iterations: int = 8000
+    time_budget: float | None = None
+    granted: tuple[str, ...] = ()
+    adaptive: bool = True
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        """What is granted."""
+        return frozenset(Capability[name] for name in self.granted)
+
+    @property
+    def knows_defense(self) -> bool:
+        """Whether members adapt."""
+        return self.adaptive and Capability.DEFENSE in self.capabilities
+
+
+@dataclass
+class Member:
+    """One attack of the ensemble, and what became of it.
+
+    Attributes:
+        name: The attack's, with its variant.
+        attack: Its class.
+        changes: Fields of its setting that this variant changes.
+        status: "waiting", "finished", "dropped", "withheld", "not applicable" or "failed".
+        reason: Why, for the last three.
+        loss: Common gradient loss of its last result.
+        rounds: Times it was run.
+        evaluations: Gradient evaluations it was granted.
+        result: Its last result.
+    """
+
+    name: str
+    attack: type[Attack]
+    changes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    status: str = "waiting"
+    reason: str | None = None
+    loss: float = math.inf
+    rounds: int = 0
+    evaluations: int = 0
+    result: Reconstruction | None = None
+
+    @property
+    def optimises(self) -> bool:
+        """Whether it takes a budget of iterations."""
+        return issubclass(self.attack, OptimizationAttack)
+
+    def record(self) -> dict[str, Any]:
+        """What is worth knowing, as plain values."""
+        seconds = None if self.result is None else round(self.result.seconds, 2)
+        return {
+            "status": self.status,
+            "reason": self.reason,
+            "gradient_loss": self.loss if math.isfinite(self.loss) else None,
+            "rounds": self.rounds,
+            "evaluations": self.evaluations,
+            "seconds": seconds,
+        }
+
+
+class Ensemble:
+    """One run of all members on one target.
+
+    Args:
+        target: What was shared, as far as the threat model shows it.
+        config: Budget and members.
+        labels: N labels, in order; None to recover and arrange them.
+        device: Where to compute.
+        seed: Of all members.
+        state_file: Files beside it keep finished and running members for a resumed run.
+        progress: Show a bar on rank 0.
+        save_every: Iterations between two saves of a running member.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        config: EnsembleConfig,
+        *,
+        labels: torch.Tensor | None,
+        device: torch.device,
+        seed: int,
+        state_file: Path | None = None,
+        progress: bool = False,
+        save_every: int = 500,
+    ) -> None:
+        self.target, self.config, self.device, self.seed = target, config, device, seed
+        self.state_file, self.progress, self.save_every = state_file, progress, save_every
+        self.labels = labels
+        self.started = time.perf_counter()
+        self.members = list(self._members())
+        self.judge = self._make_judge()
+        self.budget = config.iterations
+
+    # -- Who takes part -----------------------------------------------------------
+
+    def _members(self) -> Iterator[Member]:
+        for name in self.config.members:
+            attack = get_attack(name)
+            yield self._admitted(Member(name, attack))
+            if not issubclass(attack, OptimizationAttack) or name != "spectral":
+                continue
+            if self._sees_statistics() and attack.published.bn == 0:
+                changes = {"bn": STATISTICS_STEP, "exact_bn": True}
+                yield self._admitted(Member(f"{name}, statistics", attack, changes))
+            if self.config.knows_defense and self.target.defenses:
+                # An adaptation is a guess at what helps; where it does not, this one stays.
+                yield self._admitted(Member(f"{name}, unaware", attack, {"adaptive": False}))
+
+    def _admitted(self, member: Member) -> Member:
+        missing = set(member.attack.requires) - self.config.capabilities
+        if missing:
+            member.status = "withheld"
+            member.reason = "; ".join(sorted(c.value for c in missing))
+        return member
+
+    def _sees_statistics(self) -> bool:
+        known = self.target.bn_statistics
+        if known is None or Capability.BATCH_STATISTICS not in self.config.capabilities:
+            return False
+        return bool(known[0]) and self.target.train_mode
+
+    def _setting(self, member: Member, evaluations: int) -> InversionConfig:
+        """A member's published setting within a budget of gradient evaluations."""
+        assert issubclass(member.attack, OptimizationAttack)
+        published = member.attack.published
+        cost = LBFGS_COST if published.optimizer == "LBFGS" else 1
+        restarts = max(1, min(published.restarts, evaluations // (cost * PER_RESTART)))
+        iterations = max(1, evaluations // (cost * restarts))
+        bn = published.bn if self._has_statistics() else 0.0
+        setting = dataclasses.replace(
+            published,
+            iterations=iterations,
+            restarts=restarts,
+            warmup=min(published.warmup, iterations // 10),
+            combine=published.combine and restarts > 1,
+            combine_every=max(1, min(published.combine_every, iterations // 10)),
+            bn=bn,
+            exact_bn=bn > 0 and self._sees_statistics(),
+            target_tv=None,
+            patience=0,
+            smallest_loss=True,
+            adaptive=self.config.knows_defense,
+        )
+        return dataclasses.replace(setting, **member.changes)
+
+    def _has_statistics(self) -> bool:
+        if Capability.RUNNING_STATISTICS not in self.config.capabilities:
+            return self._sees_statistics()
+        return any(name.endswith("running_mean") for name in self.target.state_dict)
+
+    def _make_judge(self) -> GradientMatcher:
+        """The loss that all members are compared by."""
+        replica = Replica(self.target, self.device, torch.float64)
+        adaptation = Adaptation.none(self.target, InversionConfig())
+        if self.config.knows_defense:
+            adaptation = adapt(self.target, InversionConfig())
+        return GradientMatcher(replica, adaptation.objective(Cosine()), "exact")
+
+    # -- Running ------------------------------------------------------------------
+
+    def run(self) -> Reconstruction:
+        """Run everything within the budget; the result is the member of smallest loss.
+
+        Raises:
+            InputError: No member could be run at all.
+        """
+        self._measure_budget()
+        labels = self._recover_labels()
+        self._run_closed_forms(labels)
+        self._halve(labels)
+        finished = [m for m in self.members if m.result is not None]
+        if not finished:
+            reasons = "; ".join(f"{m.name}: {m.reason}" for m in self.members)
+            raise InputError(f"--attack auto: no attack applies ({reasons})")
+        return self._conclude(finished)
+
+    def _measure_budget(self) -> None:
+        """Turn seconds into gradient evaluations, by timing a few of them."""
+        if self.config.time_budget is None:
+            return
+        replica = Replica(self.target, self.device)
+        matcher = GradientMatcher(replica, Cosine(), "exact")
+        inputs = torch.zeros((self.target.batch_size, *self.target.data.shape))[replica.share]
+        labels = torch.zeros(len(inputs), dtype=torch.long, device=self.device)
+        matcher(inputs.to(self.device), labels)
+        began = time.perf_counter()
+        for _ in range(3):
+            matcher(inputs.to(self.device), labels)
+        each = (time.perf_counter() - began) / 3
+        left = self.config.time_budget - (began - self.started)
+        # A fifth for what is not a gradient: regularisers, evaluation, saving.
+        found = max(1, int(0.8 * left / max(each, 1e-6)))
+        self.budget = distributed.broadcast_object(found)
+
+    def _recover_labels(self) -> torch.Tensor:
+        """The granted labels, or of all hypotheses the one that explains the gradient best."""
+        if self.labels is not None:
+            return self.labels
+        candidates = [
+            arranged
+            for labels in label_candidates(self.target)
+            for arranged in arrangements(labels, parts_of(self.target), seed=self.seed)
+        ]
+        saved = self._load("labels")
+        if saved is None:
+            budget = int(SHARE_FOR_LABELS * self.budget)
+            chooser = self._chooser()
+            labels, spent = choose_labels(
+                self.target, candidates, chooser, device=self.device, seed=self.seed,
+                first_iterations=iterations_for(len(candidates), budget),
+            )  # fmt: skip
+            saved = {"labels": labels, "spent": spent}
+            self._save("labels", saved)
+        self.budget = max(1, self.budget - int(saved["spent"]))
+        self.n_hypotheses = len(candidates)
+        labels = saved["labels"]
+        assert isinstance(labels, torch.Tensor)
+        return labels
+
+    def _chooser(self) -> InversionConfig:
+        from attack.attacks.spectral import Spectral
+
+        exact = self._sees_statistics()
+        return dataclasses.replace(
+            Spectral.published,
+            adaptive=self.config.knows_defense,
+            bn=STATISTICS_STEP if exact else 0.0,
+            exact_bn=exact,
+        )
+
+    def _run_closed_forms(self, labels: torch.Tensor) -> None:
+        given: dict[str, Any] = {}
+        if self.config.time_budget is not None:
+            given["time_budget"] = SHARE_FOR_CLOSED_FORMS * self.config.time_budget
+        for member in self._waiting(optimising=False):
+            self._attempt(member, member.attack.configured(given), labels, 0)
+
+    def _waiting(self, optimising: bool) -> list[Member]:
+        return [m for m in self.members if m.status == "waiting" and m.optimises == optimising]
+
+    def _halve(self, labels: torch.Tensor) -> None:
+        """Rounds of equal cost over ever fewer members, then half the budget for the last."""
+        field = self._waiting(optimising=True)
+        rounds = math.ceil(math.log2(len(field))) if len(field) > 1 else 0
+        each_round = self.budget * (1 - SHARE_FOR_FINAL) / max(1, rounds)
+        final = self.budget * SHARE_FOR_FINAL if rounds else self.budget
+        for number in range(rounds + 1):
+            last = number == rounds
+            budget = max(1, int((final if last else each_round) / max(1, len(field))))
+            for member in self._bar(field, number, rounds):
+                attack: Any = member.attack
+                setting = self._setting(member, budget)
+                self._attempt(member, attack(setting), labels, budget)
+            # A failure has no result to be kept for.
+            field = sorted((m for m in field if m.result is not None), key=lambda m: m.loss)
+            if not last:
+                for member in field[math.ceil(len(field) / 2) :]:
+                    member.status = "dropped"
+                field = field[: math.ceil(len(field) / 2)]
+
+    def _bar(self, field: list[Member], number: int, rounds: int) -> Iterator[Member]:
+        shown = self.progress and distributed.rank() == 0
+        title = f"auto, round {number + 1} of {rounds + 1}"
+        with tqdm(field, desc=title, unit="attack", disable=not shown) as bar:
+            for member in bar:
+                bar.set_postfix_str(member.name)
+                yield member
+
+    def _attempt(self, member: Member, attack: Any, labels: torch.Tensor, budget: int) -> None:
+        """Run a member, unless an interrupted run had done so; a failure is a result, too."""
+        name = f"{member.name}-{member.rounds}"
+        saved = self._load(name)
+        if saved is None:
+            saved = self._outcome(attack, labels, self._path(f"{name}-running"))
+            self._save(name, saved)
+            self._forget(f"{name}-running")
+        member.rounds += 1
+        member.evaluations += budget
+        if "images" not in saved:
+            if member.result is None:
+                member.status, member.reason = saved["status"], saved["reason"]
+            logger.info("%s: %s (%s)", member.name, saved["status"], saved["reason"])
+            return
+        member.status = "finished"
+        member.result = Reconstruction(
+            **{**saved, "details": json.loads(saved["details"])}  # type: ignore[arg-type]
+        )
+        member.loss = self._common_loss(member.result)
+        logger.info("%s: gradient loss %.5g", member.name, member.loss)
+
+    def _outcome(self, attack: Any, labels: torch.Tensor, state: Path | None) -> dict[str, Any]:
+        try:
+            found = attack.reconstruct(
+                self.target, labels=labels, device=self.device, seed=self.seed,
+                state_file=state, save_every=self.save_every,
+            )  # fmt: skip
+        except InputError as error:
+            return {"status": "not applicable", "reason": str(error)}
+        except (RuntimeError, ValueError, ArithmeticError, LookupError) as error:
+            # One attack's weakness on an odd target must not hide what the others find.
+            return {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:300]}
+        if not torch.isfinite(found.images).all():
+            return {"status": "failed", "reason": "its images are not finite"}
+        kept = {f: getattr(found, f) for f in ("images", "labels", "objective", "trace")}
+        more = {f: getattr(found, f) for f in ("seconds", "iterations", "status")}
+        return {**kept, **more, "details": json.dumps(found.details, default=str)}
+
+    def _common_loss(self, result: Reconstruction) -> float:
+        replica = self.judge.replica
+        inputs = self.target.data.normalize(result.images.double())[replica.share]
+        labels = result.labels[replica.share].to(self.device)
+        value = float(self.judge.value(inputs.to(self.device), labels))
+        return value if math.isfinite(value) else math.inf
+
+    def _conclude(self, finished: list[Member]) -> Reconstruction:
+        chosen = min(finished, key=lambda m: m.loss)
+        assert chosen.result is not None
+        details = {
+            "ensemble": self.config.version,
+            "chosen": chosen.name,
+            "members": {m.name: m.record() for m in self.members},
+            "budget": self.budget,
+            "label_hypotheses": getattr(self, "n_hypotheses", 1),
+        }
+        return dataclasses.replace(
+            chosen.result,
+            objective=chosen.loss,
+            seconds=time.perf_counter() - self.started,
+            iterations=sum(m.evaluations for m in self.members),
+            status="finished",
+            details=details,
+            members={m.name: m.result for m in finished if m.result is not None},
+        )
+
+    # -- Resuming -----------------------------------------------------------------
+
+    def _path(self, name: str) -> Path | None:
+        if self.state_file is None:
+            return None
+        word = re.sub(r"[^a-z0-9]+", "-", name.lower())
+        return self.state_file.with_name(f"{self.state_file.stem}-{word}.pt")
+
+    def _save(self, name: str, values: dict[str, Any]) -> None:
+        path = self._path(name)
+        if path is not None and distributed.rank() == 0:
+            save_checkpoint(values, path)
+
+    def _load(self, name: str) -> dict[str, Any] | None:
+        path = self._path(name)
+        if path is None:
+            return None
+        saved = None
+        if distributed.rank() == 0 and path.exists():
+            saved = load_checkpoint(path, "--root")
+        found: dict[str, Any] | None = distributed.broadcast_object(saved)
+        return found
+
+    def _forget(self, name: str) -> None:
+        path = self._path(name)
+        if path is not None and distributed.rank() == 0:
+            for state in path.parent.glob(f"{path.stem}*.pt"):
+                state.unlink()

@@ -1,0 +1,1 @@
+"""Published module paths of the filters and of what they use."""

@@ -1,0 +1,1 @@
+"""Published module path of the learner."""

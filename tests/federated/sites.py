@@ -1,0 +1,34 @@
+"""Sites with real local training for the tests of the federated stage."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from federated.anatomy import chest_radiograph
+from federated.compare_methods import Case, Victims, train_locally
+from federated.images import chest_spec
+from federated.updates import LocalUpdate
+
+
+@functools.cache
+def victims(size: int = 24, n: int = 8, n_public: int = 60) -> Victims:
+    """Phantoms of both classes in turn, and public ones."""
+    import numpy as np
+
+    pictures = [
+        chest_radiograph(size, bool(k % 2), np.random.default_rng([7, k]))
+        for k in range(n + n_public)
+    ]
+    grey = torch.from_numpy(np.stack(pictures)).float().div(255)
+    images = grey[:, None].repeat(1, 3, 1, 1)
+    labels = torch.arange(n) % 2
+    return Victims(chest_spec(size), images[:n], labels, images[n:])
+
+
+def update_of(
+    n_images: int, batch_size: int, epochs: int = 1, *, size: int = 24, **training: object
+) -> LocalUpdate:
+    case = Case(n_images, batch_size, epochs)
+    return train_locally(victims(size), case, **training)  # type: ignore[arg-type]

@@ -1,0 +1,128 @@
+"""The simulated local training against real SGD, and what an update says of its batches."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from attack.inversion import running_statistics
+from federated.simulation import LocalSimulation
+from federated.updates import LocalUpdate, target_from_update
+from gradients.batch_statistics import collect_batch_statistics
+from tests.federated.sites import update_of, victims
+from training.errors import InputError
+from training.models import build_model
+
+CPU = torch.device("cpu")
+
+
+def relative_error(update: LocalUpdate) -> tuple[float, float]:
+    """Of the simulated update and of the simulated statistics at the true images."""
+    data = victims().data
+    inputs = data.normalize(victims().images[: update.n_images])
+    labels = victims().labels[: update.n_images]
+    found = LocalSimulation(update, CPU, torch.float64)(inputs.double(), labels)
+    sent = update.gradient.values()
+    simulated = [g.detach() for g in found.gradient]
+    wrong = sum(float((a - b).square().sum()) for a, b in zip(simulated, sent, strict=True))
+    size = sum(float(b.double().square().sum()) for b in sent)
+    change = update.running_change
+    assert change is not None
+    bn = sum(
+        float((a.detach() - b).square().mean())
+        for name in change
+        for a, b in zip(found.statistics[name], change[name], strict=True)
+    )
+    return (wrong / size) ** 0.5, bn
+
+
+@pytest.mark.parametrize(
+    ("n", "batch", "epochs", "training"),
+    [
+        (1, 1, 1, {}),
+        (8, 4, 1, {}),
+        (4, 4, 3, {"momentum": 0.9, "weight_decay": 1e-2}),
+        (7, 3, 2, {"momentum": 0.5}),
+    ],
+)
+def test_simulation_is_real_training(
+    n: int, batch: int, epochs: int, training: dict[str, float]
+) -> None:
+    gradient, bn = relative_error(update_of(n, batch, epochs, learning_rate=0.05, **training))
+    # The update itself is a difference of float32 weights.
+    assert gradient < 1e-4
+    assert bn < 1e-6
+
+
+def test_two_steps_of_four_give_the_real_difference() -> None:
+    update = update_of(8, 4, learning_rate=0.05)
+    inputs = victims().data.normalize(victims().images)
+    found = LocalSimulation(update, CPU)(inputs, victims().labels)
+    scale = update.learning_rate * len(update.steps)
+    for name, gradient in zip(update.gradient, found.gradient, strict=True):
+        assert torch.allclose(-scale * gradient, update.weight_diff[name], atol=1e-6)
+
+
+def test_order_of_batches_matters_and_is_followed() -> None:
+    order = ((0, 1, 2, 3), (3, 1, 0, 2))
+    update = update_of(4, 2, 2, learning_rate=0.1, order=order)
+    assert update.steps == [[0, 1], [2, 3], [3, 1], [0, 2]]
+    assert relative_error(update)[0] < 1e-4
+    assert relative_error(dataclasses.replace(update, batch_order=None))[0] > 0.05
+
+
+def test_simulation_leaves_the_random_numbers_and_the_update_alone() -> None:
+    update = update_of(4, 4)
+    before = {name: value.clone() for name, value in update.global_weights.items()}
+    inputs, labels = torch.rand(4, 3, 24, 24), torch.tensor([0, 1, 0, 1])
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    LocalSimulation(update, CPU)(inputs, labels)
+    assert torch.equal(torch.rand(1), expected)
+    assert all(torch.equal(before[name], value) for name, value in update.global_weights.items())
+
+
+def test_statistics_of_one_step_are_those_of_the_batch() -> None:
+    update = update_of(4, 4)
+    model = build_model(update.model)
+    model.load_state_dict(dict(update.global_weights))
+    inputs = victims().data.normalize(victims().images[:4])
+    real = collect_batch_statistics(model.train(), inputs)
+    target = target_from_update(update)
+    assert target.bn_statistics is not None
+    for name, (mean, variance) in target.bn_statistics[0].items():
+        assert torch.allclose(mean, real[name][0], atol=1e-4)
+        assert torch.allclose(variance, real[name][1], atol=1e-4)
+    # They are not what the global model held before.
+    assert not torch.allclose(running_statistics(model)["bn1"][1], real["bn1"][1], atol=1e-2)
+
+
+def test_updates_without_buffers_have_no_statistics() -> None:
+    update = update_of(4, 4)
+    named = {n for n, _ in build_model(update.model).named_parameters()}
+    bare = {n: v for n, v in update.weight_diff.items() if n in named}
+    assert dataclasses.replace(update, weight_diff=bare).running_change is None
+
+
+def test_impossible_updates_are_refused() -> None:
+    update = update_of(4, 4)
+    for changes in ({"batch_size": 0}, {"learning_rate": 0.0}, {"batch_order": ((0, 0, 1, 2),)}):
+        with pytest.raises(InputError):
+            dataclasses.replace(update, **changes)
+    missing = {n: v for n, v in update.weight_diff.items() if n != "conv1.weight"}
+    with pytest.raises(InputError, match=r"conv1\.weight"):
+        _ = dataclasses.replace(update, weight_diff=missing).gradient
+    broken = {n: v * float("nan") for n, v in update.weight_diff.items()}
+    with pytest.raises(InputError, match="finite"):
+        _ = dataclasses.replace(update, weight_diff=broken).gradient
+
+
+def test_stage_three_attacks_refuse_batches_they_cannot_split() -> None:
+    with pytest.raises(InputError, match="7 images in batches of 5"):
+        target_from_update(update_of(7, 5))
+    with pytest.raises(InputError, match="order"):
+        target_from_update(update_of(4, 2, 2, order=((0, 1, 2, 3), (2, 3, 0, 1))))
+    assert target_from_update(update_of(8, 4, 2)).bn_statistics is None

@@ -1,0 +1,260 @@
+"""Job folders: what the command writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from federated import create_job_config, recipe, simulate
+from federated.datalists import Sample, write_datalist
+from federated.phantoms import BATCH_SIZES, CACHE_VARIABLE
+from training.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path_factory.getbasetemp() / "phantom_cache"
+    monkeypatch.setenv(CACHE_VARIABLE, str(folder))
+
+
+def create(output: Path, *flags: str) -> int:
+    return create_job_config.main(["--scale", "0.02", "--output", str(output), *flags])
+
+
+def load(*parts: str | Path) -> dict[str, Any]:
+    return json.loads(Path(*parts).read_text())
+
+
+@pytest.fixture
+def own_images(tmp_path: Path) -> Path:
+    """Two clients' images as a user has them: 20 px, decathlon lists."""
+    root = tmp_path / "images"
+    root.mkdir()
+    rng = np.random.default_rng(0)
+    samples = []
+    for i in range(4):
+        Image.fromarray(rng.integers(0, 255, (20, 20), np.uint8)).save(root / f"{i}.png")
+        samples.append(Sample(f"{i}.png", i % 2))
+    sections = {"training": samples[:2], "validation": samples[2:], "testing": samples[2:]}
+    for client in (1, 2, 9):
+        write_datalist(root / f"mine_{client}.json", sections)
+    return root
+
+
+def test_one_client_is_the_one_with_a_single_image(tmp_path: Path) -> None:
+    assert create(tmp_path / "job", "--num_rounds", "3", "--sigma0", "0.5") == 0
+    meta = load(tmp_path, "job/meta.json")
+    assert meta["deploy_map"] == {"server": ["server"], "site-9": ["site-9"]}
+    server = load(tmp_path, "job/server/config/config_fed_server.json")
+    assert (server["num_rounds"], server["min_clients"]) == (3, 1)
+    client = load(tmp_path, "job/site-9/config/config_fed_client.json")
+    assert (client["SIGMA0"], client["BATCH_SIZE"]) == (0.5, 1)
+    assert Path(client["DATASET_JSON"]).is_file()
+    assert Path(client["PRIOR_FILE"]).is_file()
+    assert (tmp_path / "job/site-9/config/config_inversion.json").is_file()
+    assert (tmp_path / "job/site-9/custom").is_dir()
+    assert (tmp_path / "job/server/custom").is_dir()
+
+
+def test_nine_clients_have_the_published_batches(tmp_path: Path) -> None:
+    assert create(tmp_path / "job", "--n_clients", "9", "--invert_clients", "1,5,9") == 0
+    sizes, inverted = {}, []
+    for number in range(1, 10):
+        app = tmp_path / "job" / f"site-{number}" / "config"
+        client = load(app, "config_fed_client.json")
+        sizes[number] = client["BATCH_SIZE"]
+        filters = [f["path"] for f in client["task_result_filters"][0]["filters"]]
+        assert filters[0] == "federated.GaussianPrivacy"
+        if (app / "config_inversion.json").exists():
+            inverted.append(number)
+            assert filters[1] == "federated.RelativeDataLeakageValueFilter"
+    assert sizes == BATCH_SIZES
+    assert inverted == [1, 5, 9]
+
+
+def test_own_images_and_the_prior_is_the_mean_of_validation_images(
+    tmp_path: Path, own_images: Path
+) -> None:
+    flags = ["--data_root", str(own_images), "--dataset_json", "mine_", "--image_size", "20"]
+    job = tmp_path / "job"
+    assert create(job, *flags, "--n_clients", "2", "--batch_sizes", "1,2") == 0
+    client = load(job, "site-1/config/config_fed_client.json")
+    assert client["DATASET_JSON"] == str((own_images / "mine_1.json").resolve())
+    pictures = [np.asarray(Image.open(own_images / f"{i}.png"), float) for i in (2, 3)]
+    prior = np.asarray(Image.open(job / "prior.png").convert("L"), float)
+    np.testing.assert_allclose(prior, np.mean(pictures, 0), atol=1)
+
+
+def test_the_published_command_line_works(tmp_path: Path, own_images: Path) -> None:
+    prior = tmp_path / "prior.jpg"
+    Image.new("L", (20, 20), 90).save(prior)
+    finished = subprocess.run(
+        [
+            *(sys.executable, "-m", "nvflare_gradinv.utils.create_job_config"),
+            *("--app_folder", "./jobs/app_template", "--n_clients", "1", "--num_rounds", "3"),
+            f"--data_root={own_images}",
+            f"--dataset_json={own_images}/mine_",
+            f"--prior_file={prior}",
+            *("--output", str(tmp_path / "job")),
+        ],
+        cwd=simulate.REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr
+    inversion = load(tmp_path, "job/site-9/config/config_inversion.json")
+    assert inversion["img_prior"] == str(prior)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--n_clients", "0"], "--n_clients"),
+        (["--n_clients", "10"], "--batch_sizes|--n_clients"),
+        (["--n_clients", "2", "--batch_sizes", "4"], "--batch_sizes"),
+        (["--batch_sizes", "four"], "--batch_sizes"),
+        (["--batch_sizes", "0"], "--batch_sizes"),
+        (["--n_clients", "2", "--invert_clients", "1,7"], "--invert_clients"),
+        (["--num_rounds", "0"], "--num_rounds"),
+        (["--frequency", "0"], "--frequency"),
+        (["--sigma0", "-1"], "--sigma0"),
+        (["--sigma0", "nan"], "--sigma0"),
+        (["--lr", "0"], "--lr"),
+        (["--min_clients", "2"], "--min_clients"),
+        (["--model_name", "nothing"], "--model_name"),
+        (["--method", "nothing"], "--method"),
+        (["--iterations", "0"], "--iterations"),
+        (["--scale", "0"], "--scale"),
+        (["--data_root", "nowhere"], "--data_root"),
+        (["--prior_file", "nowhere.png"], "--prior_file"),
+        (["--dataset_json_prefix", "nowhere_"], "--dataset_json_prefix"),
+        (["--app_folder", "nowhere"], "--app_folder"),
+    ],
+)
+def test_impossible_flags_are_named(
+    tmp_path: Path, flags: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert create(tmp_path / "job", *flags) == 2
+    message = capsys.readouterr().err
+    assert any(name in message for name in named.split("|"))
+    assert message.count("\n") == 1
+    assert not (tmp_path / "job").exists()
+
+
+def test_only_a_job_folder_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("mine")
+    assert create(tmp_path) == 2
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+    assert create(tmp_path / "job") == 0
+    assert create(tmp_path / "job", "--num_rounds", "7") == 0
+    assert load(tmp_path, "job/server/config/config_fed_server.json")["num_rounds"] == 7
+
+
+@pytest.mark.parametrize(
+    ("n_clients", "n_gpus", "expected"),
+    [(9, 0, []), (1, 1, ["--gpu", "0"]), (5, 2, ["--gpu", "0,1,0,1,0"])],
+)
+def test_clients_are_spread_over_gpus(n_clients: int, n_gpus: int, expected: list[str]) -> None:
+    assert simulate.gpu_arguments(n_clients, n_gpus) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["1", "nowhere", "exp"], "nowhere"),
+        (["2", "job", "exp"], "2 clients"),
+        (["1", "job", "../exp"], "../exp"),
+    ],
+)
+def test_a_run_that_cannot_start_says_why(
+    tmp_path: Path, arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    create(tmp_path / "job")
+    n_clients, job, name = arguments
+    status = simulate.main(
+        [n_clients, str(tmp_path / job), name, "--workspaces", str(tmp_path / "runs")]
+    )
+    assert status == 2
+    assert named in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_workspace_with_spaces_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("nvflare", reason="needs pip install 'gradinvbench[federated]'")
+    create(tmp_path / "job")
+    folder = tmp_path / "my runs"
+    assert simulate.main(["1", str(tmp_path / "job"), "exp", "--workspaces", str(folder)]) == 2
+    assert "without spaces" in capsys.readouterr().err
+
+
+def test_a_run_without_results_is_a_failure(tmp_path: Path) -> None:
+    create(tmp_path / "job", "--num_rounds", "3", "--frequency", "2")
+    missing = simulate.missing_results(simulate.read_job(tmp_path / "job"), tmp_path)
+    assert len(missing) == 4
+    assert "FL_global_model.pt" in missing[0]
+    assert [text[-7:] for text in missing[2:]] == ["round 0", "round 2"]
+
+
+def test_old_jobs_are_completed_in_a_copy(tmp_path: Path) -> None:
+    create(tmp_path / "old")
+    (tmp_path / "old/server/custom/README.txt").unlink()
+    (tmp_path / "old/server/custom").rmdir()
+    path = tmp_path / "old/server/config/config_fed_server.json"
+    server = load(path)
+    network = {"model_name": "resnet18", "num_classes": 2, "bias": True, "pretrained": True}
+    server["components"][0]["args"]["model"] = {"path": simulate.MONAI_NETWORK, "args": network}
+    path.write_text(json.dumps(server))
+    before = path.read_text()
+    simulate.prepare(simulate.read_job(tmp_path / "old"), tmp_path / "new")
+    found = load(tmp_path, "new/server/config/config_fed_server.json")
+    model = found["components"][0]["args"]["model"]
+    assert model["path"] == "federated.global_model.global_model"
+    assert model["args"] == {"model_name": "resnet18", "num_class": 2, "image_size": 224}
+    assert any((tmp_path / "new/server/custom").iterdir())
+    assert path.read_text() == before
+
+
+def test_the_recipe_refuses_before_it_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert recipe.main(["--sigma0", "0", "-1", "--workspace", str(tmp_path / "w")]) == 2
+    assert "--sigma0 -1" in capsys.readouterr().err
+
+
+def test_the_recipe_exports_a_job_that_the_simulator_reads(tmp_path: Path) -> None:
+    pytest.importorskip("nvflare", reason="needs pip install 'gradinvbench[federated]'")
+    flags = ["--n_clients", "2", "--invert_clients", "2", "--num_rounds", "4", "--scale", "0.02"]
+    args = recipe.build_parser().parse_args([*flags, "--workspace", str(tmp_path)])
+    clients, data = create_job_config.check_flags(args, args.sigma0, args.workspace)
+    experiment = recipe.Experiment(args, clients, data, 0.3)
+    job = simulate.read_job(experiment.export(tmp_path / "jobs" / "one"))
+    assert job.sites == ["site-1", "site-2"]
+    assert (job.num_rounds, job.evaluates) == (4, False)
+    assert simulate.measured_rounds(job, "site-2") == [0, 1, 2, 3]
+    assert simulate.measured_rounds(job, "site-1") == []
+    # The script alone; the packages are installed at the sites.
+    copied = {path.name for path in tmp_path.rglob("custom/**/*.py")}
+    assert copied == {"client.py"}
+
+
+def test_components_without_nvflare_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    import federated
+
+    for name in [name for name in sys.modules if name.startswith("federated.gaussian")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "nvflare", None)
+    for name in [name for name in sys.modules if name.startswith("nvflare.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "federated.withholding", raising=False)
+    with pytest.raises(InputError, match=r"gradinvbench\[federated\]"):
+        _ = federated.GaussianPrivacy
+    assert federated.ImageSimMetric("ssim").names == ["ssim"]

@@ -1,0 +1,144 @@
+"""Whole federations in NVFlare's simulator, judged by what they leave behind."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("nvflare", reason="needs pip install 'gradinvbench[federated]'")
+
+from federated import recipe, simulate
+from federated.global_model import global_model
+from federated.phantoms import CACHE_VARIABLE
+from tests.federation import edit, make_job, run, started, wait_for
+
+# Five processes each: they take turns, and waiting counts.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path_factory.getbasetemp() / "phantom_cache"
+    monkeypatch.setenv(CACHE_VARIABLE, str(folder))
+
+
+@pytest.fixture(autouse=True)
+def _one_at_a_time() -> Iterator[None]:
+    with open(Path(tempfile.gettempdir()) / "gradinvbench-simulator.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def same_as_at_the_start(model: dict[str, Any]) -> bool:
+    start = global_model().state_dict()
+    named = dict(global_model().named_parameters())
+    return all(torch.equal(torch.as_tensor(model[n]), start[n]) for n in named)
+
+
+def published_style(job: Path) -> None:
+    """Turn a job into one as published: class paths, short names, no `custom` folders."""
+    for app in job.iterdir():
+        if (app / "custom").is_dir():
+            shutil.rmtree(app / "custom")
+    client = job / "site-9" / "config" / "config_fed_client.json"
+    client.write_text(client.read_text().replace('"federated.', '"nvflare_gradinv.'))
+
+    def shorten(server: dict[str, Any]) -> None:
+        for component in server["components"][1:4] + server["workflows"]:
+            component["name"] = component.pop("path").rsplit(".", 1)[1]
+        server["workflows"][1]["name"] = "CrossSiteModelEval"
+        server["workflows"][1]["args"]["submit_model_timeout"] = 600
+
+    edit(job / "server" / "config" / "config_fed_server.json", shorten)
+
+
+def test_a_published_job_of_one_client_leaks_its_image(tmp_path: Path) -> None:
+    job = make_job(tmp_path / "job", "--iterations", "150")
+    published_style(job)
+    finished = run(job, tmp_path / "runs", 1)
+    assert finished.status == 0, finished.output[-3000:]
+    for number in (0, 1):
+        record = finished.record("site-9", number)
+        assert record["decision"] == "pass"
+        assert record["rdlv"] > 0.1
+        assert record["attack"]["method"] == "full"
+    content = json.loads((finished.workspace / "run.json").read_text())
+    assert (content["sigma0"], content["num_rounds"]) == (0, 2)
+    assert 0 <= content["test_accuracy"] <= 1
+    # Global, best global and the site's own model, all validated at the site.
+    scores = simulate.cross_validation(finished.workspace)["site-9"]
+    assert set(scores) >= {"SRV_FL_global_model.pt", "site-9"}
+    assert scores["site-9"]["train_auc"] is None
+    assert not same_as_at_the_start(finished.global_model())
+
+
+def test_a_site_whose_check_breaks_sends_nothing_and_the_others_go_on(tmp_path: Path) -> None:
+    flags = ["--n_clients", "2", "--invert_clients", "1,2", "--sigma0", "0.1"]
+    job = make_job(tmp_path / "job", *flags)
+    edit(job / "site-1/config/config_inversion.json", lambda c: c.update(img_prior="nowhere.png"))
+    finished = run(job, tmp_path / "runs", 2)
+    assert finished.status == 0, finished.output[-3000:]
+    for number in (0, 1):
+        broken, passed = finished.record("site-1", number), finished.record("site-2", number)
+        assert broken["decision"] == "withhold"
+        assert "nowhere.png" in broken["reason"]
+        assert passed["decision"] == "pass"
+    assert "withheld" in finished.output
+    assert not same_as_at_the_start(finished.global_model())
+
+
+def test_a_single_site_that_leaks_too_much_leaves_the_global_model_alone(tmp_path: Path) -> None:
+    job = make_job(tmp_path / "job", "--rdlv_threshold", "-100")
+    finished = run(job, tmp_path / "runs", 1)
+    assert finished.status == 0, finished.output[-3000:]
+    assert [finished.record("site-9", n)["decision"] for n in (0, 1)] == ["withhold"] * 2
+    assert "above the threshold" in finished.output
+    assert same_as_at_the_start(finished.global_model())
+
+
+def test_a_recipe_whose_only_site_withholds_keeps_its_global_model(tmp_path: Path) -> None:
+    flags = ["--scale", "0.02", "--num_rounds", "2", "--iterations", "5", "--sigma0", "0.2"]
+    arguments = [*flags, "--rdlv_threshold", "-100", "--workspace", str(tmp_path)]
+    assert recipe.main(arguments) == 0
+    workspace = tmp_path / "sigma0_0.2"
+    records = [
+        json.loads((simulate.app_folder(workspace, "site-9") / name).read_text())
+        for name in ("leakage_round0.json", "leakage_round1.json")
+    ]
+    assert [record["decision"] for record in records] == ["withhold"] * 2
+    from training.storage import load_checkpoint
+
+    path = simulate.app_folder(workspace, "server") / simulate.FINAL_MODEL
+    assert same_as_at_the_start(load_checkpoint(path)["model"])
+    assert json.loads((workspace / "run.json").read_text())["sigma0"] == 0.2
+
+
+def test_a_killed_site_does_not_stop_the_others(tmp_path: Path) -> None:
+    job = make_job(tmp_path / "job", "--n_clients", "2", "--min_clients", "1", "--num_rounds", "2")
+    edit(
+        job / "server/config/config_fed_server.json",
+        lambda c: c["workflows"][1]["args"].update(validation_timeout=30),
+    )
+    folder = tmp_path / "runs"
+    with started(job, folder, 2) as (process, log):
+        victim = simulate.app_folder(folder / "exp", "site-2") / "local_model.pt"
+        wait_for(victim.is_file)
+        for pid in simulate.descendants(process.pid):
+            if "site-2" in Path(f"/proc/{pid}/cmdline").read_text():
+                os.kill(pid, signal.SIGKILL)
+        process.wait(200)
+    output = log.read_text()
+    assert process.returncode == 1, output[-3000:]
+    assert "site-2 left no cross-site validation" in output
+    assert (simulate.app_folder(folder / "exp", "server") / simulate.FINAL_MODEL).is_file()
+    assert "site-1" in simulate.cross_validation(folder / "exp")

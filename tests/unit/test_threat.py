@@ -1,0 +1,119 @@
+"""Threat models: what they grant, refuse and hide."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+
+import pytest
+
+from attack.command import build_parser, make_attack
+from attack.requirements import check_run, granted_capabilities, threat_record
+from attack.threat import (
+    Capability,
+    check_capabilities,
+    find_threat,
+    register_threat_model,
+    threat_names,
+)
+from gradients.checkpoint import LocalTraining, Target
+from tests.targets import make_target
+from training.errors import InputError
+from training.models import ModelSpec
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    made, _ = make_target(ModelSpec("cnn", 10, 8, width=4), 2, train_mode=True)
+    return dataclasses.replace(made, defenses=("clip:1",))
+
+
+def arguments(*words: str) -> argparse.Namespace:
+    args = build_parser().parse_args(["--checkpoint", "x.tar", *words])
+    given = {word.lstrip("-").replace("-", "_") for word in words if word.startswith("--")}
+    args.explicit = sorted(given)
+    return args
+
+
+def check(target: Target, *words: str) -> None:
+    args = arguments(*words)
+    check_run(args, make_attack(args), target)
+
+
+WITHHELD = [
+    ("eavesdropper-no-labels", ["--pseudo-label-init", "known"], "labels known"),
+    ("honest-server", ["--pseudo-label-init", "known"], "labels known"),
+    ("honest-server", ["--exact-bn"], "exact BatchNorm statistics"),
+    ("honest-server", ["--bn-from-update", "--BN", "0.1"], "exact BatchNorm statistics"),
+    ("eavesdropper-no-labels", ["--adaptive"], "the client's defense known"),
+    ("eavesdropper-no-labels", ["--pseudo-label-init", "fedavg"], "local hyper-parameters"),
+]
+
+
+@pytest.mark.parametrize(("name", "words", "sentence"), WITHHELD, ids=str)
+def test_what_is_withheld_is_refused(
+    name: str, words: list[str], sentence: str, target: Target
+) -> None:
+    with pytest.raises(InputError, match=f"needs what --threat {name} withholds: .*{sentence}"):
+        check(target, "--threat", name, *words)
+    check(target, "--threat", "worst-case", *words)
+    check(target, *words)
+
+
+def test_local_steps_need_the_clients_settings(target: Target) -> None:
+    several = dataclasses.replace(target, local=LocalTraining(epochs=2))
+    with pytest.raises(InputError, match="inverting 2 local steps needs"):
+        check(several, "--threat", "eavesdropper-no-labels")
+    check(several, "--threat", "honest-server")
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(InputError, match="--threat nobody: unknown; known are custom, eaves"):
+        find_threat("nobody")
+
+
+def test_what_is_withheld_is_hidden(target: Target) -> None:
+    eavesdropper, server = find_threat("eavesdropper-no-labels"), find_threat("worst-case")
+    assert eavesdropper is not None
+    assert server is not None
+    assert eavesdropper.view(target).bn_statistics is None
+    assert eavesdropper.view(target).defenses == ()
+    assert server.view(target) == target
+
+
+def test_without_a_name_the_flags_decide() -> None:
+    assert Capability.LABELS not in granted_capabilities(arguments())
+    known = granted_capabilities(arguments("--pseudo-label-init", "known", "--exact-bn"))
+    assert {Capability.LABELS, Capability.BATCH_STATISTICS} <= known
+    assert Capability.DEFENSE not in known
+    assert Capability.DEFENSE in granted_capabilities(arguments("--attack", "auto"))
+
+
+def test_the_record_states_who_attacked() -> None:
+    record = threat_record(arguments("--threat", "honest-server", "--adaptive"))
+    assert record["name"] == "honest-server"
+    assert record["adaptive"]
+    assert "labels known" not in record["granted"]
+    assert threat_record(arguments())["name"] == "custom"
+
+
+def test_each_server_is_granted_more() -> None:
+    names = ["eavesdropper-no-labels", "honest-server", "honest-server-with-bn", "malicious-server"]
+    granted = [threat.grants for name in names if (threat := find_threat(name)) is not None]
+    assert all(low < high for low, high in itertools.pairwise(granted))
+    worst = find_threat("worst-case")
+    assert worst is not None
+    assert worst.grants == frozenset(Capability)
+
+
+def test_names_are_taken_once() -> None:
+    for name in ("worst-case", "custom"):
+        with pytest.raises(ValueError, match="registered already"):
+            register_threat_model(name, (), "")
+    assert threat_names()[0] == "custom"
+
+
+def test_the_message_names_who_asks() -> None:
+    with pytest.raises(InputError, match="attack x needs what the threat model withholds: labels"):
+        check_capabilities("attack x", {Capability.LABELS}, set())
