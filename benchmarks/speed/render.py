@@ -73,7 +73,7 @@ def _memory(rows: list[Row]) -> str:
                 round(row["peak_bytes"] / 2**20),
                 round(row["bytes_of_imports"] / 2**20),
                 f"{100 * row['peak_bytes'] / base[row['case']]['peak_bytes']:.0f} %",
-                f"{100 * _beyond_imports(row) / _beyond_imports(base[row['case']]):.0f} %",
+                f"{100 * _beyond_imports(row) / max(1, _beyond_imports(base[row['case']])):.0f} %",
             ]
             for row in rows
         ],
