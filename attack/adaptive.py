@@ -22,6 +22,8 @@ from gradients.checkpoint import Target
 
 # Share of kept elements from which on the bounds on pruned ones count in full.
 FEW_KEPT = 0.1
+# Share of the mean squared element below which rounding noise makes no difference.
+SIGNAL_FLOOR = 0.3
 # How sharply the sign is replaced by a smooth step, relative to a tensor's mean magnitude.
 SIGN_SOFTNESS = 0.5
 
@@ -355,23 +357,30 @@ def soft_signs(gradient: Tensors) -> Tensors:
 def _quantize(adaptation: Adaptation, target: Target, values: list[float]) -> None:
     """Rounding at random is noise of known size, another for every tensor.
 
-    An element of true value g between two levels a step q apart has variance q |g| - g^2
-    at most; on average over a tensor of small elements, q times the mean magnitude.
+    An element of size |g| below a step q has variance q |g| - g^2; on average over a tensor
+    of small elements, q times the mean magnitude. Where rounding hardly matters beside the
+    signal, all tensors count the same, as without it.
     """
     shared = _tensors(target)
-    steps = [_smallest(g) for g in shared]
-    noise = [
-        math.sqrt(q * float(g.abs().mean())) if math.isfinite(q) else math.inf
-        for q, g in zip(steps, shared, strict=True)
-    ]
+    signal = sum(float(g.double().square().sum()) for g in shared)
+    signal /= sum(g.numel() for g in shared)
+    noise = [math.sqrt(_rounding(g) + SIGNAL_FLOOR * signal) for g in shared]
     least = min(noise)
-    adaptation.weights = [w * (least / n) for w, n in zip(adaptation.weights, noise, strict=True)]
+    adaptation.weights = [
+        w * (least / max(n, 1e-30)) for w, n in zip(adaptation.weights, noise, strict=True)
+    ]
     adaptation.notes.append("quantize: tensors are weighted by the inverse of their rounding noise")
+
+
+def _rounding(shared: torch.Tensor) -> float:
+    """Variance that rounding gave to an element of this tensor, on average."""
+    step = _smallest(shared)
+    return step * float(shared.abs().mean()) if math.isfinite(step) else math.inf
 
 
 # -- The model itself -------------------------------------------------------------
 
 
 def _rank_analysis(adaptation: Adaptation, target: Target) -> None:
-    """The attacker inverts the pooled model itself; a heavier prior did not help."""
+    """Nothing is transformed after the gradient: the attacker inverts the pooled model."""
     adaptation.notes.append(f"pooling over {target.model.pool_kernel} px is part of the model")

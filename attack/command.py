@@ -376,12 +376,14 @@ def run(process: Any, args: argparse.Namespace) -> None:
     """
     import functools
 
+    from attack.allocation import keep_freed_memory
     from attack.spreading import reconstruct_spread
     from attack.threat import find_threat
     from gradients.checkpoint import load_target
     from training.distributed import barrier, broadcast_object
 
     import_plugin(args.plugin)
+    keep_freed_memory()
     logging.basicConfig(level=logging.INFO if process.is_main else logging.ERROR)
     target, truth = load_target(args.checkpoint)
     threat = find_threat(args.threat)

@@ -166,7 +166,7 @@ def _llg(target: Target, model: nn.Module, last: LastLayer) -> torch.Tensor:
     """Label Leakage from Gradients: every negative class once, then the lowest again and again.
 
     Source: Wainakh et al., User-Level Label Leakage from Gradients in Federated Learning,
-    PoPETs 2022, algorithm 1, https://arxiv.org/abs/2105.09369.
+    PoPETs 2022, https://arxiv.org/abs/2105.09369.
     """
     labels, sums, impact = _llg_first_pass(last)
     while len(labels) < last.batch_size:
@@ -220,7 +220,7 @@ def _from_grads(target: Target, model: nn.Module, last: LastLayer) -> torch.Tens
 def _idlg(target: Target, model: nn.Module, last: LastLayer) -> torch.Tensor:
     """The class of lowest row sum; exact for one sample with non-negative features.
 
-    Source: Zhao, Mopuri, Bilen, iDLG: Improved Deep Leakage from Gradients, 2020, eq. 3,
+    Source: Zhao, Mopuri, Bilen, iDLG: Improved Deep Leakage from Gradients, 2020,
     https://arxiv.org/abs/2001.02610.
     """
     if last.batch_size != 1:
@@ -235,7 +235,7 @@ def _yin(target: Target, model: nn.Module, last: LastLayer) -> torch.Tensor:
     """The K classes of smallest row minimum, under the assumption that no label repeats.
 
     Source: Yin et al., See through Gradients: Image Batch Recovery via GradInversion,
-    CVPR 2021, eq. 8, https://arxiv.org/abs/2104.07586.
+    CVPR 2021 (label restoration), https://arxiv.org/abs/2104.07586.
     """
     if last.batch_size > last.n_classes:
         raise InputError(
@@ -255,7 +255,7 @@ def _ilrg(target: Target, model: nn.Module, last: LastLayer) -> torch.Tensor:
     the more of all classes are in the batch.
 
     Source: Ma, Sun, Cui, Li, Guo, Liu, Instance-wise Batch Label Restoration via Gradients
-    in Federated Learning, ICLR 2023, eq. 9, https://openreview.net/forum?id=FIrQfNSOoTr.
+    in Federated Learning, ICLR 2023 (restoring instance counts), https://openreview.net/forum?id=FIrQfNSOoTr.
     """
     bias_gradient = last.require_bias("ilrg")
     present = bias_gradient.abs() > _NO_GRADIENT
@@ -310,9 +310,9 @@ def _fedavg(target: Target, model: nn.Module, last: LastLayer) -> torch.Tensor:
     sum over the mean feature sum). Mean p and features are estimated with random inputs
     at the parameters on the straight line between the model sent and the one returned.
 
-    Source: Geng et al., Towards General Deep Leakage in Federated Learning, 2021, eq. 10,
+    Source: Geng et al., Towards General Deep Leakage in Federated Learning, 2021,
     https://arxiv.org/abs/2110.09074 (counts); Dimitrov et al., Data Leakage in Federated
-    Averaging, TMLR 2022, section 4.3, https://openreview.net/forum?id=e7A0B99zJf
+    Averaging, TMLR 2022, https://openreview.net/forum?id=e7A0B99zJf
     (interpolated parameters).
     """
     probabilities, feature_sum = _mean_outputs(target, model)

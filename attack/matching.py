@@ -206,6 +206,9 @@ class GradientMatcher:
         self._perturbed = _sharing_copy(replica.model)
         moved = dict(self._perturbed.named_parameters())
         self._moved: Tensors = [moved[name] for name in replica.names]
+        # Entries are paired in memory order; a checkpoint may hold any layout.
+        pairs = zip(replica.target_gradient, _detached(replica.parameters), strict=True)
+        self._goal: Tensors = [_laid_out_as(t, p) for t, p in pairs]
         self._target_squared = float(squared_norm(replica.target_gradient))
         self._theta_norm = float(squared_norm(_detached(replica.parameters)).sqrt())
         if replica.local.steps > 1:
@@ -413,7 +416,7 @@ class GradientMatcher:
         self, gradient: Tensors, step: float
     ) -> tuple[torch.Tensor, Tensors, float]:
         """The objective, theta + h v, and h; the gradient's memory is used for the second."""
-        theta, target = _detached(self.replica.parameters), self.replica.target_gradient
+        theta, target = _detached(self.replica.parameters), self._goal
         gradient = [_laid_out_as(g, t) for g, t in zip(self._summed(gradient), theta, strict=True)]
         gg, gt = products_with(gradient, target)
         affine = self.objective.affine_seed(Products(gg, gt, self._target_squared))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,12 +57,13 @@ def draw_figures(result: TableResult, store: Store, folder: Path) -> list[Pictur
 def _reconstructions(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]:
     """One picture per value of the first axis: originals above reconstructions."""
     axis = result.table.axes[0]
-    for value in dict.fromkeys(row.row.labels[axis] for row in result.rows):
+    values = dict.fromkeys(row.row.labels[axis] for row in result.rows)
+    for value, stem in zip(values, _distinct_slugs(values), strict=True):
         rows = [row for row in result.rows if row.row.labels[axis] == value]
         strips = [(_rest(row, axis), _pairs(row, store)) for row in rows]
         strips = [(label, pairs) for label, pairs in strips if pairs]
         if strips:
-            path = folder / f"reconstructions-{_slug(value)}.png"
+            path = folder / f"reconstructions-{stem}.png"
             _save(_draw_strips(f"{axis}: {value}", strips), path)
             caption = f"{value}: originals above reconstructions, PSNR in dB and SSIM per image"
             yield Picture(path, caption, {axis: value})
@@ -306,6 +308,18 @@ def _subplots(rows: int, columns: int, width: float, height: float) -> tuple[Fig
 def _save(figure: Figure, path: Path) -> None:
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=110)
+
+
+def _distinct_slugs(texts: Iterable[str]) -> list[str]:
+    """A file name for every text; "0.1" and "-0.1" would share one."""
+    slugs: list[str] = []
+    for text in texts:
+        plain = _slug(text)
+        same = (f"{plain}-{count}".strip("-") for count in itertools.count(2))
+        slugs.append(
+            plain if plain and plain not in slugs else next(s for s in same if s not in slugs)
+        )
+    return slugs
 
 
 def _slug(text: str) -> str:

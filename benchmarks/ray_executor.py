@@ -68,7 +68,7 @@ class RayExecutor:
         available = self._on_one_node("GPU")
         if asked is not None and asked > available:
             raise InputError(
-                f"--gpus-per-cell {asked:g}: no node of the cluster has more than {available:g}"
+                f"--gpus-per-cell {asked:g}: the cluster has {available:g} GPUs on its largest node"
             )
         return asked
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -98,22 +99,14 @@ def _flags(values: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def _train_parser() -> argparse.ArgumentParser:
-    from training.main_pytorch import build_parser
+def _parser_of(module: str) -> Callable[[], argparse.ArgumentParser]:
+    """The parser of a command, imported when flags are checked and not before."""
 
-    return build_parser()
+    def parser() -> argparse.ArgumentParser:
+        built: argparse.ArgumentParser = importlib.import_module(module).build_parser()
+        return built
 
-
-def _extract_parser() -> argparse.ArgumentParser:
-    from gradients.command import build_parser
-
-    return build_parser()
-
-
-def _attack_parser() -> argparse.ArgumentParser:
-    from attack.command import build_parser
-
-    return build_parser()
+    return parser
 
 
 STAGES: dict[str, Stage] = {
@@ -126,7 +119,7 @@ STAGES: dict[str, Stage] = {
             # An interrupted training continues from its latest checkpoint.
             outputs=lambda folder: {"result-root": str(folder), "resume": "auto"},
             record="record.json",
-            parser=_train_parser,
+            parser=_parser_of("training.main_pytorch"),
         ),
         Stage(
             name="extract",
@@ -134,7 +127,7 @@ STAGES: dict[str, Stage] = {
             rooms=("training", "gradients"),
             outputs=lambda folder: {"results": str(folder), "id": "cell"},
             record="*.json",
-            parser=_extract_parser,
+            parser=_parser_of("gradients.command"),
         ),
         Stage(
             name="attack",
@@ -142,7 +135,7 @@ STAGES: dict[str, Stage] = {
             rooms=("training", "gradients", "attack", "main_run.py"),
             outputs=lambda folder: {"root": str(folder), "id": "cell"},
             record="record.json",
-            parser=_attack_parser,
+            parser=_parser_of("attack.command"),
         ),
         Stage(
             name="federated",
@@ -150,6 +143,7 @@ STAGES: dict[str, Stage] = {
             rooms=("training", "gradients", "attack", "federated"),
             outputs=lambda folder: {"workspace": str(folder)},
             record="run.json",
+            parser=_parser_of("federated.recipe"),
             distributed=False,
         ),
     )

@@ -264,7 +264,8 @@ class UpdateInversion(Inversion):
         super().__init__(
             _loose_target(update), labels, config, device=device, seed=seed, prior=start
         )
-        if settings.prior_weight > 0 and settings.start == "prior":
+        # One image is determined by its update; the pull would only keep it from there.
+        if settings.prior_weight > 0 and settings.start == "prior" and update.n_images > 1:
             prior = update.data.normalize(start).to(device, self.dtype)
             unit = PRINCIPAL_STEP if isinstance(self.coordinates, Principal) else 1.0
             distance = PriorDistance(self.coordinates, prior, unit)

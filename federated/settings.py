@@ -44,7 +44,7 @@ class InversionSettings:
         bn_weight: Factor of the distance of BatchNorm statistics.
         tv_weight: Factor of total variation.
         prior_weight: Factor of the squared distance from the prior image (with public images:
-            of their normal distribution).
+            of their normal distribution); only where a site has several images.
         smoothing: Width of the softened ReLUs at the start, 0 for none; see
             `federated.smoothing`.
         smoothing_end: The same at the end.

@@ -138,9 +138,9 @@ CASES = [
     ),
     Case(
         "gradinversion",
-        "cnn, eval mode",
-        1,
-        {"iterations": 200, "restarts": 2, "gradient_weight": 10.0},
+        "lenet",
+        5,
+        {"iterations": 200, "restarts": 2, "gradient_weight": 1.0, "bn": 0.0, "warmup": 10},
         labels=None,
     ),
     Case("e2egi", "cnn, train mode", 2, {"iterations": 300, "restarts": 2, "combine_every": 45}),
@@ -153,8 +153,21 @@ CASES = [
         labels=None,
         why="the published weight of the gradient is made for ResNet-18 at 224 px",
     ),
-    Case("inverting-gradients-fedavg", "lenet, 4 local steps", 4, {"iterations": 100}),
-    Case("data-leakage-fedavg", "lenet, 4 local steps", 4, {"iterations": 150}),
+    Case(
+        "hatamizadeh",
+        "lenet",
+        5,
+        {
+            "iterations": 200,
+            "gradient_weight": 1.0,
+            "bn": 0.0,
+            "exact_bn": False,
+            "warmup": 10,
+        },
+        labels=None,
+    ),
+    Case("inverting-gradients-fedavg", "lenet, 4 local steps", 4, {"iterations": 200}),
+    Case("data-leakage-fedavg", "lenet, 4 local steps", 4, {"iterations": 250}),
     Case("auto", "lenet", 5, {"config": EnsembleConfig(("spectral", "dlg"), iterations=250)}),
 ]
 

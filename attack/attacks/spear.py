@@ -29,6 +29,7 @@ EXPLAINED = {torch.float64: 0.9999, torch.float32: 0.995}
 # Smoothing, relative to the mean entry, at which descents in an estimated space end.
 ROUGH = 0.05
 NEWTON_STEPS = 30
+TRIMMINGS = 5
 # Share of its switches that a linear rule explains, below which a direction is wrong.
 SEPARABLE = 0.98
 
@@ -303,7 +304,7 @@ class _Spear(Attack):
             solution = solve(layer, pool.factors, _completed(pool))
         inputs = layer.network_inputs(solution.inputs)
         if exact:
-            labels = recover_labels(target, layer, pool.factors, solution, inputs, labels)
+            labels = labels_of_images(target, layer, pool.factors, solution, inputs, labels)
         return closed_form_reconstruction(
             target,
             inputs,
@@ -376,10 +377,11 @@ class Spear(_Spear):
 class SpearDescent(_Spear):
     """SPEAR with a search that grows gently with the batch: descent to sparse directions.
 
-    The wanted directions are local minima of the l1 norm of left @ q on the sphere, and
-    of so few dimensions that descents from random starts end in them. Iteratively
+    The wanted directions are local minima of the l1 norm of left @ q on the sphere, of so
+    few dimensions that descents from random starts end in them. Iteratively
     reweighted least squares turns each step into the smallest eigenvector of an r x r
-    matrix. Starts avoid the directions that are known already.
+    matrix. Once some directions are known, the search goes on in what an estimate of the
+    images' ReLU switches leaves of the space, see `rest_of_space`.
 
     Everything else is SPEAR's, see `Spear`. This project's own; for the descent compare
     Qu, Sun, Wright, "Finding a sparse vector in a subspace", NIPS 2014,
@@ -409,7 +411,7 @@ class SpearDescent(_Spear):
         rough = self._descend(left @ rest, q, coarse, ROUGH * coarse)
         # Nobody knows how good the estimate is: exact data take over at different levels.
         levels = coarse * torch.logspace(-3, -1, len(q), dtype=left.dtype, device=left.device)
-        return self._descend(left, rough @ rest.T, levels[:, None], factors.tolerance)
+        return trim(left, self._descend(left, rough @ rest.T, levels[:, None], factors.tolerance))
 
     def _descend(
         self,
@@ -427,6 +429,26 @@ class SpearDescent(_Spear):
             q = torch.linalg.eigh(moments)[1][:, :, 0]
             smooth = (self.shrink * smooth).clamp_min(0.5 * last)
         return q
+
+
+def trim(left: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    """Least trimmed squares: from nearly right directions to exact ones.
+
+    The l1 norm's minimum lies beside the sparsest direction where that is not sparse
+    enough; the smallest entries are its zeros all the same.
+
+    Args:
+        left: m x r.
+        directions: k x r unit vectors; those that are right already stay.
+    """
+    n_rows = min(2 * left.shape[1], len(left) // 3)
+    if n_rows < left.shape[1]:
+        return directions
+    for _ in range(TRIMMINGS):
+        smallest = (directions @ left.T).abs().topk(n_rows, dim=1, largest=False).indices
+        rows = left[smallest]
+        directions = torch.linalg.eigh(rows.transpose(1, 2) @ rows)[1][:, :, 0]
+    return directions
 
 
 def rest_of_space(factors: Factorization, known: torch.Tensor) -> torch.Tensor | None:
@@ -490,7 +512,7 @@ def separate(outputs: torch.Tensor, bias: torch.Tensor, switches: torch.Tensor) 
     return torch.linalg.solve(whiten, y)
 
 
-def recover_labels(
+def labels_of_images(
     target: Target,
     layer: FirstLayer,
     factors: Factorization,

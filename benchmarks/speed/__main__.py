@@ -78,7 +78,8 @@ def _run_section(name: str, args: argparse.Namespace) -> None:
     from benchmarks.speed.render import SECTIONS, render
     from training.storage import write_json, write_text
 
-    folder, made, rows = Path(args.output), _provenance(args), []
+    folder, made = Path(args.output), _provenance(args)
+    rows: list[dict[str, Any]] = []
     for row in tqdm(MEASUREMENTS[name](args), desc=name, unit="row"):
         rows.append(row)
         # What is measured stays, also where the rest is interrupted.
@@ -124,10 +125,13 @@ def _chosen(args: argparse.Namespace) -> list[Case]:
 
 
 def _iterations(args: argparse.Namespace) -> Rows:
+    import torch
+
     from benchmarks.speed.iterations import measure_case
 
     for case in _chosen(args):
-        yield measure_case(case, args.repeats, args.seconds / (5 if args.quick else 1), args.seed)
+        seconds = args.seconds / (5 if args.quick else 1)
+        yield measure_case(case, args.repeats, seconds, args.seed, torch.get_num_threads())
 
 
 def _restarts(args: argparse.Namespace) -> Rows:

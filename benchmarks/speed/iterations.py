@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +11,13 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from attack.allocation import keep_freed_memory
 from attack.matching import GradientMatcher, Replica
 from attack.objectives import Cosine
 from benchmarks.speed import references
 from benchmarks.speed.cases import CASES, Case, Problem, make_problem
 from benchmarks.speed.timing import interleaved, matrix_rate, medians, paired_ratio
+from benchmarks.speed.workers import Job, take_turns
 from training import distributed
 from training.errors import InputError
 
@@ -27,9 +30,19 @@ METHODS: dict[str, Callable[[Problem], references.Iteration]] = {
     "breaching": references.breaching_loop,
     "our loop": references.our_loop,
 }
+OURS = ("ours", "our loop")
 
 
-def measure_case(case: Case, repeats: int, seconds: float, seed: int) -> dict[str, Any]:
+def build_iteration(method: str, case: str, seed: int) -> references.Iteration:
+    """An iteration of one method on one case, set up as its command would."""
+    if method in OURS:
+        keep_freed_memory()
+    return METHODS[method](make_problem(CASES[case], seed))
+
+
+def measure_case(
+    case: Case, repeats: int, seconds: float, seed: int, threads: int
+) -> dict[str, Any]:
     """One row: every method on one target, taking turns.
 
     `R1`, `R2` and `ours` evaluate the gradient of the objective; `breaching` and `our loop`
@@ -40,18 +53,20 @@ def measure_case(case: Case, repeats: int, seconds: float, seed: int) -> dict[st
         repeats: Rounds at most.
         seconds: Enough time to stop after three rounds.
         seed: Of model, images and candidate.
+        threads: Of each method.
     """
+    methods = [name for name in METHODS if _available(name)]
+    jobs: dict[str, Job] = {m: (build_iteration, (m, case.name, seed)) for m in methods}
+    times, results = take_turns(jobs, repeats, threads, seconds)
     problem = make_problem(case, seed)
-    methods = {name: method for name, method in METHODS.items() if _available(name)}
-    functions = {name: method(problem) for name, method in methods.items()}
-    times = interleaved(functions, repeats, seconds)
     row: dict[str, Any] = {
         "case": case.name,
         "seconds": medians(times),
+        "clock": "processor" if threads == 1 else "wall",
         "rounds": len(times["ours"]),
         "speedup_over_R1": paired_ratio(times["R1"], times["ours"]),
         "speedup_over_R2": paired_ratio(times["R2"], times["ours"]),
-        "cosine_to_float64": _accuracy(problem, functions["ours"]),
+        "cosine_to_float64": accuracy(problem, results["ours"]),
         "parameters": sum(g.numel() for g in problem.target.gradient.values()),
     }
     if "breaching" in times:
@@ -60,14 +75,13 @@ def measure_case(case: Case, repeats: int, seconds: float, seed: int) -> dict[st
 
 
 def _available(method: str) -> bool:
-    import importlib.util
-
     return method != "breaching" or importlib.util.find_spec("breaching") is not None
 
 
-def _accuracy(problem: Problem, iteration: references.Iteration) -> float:
+def accuracy(problem: Problem, found: torch.Tensor) -> float:
+    """Cosine of a gradient in the images to the textbook's in float64."""
     exact = references.analytic_seed(problem, torch.float64)()
-    found = iteration().double()
+    found = found.double()
     return float((exact * found).sum() / (exact.norm() * found.norm()))
 
 
@@ -131,6 +145,7 @@ def measure_processes(case: Case, processes: int, repeats: int, seed: int) -> di
 def _shard_of_iteration(process: distributed.Process, args: argparse.Namespace) -> None:
     # Each process as on a core of its own, also where it is alone.
     torch.set_num_threads(1)
+    keep_freed_memory()
     problem = make_problem(CASES[args.case], args.seed)
     replica = Replica(problem.target, process.device)
     matcher = GradientMatcher(replica, Cosine(), "difference")

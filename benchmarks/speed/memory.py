@@ -11,8 +11,8 @@ import sys
 
 import torch
 
-from benchmarks.speed.cases import CASES, make_problem
-from benchmarks.speed.iterations import METHODS
+from benchmarks.speed.cases import CASES
+from benchmarks.speed.iterations import METHODS, build_iteration
 from benchmarks.speed.timing import peak_bytes
 from training.errors import exit_status
 
@@ -32,7 +32,7 @@ def main() -> None:
     args = build_parser().parse_args()
     torch.set_num_threads(args.threads)
     before = peak_bytes()
-    iteration = METHODS[args.method](make_problem(CASES[args.case], args.seed))
+    iteration = build_iteration(args.method, args.case, args.seed)
     for _ in range(3):
         iteration()
     print(json.dumps({"peak_bytes": peak_bytes(), "bytes_of_imports": before}))

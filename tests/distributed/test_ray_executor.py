@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from benchmarks.executor import Outcome
 from benchmarks.grid import Status
 from benchmarks.results import load_results
 from benchmarks.store import Store
-from tests.toy_grid import grid, toy
+from tests.toy_grid import TOY, grid, toy
 from training.errors import InputError
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
@@ -117,6 +118,15 @@ def test_data_travels_and_failures_come_back(cluster: Any, tmp_path: Path) -> No
     record = store.record(sees_data)
     assert record is not None
     assert record["result"]["value"] == 3
+
+
+def test_a_cell_of_more_processes_than_any_node_has_cores_is_not_waited_for_for_ever(
+    cluster: Any, tmp_path: Path
+) -> None:
+    cell = toy(value=1, processes=64)
+    stages = {"toy": dataclasses.replace(TOY, distributed=False)}
+    status = grid([cell], Store(tmp_path), executor=executor(cluster), stages=stages).run()
+    assert status[cell.key] is Status.FINISHED
 
 
 def test_more_gpus_than_the_cluster_has_are_refused(cluster: Any) -> None:

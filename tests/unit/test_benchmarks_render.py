@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks.command import write_outputs
+from benchmarks.figures import _distinct_slugs
 from benchmarks.render import to_csv, to_json, to_latex, to_markdown, to_terminal, to_text_table
 from benchmarks.results import TableResult
 from benchmarks.statistics import bootstrap_interval, summarize
@@ -150,3 +151,7 @@ def test_report_in_a_browser(tmp_path: Path, width: int) -> None:
         # Wide tables scroll inside their box; the page itself never does.
         assert page.run("document.documentElement.scrollWidth <= window.innerWidth") is True
         assert page.complaints == []
+
+
+def test_every_value_of_an_axis_has_a_picture_of_its_own() -> None:
+    assert _distinct_slugs(["0.1", "-0.1", "0/1", "ä", "ü"]) == ["0-1", "0-1-2", "0-1-3", "2", "3"]

@@ -13,7 +13,7 @@ from torch import nn
 
 from attack.attacks import get_attack
 from attack.attacks.fishing import fished_target
-from attack.attacks.spear import Pool, Spear, SpearDescent, factorize, rest_of_space
+from attack.attacks.spear import Pool, Spear, SpearDescent, factorize, rest_of_space, trim
 from attack.command import main
 from attack.first_layer import first_layer
 from attack.metrics import assign, psnr
@@ -148,6 +148,17 @@ def test_rest_of_space_points_to_the_unknown_direction() -> None:
     assert rest.shape == (6, 1)
     assert abs(float(rest[:, 0] @ true[5])) > 0.9
     assert rest_of_space(factors, true) is None
+
+
+def test_trimming_turns_a_nearly_right_direction_into_the_exact_one() -> None:
+    torch.manual_seed(0)
+    left = torch.linalg.qr(torch.randn(120, 6, dtype=torch.float64))[0]
+    true = torch.nn.functional.normalize(torch.randn(6, dtype=torch.float64), dim=0)
+    # Half of the neurons are off for this image.
+    left[:60] -= (left[:60] @ true)[:, None] * true
+    near = torch.nn.functional.normalize(true + 0.02 * torch.randn(6, dtype=torch.float64), dim=0)
+    assert abs(float(near @ true)) < 1 - 1e-5
+    assert abs(float(trim(left, near[None])[0] @ true)) > 1 - 1e-12
 
 
 def test_pool_keeps_every_direction_once() -> None:
@@ -295,3 +306,16 @@ def test_malicious_flag_is_checked(text: str) -> None:
 
     with pytest.raises(InputError, match="--malicious"):
         parse_malice(text, 10)
+
+
+@pytest.mark.parametrize(("threat", "status"), [("honest-server", 2), ("malicious-server", 0)])
+def test_a_changed_model_takes_a_malicious_server(
+    threat: str, status: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, truth = malicious_target(CNN, 4, "imprint:256", train_mode=True)
+    save_target(tmp_path / "imprinted.tar", target, truth)
+    words = ["--attack", "robbing-the-fed", "--checkpoint", str(tmp_path / "imprinted.tar")]
+    words += ["--root", str(tmp_path), "--quiet", "--cpu", "--threat", threat]
+    assert exit_status(functools.partial(main, words)) == status
+    if status:
+        assert "the server may change the model it sends" in capsys.readouterr().err

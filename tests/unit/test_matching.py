@@ -8,7 +8,17 @@ import torch.nn.functional as F
 import torchvision
 
 from attack.matching import GradientMatcher, Match, Replica
-from attack.objectives import L2, Cosine, LayerMeanCosine, LayerWeighted, Objective, layer_weights
+from attack.objectives import (
+    L2,
+    Cosine,
+    LayerMeanCosine,
+    LayerWeighted,
+    Objective,
+    Products,
+    layer_weights,
+    products_with,
+    squared_norm,
+)
 from attack.regularizers import BatchNormPenalty
 from gradients.checkpoint import LocalTraining, Target
 from gradients.local_update import unrolled_update
@@ -117,6 +127,37 @@ def test_difference_in_float32_is_close_to_float64(train_mode, near):
     _, reference = by_autograd(target, Cosine(), inputs, truth.labels)
     result = match(target, inputs, truth.labels, "difference", torch.float32)
     assert cosine(result.input_gradient, reference) > 0.9998
+
+
+def test_layout_of_the_shared_gradient_does_not_matter():
+    target, truth = make_target(MODELS["convnet"], 2)
+    as_stored = {
+        name: g.to(memory_format=torch.channels_last) if g.dim() == 4 else g
+        for name, g in target.gradient.items()
+    }
+    other = dataclasses.replace(target, gradient=as_stored)
+    inputs = candidate(target)
+    a, b = (
+        match(t, inputs, truth.labels, "difference", torch.float64).input_gradient
+        for t in (target, other)
+    )
+    torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("objective", [Cosine(), L2()], ids=["cosine", "L2"])
+def test_inner_products_give_value_and_seed(objective):
+    generator = torch.Generator().manual_seed(2)
+    g, t = ([torch.randn(n, generator=generator).double() for n in (70_000, 3)] for _ in range(2))
+    value, seed = objective.value_and_seed(g, t)
+    gg, gt = products_with(g, t)
+    affine = objective.affine_seed(Products(gg, gt, products_with(t, t)[0]))
+    assert affine.value == pytest.approx(float(value), rel=1e-10)
+    assert affine.length == pytest.approx(float(squared_norm(seed).sqrt()), rel=1e-10)
+    for s, x, y in zip(seed, g, t, strict=True):
+        torch.testing.assert_close(s, affine.on_gradient * x + affine.on_target * y)
+    # Near the target the products have lost the digits, and nothing is claimed.
+    near = Products(1.0, 1.0 - 1e-6, 1.0)
+    assert objective.affine_seed(near) is None
 
 
 def test_frozen_switches_make_the_difference_accurate():

@@ -1,0 +1,182 @@
+"""What each way of making an iteration faster gives by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from attack.allocation import keep_freed_memory
+from attack.matching import GradientMatcher, Replica
+from attack.objectives import AffineSeed, Cosine, Products
+from benchmarks.speed.cases import CASES, Problem, make_problem
+from benchmarks.speed.iterations import accuracy
+from benchmarks.speed.references import CPU, Iteration, analytic_seed, ours, published_loop
+from benchmarks.speed.timing import medians, paired_ratio
+from benchmarks.speed.workers import Job, take_turns
+
+
+class _SweepingCosine(Cosine):
+    """The cosine objective computed entry by entry, in several sweeps over the parameters."""
+
+    def affine_seed(self, products: Products) -> AffineSeed | None:
+        """Not used."""
+        return None
+
+
+def _exact(problem: Problem) -> Iteration:
+    return ours(problem, "exact")
+
+
+def _difference(problem: Problem) -> Iteration:
+    return ours(problem, "difference")
+
+
+def _several_sweeps(problem: Problem) -> Iteration:
+    matcher = GradientMatcher(Replica(problem.target, CPU), _SweepingCosine(), "difference")
+    return lambda: matcher(problem.inputs, problem.labels).input_gradient
+
+
+def _keeping_memory(problem: Problem) -> Iteration:
+    keep_freed_memory()
+    return _difference(problem)
+
+
+def _channels_last(problem: Problem) -> Iteration:
+    replica = Replica(problem.target, CPU)
+    replica.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    pairs = zip(replica.target_gradient, replica.parameters, strict=True)
+    replica.target_gradient = [torch.empty_like(p).copy_(g).detach() for g, p in pairs]
+    matcher = GradientMatcher(replica, Cosine(), "difference")
+    inputs = problem.inputs.contiguous(memory_format=torch.channels_last)
+    return lambda: matcher(inputs, problem.labels).input_gradient.contiguous()
+
+
+def _bf16(problem: Problem) -> Iteration:
+    iteration = _difference(problem)
+
+    def in_bf16() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return iteration()
+
+    return in_bf16
+
+
+def _one_thread(problem: Problem) -> Iteration:
+    torch.set_num_threads(1)
+    return _difference(problem)
+
+
+def _two_threads(problem: Problem) -> Iteration:
+    torch.set_num_threads(2)
+    return _difference(problem)
+
+
+def _first_order_pass(problem: Problem, compiled: bool) -> Iteration:
+    model = problem.target.build_model()
+    forward: Callable[[torch.Tensor], torch.Tensor] = torch.compile(model) if compiled else model
+
+    def iteration() -> torch.Tensor:
+        inputs = problem.inputs.clone().requires_grad_()
+        loss = F.cross_entropy(forward(inputs), problem.labels)
+        return torch.autograd.grad(loss, [inputs, *model.parameters()])[0]
+
+    return iteration
+
+
+def _eager_pass(problem: Problem) -> Iteration:
+    return _first_order_pass(problem, compiled=False)
+
+
+def _compiled_pass(problem: Problem) -> Iteration:
+    return _first_order_pass(problem, compiled=True)
+
+
+@dataclass(frozen=True)
+class Lever:
+    """One change and what it is compared with.
+
+    Attributes:
+        name: What it does.
+        without: Builds the iteration before the change.
+        with_: Builds the one after it.
+        cases: Targets to try it on.
+        remark: Whether it is in use, and why.
+        wall: Time on the wall: it is about threads.
+        comparable: Whether its result is the gradient of the objective.
+    """
+
+    name: str
+    without: Callable[[Problem], Iteration]
+    with_: Callable[[Problem], Iteration]
+    cases: tuple[str, ...]
+    remark: str
+    wall: bool = False
+    comparable: bool = True
+
+
+_SMALL = ("convnet-32px-b1-eval", "resnet18-32px-b1-eval")
+_ALL = (*_SMALL, "resnet18-224px-b1-eval", "vgg11-32px-b1-eval")
+LEVERS: dict[str, Lever] = {
+    lever.name: lever
+    for lever in [
+        Lever("analytic seed", published_loop, analytic_seed, _ALL, "in use"),
+        Lever("difference for double backward", _exact, _difference, _ALL, "in use"),
+        Lever("parameters swept once", _several_sweeps, _difference, _ALL, "in use"),
+        Lever("freed memory kept", _difference, _keeping_memory, _ALL, "in use by the command"),
+        Lever("channels last", _difference, _channels_last, _ALL, "not in use"),
+        Lever("bf16", _difference, _bf16, _SMALL, "not in use: the difference drowns"),
+        Lever("two threads", _one_thread, _two_threads, _SMALL, "torch's default", wall=True),
+        Lever(
+            "torch.compile of a pass",
+            _eager_pass,
+            _compiled_pass,
+            ("resnet18-32px-b1-eval",),
+            "not in use: a double backward and frozen switches cannot be compiled so",
+            comparable=False,
+        ),
+    ]
+}
+
+
+def build_lever(name: str, with_: bool, case: str, seed: int) -> Iteration:
+    """One side of a lever on one case."""
+    lever = LEVERS[name]
+    return (lever.with_ if with_ else lever.without)(make_problem(CASES[case], seed))
+
+
+def measure_levers(quick: bool, repeats: int, seed: int) -> Iterator[dict[str, Any]]:
+    """One row per lever and case.
+
+    Args:
+        quick: The first case of each only, and nothing that has to be compiled.
+        repeats: Rounds.
+        seed: Of models, images and candidates.
+    """
+    for lever in LEVERS.values():
+        if quick:
+            lever = replace(lever, cases=lever.cases[:1] if lever.comparable else ())
+        for case in lever.cases:
+            yield _measure(lever, case, repeats, seed)
+
+
+def _measure(lever: Lever, case: str, repeats: int, seed: int) -> dict[str, Any]:
+    sides = {"without": False, "with": True}
+    jobs: dict[str, Job] = {
+        side: (build_lever, (lever.name, with_, case, seed)) for side, with_ in sides.items()
+    }
+    times, results = take_turns(jobs, repeats, threads=2 if lever.wall else 1)
+    row: dict[str, Any] = {
+        "lever": lever.name,
+        "case": case,
+        "seconds": medians(times),
+        "gain": paired_ratio(times["without"], times["with"]),
+        "clock": "wall" if lever.wall else "processor",
+        "remark": lever.remark,
+    }
+    if lever.comparable:
+        row["cosine_to_float64"] = accuracy(make_problem(CASES[case], seed), results["with"])
+    return row

@@ -1,0 +1,109 @@
+"""The speed benchmark measures what it says, and writes tables from its records."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.speed import references
+from benchmarks.speed.__main__ import main
+from benchmarks.speed.cases import SMALL_CASE, make_problem
+from benchmarks.speed.iterations import accuracy
+from benchmarks.speed.levers import LEVERS
+from benchmarks.speed.render import render
+from benchmarks.speed.scaling import Machine, renew
+from benchmarks.speed.timing import interleaved, paired_ratio
+from training.errors import InputError
+
+PROBLEM = make_problem(SMALL_CASE)
+
+
+@pytest.mark.parametrize("method", ["published_loop", "analytic_seed", "ours"])
+def test_all_methods_find_the_same_gradient(method: str, benchmark) -> None:
+    iteration = getattr(references, method)(PROBLEM)
+    assert accuracy(PROBLEM, benchmark(iteration)) > 0.9999
+
+
+def test_levers_change_the_time_and_not_the_result() -> None:
+    for lever in LEVERS.values():
+        if lever.comparable and lever.name not in ("bf16", "two threads", "freed memory kept"):
+            assert accuracy(PROBLEM, lever.with_(PROBLEM)()) > 0.9999, lever.name
+
+
+def test_our_loop_advances_every_restart() -> None:
+    iteration = references.our_loop(PROBLEM, restarts=2, at_once=2)
+    before = iteration().clone()
+    assert not torch.equal(before, iteration())
+
+
+def test_functions_take_turns() -> None:
+    order: list[str] = []
+    times = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2)
+    assert order == ["a", "b"] * 3
+    assert len(times["a"]) == len(times["b"]) == 2
+    assert paired_ratio([2.0, 9.0, 2.0], [1.0, 1.0, 1.0]) == 2.0
+
+
+def test_table_comes_from_the_record() -> None:
+    made = {
+        "processor": "a processor",
+        "cores": 2,
+        "threads": 1,
+        "load_average": 0.0,
+        "versions": {"torch": "0"},
+    }
+    rows = [
+        {"case": "x", "processes": n, "bytes": 4e6, "seconds": {"iteration": s, "all-reduce": 0.1}}
+        for n, s in [(1, 3.0), (2, 2.0)]
+    ]
+    text = render({"processes": {"rows": rows, "provenance": made}})
+    assert "| x | 2 | 2000.0 | 100.0 | 4.0 | 1.50 |" in text
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(InputError, match="--only nonsense"):
+        main(["--only", "nonsense"])
+    with pytest.raises(InputError, match="--cases nonsense"):
+        main(["--cases", "nonsense"])
+
+
+@pytest.mark.slow
+def test_workers_write_a_record(tmp_path: Path) -> None:
+    words = ["--only", "iterations", "--cases", SMALL_CASE.name, "--repeats", "2"]
+    main([*words, "--threads", "1", "--output", str(tmp_path)])
+    (row,) = json.loads((tmp_path / "iterations.json").read_text())["rows"]
+    assert row["cosine_to_float64"] > 0.9999
+    assert row["case"] in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_difference_on_a_gpu_agrees_with_the_cpu() -> None:
+    from attack.matching import GradientMatcher, Replica
+    from attack.objectives import Cosine
+
+    device = torch.device("cuda")
+    matcher = GradientMatcher(Replica(PROBLEM.target, device), Cosine(), "difference")
+    found = matcher(PROBLEM.inputs.to(device), PROBLEM.labels.to(device)).input_gradient
+    assert accuracy(PROBLEM, found.cpu()) > 0.999
+
+
+def test_predictions_follow_the_model() -> None:
+    machine = Machine(latency=0.0, launches=0.0, memory=1e30)
+    alone = machine.iteration(1e9, 4e6, 8, 1)
+    assert alone == pytest.approx(5 * 8e9 / machine.flops)
+    ring = 2 * 7 / 8 * 4e6 / machine.inside
+    assert machine.iteration(1e9, 4e6, 8, 8) == pytest.approx(alone / 8 + ring)
+    # No more GPUs than images work.
+    assert machine.iteration(1e9, 4e6, 8, 64) == machine.iteration(1e9, 4e6, 8, 8)
+
+
+def test_page_keeps_its_prose() -> None:
+    page = "before\n<!-- begin a -->\nold\n<!-- end a -->\nafter\n"
+    renewed = renew(page, {"a": "new\n"})
+    assert renewed == "before\n<!-- begin a -->\nnew\n<!-- end a -->\nafter\n"
+    with pytest.raises(InputError, match="no place for the table b"):
+        renew(page, {"b": ""})
