@@ -382,5 +382,5 @@ def _rounding(shared: torch.Tensor) -> float:
 
 
 def _rank_analysis(adaptation: Adaptation, target: Target) -> None:
-    """The attacker inverts the pooled model itself; a heavier prior did not help."""
+    """Nothing is transformed after the gradient: the attacker inverts the pooled model."""
     adaptation.notes.append(f"pooling over {target.model.pool_kernel} px is part of the model")

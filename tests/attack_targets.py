@@ -166,8 +166,8 @@ CASES = [
         },
         labels=None,
     ),
-    Case("inverting-gradients-fedavg", "lenet, 4 local steps", 4, {"iterations": 150}),
-    Case("data-leakage-fedavg", "lenet, 4 local steps", 4, {}),
+    Case("inverting-gradients-fedavg", "lenet, 4 local steps", 4, {"iterations": 200}),
+    Case("data-leakage-fedavg", "lenet, 4 local steps", 4, {"iterations": 250}),
     Case("auto", "lenet", 5, {"config": EnsembleConfig(("spectral", "dlg"), iterations=250)}),
 ]
 

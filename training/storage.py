@@ -1,4 +1,7 @@
-"""Files that are written whole or not at all, and loaded without running code."""
+"""Files that are written whole or not at all, and loaded without running code.
+
+Torch is imported where checkpoints are: commands that write text only start without it.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
-
-import torch
 
 from training.errors import InputError
 
@@ -69,6 +70,8 @@ def save_checkpoint(value: dict[str, Any], path: str | Path) -> None:
         OSError: The disk is full or the folder cannot be written; a file that
             stood at `path` before is untouched.
     """
+    import torch
+
     try:
         with atomic_file(path) as file:
             torch.save(value, file)
@@ -100,6 +103,8 @@ def load_checkpoint(path: str | Path, flag: str = "--checkpoint") -> dict[str, A
         InputError: The file is missing, empty, truncated, not a checkpoint, or
             holds objects outside the allow-list.
     """
+    import torch
+
     path = Path(path)
     if not path.exists():
         raise InputError(f"{flag}: there is no file {path}")

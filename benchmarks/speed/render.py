@@ -62,7 +62,8 @@ def _restarts(rows: list[Row]) -> str:
 
 def _memory(rows: list[Row]) -> str:
     header = ["case", "method", "peak MiB", "of which imports", "share of R1's peak"]
-    base = {row["case"]: row["peak_bytes"] for row in rows if row["method"] == "R1"}
+    header += ["share beyond imports"]
+    base = {row["case"]: row for row in rows if row["method"] == "R1"}
     return table(
         header,
         [
@@ -71,11 +72,16 @@ def _memory(rows: list[Row]) -> str:
                 row["method"],
                 round(row["peak_bytes"] / 2**20),
                 round(row["bytes_of_imports"] / 2**20),
-                f"{100 * row['peak_bytes'] / base[row['case']]:.0f} %",
+                f"{100 * row['peak_bytes'] / base[row['case']]['peak_bytes']:.0f} %",
+                f"{100 * _beyond_imports(row) / max(1, _beyond_imports(base[row['case']])):.0f} %",
             ]
             for row in rows
         ],
     )
+
+
+def _beyond_imports(row: Row) -> int:
+    return int(row["peak_bytes"] - row["bytes_of_imports"])
 
 
 def _processes(rows: list[Row]) -> str:

@@ -110,6 +110,10 @@ def _assert_same(two: Target, one: Target, tolerance: float) -> None:
         torch.testing.assert_close(
             two.gradient[key], gradient, rtol=tolerance, atol=tolerance * scale
         )
+    assert (two.running_after or {}).keys() == (one.running_after or {}).keys()
+    for name, value in (one.running_after or {}).items():
+        shared = (two.running_after or {})[name]
+        torch.testing.assert_close(shared, value, rtol=tolerance, atol=1e-6)
     assert (two.bn_statistics is None) == (one.bn_statistics is None)
     for got, expected in zip(two.bn_statistics or (), one.bn_statistics or (), strict=True):
         for layer in expected:

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
+from benchmarks.columns import find_column
 from benchmarks.leaderboard import (
     FOLDER,
+    _ensemble_table,
+    build_parser,
     check_entry,
     load_entries,
     main,
@@ -120,3 +123,54 @@ def test_an_empty_folder_is_an_error_of_the_user(
 @pytest.mark.skipif(not any(FOLDER.glob("*.json")), reason="no entries are committed")
 def test_the_committed_entries_follow_the_schema() -> None:
     assert load_entries(FOLDER)
+
+
+def submission(*words: str) -> Any:
+    return build_parser().parse_args(["submit", "--defense", "Mine", *words])
+
+
+def test_a_submission_runs_all_attacks_on_the_defense() -> None:
+    (row,) = _ensemble_table(submission("--apply", "clip:2", "--budget", "50")).rows
+    assert {run["extract"].config["defense"] for run in row.repeats} == {"clip:2"}
+    attack = row.repeats[0]["attack"].config
+    assert attack["attack"] == "auto"
+    assert (attack["threat"], attack["epochs"]) == ("honest-server", 50)
+    (plain,) = _ensemble_table(submission("--apply", "none")).rows
+    assert "defense" not in plain.repeats[0]["extract"].config
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--apply", "nothing:1"], "unknown defense"),
+        (["--apply", "clip:1", "--threat", "nobody"], "--threat nobody"),
+        ([], "give --apply NAME:PARAM, or a computed table"),
+    ],
+)
+def test_a_submission_of_nothing_known_is_refused(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["submit", "--defense", "Mine", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_named_threat_model_is_the_entrys() -> None:
+    assert threat_model({"threat": "worst-case", "exact-bn": True}) == "worst-case"
+
+
+def test_columns_tell_the_choice_from_the_worst_case() -> None:
+    worst = {"index": 0, "psnr": 30.0, "psnr_attack": "dlg", "ssim": 0.9, "ssim_attack": "spear"}
+    record = {
+        "threat": {"name": "honest-server"},
+        "details": {"chosen": "spectral"},
+        "worst_case": {"per_image": [worst]},
+        "evaluation": {"per_image": [{"psnr": 20.0}]},
+        "label_rules": {"yin": {"accuracy": None, "reason": "labels repeat"}},
+    }
+    run = {"attack": record}
+    assert find_column("psnr").values(run) == [20.0]
+    assert find_column("worst-case psnr").values(run) == [30.0]
+    texts = ("threat", "chosen attack", "strongest attack")
+    columns = [find_column(name) for name in texts]
+    assert [c.text(run) for c in columns if c.text] == ["honest-server", "spectral", "spear"]
+    assert find_column("labels by yin").note(run) == "labels repeat"
