@@ -24,6 +24,8 @@ from gradients.checkpoint import Target
 FEW_KEPT = 0.1
 # Share of the mean squared element below which rounding noise makes no difference.
 SIGNAL_FLOOR = 0.3
+# Quantization to at most so many levels is treated as noise.
+COARSE_LEVELS = 4
 # How sharply the sign is replaced by a smooth step, relative to a tensor's mean magnitude.
 SIGN_SOFTNESS = 0.5
 
@@ -358,9 +360,12 @@ def _quantize(adaptation: Adaptation, target: Target, values: list[float]) -> No
     """Rounding at random is noise of known size, another for every tensor.
 
     An element of size |g| below a step q has variance q |g| - g^2; on average over a tensor
-    of small elements, q times the mean magnitude. Where rounding hardly matters beside the
-    signal, all tensors count the same, as without it.
+    of small elements, q times the mean magnitude. Weights for it pay only where rounding
+    drowns the signal; with more levels they cost more than they give.
     """
+    if values and values[0] > COARSE_LEVELS:
+        adaptation.notes.append("quantize: fine enough to be compared as it is")
+        return
     shared = _tensors(target)
     signal = sum(float(g.double().square().sum()) for g in shared)
     signal /= sum(g.numel() for g in shared)

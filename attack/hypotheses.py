@@ -24,7 +24,7 @@ from training.distributed import shard_sizes
 from training.errors import InputError
 
 MAX_ARRANGEMENTS = 24
-FIRST_ITERATIONS = 30
+FIRST_ITERATIONS = 100
 # Neither of them is a rule that an attacker would choose.
 _NO_CHOICE = {"known", "llg-stale"}
 

@@ -42,7 +42,7 @@ def test_a_real_search(tmp_path: Path) -> None:
         max_t=6,
         verbose=0,
         storage=tmp_path,
-        ray_options={"num_cpus": 2},
+        ray_options={"num_cpus": 2, "address": "local"},
     )
     assert not ray.is_initialized()
     losses = [trial["loss"] for trial in result.trials]
