@@ -16,7 +16,7 @@ class GradInversion(OptimizationAttack):
     weights mean what they mean there. After a quarter of the iterations (5000 of 20000) the
     seeds are registered onto their mean every 100 iterations and drawn to the result. The
     paper registers by RANSAC-flow, a trained network; here it is the best whole-pixel
-    translation, by phase of the Fourier transform, which follows shifts and no warps.
+    translation, by cross-correlation, which follows shifts and no warps.
     Without BatchNorm in the network give `--BN 0`.
 
     Args:
