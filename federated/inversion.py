@@ -391,15 +391,22 @@ def _start(
 def _labels(update: LocalUpdate, settings: InversionSettings) -> tuple[torch.Tensor, str]:
     """Labels recovered from the update, and by which rule; or "joint" to optimise them.
 
-    With several local steps the counts of each step are unknown, so labels are optimised.
+    With several local steps the counts of each step are unknown, so labels are optimised;
+    so they are where the update is too noisy for any to be recovered.
     """
     target = _loose_target(update)
     rule = "idlg" if update.n_images == 1 else "ilrg-robust"
+    joint = torch.zeros(update.n_images, dtype=torch.long), "joint"
     if settings.labels == "joint" or (
         settings.labels == "auto" and update.n_images > 1 and len(update.steps) > 1
     ):
-        return torch.zeros(update.n_images, dtype=torch.long), "joint"
-    return recover_labels(rule, target), rule
+        return joint
+    try:
+        return recover_labels(rule, target), rule
+    except InputError:
+        if settings.labels == "recovered":
+            raise
+        return joint
 
 
 # --- The other methods ------------------------------------------------------------

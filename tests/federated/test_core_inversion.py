@@ -90,6 +90,17 @@ def test_label_of_a_single_image_is_recovered() -> None:
         assert found.labels_from == "idlg"
 
 
+def test_labels_that_noise_hides_are_optimised() -> None:
+    update = update_of(4, 4)
+    noisy = dict(update.weight_diff)
+    # The update lowers every bias: no class looks as if it had an image.
+    noisy["fc.bias"] = -abs(noisy["fc.bias"])
+    hidden = dataclasses.replace(update, weight_diff=noisy)
+    assert invert(hidden, iterations=2).labels_from == "joint"
+    with pytest.raises(InputError, match="negative bias gradient"):
+        invert(hidden, iterations=2, labels="recovered")
+
+
 def test_losses_vanish_at_the_true_images() -> None:
     update = update_of(1, 1)
     truth = victims().images[0]
