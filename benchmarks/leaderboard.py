@@ -253,7 +253,7 @@ def _ensemble_table(args: argparse.Namespace) -> Table:
         "attack": {flag: value for flag, value in attack.items() if value is not None},
     }
     axes = {"defense": {args.defense: flags}}
-    return load_table(find_table("leaderboard"), args.preset, args.data, axes=axes)
+    return load_table(find_table("ensemble"), args.preset, args.data, axes=axes)
 
 
 def _compute(table: Table, store: Store, args: argparse.Namespace) -> None:
