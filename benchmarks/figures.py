@@ -278,7 +278,9 @@ def _rounds(result: TableResult, store: Store, folder: Path) -> Iterator[Picture
         ax.axhline(0, color="k", lw=0.8)
         ax.set_title(", ".join(row.row.labels.values()), fontsize=8)
         ax.set_xlabel("round")
-        ax.sharey(axes[0][0])
+    lowest, highest = zip(*(ax.get_ylim() for ax in axes[0]), strict=True)
+    for ax in axes[0]:
+        ax.set_ylim(min(lowest), max(highest))
     axes[0][0].set_ylabel("RDLV (largest of the site's images)")
     axes[0][0].legend(fontsize=7)
     path = folder / "rounds.png"
