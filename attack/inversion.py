@@ -735,7 +735,7 @@ class Inversion:
             }
             for r in self.restarts
         ]
-        matcher = {"calls": self.matcher.calls, "step": self.matcher.step}
+        matcher = self.matcher.state_dict()
         save_checkpoint(
             {"progress": vars(self.progress), "restarts": restarts, "matcher": matcher}, state_file
         )
@@ -752,8 +752,7 @@ class Inversion:
         self.progress = _Progress(**saved["progress"])
         if self.progress.fusion is not None:
             self.progress.fusion = self.progress.fusion.to(self.device)
-        self.matcher.calls = saved["matcher"]["calls"]
-        self.matcher.step = saved["matcher"]["step"]
+        self.matcher.load_state_dict(saved["matcher"])
         self.restarts = [self._restored(restart) for restart in saved["restarts"]]
 
     def _restored(self, state: dict[str, Any]) -> Restart:
