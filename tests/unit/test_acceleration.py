@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from attack.acceleration import (
     LOW_ACCEPTED_COSINE,
     AcceleratedMatcher,
     Acceleration,
+    CapturedPass,
     lowered,
     product_precision,
 )
@@ -85,6 +88,50 @@ def test_traced_passes_are_the_passes(spec: ModelSpec, train_mode: bool) -> None
     assert traced.notes["compile"]
     assert not traced.events
     assert len(traced._graphs) == 1
+
+
+@pytest.fixture
+def replaying(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of torch.cuda a graph that runs its function again into the same memory."""
+    nothing = contextlib.nullcontext()
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    fake: dict[str, Any] = {"Stream": lambda: stream, "current_stream": lambda: stream}
+    fake |= {"stream": lambda _: nothing, "graph": lambda _: nothing, "CUDAGraph": Replay}
+    for name, value in fake.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+
+
+class Replay:
+    captured: CapturedPass
+
+    def replay(self) -> None:
+        with torch.no_grad():
+            found = self.captured._function(*self.captured._held)
+        for mine, now in zip(self.captured._results, found, strict=True):
+            mine.copy_(now)
+
+
+class CapturingMatcher(AcceleratedMatcher):
+    def _faster(self, graph: Any, arguments: Any, changing: range) -> Any:
+        captured = CapturedPass(graph, arguments, changing)
+        captured._graph.captured = captured  # type: ignore[attr-defined]
+        return captured
+
+
+def test_captured_passes_keep_their_memory_to_themselves(replaying: None) -> None:
+    target, truth = make_target(CNN, 2, train_mode=True)
+    plain = GradientMatcher(Replica(target, CPU, torch.float64), Cosine(), "difference", False)
+    captured = matcher_on(target, kind=CapturingMatcher)
+    given = [candidate(target) + shift for shift in (0.0, 0.1, 0.2)]
+    before = [inputs.clone() for inputs in given]
+    found = [captured(inputs, truth.labels).input_gradient for inputs in given]
+    for inputs, gradient in zip(given, found, strict=True):
+        expected = plain(inputs, truth.labels).input_gradient
+        assert cosine_of_images(gradient, expected) > 0.999999
+    assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
+    assert not captured.events
+    for mine, shared in zip(captured.replica.parameters, plain.replica.parameters, strict=True):
+        assert torch.equal(mine, shared)
 
 
 def test_labels_and_penalties_ride_along_in_a_graph() -> None:
