@@ -14,6 +14,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from attack.restarts import Restart, by_objective
+
 # Iterations between two halvings, and the largest share of all iterations that may be spent
 # on starts that are dropped.
 LAP = 20
@@ -36,9 +38,21 @@ class Race:
     halvings: tuple[tuple[int, int], ...]
     iterations: int
 
-    def going_on(self, iteration: int) -> int | None:
-        """How many starts go on from this iteration; None where none is dropped."""
-        return dict(self.halvings).get(iteration)
+    def thin_out(self, restarts: list[Restart], iteration: int) -> list[Restart]:
+        """The starts that go on from this iteration, the best first.
+
+        Args:
+            restarts: Starts of one race or several: those of race r are numbered from
+                r times `starts` on.
+            iteration: From 0.
+        """
+        count = dict(self.halvings).get(iteration)
+        if count is None:
+            return restarts
+        races: dict[int, list[Restart]] = {}
+        for restart in sorted(restarts, key=by_objective):
+            races.setdefault(restart.index // self.starts, []).append(restart)
+        return [restart for race in races.values() for restart in race[:count]]
 
 
 def plan_race(iterations: int, starts: int) -> Race:
