@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
+from attack.clipping import SampleClipping
 from attack.objectives import Objective, Tensors
 from attack.settings import InversionConfig
 from gradients.checkpoint import Target
@@ -40,12 +42,15 @@ class Adaptation:
             shared parameter; 0 leaves it out.
         through: What the defense does to a candidate's gradient, smoothly; applied before
             comparing.
+        sample_norm: Norm to which the client clips the gradient of every image; None
+            where it does not, or the candidates need not be clipped alike.
         notes: What was done, one sentence per defense.
     """
 
     config: InversionConfig
     weights: list[torch.Tensor]
     through: Callable[[Tensors], Tensors] | None = None
+    sample_norm: float | None = None
     notes: list[str] = field(default_factory=list)
 
     @classmethod
@@ -65,6 +70,12 @@ class Adaptation:
         if all(w.numel() == 1 and float(w) == 1 for w in self.weights):
             return inner
         return ElementWeighted(inner, self.weights)
+
+    def clipping(self, model: nn.Module, names: Sequence[str]) -> SampleClipping | None:
+        """What per-sample clipping does to a candidate; None where it need not be known."""
+        if self.sample_norm is None:
+            return None
+        return SampleClipping(model, names, self.sample_norm)
 
     def keep_only(self, masks: list[torch.Tensor]) -> None:
         """Compare only where the masks are true."""
@@ -226,6 +237,9 @@ def _percentile(adaptation: Adaptation, target: Target, values: list[float]) -> 
 def _dp_sgd(adaptation: Adaptation, target: Target, values: list[float]) -> None:
     """Clipping per sample and noise on the sum, of which the mean is shared."""
     _scale_free(adaptation, "dp-sgd")
+    if target.batch_size > 1 and target.local.steps == 1:
+        adaptation.sample_norm = values[1]
+        adaptation.notes.append("dp-sgd: every image of a candidate is clipped alone as well")
     _white_noise(adaptation, target, values[0] * values[1] / target.batch_size, "dp-sgd")
 
 

@@ -168,7 +168,12 @@ class Inversion:
 
     def _make_matcher(self) -> GradientMatcher:
         objective = make_objective(self.config, len(self.target.gradient))
-        return GradientMatcher(self.replica, self.adaptation.objective(objective), self.config.hvp)
+        return GradientMatcher(
+            self.replica,
+            self.adaptation.objective(objective),
+            self.config.hvp,
+            self.adaptation.clipping(self.replica.model, self.replica.names),
+        )
 
     def _make_coordinates(self) -> Coordinates:
         size = (self.target.data.shape[1], self.target.data.shape[2])
@@ -677,7 +682,9 @@ class Inversion:
         # gradient alone would give each its own curvature.
         sizes, share = self.replica.sizes, self.replica.share
         variable = distributed.all_gather_rows(restart.best_inputs, sizes).clone().requires_grad_()
-        exact = GradientMatcher(self.replica, self.matcher.objective, "exact")
+        exact = GradientMatcher(
+            self.replica, self.matcher.objective, "exact", self.matcher.clipping
+        )
         optimizer = torch.optim.LBFGS(
             [variable], max_iter=self.config.polish, max_eval=5 * self.config.polish,
             history_size=50, line_search_fn="strong_wolfe", tolerance_grad=0, tolerance_change=0,

@@ -32,6 +32,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attack.activations import RecordActivations, ReplayActivations, TwiceDifferentiable
+from attack.clipping import SampleClipping
 from attack.objectives import (
     Objective,
     Products,
@@ -100,6 +101,7 @@ class Replica:
         groups: Images per asynchronous BatchNorm group of this process; None where all
             images of all processes share one set of statistics.
         first_group: Index of the first of those groups among the client's shards.
+        weights: n factors of the images' losses; None: all count alike.
 
     Raises:
         InputError: The batch cannot be spread over so many processes.
@@ -117,6 +119,7 @@ class Replica:
         self.placement = Placement(shards=groups, dropout_seed=target.dropout_seed)
         self.sizes, self.groups, self.first_group = _share_out(target)
         self.share = distributed.shard_slice(self.sizes, distributed.rank())
+        self.weights: torch.Tensor | None = None
         self.model = _convert_batch_norm(target, self.groups).to(device, dtype)
         for module in self.model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -140,7 +143,10 @@ class Replica:
         """
         if labels.is_floating_point():
             labels = labels.softmax(-1)
-        return F.cross_entropy(model(inputs), labels, reduction="sum") / self.batch_size
+        if self.weights is None:
+            return F.cross_entropy(model(inputs), labels, reduction="sum") / self.batch_size
+        losses = F.cross_entropy(model(inputs), labels, reduction="none")
+        return (losses * self.weights).sum() / self.batch_size
 
 
 def _share_out(target: Target) -> tuple[list[int], list[int] | None, int]:
@@ -184,6 +190,8 @@ class GradientMatcher:
         objective: Distance between gradients.
         hvp: "exact", "difference", or "auto": the difference while it agrees with
             the exact one, which is checked at the start and every `CHECK_EVERY` calls.
+        clipping: What the client's per-sample clipping does to a candidate; None: it
+            does not clip.
 
     Raises:
         InputError: Unknown `hvp`.
@@ -193,12 +201,19 @@ class GradientMatcher:
         >>> match = matcher(inputs, labels)
     """
 
-    def __init__(self, replica: Replica, objective: Objective, hvp: str = "auto") -> None:
+    def __init__(
+        self,
+        replica: Replica,
+        objective: Objective,
+        hvp: str = "auto",
+        clipping: SampleClipping | None = None,
+    ) -> None:
         if hvp not in HVP_MODES:
             raise InputError(f"--hvp {hvp}: choose one of {', '.join(HVP_MODES)}")
         self.replica = replica
         self.objective = objective
         self.hvp = hvp
+        self.clipping = clipping
         self.calls = 0
         self.agreement: float | None = None
         self._steps = STEP_SIZES[_precision(replica.target_gradient)]
@@ -234,10 +249,17 @@ class GradientMatcher:
                 called after it for a differentiable scalar.
             apart: Keep the penalty's gradient apart, at the cost of a backward pass.
         """
+        self._weigh(inputs, labels)
         self._count_call(inputs, labels)
         if self.step is None:
             return self._exact(inputs, labels, weight, penalty, apart)
         return self._difference(inputs, labels, weight, penalty, self.step, apart)
+
+    def _weigh(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
+        """Give the images the weights that clipping would give them here."""
+        if self.clipping is not None:
+            classes = labels.softmax(-1) if labels.is_floating_point() else labels
+            self.replica.weights = self.clipping.weights(inputs, classes)
 
     def _count_call(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
         if self.hvp == "auto" and self.calls % CHECK_EVERY == 0:
@@ -249,12 +271,14 @@ class GradientMatcher:
 
         Every restart has BatchNorm statistics of its own. The results are those of
         calling the matcher once per restart, up to rounding; where differences are not
-        in use, that is what happens.
+        in use, or every restart is clipped in its own way, that is what happens.
 
         Args:
             inputs: R x n x C x H x W, normalised.
             labels: n class indices, the same for all restarts.
         """
+        if self.clipping is not None:
+            return [self(one, labels) for one in inputs]
         self._count_call(inputs[0], labels)
         if self.step is None:
             return [self._exact(one, labels, 1.0, None) for one in inputs]
@@ -308,6 +332,7 @@ class GradientMatcher:
 
     def value(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The objective alone, a scalar in float64."""
+        self._weigh(inputs, labels)
         if self.replica.local.steps > 1:
             gradient = self._update(inputs, labels, create_graph=False)
         else:
