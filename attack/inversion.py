@@ -172,7 +172,7 @@ class Inversion:
             self.replica,
             self.adaptation.objective(objective),
             self.config.hvp,
-            self.adaptation.clipping(self.replica.model, self.replica.names),
+            clipping=self.adaptation.clipping(self.replica.model, self.replica.names),
         )
 
     def _make_coordinates(self) -> Coordinates:
@@ -683,7 +683,7 @@ class Inversion:
         sizes, share = self.replica.sizes, self.replica.share
         variable = distributed.all_gather_rows(restart.best_inputs, sizes).clone().requires_grad_()
         exact = GradientMatcher(
-            self.replica, self.matcher.objective, "exact", self.matcher.clipping
+            self.replica, self.matcher.objective, "exact", clipping=self.matcher.clipping
         )
         optimizer = torch.optim.LBFGS(
             [variable], max_iter=self.config.polish, max_eval=5 * self.config.polish,
@@ -742,7 +742,7 @@ class Inversion:
             }
             for r in self.restarts
         ]
-        matcher = {"calls": self.matcher.calls, "step": self.matcher.step}
+        matcher = self.matcher.state_dict()
         save_checkpoint(
             {"progress": vars(self.progress), "restarts": restarts, "matcher": matcher}, state_file
         )
@@ -759,8 +759,7 @@ class Inversion:
         self.progress = _Progress(**saved["progress"])
         if self.progress.fusion is not None:
             self.progress.fusion = self.progress.fusion.to(self.device)
-        self.matcher.calls = saved["matcher"]["calls"]
-        self.matcher.step = saved["matcher"]["step"]
+        self.matcher.load_state_dict(saved["matcher"])
         self.restarts = [self._restored(restart) for restart in saved["restarts"]]
 
     def _restored(self, state: dict[str, Any]) -> Restart:

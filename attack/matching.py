@@ -22,7 +22,7 @@ import contextlib
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attack.activations import RecordActivations, ReplayActivations, TwiceDifferentiable
 from attack.clipping import SampleClipping
+from attack.factored import Factored, find_layers, saves_sweeps
 from attack.objectives import (
     Objective,
     Products,
@@ -61,6 +62,8 @@ STEP_SIZES = {
 }
 ACCEPTED_COSINE = 0.9999
 CHECK_EVERY = 250
+# Calls that do not try factored gradients after one whose products had lost their digits.
+CALLS_WITHOUT_FACTORS = 20
 
 
 @dataclass
@@ -82,6 +85,23 @@ class Match:
     label_gradient: torch.Tensor | None = None
     penalty: torch.Tensor | None = None
     penalty_gradient: torch.Tensor | None = None
+
+
+@dataclass
+class _FirstPass:
+    """What the pass at theta leaves for the second one.
+
+    Attributes:
+        value: The objective, a scalar in float64.
+        at_theta: Gradients of the loss in what is optimised.
+        h: Step along the objective's derivative in the parameters.
+        moved: Within it the perturbed model is at theta + h v, with frozen switches.
+    """
+
+    value: torch.Tensor
+    at_theta: Sequence[torch.Tensor]
+    h: float
+    moved: contextlib.AbstractContextManager[Any]
 
 
 class Replica:
@@ -190,6 +210,7 @@ class GradientMatcher:
         objective: Distance between gradients.
         hvp: "exact", "difference", or "auto": the difference while it agrees with
             the exact one, which is checked at the start and every `CHECK_EVERY` calls.
+        factor: Keep late layers' gradients as products (see `attack.factored`).
         clipping: What the client's per-sample clipping does to a candidate; None: it
             does not clip.
 
@@ -206,6 +227,7 @@ class GradientMatcher:
         replica: Replica,
         objective: Objective,
         hvp: str = "auto",
+        factor: bool = True,
         clipping: SampleClipping | None = None,
     ) -> None:
         if hvp not in HVP_MODES:
@@ -214,6 +236,7 @@ class GradientMatcher:
         self.objective = objective
         self.hvp = hvp
         self.clipping = clipping
+        self.factor = factor
         self.calls = 0
         self.agreement: float | None = None
         self._steps = STEP_SIZES[_precision(replica.target_gradient)]
@@ -224,6 +247,9 @@ class GradientMatcher:
         # Entries are paired in memory order; a checkpoint may hold any layout.
         pairs = zip(replica.target_gradient, _detached(replica.parameters), strict=True)
         self._goal: Tensors = [_laid_out_as(t, p) for t, p in pairs]
+        self._surveyed: torch.Size | None = None
+        self._factored: Factored | None = None
+        self._near = 0
         self._target_squared = float(squared_norm(replica.target_gradient))
         self._theta_norm = float(squared_norm(_detached(replica.parameters)).sqrt())
         if replica.local.steps > 1:
@@ -362,15 +388,25 @@ class GradientMatcher:
     def _calibrate(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
         """Choose the step whose difference agrees with the second backward pass."""
         exact = self._exact(inputs, labels, 1.0, None).input_gradient
-        best: tuple[float, float | None] = (-1.0, None)
-        for step in self._steps:
-            candidate = self._difference(inputs, labels, 1.0, None, step).input_gradient
-            best = max(best, (_cosine(exact, candidate), step), key=lambda pair: pair[0])
-            if best[0] >= ACCEPTED_COSINE:
-                break
+        best = self._best_step(exact, inputs, labels)
+        if best[0] < ACCEPTED_COSINE and self._factored is not None:
+            self.factor, self._factored = False, None
+            best = self._best_step(exact, inputs, labels)
         self.agreement = best[0]
         self.step = best[1] if best[0] >= ACCEPTED_COSINE else None
         logger.debug("difference step %s, cosine to exact %.6f", self.step, self.agreement)
+
+    def _best_step(
+        self, exact: torch.Tensor, inputs: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[float, float]:
+        """The best cosine to the exact gradient, and the step that has it."""
+        best = (-1.0, self._steps[0])
+        for step in self._steps:
+            candidate = self._difference(inputs, labels, 1.0, None, step).input_gradient
+            best = max(best, (_cosine(exact, candidate), step))
+            if best[0] >= ACCEPTED_COSINE:
+                break
+        return best
 
     def _exact(
         self,
@@ -413,29 +449,99 @@ class GradientMatcher:
         step: float,
         apart: bool = False,
     ) -> Match:
-        variables = _variables(inputs, labels)
-        with RecordActivations() as record:
-            loss = self.replica.loss(self.replica.model, *_fill(variables, labels))
-        n = len(self.replica.parameters)
-        first = torch.autograd.grad(loss, [*self.replica.parameters, *variables])
-        at_theta = first[n:]
-        value, moved, h = self._moved_parameters(list(first[:n]), step)
-        del loss, first
-
+        first = self._first_pass_factored(inputs, labels, step)
+        if first is None:
+            first = self._first_pass(inputs, labels, step)
         variables = _variables(inputs, labels)
         observe = None if penalty is None else penalty(self._perturbed)
-        with self._at(moved), ReplayActivations(record.replays, record.switches):
+        with first.moved:
             loss = self.replica.loss(self._perturbed, *_fill(variables, labels))
             extra = None if observe is None else observe()
             alone = _penalty_gradient(extra, variables[0]) if apart else None
             # The penalty rides along in the second pass; that it is taken at slightly
             # moved parameters changes it in the fifth digit.
-            total = loss * (weight / h)
+            total = loss * (weight / first.h)
             if extra is not None and not apart:
                 total = total + extra
             at_moved = torch.autograd.grad(total, variables)
-        result = [b.sub_(a, alpha=weight / h) for a, b in zip(at_theta, at_moved, strict=True)]
-        return _match(value, result, extra, alone)
+        pairs = zip(first.at_theta, at_moved, strict=True)
+        result = [b.sub_(a, alpha=weight / first.h) for a, b in pairs]
+        return _match(first.value, result, extra, alone)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed attack needs to go on to the bit, as plain values."""
+        fields = {"calls": self.calls, "step": self.step}
+        return {**fields, "factor": self.factor, "near": self._near}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self.calls, self.step = state["calls"], state["step"]
+        self.factor, self._near = state["factor"], state["near"]
+
+    def _first_pass(self, inputs: torch.Tensor, labels: torch.Tensor, step: float) -> _FirstPass:
+        """The pass at theta, with every parameter's gradient."""
+        variables = _variables(inputs, labels)
+        with RecordActivations() as record:
+            loss = self.replica.loss(self.replica.model, *_fill(variables, labels))
+        n = len(self.replica.parameters)
+        found = torch.autograd.grad(loss, [*self.replica.parameters, *variables])
+        value, moved, h = self._moved_parameters(list(found[:n]), step)
+        around = contextlib.ExitStack()
+        around.enter_context(self._at(self._moved, moved))
+        around.enter_context(ReplayActivations(record.replays, record.switches))
+        return _FirstPass(value, found[n:], h, around)
+
+    def _first_pass_factored(
+        self, inputs: torch.Tensor, labels: torch.Tensor, step: float
+    ) -> _FirstPass | None:
+        """The same where late layers' gradients stay factored; None where they cannot."""
+        factored = self._factoring(inputs)
+        if factored is None:
+            return None
+        variables = _variables(inputs, labels)
+        with RecordActivations() as record, factored.record() as factors:
+            loss = self.replica.loss(self.replica.model, *_fill(variables, labels))
+        others = factored.others(self.replica.parameters)
+        found = torch.autograd.grad(loss, [*others, *factors.taps, *variables])
+        n, m = len(others), len(others) + len(factors.taps)
+        factors.close(found[n:m])
+        theta, goal = _detached(others), factored.others(self._goal)
+        gradient = [_laid_out_as(g, t) for g, t in zip(found[:n], theta, strict=True)]
+        pairs = (products_with(gradient, goal), factored.products(factors))
+        gg, gt = (sum(parts) for parts in zip(*pairs, strict=True))
+        affine = self.objective.affine_seed(Products(gg, gt, self._target_squared))
+        if affine is None or affine.on_target == 0:
+            self._near = CALLS_WITHOUT_FACTORS
+            return None
+        wanted = self._perturbation(affine.length, step)
+        along = factored.along_target(wanted * affine.on_target)
+        h = along / affine.on_target
+        _move(gradient, goal, theta, h * affine.on_gradient, h * affine.on_target)
+        around = contextlib.ExitStack()
+        around.enter_context(self._at(factored.others(self._moved), gradient))
+        around.enter_context(ReplayActivations(record.replays, record.switches))
+        around.enter_context(factored.replay(factors, along, h * affine.on_gradient))
+        value = inputs.new_tensor(affine.value, dtype=torch.float64)
+        return _FirstPass(value, found[m:], h, around)
+
+    def _factoring(self, inputs: torch.Tensor) -> Factored | None:
+        """The layers to keep factored for such inputs; None where it does not pay."""
+        if self._near > 0:
+            # Products of gradients have lost their digits; so they will for a while.
+            self._near -= 1
+            return None
+        if inputs.shape != self._surveyed:
+            self._surveyed, self._factored = inputs.shape, self._survey(inputs.shape)
+        return self._factored
+
+    def _survey(self, shape: torch.Size) -> Factored | None:
+        probe = self.objective.affine_seed(Products(1.0, 0.5, 1.0))
+        if not self.factor or probe is None or distributed.world_size() > 1:
+            return None
+        layers = find_layers(self.replica.model, self.replica.parameters, shape, saves_sweeps)
+        return (
+            Factored(layers, (self.replica.parameters, self._moved), self._goal) if layers else None
+        )
 
     def _moved_parameters(
         self, gradient: Tensors, step: float
@@ -452,21 +558,21 @@ class GradientMatcher:
             torch._foreach_add_(seed, theta)
             return value, seed, h
         h = self._perturbation(affine.length, step)
-        for g, t, p in in_pieces(gradient, target, theta):
-            # What is small is added first: the sum with theta rounds only once.
-            g.mul_(h * affine.on_gradient).add_(t, alpha=h * affine.on_target).add_(p)
+        _move(gradient, target, theta, h * affine.on_gradient, h * affine.on_target)
         return gradient[0].new_tensor(affine.value, dtype=torch.float64), gradient, h
 
+    @staticmethod
     @contextlib.contextmanager
-    def _at(self, parameters: Tensors) -> Iterator[None]:
-        """Within the block the perturbed model has these parameters."""
-        for mine, moved in zip(self._moved, parameters, strict=True):
-            mine.data = moved
+    def _at(parameters: Tensors, moved: Tensors) -> Iterator[None]:
+        """Within the block parameters of the perturbed model have these values."""
+        held = [p.data for p in parameters]
+        for parameter, value in zip(parameters, moved, strict=True):
+            parameter.data = value
         try:
             yield
         finally:
-            for mine, theta in zip(self._moved, self.replica.parameters, strict=True):
-                mine.data = theta.data
+            for parameter, value in zip(parameters, held, strict=True):
+                parameter.data = value
 
     def _value_and_seed(self, gradient: Tensors) -> tuple[torch.Tensor, Tensors]:
         """The objective of the whole batch's gradient."""
@@ -480,6 +586,13 @@ class GradientMatcher:
         flat = distributed.all_reduce(torch.cat([g.flatten() for g in gradient]))
         pieces = flat.split([g.numel() for g in gradient])
         return [p.view(g.shape) for p, g in zip(pieces, gradient, strict=True)]
+
+
+def _move(gradient: Tensors, target: Tensors, theta: Tensors, a: float, b: float) -> None:
+    """Overwrite a gradient by theta + a * gradient + b * target."""
+    for g, t, p in in_pieces(gradient, target, theta):
+        # What is small is added first: the sum with theta rounds only once.
+        g.mul_(a).add_(t, alpha=b).add_(p)
 
 
 def _precision(tensors: Tensors) -> torch.dtype:

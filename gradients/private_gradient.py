@@ -199,7 +199,7 @@ def _clip_and_sum(gradients: Sequence[torch.Tensor], max_norm: float) -> list[to
 
 def clip_to_norm(gradient: Sequence[torch.Tensor], max_norm: float) -> list[torch.Tensor]:
     """Scale a list of tensors down to a common L2 norm of at most `max_norm`."""
-    norm = torch.stack([g.norm() for g in gradient]).norm()
+    norm = torch.stack([g.double().norm() for g in gradient]).norm()
     factor = (max_norm / norm.clamp(min=1e-30)).clamp(max=1)
     return [g * factor for g in gradient]
 

@@ -15,6 +15,7 @@ from attack.objectives import (
     LayerWeighted,
     Objective,
     Products,
+    inner_product,
     layer_weights,
     products_with,
     squared_norm,
@@ -308,13 +309,21 @@ def test_zero_target_gradient_is_no_division_by_zero():
     assert torch.isfinite(seed[0]).all()
 
 
+def test_millions_of_entries_keep_their_digits():
+    entries = torch.randn(3_000_000, generator=torch.Generator().manual_seed(0))
+    expected = float(entries.double().square().sum())
+    assert float(squared_norm([entries])) == pytest.approx(expected, rel=1e-5)
+    assert float(inner_product([entries], [entries])) == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("train_mode", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", ["convnet", "resnet", "vit"])
 def test_batched_restarts_equal_single_ones(name, train_mode):
     target, truth = make_target(MODELS[name], 2, train_mode=train_mode)
     shape = (3, target.batch_size, *target.data.shape)
     inputs = torch.randn(shape, generator=torch.Generator().manual_seed(1)).double()
-    matcher = GradientMatcher(Replica(target, CPU, torch.float64), Cosine(), "difference")
+    replica = Replica(target, CPU, torch.float64)
+    matcher = GradientMatcher(replica, Cosine(), "difference", factor=False)
     together = matcher.several(inputs, truth.labels)
     for one, batched in zip(inputs, together, strict=True):
         alone = matcher(one, truth.labels)

@@ -1,0 +1,375 @@
+"""Weight gradients kept as products, so that matching need not touch every parameter.
+
+The weight gradient of a convolution or a fully connected layer is g = A^T d: rows of A are
+the patches it read, rows of d the derivatives of the loss in its outputs, S rows in all. With
+few rows (small images, late layers) the factors are far smaller than g, and give all that
+matching asks of it:
+
+    <g, g> = sum (A A^T) * (d d^T),    <g, t> = sum conv(a, t) * d,
+
+and a second pass at W + c t + s g, which a layer with input a' answers by
+
+    conv(a', W + c t) + s (A' A^T) d.
+
+The gradient is never formed. W + c t changes only with c, which the caller keeps for many
+iterations. Where an objective is a function of the two products, its derivative in g is a
+combination of g and t, and this is exact; the caller's difference of two passes is as accurate
+as with parameters moved outright.
+
+Source: the norm of a product, Goodfellow, Efficient Per-Example Gradient Computations, 2015,
+https://arxiv.org/abs/1510.01799, and for convolutions Bu et al., Scalable and Efficient
+Training of Large Convolutional Neural Networks with Differential Privacy, 2022,
+https://arxiv.org/abs/2205.10683. The second pass is this project's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from attack.activations import RecordActivations
+from attack.packed import FixedConv2d
+
+Tensors = list[torch.Tensor]
+# By the identity of their weights.
+Layers = dict[int, "Layer"]
+# By the index of their weights among the shared parameters.
+Kernels = dict[int, Callable[[torch.Tensor], torch.Tensor]]
+
+# Kept as a product, a layer needs about four times S^2 (K + M) multiplications more, and the
+# K M entries of its gradient are not written, reordered, compared and moved. Doing that to an
+# entry takes about as long as so many multiplications (measured on a CPU).
+MULTIPLICATIONS_PER_ENTRY = 100
+# Steps whose moved weights are kept: the wanted one may lie on the border of two.
+KEPT_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a convolution reads its input; None stands for a fully connected layer."""
+
+    kernel: tuple[int, int]
+    stride: Any
+    padding: Any
+    dilation: Any
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer whose weight gradient is kept as a product.
+
+    Attributes:
+        index: Of the weight among the shared parameters.
+        geometry: Of its convolution; None if fully connected.
+        output: Shape of what it computes.
+    """
+
+    index: int
+    geometry: Geometry | None
+    output: tuple[int, ...]
+
+    def with_weight(self, weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The layer without its bias, for many calls with this weight."""
+        g = self.geometry
+        if g is None:
+            return lambda x: F.linear(x, weight)
+        return FixedConv2d(weight, g.stride, g.padding, g.dilation)
+
+    def add_bias(self, y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Its output with the bias, one value per channel."""
+        if bias is None:
+            return y
+        return y + (bias if self.geometry is None else bias.view(-1, 1, 1))
+
+    def patches(self, x: torch.Tensor) -> torch.Tensor:
+        """What the layer reads at each of its output positions, S x K."""
+        g = self.geometry
+        if g is None:
+            return x.flatten(0, -2)
+        unfolded = F.unfold(x, g.kernel, g.dilation, g.padding, g.stride)
+        return unfolded.transpose(1, 2).flatten(0, 1)
+
+    def rows(self, y: torch.Tensor) -> torch.Tensor:
+        """Values at the output positions, S x M."""
+        if self.geometry is None:
+            return y.flatten(0, -2)
+        return y.flatten(2).transpose(1, 2).flatten(0, 1)
+
+    def from_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """The inverse of `rows`."""
+        if self.geometry is None:
+            return rows.view(self.output)
+        n, channels = self.output[:2]
+        return rows.view(n, -1, channels).transpose(1, 2).reshape(self.output)
+
+
+@dataclass
+class Factors:
+    """One pass' weight gradient of one layer: `patches`^T `deltas`.
+
+    Attributes:
+        inputs: Of the layer.
+        patches: S x K.
+        deltas: S x M.
+    """
+
+    inputs: torch.Tensor
+    patches: torch.Tensor
+    deltas: torch.Tensor
+
+    def squared_norm(self) -> torch.Tensor:
+        """<g, g>, a scalar in float64."""
+        a, d = self.patches, self.deltas
+        return ((a @ a.T) * (d @ d.T)).sum(dtype=torch.float64)
+
+
+class Factored:
+    """The layers of a model whose weight gradients are kept as products.
+
+    Args:
+        layers: Them.
+        models: Parameters of every model that runs them, each in the order shared.
+        goal: The shared gradient, in the same order and layout.
+    """
+
+    def __init__(self, layers: Sequence[Layer], models: Sequence[Tensors], goal: Tensors) -> None:
+        self._layers = layers
+        self._by_weight = {id(model[la.index]): la for la in layers for model in models}
+        self._theta = [p.detach() for p in models[0]]
+        self._goal = goal
+        self._indices = {layer.index for layer in layers}
+        self._at_theta = self._kernels(self._theta)
+        self._at_goal = self._kernels(goal)
+        # By the step along the target, the latest last.
+        self._moved: dict[float, Kernels] = {}
+
+    def _kernels(self, weights: Sequence[torch.Tensor]) -> Kernels:
+        return {la.index: la.with_weight(weights[la.index]) for la in self._layers}
+
+    def others(self, tensors: Sequence[torch.Tensor]) -> Tensors:
+        """Those of all parameters' tensors that are handled one by one."""
+        return [t for i, t in enumerate(tensors) if i not in self._indices]
+
+    def record(self) -> RecordFactors:
+        """The mode for the first pass."""
+        return RecordFactors(self._by_weight, self._at_theta)
+
+    def products(self, record: RecordFactors) -> tuple[float, float]:
+        """<g, g> and <g, t> over all layers here."""
+        pairs = [
+            torch.stack((factors.squared_norm(), self._target_product(layer, factors)))
+            for layer, factors in record.factors()
+        ]
+        gg, gt = torch.stack(pairs).sum(0).tolist()
+        return gg, gt
+
+    def _target_product(self, layer: Layer, factors: Factors) -> torch.Tensor:
+        at_goal = layer.rows(self._at_goal[layer.index](factors.inputs))
+        return (at_goal * factors.deltas).sum(dtype=torch.float64)
+
+    def along_target(self, wanted: float) -> float:
+        """A step along the target within a factor of 1.5 of the wanted one.
+
+        Any step of the right size gives the same derivative. Powers of two depend on nothing
+        but the wanted step, and seldom change, so that weights moved by them can be kept.
+        """
+        return math.copysign(2.0 ** round(math.log2(abs(wanted))), wanted)
+
+    def replay(self, record: RecordFactors, along: float, scale: float) -> ReplayFactors:
+        """The mode for the second pass, at W + `along` t + `scale` g."""
+        kernels = self._moved.pop(along, None) or self._move(along)
+        self._moved[along] = kernels
+        while len(self._moved) > KEPT_STEPS:
+            del self._moved[next(iter(self._moved))]
+        return ReplayFactors(self._by_weight, kernels, record, scale)
+
+    def _move(self, along: float) -> Kernels:
+        pairs = {i: (self._theta[i], self._goal[i]) for i in self._indices}
+        moved = {i: theta.add(goal, alpha=along) for i, (theta, goal) in pairs.items()}
+        return {la.index: la.with_weight(moved[la.index]) for la in self._layers}
+
+
+class _LayerMode(TorchFunctionMode):
+    """Hands the calls of certain layers to `call`."""
+
+    def __init__(self, layers: Layers) -> None:
+        super().__init__()
+        self._layers = layers
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func in _READERS:
+            x, weight, bias, _ = _READERS[func](*args, **(kwargs or {}))
+            layer = self._layers.get(id(weight))
+            if layer is not None:
+                return self.call(layer, x, bias)
+        return func(*args, **(kwargs or {}))
+
+    def call(self, layer: Layer, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """What the layer does instead."""
+        raise RuntimeError("a mode without a layer")
+
+
+class RecordFactors(_LayerMode):
+    """While active, layers remember what they read, and where the loss depends on them.
+
+    Attributes:
+        taps: Zeros added to the layers' outputs; the derivatives in them are the deltas.
+    """
+
+    def __init__(self, layers: Layers, kernels: Kernels) -> None:
+        super().__init__(layers)
+        self._kernels = kernels
+        self.taps: Tensors = []
+        self._calls: list[tuple[Layer, torch.Tensor]] = []
+        self._factors: list[Factors] = []
+
+    def call(self, layer: Layer, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """See `_LayerMode.call`."""
+        output = layer.add_bias(self._kernels[layer.index](x), bias)
+        tap = torch.zeros_like(output).requires_grad_()
+        self.taps.append(tap)
+        self._calls.append((layer, x.detach()))
+        return output + tap
+
+    def close(self, deltas: Sequence[torch.Tensor]) -> None:
+        """Take the derivatives of the loss in `taps`."""
+        self._factors = [
+            Factors(x, layer.patches(x), layer.rows(delta))
+            for (layer, x), delta in zip(self._calls, deltas, strict=True)
+        ]
+
+    def factors(self) -> Iterator[tuple[Layer, Factors]]:
+        """Every layer and its gradient's factors, in the order of execution."""
+        layers = (layer for layer, _ in self._calls)
+        return zip(layers, self._factors, strict=True)
+
+
+class ReplayFactors(_LayerMode):
+    """While active, layers act with weights moved along the target and a recorded gradient."""
+
+    def __init__(
+        self, layers: Layers, kernels: Kernels, record: RecordFactors, scale: float
+    ) -> None:
+        super().__init__(layers)
+        self._kernels = kernels
+        self._scale = scale
+        self._factors = {layer.index: factors for layer, factors in record.factors()}
+
+    def call(self, layer: Layer, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """See `_LayerMode.call`."""
+        factors = self._factors[layer.index]
+        output = layer.add_bias(self._kernels[layer.index](x), bias)
+        along = (layer.patches(x) @ factors.patches.T) @ (factors.deltas * self._scale)
+        return output + layer.from_rows(along)
+
+
+Read = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Geometry | None]
+
+
+def _read_conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Read:
+    fits = groups == 1 and not isinstance(padding, str) and x.dim() == 4
+    kernel = (weight.shape[2], weight.shape[3]) if fits else (0, 0)
+    return x, weight, bias, Geometry(kernel, stride, padding, dilation)
+
+
+def _read_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Read:
+    return x, weight, bias, None
+
+
+_READERS: dict[Any, Callable[..., Read]] = {F.conv2d: _read_conv, F.linear: _read_linear}
+
+
+class _Survey(TorchFunctionMode):
+    """Notes how a forward pass uses each parameter."""
+
+    def __init__(self, indices: dict[int, int]) -> None:
+        super().__init__()
+        self._indices = indices
+        self.uses: dict[int, int] = {}
+        self.found: dict[int, Layer] = {}
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for index in self._used((*args, *(kwargs or {}).values())):
+            self.uses[index] = self.uses.get(index, 0) + 1
+        if func in _READERS:
+            _, weight, _, geometry = _READERS[func](*args, **(kwargs or {}))
+            index = self._indices.get(id(weight), -1)
+            if index >= 0 and (geometry is None or geometry.kernel != (0, 0)):
+                self.found[index] = Layer(index, geometry, tuple(output.shape))
+        return output
+
+    def _used(self, values: Sequence[Any]) -> list[int]:
+        return [self._indices[id(v)] for v in values if id(v) in self._indices]
+
+
+def find_layers(
+    model: nn.Module, parameters: Tensors, shape: Sequence[int], worth: Callable[..., bool]
+) -> list[Layer]:
+    """The layers whose weight gradient is better kept as a product.
+
+    A weight that is used twice, or by anything but a plain convolution or a fully
+    connected layer, is none of them.
+
+    Args:
+        model: Run once, without a gradient.
+        parameters: The shared parameters of that model.
+        shape: Of its inputs, n x C x H x W.
+        worth: Of rows S, patch size K and channels M.
+    """
+    survey = _Survey({id(p): i for i, p in enumerate(parameters)})
+    # Not a plain zero: some layers divide by what they read.
+    inputs = torch.full(tuple(shape), 0.5, device=parameters[0].device, dtype=parameters[0].dtype)
+    with torch.random.fork_rng(), torch.no_grad(), RecordActivations(), survey:
+        model(inputs)
+    return [
+        layer
+        for index, layer in sorted(survey.found.items())
+        if survey.uses[index] == 1 and worth(*_sizes(layer, parameters[index]))
+    ]
+
+
+def _sizes(layer: Layer, weight: torch.Tensor) -> tuple[int, int, int]:
+    channels = weight.shape[0]
+    outputs = 1
+    for size in layer.output:
+        outputs *= size
+    return outputs // channels, weight.numel() // channels, channels
+
+
+def saves_sweeps(rows: int, patch: int, channels: int) -> bool:
+    """Whether the factors cost less than sweeping over the weight gradient.
+
+    Args:
+        rows: Output positions of all images, S.
+        patch: Values that one of them reads, K.
+        channels: Outputs of one of them, M.
+    """
+    return 4 * rows**2 * (patch + channels) <= MULTIPLICATIONS_PER_ENTRY * patch * channels
