@@ -71,11 +71,13 @@ class Adaptation:
             return inner
         return ElementWeighted(inner, self.weights)
 
-    def clipping(self, model: nn.Module, names: Sequence[str]) -> SampleClipping | None:
+    def clipping(
+        self, model: nn.Module, names: Sequence[str], batch_size: int
+    ) -> SampleClipping | None:
         """What per-sample clipping does to a candidate; None where it need not be known."""
         if self.sample_norm is None:
             return None
-        return SampleClipping(model, names, self.sample_norm)
+        return SampleClipping(model, names, self.sample_norm, batch_size)
 
     def keep_only(self, masks: list[torch.Tensor]) -> None:
         """Compare only where the masks are true."""

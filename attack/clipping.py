@@ -8,52 +8,55 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Per-sample gradients held at a time: their memory is this many copies of the model.
-CHUNK = 8
-
 
 class SampleClipping:
-    """The factors min(1, C / |g_i|) by which DP-SGD's client scales its images' gradients.
+    """The mean of a candidate's gradients, each clipped as DP-SGD's client clips its own.
 
-    What is shared is the mean of clipped gradients, in which images with small gradients
-    count for more than in the gradient of the mean loss. Weighting a candidate's losses by
-    these factors gives the same mean. They are taken as constants where the candidate
-    stands: their own derivative is left out.
+    In what is shared, images with small gradients count for more than in the gradient of
+    the mean loss, which a true batch therefore does not match. This mean it does, and it
+    can be differentiated in the images, their factors min(1, C / |g_i|) included.
 
     Args:
         model: The client's model; no layer of it may mix samples.
         names: The shared parameters.
         max_norm: C.
+        batch_size: Of the client, over which the mean is taken.
 
     Source: Abadi et al., "Deep Learning with Differential Privacy", algorithm 1,
         https://arxiv.org/abs/1607.00133.
     """
 
-    def __init__(self, model: nn.Module, names: Sequence[str], max_norm: float) -> None:
+    def __init__(
+        self, model: nn.Module, names: Sequence[str], max_norm: float, batch_size: int
+    ) -> None:
         self.max_norm = max_norm
+        self.batch_size = batch_size
         self._model = model
         held = dict(model.named_parameters())
         self._shared = {name: held[name].detach() for name in names}
         others = {n: p.detach() for n, p in held.items() if n not in self._shared}
         self._fixed = others | dict(model.named_buffers())
 
-    def weights(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """One factor per image.
+    def mean_gradient(self, inputs: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
+        """This process's part of the mean, by shared parameter.
 
         Args:
             inputs: n x C x H x W, normalised.
-            labels: n class indices, or n x classes label probabilities.
+            labels: n class indices, or n x classes label logits.
         """
-        squares = torch.func.vmap(self._squared_norm, randomness="different")
-        pieces = zip(inputs.detach().split(CHUNK), labels.detach().split(CHUNK), strict=True)
-        norms = torch.cat([squares(x, y) for x, y in pieces]).sqrt()
-        return (self.max_norm / norms.clamp_min(1e-30)).clamp(max=1)
+        classes = labels.softmax(-1) if labels.is_floating_point() else labels
+        per_sample = torch.func.vmap(
+            torch.func.grad(self._loss), in_dims=(None, 0, 0), randomness="different"
+        )
+        gradients = per_sample(self._shared, inputs, classes)
+        rows = [gradients[name] for name in self._shared]
+        squares = torch.stack([g.flatten(1).square().sum(1) for g in rows]).sum(0)
+        factors = (self.max_norm / squares.clamp_min(1e-30).sqrt()).clamp(max=1)
+        return [torch.tensordot(factors, g, dims=1) / self.batch_size for g in rows]
 
-    def _squared_norm(self, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        def loss(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
-            state = {**self._fixed, **parameters}
-            output = torch.func.functional_call(self._model, state, (image[None],))
-            return F.cross_entropy(output, label[None])
-
-        gradient = torch.func.grad(loss)(self._shared)
-        return torch.stack([g.square().sum() for g in gradient.values()]).sum()
+    def _loss(
+        self, parameters: dict[str, torch.Tensor], image: torch.Tensor, label: torch.Tensor
+    ) -> torch.Tensor:
+        state = {**self._fixed, **parameters}
+        output = torch.func.functional_call(self._model, state, (image[None],))
+        return F.cross_entropy(output, label[None])

@@ -172,7 +172,9 @@ class Inversion:
             self.replica,
             self.adaptation.objective(objective),
             self.config.hvp,
-            clipping=self.adaptation.clipping(self.replica.model, self.replica.names),
+            clipping=self.adaptation.clipping(
+                self.replica.model, self.replica.names, self.target.batch_size
+            ),
         )
 
     def _make_coordinates(self) -> Coordinates:

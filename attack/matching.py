@@ -121,7 +121,6 @@ class Replica:
         groups: Images per asynchronous BatchNorm group of this process; None where all
             images of all processes share one set of statistics.
         first_group: Index of the first of those groups among the client's shards.
-        weights: n factors of the images' losses; None: all count alike.
 
     Raises:
         InputError: The batch cannot be spread over so many processes.
@@ -139,7 +138,6 @@ class Replica:
         self.placement = Placement(shards=groups, dropout_seed=target.dropout_seed)
         self.sizes, self.groups, self.first_group = _share_out(target)
         self.share = distributed.shard_slice(self.sizes, distributed.rank())
-        self.weights: torch.Tensor | None = None
         self.model = _convert_batch_norm(target, self.groups).to(device, dtype)
         for module in self.model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -163,10 +161,7 @@ class Replica:
         """
         if labels.is_floating_point():
             labels = labels.softmax(-1)
-        if self.weights is None:
-            return F.cross_entropy(model(inputs), labels, reduction="sum") / self.batch_size
-        losses = F.cross_entropy(model(inputs), labels, reduction="none")
-        return (losses * self.weights).sum() / self.batch_size
+        return F.cross_entropy(model(inputs), labels, reduction="sum") / self.batch_size
 
 
 def _share_out(target: Target) -> tuple[list[int], list[int] | None, int]:
@@ -275,17 +270,12 @@ class GradientMatcher:
                 called after it for a differentiable scalar.
             apart: Keep the penalty's gradient apart, at the cost of a backward pass.
         """
-        self._weigh(inputs, labels)
+        if self.clipping is not None:
+            return self._clipped(inputs, labels, weight, penalty, apart)
         self._count_call(inputs, labels)
         if self.step is None:
             return self._exact(inputs, labels, weight, penalty, apart)
         return self._difference(inputs, labels, weight, penalty, self.step, apart)
-
-    def _weigh(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
-        """Give the images the weights that clipping would give them here."""
-        if self.clipping is not None:
-            classes = labels.softmax(-1) if labels.is_floating_point() else labels
-            self.replica.weights = self.clipping.weights(inputs, classes)
 
     def _count_call(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
         if self.hvp == "auto" and self.calls % CHECK_EVERY == 0:
@@ -297,7 +287,7 @@ class GradientMatcher:
 
         Every restart has BatchNorm statistics of its own. The results are those of
         calling the matcher once per restart, up to rounding; where differences are not
-        in use, or every restart is clipped in its own way, that is what happens.
+        in use, or images are clipped one by one, that is what happens.
 
         Args:
             inputs: R x n x C x H x W, normalised.
@@ -358,8 +348,9 @@ class GradientMatcher:
 
     def value(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The objective alone, a scalar in float64."""
-        self._weigh(inputs, labels)
-        if self.replica.local.steps > 1:
+        if self.clipping is not None:
+            gradient = self.clipping.mean_gradient(inputs, labels)
+        elif self.replica.local.steps > 1:
             gradient = self._update(inputs, labels, create_graph=False)
         else:
             loss = self.replica.loss(self.replica.model, inputs, labels)
@@ -439,6 +430,35 @@ class GradientMatcher:
             [o for o, _ in pairs], variables, [c for _, c in pairs], allow_unused=True
         )
         return _match(value, _dense(result, variables), extra, alone)
+
+    def _clipped(
+        self,
+        inputs: torch.Tensor,
+        labels: torch.Tensor,
+        weight: float,
+        penalty: Callable[[nn.Module], Penalty] | None,
+        apart: bool,
+    ) -> Match:
+        """The exact derivative through the clipping of every image's gradient."""
+        assert self.clipping is not None
+        variables = _variables(inputs, labels)
+        with sdpa_kernel(SDPBackend.MATH), TwiceDifferentiable():
+            gradient = self.clipping.mean_gradient(*_fill(variables, labels))
+        value, seed = self._value_and_seed(_detached(gradient))
+        pairs = [(g, weight * s) for g, s in zip(gradient, seed, strict=True) if g.requires_grad]
+        found = torch.autograd.grad(
+            [g for g, _ in pairs], variables, [s for _, s in pairs], allow_unused=True
+        )
+        result = _dense(found, variables)
+        if penalty is None:
+            return _match(value, result, None, None)
+        observe = penalty(self.replica.model)
+        self.replica.model(variables[0])
+        extra = observe()
+        (alone,) = torch.autograd.grad(extra, variables[0])
+        if not apart:
+            result[0] = result[0] + alone
+        return _match(value, result, extra, alone if apart else None)
 
     def _difference(
         self,
