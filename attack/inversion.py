@@ -168,14 +168,7 @@ class Inversion:
 
     def _make_matcher(self) -> GradientMatcher:
         objective = make_objective(self.config, len(self.target.gradient))
-        return GradientMatcher(
-            self.replica,
-            self.adaptation.objective(objective),
-            self.config.hvp,
-            clipping=self.adaptation.clipping(
-                self.replica.model, self.replica.names, self.target.batch_size
-            ),
-        )
+        return GradientMatcher(self.replica, self.adaptation.objective(objective), self.config.hvp)
 
     def _make_coordinates(self) -> Coordinates:
         size = (self.target.data.shape[1], self.target.data.shape[2])
@@ -684,9 +677,7 @@ class Inversion:
         # gradient alone would give each its own curvature.
         sizes, share = self.replica.sizes, self.replica.share
         variable = distributed.all_gather_rows(restart.best_inputs, sizes).clone().requires_grad_()
-        exact = GradientMatcher(
-            self.replica, self.matcher.objective, "exact", clipping=self.matcher.clipping
-        )
+        exact = GradientMatcher(self.replica, self.matcher.objective, "exact")
         optimizer = torch.optim.LBFGS(
             [variable], max_iter=self.config.polish, max_eval=5 * self.config.polish,
             history_size=50, line_search_fn="strong_wolfe", tolerance_grad=0, tolerance_change=0,
