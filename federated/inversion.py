@@ -25,6 +25,8 @@ from attack.inversion import Inversion
 from attack.labels import recover_labels
 from attack.matching import GradientMatcher, Match, Penalty
 from attack.objectives import OBJECTIVES, Objective
+from attack.problem import InversionProblem
+from attack.restarts import Starter
 from attack.settings import InversionConfig
 from federated.coordinates import PRINCIPAL_STEP, Grey, Principal, PriorDistance
 from federated.published import PublishedAttack
@@ -232,6 +234,28 @@ def _moved(known: BatchStatistics, device: torch.device, dtype: torch.dtype) -> 
     return {k: (m.to(device, dtype), v.to(device, dtype)) for k, (m, v) in known.items()}
 
 
+class NoisyStarter(Starter):
+    """Starts with a little noise of each restart's own.
+
+    Args:
+        problem: What is inverted.
+        seed: See `Starter`.
+        prior: See `Starter`.
+        noise: Its standard deviation.
+    """
+
+    def __init__(
+        self, problem: InversionProblem, seed: int, prior: torch.Tensor | None, noise: float
+    ) -> None:
+        super().__init__(problem, seed, prior)
+        self.noise = noise
+
+    def first_inputs(self, generator: torch.Generator) -> torch.Tensor:
+        """See `Starter`."""
+        inputs = super().first_inputs(generator)
+        return inputs + self.noise * torch.randn(inputs[:, :1].shape, generator=generator)
+
+
 class UpdateInversion(Inversion):
     """`attack.inversion.Inversion` on a federation's update.
 
@@ -269,7 +293,7 @@ class UpdateInversion(Inversion):
             prior = update.data.normalize(start).to(device, self.dtype)
             unit = PRINCIPAL_STEP if isinstance(self.coordinates, Principal) else 1.0
             distance = PriorDistance(self.coordinates, prior, unit)
-            self.regularizers.append((settings.prior_weight, distance))
+            self.evaluation.regularizers.append((settings.prior_weight, distance))
 
     def _make_matcher(self) -> UpdateMatcher:
         simulation = LocalSimulation(self.update, self.device, self.dtype)
@@ -294,11 +318,8 @@ class UpdateInversion(Inversion):
         self.matcher.simulation.width = width
         super()._iterate(iteration)
 
-    def _first_inputs(self, generator: torch.Generator) -> torch.Tensor:
-        """The start, with a little noise of each restart's own."""
-        inputs = super()._first_inputs(generator)
-        noise = torch.randn(inputs[:, :1].shape, generator=generator)
-        return inputs + self.settings.start_noise * noise
+    def _make_starter(self, seed: int, prior: torch.Tensor | None) -> Starter:
+        return NoisyStarter(self.problem, seed, prior, self.settings.start_noise)
 
 
 def _loose_target(update: LocalUpdate) -> Target:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from attack.inversion import Inversion
+from attack.inversion import Inversion, Restart
 from attack.matching import Match
 from attack.metrics import psnr
 from attack.reconstruction import Reconstruction
@@ -210,7 +211,7 @@ def test_after_a_nan_it_goes_on_from_the_last_good_iterate(
                 return dataclasses.replace(match, value=torch.tensor(math.nan))
             return match
 
-    inversion.matcher = FailsOnce()  # type: ignore[assignment]
+    inversion.evaluation.matcher = FailsOnce()  # type: ignore[assignment]
     found = inversion.run(print_every=1)
     assert found.status == "finished"
     assert found.details["events"] == ["restart 0 diverged at iteration 5"]
@@ -272,22 +273,22 @@ def test_combination_runs_three_stages_and_ends_from_the_newest_fusion(
     config = change(iterations=20, restarts=3, combine=True, combine_every=2, group=0.01)
     inversion = Inversion(target, truth.labels, config, device=CPU)
     restarts, fused = [], []
-    fuse = inversion._fuse
+    fuse = inversion.consensus.fuse
 
-    def watched() -> torch.Tensor:
-        fused.append((inversion.progress.iteration, fuse()))
+    def watched(candidates: Sequence[Restart]) -> torch.Tensor:
+        fused.append((inversion.progress.iteration, fuse(candidates)))
         return fused[-1][1]
 
-    inversion._fuse = watched  # type: ignore[method-assign]
+    inversion.consensus.fuse = watched  # type: ignore[method-assign]
     first: list[torch.Tensor] = []
-    step = inversion._step
+    step = inversion.stepper.step
 
     def stepping(restart: Any, iteration: int, *rest: Any) -> None:
         if iteration == 12:
             first.append(inversion.coordinates.decode(restart.variable.detach()).clone())
         step(restart, iteration, *rest)
 
-    inversion._step = stepping  # type: ignore[method-assign]
+    inversion.stepper.step = stepping  # type: ignore[method-assign]
     result = inversion.run(
         print_every=1, report=lambda i, v: restarts.append(len(inversion.restarts))
     )
@@ -363,7 +364,7 @@ def test_the_balance_stays_where_the_gradient_is_matched_well(
     inversion.run()
     restart = inversion.restarts[0]
     assert restart.fallen == fallen
-    assert inversion._balance(restart) == pytest.approx(0.05 if fallen else 0.5)
+    assert inversion.stepper.direction.balance(restart) == pytest.approx(0.05 if fallen else 0.5)
 
 
 def test_a_small_smooth_network_gives_its_image_away_exactly() -> None:

@@ -41,27 +41,29 @@ def inversion(made: tuple[Target, Truth], **fields: object) -> Inversion:
 def test_soft_sign_is_the_gradient_first_small_and_at_last(lenet: tuple[Target, Truth]) -> None:
     loop = inversion(lenet, soft_sign=True)
     gradient = torch.tensor([-5.0, 1e-3, 0.5])
-    torch.testing.assert_close(loop._signed(gradient, 0), gradient.tanh())
+    torch.testing.assert_close(loop.stepper.direction.signed(gradient, 0), gradient.tanh())
     # Half way: tanh(g / 2) * 2, at most 2.
-    torch.testing.assert_close(loop._signed(gradient, 4), 2 * (gradient / 2).tanh())
+    torch.testing.assert_close(
+        loop.stepper.direction.signed(gradient, 4), 2 * (gradient / 2).tanh()
+    )
 
 
 def test_noise_is_scaled_by_the_learning_rate(lenet: tuple[Target, Truth]) -> None:
     loop = inversion(lenet, input_noise=0.5, box=False, schedule="constant", lr=0.2)
     restart = loop.restarts[0]
     before = restart.variable.detach().clone()
-    loop._add_noise(restart, 0)
+    loop.stepper.add_noise(restart, 0)
     assert float((restart.variable.detach() - before).std()) == pytest.approx(0.5 * 0.2, rel=0.1)
 
 
 def test_group_waits_for_its_start_and_is_renewed_at_its_pace(lenet: tuple[Target, Truth]) -> None:
     loop = inversion(lenet, restarts=2, group=0.1, group_start=0.5, group_every=2)
-    assert loop._consensus(3) is None
-    first = loop._consensus(4)
+    assert loop.consensus.target(loop.restarts, 3) is None
+    first = loop.consensus.target(loop.restarts, 4)
     with torch.no_grad():
         loop.restarts[0].variable.add_(1)
-    assert loop._consensus(5) is first
-    renewed = loop._consensus(6)
+    assert loop.consensus.target(loop.restarts, 5) is first
+    renewed = loop.consensus.target(loop.restarts, 6)
     assert first is not None
     assert renewed is not None
     torch.testing.assert_close(renewed, first + 0.5)

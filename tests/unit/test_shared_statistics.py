@@ -13,6 +13,7 @@ from attack.matching import Replica
 from attack.regularizers import MovingAveragePenalty
 from attack.settings import InversionConfig
 from attack.shared_statistics import layer_momentum, recovered_statistics
+from attack.terms import batch_norm_penalty
 from gradients.batch_statistics import collect_batch_statistics
 from gradients.checkpoint import LocalTraining, Target, Truth, load_target, save_target
 from gradients.client import ClientSettings, share_update
@@ -95,7 +96,7 @@ def test_asynchronous_shards_keep_all_but_the_first_ones_statistics() -> None:
         device=CPU,
     )
     inputs = target.data.normalize(truth.images).double().requires_grad_()
-    observe = inversion._batch_norm_penalty()(inversion.replica.model)
+    observe = batch_norm_penalty(inversion.problem)(inversion.replica.model)
     inversion.replica.model(inputs)
     value = observe()
     assert float(value.detach()) < 1e-3

@@ -1,0 +1,84 @@
+"""What restarts are drawn to: their mean, or E2EGI's minimum-loss fusion of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from attack.combination import combine, group_target
+from attack.matching import GradientMatcher
+from attack.problem import InversionProblem
+from attack.restarts import Restart, Starter
+from attack.settings import InversionConfig
+from attack.state import Progress
+
+
+def fusions(config: InversionConfig) -> list[int]:
+    """Iterations at which E2EGI's stages begin with a fusion; the last begins the final."""
+    initial, middle, _ = config.stages
+    first = int(config.iterations * initial)
+    last = int(config.iterations * (initial + middle))
+    return [*range(first, last, config.combine_every), last]
+
+
+class Consensus:
+    """Group consistency, and E2EGI's three stages.
+
+    Args:
+        problem: What is inverted.
+        matcher: The gradient loss, which chooses among combinations.
+        starter: Begins the final stage.
+        progress: Holds the newest fusion, so that a resumed run has it.
+    """
+
+    def __init__(
+        self,
+        problem: InversionProblem,
+        matcher: GradientMatcher,
+        starter: Starter,
+        progress: Progress,
+    ) -> None:
+        self.problem, self.matcher, self.starter = problem, matcher, starter
+        self.config, self.progress = problem.config, progress
+
+    def advance(self, restarts: list[Restart], iteration: int) -> list[Restart]:
+        """E2EGI: independent starts, starts drawn to their fusion, then the fusion alone."""
+        if not self.config.combine or iteration not in fusions(self.config):
+            return restarts
+        fusion = self.fuse(restarts)
+        if iteration != fusions(self.config)[-1]:
+            self.progress.fusion = fusion
+            return restarts
+        self.progress.fusion, self.progress.final_stage_from = None, iteration
+        generator = torch.Generator().manual_seed(self.starter.seed)
+        start = self.problem.coordinates.encode(fusion)
+        return [self.starter.restart(0, start, generator)]
+
+    def target(self, restarts: Sequence[Restart], iteration: int) -> torch.Tensor | None:
+        """What group consistency pulls towards: n x C x H x W inputs; None for nothing."""
+        config, progress = self.config, self.progress
+        if config.combine:
+            return progress.fusion
+        begin = int(config.iterations * config.group_start)
+        if config.group == 0 or len(restarts) < 2 or iteration < begin:
+            return None
+        if progress.fusion is None or (iteration - begin) % config.group_every == 0:
+            inputs = torch.stack([self.problem.inputs(restart) for restart in restarts])
+            progress.fusion = group_target(inputs, registration=config.registration)
+        return progress.fusion
+
+    def fuse(self, restarts: Sequence[Restart]) -> torch.Tensor:
+        """The combination of the restarts' images with the smallest objective."""
+        problem = self.problem
+        candidates = [
+            problem.inputs(r) if r.best_inputs is None else r.best_inputs for r in restarts
+        ]
+        whole = torch.stack([problem.whole(candidate) for candidate in candidates])
+
+        def losses(batches: torch.Tensor) -> torch.Tensor:
+            mine = batches[:, problem.replica.share]
+            return torch.stack([self.matcher.value(inputs, problem.labels) for inputs in mine])
+
+        labels = problem.whole(problem.labels).cpu()
+        return problem.mine(combine(whole, losses, labels=labels).images)

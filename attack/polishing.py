@@ -1,0 +1,47 @@
+"""The last iterations of an inversion: L-BFGS on the objective alone."""
+
+from __future__ import annotations
+
+import torch
+
+from attack.matching import GradientMatcher
+from attack.objectives import Objective
+from attack.problem import InversionProblem
+from attack.restarts import Restart
+
+
+def polish(
+    restart: Restart, problem: InversionProblem, objective: Objective, iteration: int
+) -> None:
+    """Improve a restart's best iterate with exact gradients, without any prior.
+
+    Args:
+        restart: Its result is replaced by a better one.
+        problem: What is inverted; `config.polish` iterations.
+        objective: Distance between gradients.
+        iteration: At which this happens.
+    """
+    if restart.best_inputs is None:
+        return
+    labels = problem.labels if restart.best_labels is None else restart.best_labels
+    # Every process takes the same steps of the whole batch; its share of the
+    # gradient alone would give each its own curvature.
+    variable = problem.whole(restart.best_inputs).clone().requires_grad_()
+    exact = GradientMatcher(problem.replica, objective, "exact")
+    iterations = problem.config.polish
+    optimizer = torch.optim.LBFGS(
+        [variable], max_iter=iterations, max_eval=5 * iterations,
+        history_size=50, line_search_fn="strong_wolfe", tolerance_grad=0, tolerance_change=0,
+    )  # fmt: skip
+
+    def closure() -> float:
+        mine = problem.mine(variable.detach())
+        match = exact(mine, labels)
+        variable.grad = problem.whole(match.input_gradient)
+        value = float(match.value)
+        # The trial points of a line search may be worse than where it began.
+        if value < restart.best_value:
+            restart.keep(mine, value, iteration, smallest=problem.config.smallest_loss)
+        return value
+
+    optimizer.step(closure)

@@ -1,0 +1,67 @@
+"""What all parts of an inversion look at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from attack.coordinates import Coordinates
+from attack.matching import Replica
+from attack.restarts import Restart
+from attack.settings import InversionConfig
+from gradients.checkpoint import Target
+from training import distributed
+
+
+@dataclass(frozen=True)
+class InversionProblem:
+    """One target, and how it is inverted on this process.
+
+    Attributes:
+        target: What was shared.
+        config: Hyper-parameters.
+        replica: The client's computation for this process's images.
+        labels: n labels of this process's images.
+        coordinates: What is optimised in place of pixels.
+        device: Where to compute.
+        dtype: Precision of the computation.
+    """
+
+    target: Target
+    config: InversionConfig
+    replica: Replica
+    labels: torch.Tensor
+    coordinates: Coordinates
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """N x C x H x W of the whole batch."""
+        return (self.target.batch_size, *self.target.data.shape)
+
+    def mine(self, batch: torch.Tensor) -> torch.Tensor:
+        """This process's part of the whole batch."""
+        return batch[self.replica.share]
+
+    def whole(self, mine: torch.Tensor) -> torch.Tensor:
+        """The whole batch from the parts of all processes."""
+        return distributed.all_gather_rows(mine, self.replica.sizes)
+
+    def inputs(self, restart: Restart) -> torch.Tensor:
+        """Network inputs (n x C x H x W) where the restart stands."""
+        return self.coordinates.decode(restart.variable.detach())
+
+    def boxed(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Network inputs moved into the range of valid images."""
+        low = self.target.data.normalize(torch.zeros_like(inputs[:1, :, :1, :1]))
+        high = self.target.data.normalize(torch.ones_like(inputs[:1, :, :1, :1]))
+        return torch.minimum(torch.maximum(inputs, low), high)
+
+    def images(self, restart: Restart) -> torch.Tensor:
+        """The restart's result: N x C x H x W in [0, 1], on the CPU."""
+        inputs = restart.best_inputs
+        whole = self.whole(self.inputs(restart) if inputs is None else inputs)
+        # Pictures and metrics are in float32 whatever the attack computed in.
+        return self.target.data.denormalize(whole).clamp(0, 1).float().cpu()

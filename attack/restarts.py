@@ -1,0 +1,176 @@
+"""Restarts: how they begin, what each keeps, and which of them go on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from attack.settings import OPTIMIZERS, InversionConfig
+
+if TYPE_CHECKING:
+    from attack.problem import InversionProblem
+
+MAX_DIVERGENCES = 5
+# Shares of the iterations at which successive halving drops the worse restarts.
+HALVING_AT = (1 / 8, 1 / 4, 1 / 2)
+
+
+@dataclass
+class Restart:
+    """One start of the attack, as it stands.
+
+    Attributes:
+        index: Its number; with the seed it determines the start.
+        variable: Coordinates of this process's images, a leaf.
+        label_logits: Optimised labels; None where they are fixed.
+        optimizer: Over both.
+        generator: Of its noise.
+        smallest: Smallest objective so far.
+        best_value: The objective of `best_inputs`: the smallest, or (without
+            `smallest_loss`) the last.
+        best_inputs: The result so far.
+        best_labels: The labels that go with it, where they are optimised.
+        best_iteration: When the objective was smallest.
+        shrink: Factor on the learning rate, below 1 after a divergence.
+        divergences: Number of those.
+        fallen: Iterations in which the balance has fallen.
+        last_value: The objective of the last evaluation.
+    """
+
+    index: int
+    variable: torch.Tensor
+    label_logits: torch.Tensor | None
+    optimizer: torch.optim.Optimizer
+    generator: torch.Generator
+    smallest: float = math.inf
+    best_value: float = math.inf
+    best_inputs: torch.Tensor | None = None
+    best_labels: torch.Tensor | None = None
+    best_iteration: int = 0
+    shrink: float = 1.0
+    divergences: int = 0
+    fallen: int = 0
+    last_value: float = math.nan
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has not diverged too often."""
+        return self.divergences < MAX_DIVERGENCES
+
+    def keep(
+        self, inputs: torch.Tensor, value: float, iteration: int, *, smallest: bool = True
+    ) -> None:
+        """Make these inputs the result so far.
+
+        Args:
+            inputs: n x C x H x W network inputs.
+            value: Their objective.
+            iteration: When.
+            smallest: Only if the objective is smaller than ever before.
+        """
+        improved = value < self.smallest
+        if improved:
+            self.smallest, self.best_iteration = value, iteration
+        if improved or not smallest:
+            self.best_value = value
+            self.best_inputs = inputs.clone()
+            if self.label_logits is not None:
+                self.best_labels = self.label_logits.detach().argmax(-1)
+
+
+def best_of(restarts: Sequence[Restart]) -> Restart:
+    """The restart whose result has the smallest objective."""
+    return min(restarts, key=_by_objective)
+
+
+def thin_out(restarts: list[Restart], iteration: int, config: InversionConfig) -> list[Restart]:
+    """Successive halving, by the objective alone: the restarts that go on."""
+    marks = [int(config.iterations * share) for share in HALVING_AT]
+    if not config.halving or iteration not in marks or iteration == 0 or len(restarts) < 2:
+        return restarts
+    return sorted(restarts, key=_by_objective)[: math.ceil(len(restarts) / 2)]
+
+
+def _by_objective(restart: Restart) -> tuple[float, int]:
+    return restart.best_value, restart.index
+
+
+class Starter:
+    """Begins restarts, and brings diverged ones back.
+
+    Args:
+        problem: What is inverted.
+        seed: Restart r uses `seed` and r only, so that the same restart is the same
+            whatever else runs beside it.
+        prior: Images to start from (N x C x H x W in [0, 1]) instead of `config.start`.
+    """
+
+    def __init__(
+        self, problem: InversionProblem, seed: int, prior: torch.Tensor | None = None
+    ) -> None:
+        self.problem, self.seed, self.prior = problem, seed, prior
+        self.config = problem.config
+
+    def start(self, index: int) -> Restart:
+        """The restart of that number, at its beginning."""
+        problem = self.problem
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + index)
+        inputs = problem.mine(self.first_inputs(generator)).to(problem.device, problem.dtype)
+        if self.prior is None and self.config.start == "normal":
+            # Noise in the coordinates has the spectrum they are made for.
+            return self.restart(index, inputs, generator)
+        return self.restart(index, problem.coordinates.encode(problem.boxed(inputs)), generator)
+
+    def first_inputs(self, generator: torch.Generator) -> torch.Tensor:
+        """Network inputs of the whole batch, so that any sharding starts alike."""
+        shape, data = self.problem.shape, self.problem.target.data
+        if self.prior is not None:
+            return data.normalize(self.prior)
+        if self.config.start == "normal":
+            return torch.randn(shape, generator=generator)
+        if self.config.start == "uniform":
+            return data.normalize(torch.rand(shape, generator=generator))
+        if self.config.start == "zeros":
+            return torch.zeros(shape)
+        if self.config.start == "pattern":
+            tile = torch.randn((*shape[:2], 4, 4), generator=generator)
+            repeats = [math.ceil(side / 4) for side in shape[2:]]
+            return tile.repeat(1, 1, *repeats)[..., : shape[2], : shape[3]]
+        raise ValueError(f"unknown start {self.config.start}")
+
+    def restart(self, index: int, variable: torch.Tensor, generator: torch.Generator) -> Restart:
+        """A restart that begins at these coordinates of this process's images."""
+        variable = variable.clone().requires_grad_()
+        logits = None
+        if self.config.joint_labels:
+            shape = (self.problem.shape[0], self.problem.target.data.n_classes)
+            whole = torch.randn(shape, generator=generator)
+            mine = self.problem.mine(whole).to(self.problem.device, self.problem.dtype)
+            logits = mine.requires_grad_()
+        return Restart(index, variable, logits, self.optimizer(variable, logits), generator)
+
+    def optimizer(
+        self, variable: torch.Tensor, logits: torch.Tensor | None
+    ) -> torch.optim.Optimizer:
+        """A fresh optimizer over a restart's variables."""
+        options: dict[str, Any] = {"lr": self.config.lr}
+        if self.config.optimizer.startswith("Adam"):
+            options["betas"] = self.config.betas
+        parameters = [variable] if logits is None else [variable, logits]
+        return OPTIMIZERS[self.config.optimizer](parameters, **options)
+
+    def recover(self, restart: Restart) -> None:
+        """After a NaN: back to the best iterate with half the learning rate."""
+        restart.divergences += 1
+        restart.shrink /= 2
+        good = restart.best_inputs
+        if good is None:
+            first = self.first_inputs(restart.generator)
+            good = self.problem.mine(first).to(restart.variable)
+        with torch.no_grad():
+            restart.variable.copy_(self.problem.coordinates.encode(good))
+        restart.optimizer = self.optimizer(restart.variable, restart.label_logits)

@@ -1,0 +1,186 @@
+"""One step of one restart: direction, learning rate, noise, box, divergence."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from attack.evaluation import Evaluation
+from attack.fusion import fusions
+from attack.matching import Match
+from attack.problem import InversionProblem
+from attack.restarts import Restart, Starter
+from attack.schedules import learning_rate, staged_learning_rate
+from attack.settings import InversionConfig
+from attack.state import Progress
+from training import distributed
+
+
+def scheduled_rate(config: InversionConfig, iteration: int) -> float:
+    """The learning rate of an iteration."""
+    if config.combine and config.schedule == "cosine":
+        ends = [*fusions(config), config.iterations]
+        return staged_learning_rate(iteration, ends, config.lr, config.lr_min)
+    return learning_rate(
+        config.schedule,
+        iteration,
+        config.iterations,
+        config.lr,
+        config.lr_min,
+        config.warmup,
+    )
+
+
+class Direction:
+    """From the gradients of the terms to the gradient that the optimizer sees.
+
+    Args:
+        config: Weights, balance and sign.
+    """
+
+    def __init__(self, config: InversionConfig) -> None:
+        self.config = config
+
+    def combine(
+        self, match: Match, prior: torch.Tensor | None, balance: float | None
+    ) -> torch.Tensor:
+        """The direction in image space: weighted sum, or balanced lengths."""
+        if balance is None:
+            return match.input_gradient if prior is None else match.input_gradient + prior
+        parts = [
+            (1.0, match.input_gradient),
+            (balance, prior),
+            (self.config.bn, match.penalty_gradient),
+        ]
+        present = [(length, g) for length, g in parts if g is not None]
+        squares = torch.stack([g.square().sum().double() for _, g in present])
+        lengths = distributed.all_reduce(squares).sqrt().clamp_min(1e-30).tolist()
+        units = [part * (k / norm) for (k, part), norm in zip(present, lengths, strict=True)]
+        return torch.stack(units).sum(0)
+
+    def advance_balance(self, restart: Restart, value: float) -> None:
+        """Let the balance fall by one iteration, unless the prior stands in nobody's way."""
+        if value > self.config.balance_hold:
+            restart.fallen += 1
+
+    def balance(self, restart: Restart) -> float | None:
+        """Length of the prior's step relative to the objective's; None: fixed weights."""
+        start, end = self.config.balance, self.config.balance_end
+        if start is None or end is None:
+            return start
+        return start + restart.fallen / self.config.iterations * (end - start)
+
+    def signed(self, gradient: torch.Tensor, iteration: int) -> torch.Tensor:
+        """The gradient, its sign, or something in between."""
+        if self.config.signed:
+            return gradient.sign()
+        if self.config.soft_sign:
+            scale = 1 - iteration / self.config.iterations
+            return (gradient * scale).tanh() / scale
+        return gradient
+
+
+class Stepper:
+    """Takes the steps.
+
+    Args:
+        problem: What is inverted.
+        evaluation: Its terms.
+        starter: Brings diverged restarts back.
+        progress: Takes note of those.
+    """
+
+    def __init__(
+        self,
+        problem: InversionProblem,
+        evaluation: Evaluation,
+        starter: Starter,
+        progress: Progress,
+    ) -> None:
+        self.problem, self.evaluation, self.starter = problem, evaluation, starter
+        self.config, self.progress = problem.config, progress
+        self.direction = Direction(problem.config)
+
+    def step(
+        self,
+        restart: Restart,
+        iteration: int,
+        consensus: torch.Tensor | None,
+        match: Match | None = None,
+    ) -> None:
+        """Move a restart by one iteration.
+
+        Args:
+            restart: What is moved.
+            iteration: From 0.
+            consensus: What group consistency pulls towards.
+            match: The evaluation where it stands, if there is one already.
+        """
+        for group in restart.optimizer.param_groups:
+            group["lr"] = restart.shrink * scheduled_rate(self.config, iteration)
+
+        def closure() -> float:
+            return self._set_gradients(restart, iteration, consensus, match)
+
+        if self.config.optimizer == "LBFGS":
+            restart.optimizer.step(closure)
+        elif math.isfinite(closure()):
+            restart.optimizer.step()
+        if not math.isfinite(restart.last_value) or not _all_finite(restart.variable):
+            self.starter.recover(restart)
+            event = f"restart {restart.index} diverged at iteration {iteration}"
+            self.progress.events.append(event)
+            return
+        if self.config.input_noise and not self.progress.in_final_stage:
+            self.add_noise(restart, iteration)
+        if self.config.box:
+            self._box(restart.variable)
+
+    def _set_gradients(
+        self,
+        restart: Restart,
+        iteration: int,
+        consensus: torch.Tensor | None,
+        match: Match | None,
+    ) -> float:
+        """Evaluate the restart where it stands and fill the gradients for its optimizer."""
+        inputs = self.problem.inputs(restart)
+        match = match or self.evaluation.match(restart, inputs)
+        prior_value, prior_gradient = self.evaluation.prior(inputs, consensus)
+        value = float(match.value)
+        restart.last_value = value
+        if not math.isfinite(value):
+            return value
+        restart.keep(inputs, value, iteration, smallest=self.config.smallest_loss)
+        self.direction.advance_balance(restart, value)
+        balance = self.direction.balance(restart)
+        total = self.direction.combine(match, prior_gradient, balance)
+        gradient = self.problem.coordinates.pull_back(total)
+        restart.variable.grad = self.direction.signed(gradient, iteration)
+        if restart.label_logits is not None:
+            restart.label_logits.grad = match.label_gradient
+        return value * self.config.gradient_weight + prior_value
+
+    def add_noise(self, restart: Restart, iteration: int) -> None:
+        """Langevin noise: as much smaller than the step as `input_noise` says."""
+        noise = self.problem.mine(torch.randn(self.problem.shape, generator=restart.generator))
+        scale = self.config.input_noise * restart.shrink * scheduled_rate(self.config, iteration)
+        with torch.no_grad():
+            inputs = self.problem.inputs(restart)
+            noisy = inputs + scale * noise.to(inputs)
+            restart.variable.copy_(self.problem.coordinates.encode(noisy))
+
+    def _box(self, variable: torch.Tensor) -> None:
+        coordinates = self.problem.coordinates
+        with torch.no_grad():
+            inputs = coordinates.decode(variable)
+            boxed = self.problem.boxed(inputs)
+            if not torch.equal(boxed, inputs):
+                variable.copy_(coordinates.encode(boxed))
+
+
+def _all_finite(tensor: torch.Tensor) -> bool:
+    """Whether every process's part is finite; one answer for all."""
+    bad = (~torch.isfinite(tensor.detach())).any().double()
+    return float(distributed.all_reduce(bad)) == 0

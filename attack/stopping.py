@@ -1,0 +1,54 @@
+"""When an inversion ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from attack.problem import InversionProblem
+from attack.regularizers import AnisotropicTV
+from attack.restarts import Restart
+from attack.state import Progress
+from training import distributed
+
+
+class Stopping:
+    """Decides whether to go on, the same on all processes.
+
+    Args:
+        problem: What is inverted, and its limits.
+        progress: How far it is.
+    """
+
+    def __init__(self, problem: InversionProblem, progress: Progress) -> None:
+        self.problem, self.config, self.progress = problem, problem.config, progress
+
+    def status(self, restarts: Sequence[Restart]) -> str:
+        """Why to stop: "diverged", "patience", "time" or "target-tv"; "finished": go on."""
+        config, progress = self.config, self.progress
+        alive = [restart for restart in restarts if restart.alive]
+        if not alive:
+            return "diverged"
+        last_improvement = max(restart.best_iteration for restart in alive)
+        if config.patience and progress.iteration - last_improvement > config.patience:
+            return "patience"
+        # Clocks differ between processes; rank 0's decides.
+        if config.time_budget is not None and distributed.broadcast_object(
+            progress.seconds > config.time_budget
+        ):
+            return "time"
+        if config.target_tv is not None and self._fell_below(config.target_tv, restarts):
+            return "target-tv"
+        return "finished"
+
+    def _fell_below(self, target_tv: float, restarts: Sequence[Restart]) -> bool:
+        """Whether total variation is below now and was not before: a flat start is no end."""
+        rough = self._smallest_tv(restarts) >= target_tv
+        self.progress.was_rough |= rough
+        return self.progress.was_rough and not rough
+
+    def _smallest_tv(self, restarts: Sequence[Restart]) -> float:
+        values = [AnisotropicTV()(self.problem.inputs(restart)).sum() for restart in restarts]
+        total = distributed.all_reduce(torch.stack(values).double())
+        return float((total / self.problem.target.batch_size).min())

@@ -1,0 +1,117 @@
+"""The terms that a configuration names: objective, regularisers, penalties."""
+
+from __future__ import annotations
+
+import torch
+
+from attack.objectives import OBJECTIVES, LayerWeighted, Objective, layer_weights
+from attack.problem import InversionProblem
+from attack.regularizers import (
+    TOTAL_VARIATIONS,
+    BatchNormPenalty,
+    ColourPrior,
+    FeaturePenalty,
+    InputNorm,
+    ModelPenalty,
+    MovingAveragePenalty,
+    PatchPrior,
+    Regularizer,
+    shared_features,
+)
+from attack.settings import InversionConfig
+from attack.shared_statistics import layer_momentum, recovered_statistics
+from gradients.checkpoint import BatchStatistics
+from training import distributed
+from training.errors import InputError
+
+
+def make_objective(config: InversionConfig, n_parameters: int) -> Objective:
+    """The objective that a configuration names, for so many shared parameters.
+
+    Raises:
+        InputError: Unknown layer weights.
+    """
+    objective = OBJECTIVES[config.objective]()
+    if config.layers is None:
+        return objective
+    try:
+        return LayerWeighted(objective, layer_weights(n_parameters, config.layers))
+    except ValueError as error:
+        raise InputError(f"--layers: {error}") from None
+
+
+def make_regularizers(config: InversionConfig) -> list[tuple[float, Regularizer]]:
+    """Weighted penalties on the images alone."""
+    weighted = [
+        (config.tv, TOTAL_VARIATIONS[config.tv_kind]()),
+        (config.input_norm, InputNorm()),
+        (config.colour, ColourPrior()),
+        (config.patch, PatchPrior(config.patch_size)),
+    ]
+    return [(weight, regularizer) for weight, regularizer in weighted if weight != 0]
+
+
+def make_penalties(problem: InversionProblem) -> list[tuple[float, ModelPenalty]]:
+    """Weighted penalties on what the forward pass shows beside the logits."""
+    config, target = problem.config, problem.target
+    penalties: list[tuple[float, ModelPenalty]] = []
+    if config.bn > 0:
+        penalties.append((config.bn, batch_norm_penalty(problem)))
+    if config.features > 0:
+        known = shared_features(target, problem.labels).to(problem.device, problem.dtype)
+        penalties.append((config.features, FeaturePenalty(known, target.batch_size)))
+    return penalties
+
+
+def batch_norm_penalty(problem: InversionProblem) -> ModelPenalty:
+    """The distance of BatchNorm statistics from those that the attacker knows.
+
+    Raises:
+        InputError: The model has no BatchNorm layer.
+    """
+    config, target, replica = problem.config, problem.target, problem.replica
+    known, groups = _known_statistics(problem)
+    known = [_moved(statistics, problem) for statistics in known]
+    if not known[0]:
+        raise InputError(f"--BN: {target.model.arch} has no BatchNorm layer to match")
+    whole_batch = replica.groups is None
+    if not config.bn_from_update:
+        return BatchNormPenalty(known, groups, whole_batch)
+    if target.local.steps > 1:
+        processes = len(replica.placement.shards) or 1
+        return MovingAveragePenalty(known[0], layer_momentum(target), processes)
+    # The client shares the buffers of one process; its others' statistics are unknown.
+    first = replica.first_group
+    counted = [whole_batch or first + index == 0 for index in range(len(groups))]
+    return BatchNormPenalty(known, groups, whole_batch, counted)
+
+
+def _known_statistics(problem: InversionProblem) -> tuple[list[BatchStatistics], list[int]]:
+    """Statistics of each of this process's groups (or of all), and the groups' sizes."""
+    config, target, replica = problem.config, problem.target, problem.replica
+    groups = replica.groups or [replica.sizes[distributed.rank()]]
+    if config.bn_from_update:
+        return [recovered_statistics(target)], groups
+    if not config.exact_bn:
+        return [running_statistics(replica.model)], groups
+    exact = target.bn_statistics
+    assert exact is not None
+    if replica.groups is None:
+        return [exact[0]], groups
+    return list(exact[replica.first_group :][: len(groups)]), groups
+
+
+def _moved(statistics: BatchStatistics, problem: InversionProblem) -> BatchStatistics:
+    return {
+        name: (mean.to(problem.device, problem.dtype), variance.to(problem.device, problem.dtype))
+        for name, (mean, variance) in statistics.items()
+    }
+
+
+def running_statistics(model: torch.nn.Module) -> BatchStatistics:
+    """Running mean and variance of every BatchNorm layer, by module name."""
+    return {
+        name: (module.running_mean.clone(), module.running_var.clone())
+        for name, module in model.named_modules()
+        if getattr(module, "running_mean", None) is not None
+    }
