@@ -8,6 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+# Share of the iterations before a candidate's images are clipped: from noise, one of them
+# may get stuck, whose faint gradient clipping makes as long as the others'.
+CLIPPED_FROM = 0.25
+
 
 class SampleClipping:
     """The mean of a candidate's gradients, each clipped as DP-SGD's client clips its own.
