@@ -63,6 +63,10 @@ FIELDS = {
     "bn_from_update": "bn_from_update",
     "double": "double",
     "adaptive": "adaptive",
+    "compile": "compile",
+    "cuda_graphs": "cuda_graphs",
+    "precision": "precision",
+    "channels_last": "channels_last",
 }
 TUNABLE = ("epochs", "lr", "TV", "BN", "input_norm", "grads_weight")
 SNAPSHOTS_OF_A_CURVE = 20
@@ -85,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_threat_arguments(parser)
     _add_loss_arguments(parser)
     _add_loop_arguments(parser)
+    _add_speed_arguments(parser)
     _add_label_arguments(parser)
     _add_combination_arguments(parser)
     _add_metric_arguments(parser)
@@ -189,6 +194,23 @@ def _add_loop_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--polish", type=int, default=0, help="final iterations of L-BFGS")
     group.add_argument("--double", action="store_true", help="compute in float64")
     group.add_argument("--state-every", type=int, default=500, help="iterations between saves")
+
+
+def _add_speed_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("speed (off by default: each moves the last digits)")
+    group.add_argument(
+        "--compile", action="store_true", help="compile the two passes of the difference"
+    )
+    group.add_argument(
+        "--cuda-graphs", action="store_true", help="capture and replay them (CUDA only)"
+    )
+    group.add_argument(
+        "--precision",
+        choices=["float32", "tf32", "bf16"],
+        default="float32",
+        help="of matrix products, as long as the gradient stays the same",
+    )
+    group.add_argument("--channels-last", action="store_true", help="memory layout on tensor cores")
 
 
 def _add_label_arguments(parser: argparse.ArgumentParser) -> None:
@@ -301,6 +323,7 @@ def _check(args: argparse.Namespace) -> None:
             f"--pseudo-label-init {args.pseudo_label_init}: choose one of {', '.join(rule_names())}"
         )
     attack = make_attack(args)
+    _check_device(args, attack)
     if args.spread == "restarts":
         from attack.spreading import check_spreadable
 
@@ -322,6 +345,18 @@ def _check(args: argparse.Namespace) -> None:
         if args.simulation_checkpoint is None:
             raise InputError("--superparameters-search needs --simulation-checkpoint PATH")
         load_target(args.simulation_checkpoint, "--simulation-checkpoint")
+
+
+def _check_device(args: argparse.Namespace, attack: Any) -> None:
+    """Refuse what needs a GPU where there is none."""
+    import torch
+
+    from attack.settings import InversionConfig
+
+    config = getattr(attack, "config", None)
+    if isinstance(config, InversionConfig):
+        cuda = torch.cuda.is_available() and not args.cpu
+        config.acceleration.check_device("cuda" if cuda else "cpu")
 
 
 def _check_places(args: argparse.Namespace) -> None:

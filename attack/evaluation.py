@@ -36,6 +36,8 @@ class Evaluation:
         self.problem, self.matcher, self.config = problem, matcher, problem.config
         self.regularizers = [*make_regularizers(problem.config), *regularizers]
         self.penalties = make_penalties(problem)
+        # Made once: a compiled pass knows its penalty by identity.
+        self._penalty = self._weighted_penalty()
 
     def match(self, restart: Restart, inputs: torch.Tensor) -> Match:
         """The gradient loss and the model's penalties at a restart's inputs."""
@@ -44,7 +46,7 @@ class Evaluation:
             inputs,
             self.problem.labels if logits is None else logits.detach(),
             weight=self.config.gradient_weight,
-            penalty=self._weighted_penalty(),
+            penalty=self._penalty,
             apart=self.config.balance is not None,
         )
 
@@ -107,6 +109,7 @@ class Evaluation:
             not self.penalties
             and not self.config.joint_labels
             and self.config.optimizer != "LBFGS"
+            and not self.config.acceleration.traced
             and self.problem.target.local.steps == 1
             and self.problem.replica.groups is None
             and distributed.world_size() == 1

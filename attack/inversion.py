@@ -9,6 +9,7 @@ each process holds its own images of the batch (see `attack.matching`).
     attack.terms        objective, regularisers and penalties of a configuration
     attack.evaluation   their values and gradients, for one restart or several at once
     attack.fusion       group consistency and E2EGI's stages
+    attack.acceleration faster passes, where asked for
     attack.stepping     direction, learning rate, noise, box
     attack.stopping     why it ends
     attack.polishing    L-BFGS at the end
@@ -21,10 +22,12 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from attack.acceleration import AcceleratedMatcher, Acceleration, product_precision
 from attack.adaptive import Adaptation, adapt
 from attack.clipping import CLIPPED_FROM
 from attack.coordinates import Coordinates, make_coordinates
@@ -117,7 +120,10 @@ class Inversion:
 
     def _make_matcher(self) -> GradientMatcher:
         objective = make_objective(self.config, len(self.target.gradient))
-        return GradientMatcher(self.replica, self.adaptation.objective(objective), self.config.hvp)
+        objective, hvp = self.adaptation.objective(objective), self.config.hvp
+        if self.config.acceleration == Acceleration():
+            return GradientMatcher(self.replica, objective, hvp)
+        return AcceleratedMatcher(self.replica, objective, hvp, self.config.acceleration)
 
     def _make_coordinates(self) -> Coordinates:
         size = (self.target.data.shape[1], self.target.data.shape[2])
@@ -150,6 +156,21 @@ class Inversion:
             state_file: Where the state is kept, and continued from if it is there.
             save_every: Iterations between two saves of the state.
         """
+        with product_precision(self.config.precision):
+            return self._run(
+                progress, print_every, on_snapshot, snapshot_every, report, state_file, save_every
+            )
+
+    def _run(
+        self,
+        progress: bool,
+        print_every: int,
+        on_snapshot: Snapshot | None,
+        snapshot_every: int,
+        report: Report | None,
+        state_file: Path | None,
+        save_every: int,
+    ) -> Reconstruction:
         state = None if state_file is None else self._state(state_file)
         if state is not None:
             self.restarts = state.load(self.restarts)
@@ -247,9 +268,15 @@ class Inversion:
                 "events": self.progress.events,
                 "hvp_agreement": self.matcher.agreement,
                 "hvp_step": self.matcher.step,
+                **self._acceleration_notes(),
                 **({"adaptations": self.adaptation.notes} if self.config.adaptive else {}),
             },
         )
+
+    def _acceleration_notes(self) -> dict[str, Any]:
+        if not isinstance(self.matcher, AcceleratedMatcher):
+            return {}
+        return {"acceleration": self.matcher.notes}
 
 
 def _check(target: Target, config: InversionConfig, prior: torch.Tensor | None) -> None:

@@ -241,7 +241,7 @@ class GradientMatcher:
         self._moved: Tensors = [moved[name] for name in replica.names]
         # Entries are paired in memory order; a checkpoint may hold any layout.
         pairs = zip(replica.target_gradient, _detached(replica.parameters), strict=True)
-        self._goal: Tensors = [_laid_out_as(t, p) for t, p in pairs]
+        self._goal: Tensors = [laid_out_as(t, p) for t, p in pairs]
         self._surveyed: torch.Size | None = None
         self._factored: Factored | None = None
         self._near = 0
@@ -394,7 +394,7 @@ class GradientMatcher:
         best = (-1.0, self._steps[0])
         for step in self._steps:
             candidate = self._difference(inputs, labels, 1.0, None, step).input_gradient
-            best = max(best, (_cosine(exact, candidate), step))
+            best = max(best, (cosine_of_images(exact, candidate), step))
             if best[0] >= ACCEPTED_COSINE:
                 break
         return best
@@ -526,7 +526,7 @@ class GradientMatcher:
         n, m = len(others), len(others) + len(factors.taps)
         factors.close(found[n:m])
         theta, goal = _detached(others), factored.others(self._goal)
-        gradient = [_laid_out_as(g, t) for g, t in zip(found[:n], theta, strict=True)]
+        gradient = [laid_out_as(g, t) for g, t in zip(found[:n], theta, strict=True)]
         pairs = (products_with(gradient, goal), factored.products(factors))
         gg, gt = (sum(parts) for parts in zip(*pairs, strict=True))
         affine = self.objective.affine_seed(Products(gg, gt, self._target_squared))
@@ -568,7 +568,7 @@ class GradientMatcher:
     ) -> tuple[torch.Tensor, Tensors, float]:
         """The objective, theta + h v, and h; the gradient's memory is used for the second."""
         theta, target = _detached(self.replica.parameters), self._goal
-        gradient = [_laid_out_as(g, t) for g, t in zip(self._summed(gradient), theta, strict=True)]
+        gradient = [laid_out_as(g, t) for g, t in zip(self._summed(gradient), theta, strict=True)]
         gg, gt = products_with(gradient, target)
         affine = self.objective.affine_seed(Products(gg, gt, self._target_squared))
         if affine is None:
@@ -627,7 +627,7 @@ def _sharing_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, shared)
 
 
-def _laid_out_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def laid_out_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The tensor with another's strides."""
     if tensor.stride() == like.stride():
         return tensor
@@ -673,7 +673,7 @@ def _match(
     )
 
 
-def _cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+def cosine_of_images(a: torch.Tensor, b: torch.Tensor) -> float:
     """Cosine over the images of all processes, so that all take the same decision."""
     products = torch.stack([inner_product([a], [b]), squared_norm([a]), squared_norm([b])])
     dot, aa, bb = distributed.all_reduce(products).tolist()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from attack.acceleration import PRECISIONS, Acceleration
 from attack.coordinates import make_coordinates
 from attack.matching import HVP_MODES
 from attack.objectives import OBJECTIVES, layer_weights
@@ -38,6 +39,19 @@ def _check_numbers(config: InversionConfig) -> None:
             raise InputError(f"--{flag} {value}: must be a finite number")
     if config.patch_size < 1:
         raise InputError("--patch-size must be at least 1")
+
+
+def _check_acceleration(config: InversionConfig) -> None:
+    """Refuse choices that exclude each other."""
+    if config.double and config.precision != "float32":
+        raise InputError(f"--double and --precision {config.precision}: choose one of them")
+    if not config.acceleration.traced:
+        return
+    flag = "--compile" if config.compile else "--cuda-graphs"
+    if config.hvp == "exact":
+        raise InputError(f"{flag} speeds up the difference of passes; not with --hvp exact")
+    if config.restarts_at_once > 1:
+        raise InputError(f"{flag} runs one restart per call; not with --restarts-at-once")
 
 
 @dataclass(frozen=True)
@@ -101,6 +115,10 @@ class InversionConfig:
             say about its batch, see `attack.shared_statistics`.
         double: Compute in float64.
         adaptive: Take the client's stated defenses into account, see `attack.adaptive`.
+        compile: Compile the passes of the difference, see `attack.acceleration`.
+        cuda_graphs: Capture and replay them (CUDA only).
+        precision: Of matrix products: "float32", "tf32" or "bf16".
+        channels_last: Memory layout of images and convolutions.
     """
 
     objective: str = "sim"
@@ -151,6 +169,15 @@ class InversionConfig:
     bn_from_update: bool = False
     double: bool = False
     adaptive: bool = False
+    compile: bool = False
+    cuda_graphs: bool = False
+    precision: str = "float32"
+    channels_last: bool = False
+
+    @property
+    def acceleration(self) -> Acceleration:
+        """What is sped up, and how."""
+        return Acceleration(self.compile, self.cuda_graphs, self.precision, self.channels_last)
 
     def validate(self) -> None:
         """Refuse unknown names and impossible numbers.
@@ -165,6 +192,7 @@ class InversionConfig:
             "--lr-schedule": (self.schedule, SCHEDULES),
             "--start": (self.start, STARTS),
             "--hvp": (self.hvp, HVP_MODES),
+            "--precision": (self.precision, PRECISIONS),
         }
         for flag, (value, known) in choices.items():
             if value not in known:
@@ -192,3 +220,4 @@ class InversionConfig:
             raise InputError("--soft-sign replaces the sign; add --no-signed")
         if self.group_every < 1:
             raise InputError("--group-every must be at least 1")
+        _check_acceleration(self)

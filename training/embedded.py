@@ -127,6 +127,15 @@ def photo_patches(name: str) -> EmbeddedImages:
     )
 
 
+def photograph_files() -> dict[str, Path]:
+    """The whole photographs, by class name.
+
+    Raises:
+        InputError: Their packages are not installed.
+    """
+    return {name: _wheel_file(*place) for name, place in PHOTOGRAPHS.items()}
+
+
 def _wheel_file(package: str, file: str) -> Path:
     """A file inside an installed package, found without importing the package."""
     found = importlib.util.find_spec(package)

@@ -2,6 +2,7 @@
 
 python -m benchmarks.speed            the full measurement, on an idle machine
 python -m benchmarks.speed --quick    a few cases, two minutes
+python -m benchmarks.speed --device cuda    iterations, restarts and levers on a GPU
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--only", metavar="NAMES", help=f"sections, comma-separated: {', '.join(MEASUREMENTS)}"
     )
     parser.add_argument("--cases", metavar="NAMES", help="targets of the section iterations")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="cuda: the sections gpu-..."
+    )
     parser.add_argument("--threads", type=int, default=None, help="default: torch's own choice")
     parser.add_argument("--repeats", type=int, default=15, help="rounds at most")
     parser.add_argument("--seconds", type=float, default=20.0, help="per case, after three rounds")
@@ -44,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Run the sections; each writes its record and renews the table."""
     args = build_parser().parse_args(argv)
-    sections = args.only.split(",") if args.only else list(MEASUREMENTS)
+    sections = args.only.split(",") if args.only else _sections_of(args.device)
     unknown = [name for name in sections if name not in MEASUREMENTS]
     if unknown:
         raise InputError(f"--only {unknown[0]}: unknown; known are {', '.join(MEASUREMENTS)}")
@@ -52,11 +56,18 @@ def main(argv: list[str] | None = None) -> None:
     _check_cases(args)
     import torch
 
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no CUDA GPU here")
     if args.threads:
         torch.set_num_threads(args.threads)
     for name in sections:
         _run_section(name, args)
     print((Path(args.output) / "table.md").read_text(encoding="utf-8"))
+
+
+def _sections_of(device: str) -> list[str]:
+    """The sections that are measured on a device, all on the CPU or all on the GPU."""
+    return [name for name in MEASUREMENTS if name.startswith("gpu-") == (device == "cuda")]
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
@@ -97,7 +108,7 @@ def _provenance(args: argparse.Namespace) -> dict[str, Any]:
     from training.records import provenance
 
     return {
-        **provenance(torch.device("cpu"), args.seed),
+        **provenance(torch.device(args.device), args.seed),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],
@@ -175,6 +186,28 @@ def _parts(args: argparse.Namespace) -> Rows:
     yield from measure_parts(args.quick, args.seed)
 
 
+def _on_device(args: argparse.Namespace, measure: str) -> Rows:
+    import torch
+
+    from benchmarks.speed import gpu
+
+    device = torch.device(args.device)
+    for case in _chosen(args):
+        yield from getattr(gpu, measure)(case, device, args.repeats, args.seed)
+
+
+def _gpu_iterations(args: argparse.Namespace) -> Rows:
+    yield from _on_device(args, "measure_iterations")
+
+
+def _gpu_restarts(args: argparse.Namespace) -> Rows:
+    yield from _on_device(args, "measure_restarts")
+
+
+def _gpu_levers(args: argparse.Namespace) -> Rows:
+    yield from _on_device(args, "measure_levers")
+
+
 MEASUREMENTS: dict[str, Callable[[argparse.Namespace], Rows]] = {
     "iterations": _iterations,
     "restarts": _restarts,
@@ -182,6 +215,9 @@ MEASUREMENTS: dict[str, Callable[[argparse.Namespace], Rows]] = {
     "processes": _processes,
     "levers": _levers,
     "parts": _parts,
+    "gpu-iterations": _gpu_iterations,
+    "gpu-restarts": _gpu_restarts,
+    "gpu-levers": _gpu_levers,
 }
 
 

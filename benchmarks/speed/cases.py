@@ -73,6 +73,10 @@ class Problem:
     inputs: torch.Tensor
     labels: torch.Tensor
 
+    def to(self, device: torch.device) -> Problem:
+        """The same, to be evaluated on a device."""
+        return Problem(self.target, self.inputs.to(device), self.labels.to(device))
+
 
 def make_problem(case: Case, seed: int = 0) -> Problem:
     """The gradient of a freshly initialised model, and noise as the candidate."""
@@ -82,12 +86,24 @@ def make_problem(case: Case, seed: int = 0) -> Problem:
     model = build_model(spec).train(case.train_mode)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     labels = torch.arange(case.batch) % spec.n_classes
-    images = F.interpolate(torch.rand(case.batch, 3, 4, 4), size=(size, size), mode="bilinear")
+    images = _smooth_images(case)
     loss = F.cross_entropy(model(data.normalize(images)), labels)
     named = dict(model.named_parameters())
     gradient = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
     target = Target(spec, data, state, gradient, case.train_mode, case.batch)
     return Problem(target, torch.randn(case.batch, *data.shape), labels)
+
+
+def _smooth_images(case: Case) -> torch.Tensor:
+    side = case.model.image_size
+    return F.interpolate(torch.rand(case.batch, 3, 4, 4), size=(side, side), mode="bilinear")
+
+
+def true_images(case: Case, seed: int = 0) -> torch.Tensor:
+    """What the target of `make_problem` was made from, N x 3 x H x W in [0, 1]."""
+    torch.manual_seed(seed)
+    build_model(case.model)
+    return _smooth_images(case)
 
 
 def in_double(target: Target) -> Target:

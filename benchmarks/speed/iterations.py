@@ -81,7 +81,7 @@ def _available(method: str) -> bool:
 def accuracy(problem: Problem, found: torch.Tensor) -> float:
     """Cosine of a gradient in the images to the textbook's in float64."""
     exact = references.analytic_seed(problem, torch.float64)()
-    found = found.double()
+    found = found.to(exact)
     return float((exact * found).sum() / (exact.norm() * found.norm()))
 
 

@@ -32,7 +32,9 @@ def published_loop(problem: Problem) -> Iteration:
 
     Source: Geiping et al., Inverting Gradients, 2020, eq. 4, https://arxiv.org/abs/2003.14053.
     """
-    model, goal = problem.target.build_model(), list(problem.target.gradient.values())
+    device = problem.inputs.device
+    model = problem.target.build_model().to(device)
+    goal = [g.to(device) for g in problem.target.gradient.values()]
 
     def iteration() -> torch.Tensor:
         inputs = problem.inputs.clone().requires_grad_()
@@ -61,9 +63,10 @@ def analytic_seed(problem: Problem, dtype: torch.dtype = torch.float32) -> Itera
         problem: What to evaluate.
         dtype: float64 makes it the reference of the accuracy column.
     """
-    model = problem.target.build_model().to(dtype).requires_grad_(False)
+    device = problem.inputs.device
+    model = problem.target.build_model().to(device, dtype).requires_grad_(False)
     parameters = [p.requires_grad_() for p in model.parameters()]
-    goal = [g.to(dtype) for g in problem.target.gradient.values()]
+    goal = [g.to(device, dtype) for g in problem.target.gradient.values()]
 
     def iteration() -> torch.Tensor:
         inputs = problem.inputs.to(dtype).clone().requires_grad_()
@@ -87,7 +90,7 @@ def _cosine_seed(gradient: list[torch.Tensor], goal: list[torch.Tensor]) -> list
 
 def ours(problem: Problem, hvp: str = "auto") -> Iteration:
     """This project's gradient matching."""
-    matcher = GradientMatcher(Replica(problem.target, CPU), Cosine(), hvp)
+    matcher = GradientMatcher(Replica(problem.target, problem.inputs.device), Cosine(), hvp)
     return lambda: matcher(problem.inputs, problem.labels).input_gradient
 
 
@@ -104,7 +107,7 @@ def our_loop(problem: Problem, restarts: int = 1, at_once: int = 1) -> Iteration
     config = dataclasses.replace(
         InvertingGradients.published, restarts=restarts, restarts_at_once=at_once
     )
-    inversion = Inversion(problem.target, problem.labels, config, device=CPU)
+    inversion = Inversion(problem.target, problem.labels, config, device=problem.inputs.device)
 
     def iteration() -> torch.Tensor:
         inversion._iterate(inversion.progress.iteration)

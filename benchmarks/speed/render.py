@@ -129,6 +129,66 @@ def _parts(rows: list[Row]) -> str:
     )
 
 
+def _gpu_iterations(rows: list[Row]) -> str:
+    header = ["case", "R1 ms", "R2 ms", "ours ms", "over R1", "cosine to float64", "peak MiB"]
+    return table(
+        header,
+        [
+            [
+                row["case"],
+                *(_ms(row["seconds"][name]) for name in ("R1", "R2", "ours")),
+                _times(row["speedup_over_R1"]),
+                f"{row['cosine_to_float64']:.6f}",
+                _mib(row["peak_bytes"]["ours"]),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _mib(n_bytes: int | None) -> str:
+    return "" if n_bytes is None else str(round(n_bytes / 2**20))
+
+
+def _gpu_restarts(rows: list[Row]) -> str:
+    header = ["case", "restarts", "ms", "ms per restart", "peak MiB"]
+    return table(
+        header,
+        [
+            [
+                row["case"],
+                row["restarts"],
+                _ms(row["seconds"]),
+                _ms(row["seconds"] / row["restarts"]),
+                _mib(row["peak_bytes"]),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _gpu_levers(rows: list[Row]) -> str:
+    header = ["lever", "case", "ms", "gain", "first call s", "cosine to float64", "PSNR dB"]
+    header += ["peak MiB", "what ran"]
+    return table(
+        header,
+        [
+            [
+                row["lever"],
+                row["case"],
+                _ms(row["seconds"]),
+                _times(row["gain"]),
+                f"{row['first_call_seconds']:.1f}",
+                f"{row['cosine_to_float64']:.6f}",
+                f"{row['psnr']:.2f}",
+                _mib(row["peak_bytes"]),
+                "; ".join(row["events"]) or "as asked for",
+            ]
+            for row in rows
+        ],
+    )
+
+
 SECTIONS: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "iterations": ("Seconds per iteration", _iterations),
     "restarts": ("Several restarts, in units of one", _restarts),
@@ -136,6 +196,9 @@ SECTIONS: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "processes": ("One batch over several processes, one thread each", _processes),
     "levers": ("What each lever gave", _levers),
     "parts": ("The other parts", _parts),
+    "gpu-iterations": ("On a GPU: seconds per iteration", _gpu_iterations),
+    "gpu-restarts": ("On a GPU: restarts in one call", _gpu_restarts),
+    "gpu-levers": ("On a GPU: what each lever gave", _gpu_levers),
 }
 
 

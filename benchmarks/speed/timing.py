@@ -38,6 +38,18 @@ def interleaved(
     return seconds
 
 
+def synchronised(function: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """The function, which returns only when a CUDA device has done all it was told."""
+
+    def call() -> Any:
+        result = function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return result
+
+    return call
+
+
 def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
     """The median time of each."""
     return {name: statistics.median(times) for name, times in seconds.items()}

@@ -107,3 +107,48 @@ def test_page_keeps_its_prose() -> None:
     assert renewed == "before\n<!-- begin a -->\nnew\n<!-- end a -->\nafter\n"
     with pytest.raises(InputError, match="no place for the table b"):
         renew(page, {"b": ""})
+
+
+def test_sections_of_a_gpu_run_on_a_cpu_too() -> None:
+    from benchmarks.speed import gpu
+
+    (row,) = gpu.measure_iterations(SMALL_CASE, torch.device("cpu"), 1, 0)
+    assert row["cosine_to_float64"] > 0.9999
+    restarts = list(gpu.measure_restarts(SMALL_CASE, torch.device("cpu"), 1, 0, (1, 2)))
+    assert [r["restarts"] for r in restarts] == [1, 2]
+    names = ("none", "channels last", "bf16", "CUDA graphs")
+    levers = list(gpu.measure_levers(SMALL_CASE, torch.device("cpu"), 1, 0, 20, names))
+    assert [lever["lever"] for lever in levers] == ["none", "channels last", "bf16"]
+    assert all(lever["cosine_to_float64"] > 0.97 for lever in levers)
+    assert max(lever["psnr"] for lever in levers) - min(lever["psnr"] for lever in levers) < 3
+    made = {"processor": "a", "cores": 1, "threads": 1, "load_average": 0.0, "versions": {}}
+    made["versions"] = {"torch": "0"}
+    records = {"gpu-iterations": [row], "gpu-restarts": restarts, "gpu-levers": levers}
+    text = render({n: {"rows": rows, "provenance": made} for n, rows in records.items()})
+    assert text.count(SMALL_CASE.name) == 6
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    with pytest.raises(InputError, match="--device cuda: torch sees no CUDA GPU"):
+        main(["--device", "cuda"])
+
+
+def test_images_are_inverted_and_only_our_own_are_shown(tmp_path: Path) -> None:
+    from PIL import Image
+
+    from benchmarks.speed import gpu_images
+
+    for n, colour in enumerate(("red", "blue")):
+        Image.new("RGB", (20, 20), colour).save(tmp_path / f"{n}.png")
+    words = ["--images", str(tmp_path), "--batches", "1,4", "--device", "cpu", "--arch", "cnn"]
+    words += ["--image-size", "16", "--iterations", "3", "--output", str(tmp_path / "out")]
+    gpu_images.main(words)
+    rows = json.loads((tmp_path / "out" / "gpu-images.json").read_text())["rows"]
+    made = [(row["source"], row["batch"]) for row in rows]
+    assert made == [("folder", 1), ("embedded", 1), ("embedded", 4)]
+    assert all(row["iterations"] == 3 and row["psnr"] > 0 for row in rows)
+    pictures = sorted(p.name for p in (tmp_path / "out").glob("*.png"))
+    assert pictures == ["gpu-images-cnn-b1.png", "gpu-images-cnn-b4.png"]
+    with pytest.raises(InputError, match="--batches"):
+        gpu_images.main([*words, "--batches", "one"])

@@ -1,0 +1,188 @@
+"""The iteration on one device: methods, batched restarts, and levers with what they cost.
+
+Everything runs in this process, in turns, and is timed until the device is done. It runs on
+a CPU as well, which is how it is tested; its numbers are meant for a GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from attack.acceleration import AcceleratedMatcher, Acceleration, product_precision
+from attack.attacks import InvertingGradients
+from attack.inversion import Inversion
+from attack.matching import Replica
+from attack.metrics import assign, psnr
+from attack.objectives import Cosine
+from benchmarks.speed import references
+from benchmarks.speed.cases import Case, Problem, make_problem, true_images
+from benchmarks.speed.iterations import accuracy
+from benchmarks.speed.timing import interleaved, medians, paired_ratio, synchronised
+
+Row = dict[str, Any]
+RESTARTS = (1, 2, 4, 8, 16, 32)
+# Enough to tell a lever that ruins the reconstruction from one that does not.
+PSNR_ITERATIONS = 500
+LEVERS = {
+    "none": Acceleration(),
+    "channels last": Acceleration(channels_last=True),
+    "CUDA graphs": Acceleration(cuda_graphs=True),
+    "compiled": Acceleration(compile=True),
+    "compiled, CUDA graphs": Acceleration(compile=True, cuda_graphs=True),
+    "TF32": Acceleration(precision="tf32"),
+    "bf16": Acceleration(precision="bf16"),
+    "bf16, channels last": Acceleration(precision="bf16", channels_last=True),
+    "bf16, compiled, CUDA graphs, channels last": Acceleration(True, True, "bf16", True),
+}
+
+
+def measure_iterations(case: Case, device: torch.device, repeats: int, seed: int) -> Iterator[Row]:
+    """Both textbook loops and ours, in full float32.
+
+    Args:
+        case: The target.
+        device: Where.
+        repeats: Rounds.
+        seed: Of model, images and candidate.
+    """
+    problem = make_problem(case, seed).to(device)
+    methods: dict[str, Callable[[], torch.Tensor]] = {
+        "R1": references.published_loop(problem),
+        "R2": references.analytic_seed(problem),
+        "ours": references.ours(problem),
+    }
+    with product_precision("float32"):
+        peaks = {name: _peak_bytes(method, device) for name, method in methods.items()}
+        timed = {name: synchronised(method, device) for name, method in methods.items()}
+        times = interleaved(timed, repeats)
+        cosine = accuracy(problem, methods["ours"]())
+    yield {
+        "case": case.name,
+        "device": device.type,
+        "seconds": medians(times),
+        "speedup_over_R1": paired_ratio(times["R1"], times["ours"]),
+        "speedup_over_R2": paired_ratio(times["R2"], times["ours"]),
+        "cosine_to_float64": cosine,
+        "peak_bytes": peaks,
+    }
+
+
+def _peak_bytes(function: Callable[[], Any], device: torch.device) -> int | None:
+    """Most memory that torch held on a CUDA device during a call; None elsewhere."""
+    if device.type != "cuda":
+        function()
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    function()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device)
+
+
+def measure_restarts(
+    case: Case,
+    device: torch.device,
+    repeats: int,
+    seed: int,
+    counts: tuple[int, ...] = RESTARTS,
+) -> Iterator[Row]:
+    """One iteration of so many restarts, as many in a call as the program chooses."""
+    problem = make_problem(case, seed).to(device)
+    for count in counts:
+        iteration = references.our_loop(problem, count, at_once=0)
+        with product_precision("float32"):
+            peak = _peak_bytes(iteration, device)
+            times = interleaved({"loop": synchronised(iteration, device)}, min(repeats, 5))
+        yield {
+            "case": case.name,
+            "device": device.type,
+            "restarts": count,
+            "seconds": medians(times)["loop"],
+            "peak_bytes": peak,
+        }
+
+
+def measure_levers(
+    case: Case,
+    device: torch.device,
+    repeats: int,
+    seed: int,
+    iterations: int = PSNR_ITERATIONS,
+    names: tuple[str, ...] = tuple(LEVERS),
+) -> Iterator[Row]:
+    """Each lever beside none: seconds, cosine to float64, PSNR of a short attack.
+
+    Args:
+        case: The target.
+        device: Where; levers it does not have are left out.
+        repeats: Rounds.
+        seed: Of model, images and candidate.
+        iterations: Of the attack that PSNR is of.
+        names: Which levers of `LEVERS`.
+    """
+    problem = make_problem(case, seed).to(device)
+    plain = _Lever(problem, Acceleration(), device)
+    for name in names:
+        acceleration = LEVERS[name]
+        if device.type != "cuda" and (acceleration.cuda_graphs or acceleration.precision == "tf32"):
+            continue
+        lever = _Lever(problem, acceleration, device)
+        sides = {"without": plain.iteration, "with": lever.iteration}
+        peak = _peak_bytes(lever.iteration, device)
+        timed = {side: synchronised(function, device) for side, function in sides.items()}
+        times = interleaved(timed, repeats)
+        yield {
+            "lever": name,
+            "case": case.name,
+            "device": device.type,
+            "seconds": medians(times)["with"],
+            "gain": paired_ratio(times["without"], times["with"]),
+            "first_call_seconds": lever.first_call_seconds,
+            "cosine_to_float64": accuracy(problem, lever.iteration()),
+            "psnr": _psnr(case, problem, acceleration, device, iterations, seed),
+            "psnr_iterations": iterations,
+            "peak_bytes": peak,
+            "events": lever.matcher.events,
+        }
+
+
+class _Lever:
+    """A matcher with one acceleration, called once, which compiles and captures."""
+
+    def __init__(self, problem: Problem, acceleration: Acceleration, device: torch.device) -> None:
+        self.problem, self.precision = problem, acceleration.precision
+        replica = Replica(problem.target, device)
+        self.matcher = AcceleratedMatcher(replica, Cosine(), "auto", acceleration)
+        begun = time.perf_counter()
+        synchronised(self.iteration, device)()
+        self.first_call_seconds = time.perf_counter() - begun
+
+    def iteration(self) -> torch.Tensor:
+        """The gradient of the objective."""
+        with product_precision(self.precision):
+            return self.matcher(self.problem.inputs, self.problem.labels).input_gradient
+
+
+def _psnr(
+    case: Case,
+    problem: Problem,
+    acceleration: Acceleration,
+    device: torch.device,
+    iterations: int,
+    seed: int,
+) -> float:
+    """Mean PSNR in dB of Inverting Gradients within so many iterations."""
+    config = dataclasses.replace(
+        InvertingGradients.published,
+        iterations=iterations,
+        restarts=1,
+        **dataclasses.asdict(acceleration),
+    )
+    labels = problem.labels.cpu()
+    found = Inversion(problem.target, labels, config, device=device, seed=seed).run().images
+    truth = true_images(case, seed)
+    return float(psnr(found[assign(found, truth)], truth).mean())

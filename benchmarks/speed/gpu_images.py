@@ -1,0 +1,189 @@
+"""ResNet-18 at 224 px for the published number of iterations, on real images.
+
+python -m benchmarks.speed.gpu_images --images FOLDER --device cuda
+
+Inverts the gradient of batches of 1, 8 and 32 images of a folder, and of the photographs that
+come with scikit-image and scikit-learn: seconds, memory, PSNR and SSIM of both; pictures of the
+latter only, whose licences allow it. Untrained weights unless `--pretrained` names a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training.errors import InputError, exit_status
+
+if TYPE_CHECKING:
+    import torch
+
+    from gradients.checkpoint import Target, Truth
+
+FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed.gpu_images",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--images", metavar="FOLDER", help="images, also in folders below it")
+    parser.add_argument("--batches", default="1,8,32", metavar="N,N,...")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    parser.add_argument("--arch", default="resnet18")
+    parser.add_argument("--pretrained", metavar="FILE", help="weights: a state_dict")
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--attack", default="inverting-gradients")
+    parser.add_argument("--iterations", type=int, default=None, help="default: the published ones")
+    parser.add_argument("--time-budget", type=float, default=None, metavar="SECONDS", help="each")
+    parser.add_argument("--precision", choices=["float32", "tf32", "bf16"], default="float32")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--cuda-graphs", action="store_true")
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", default="results/speed", metavar="DIR")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Invert every batch; the record grows with each."""
+    args = build_parser().parse_args(argv)
+    batches = _batches(args.batches)
+    import torch
+
+    from training.records import provenance
+    from training.storage import write_json
+
+    device = torch.device(args.device)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no CUDA GPU here")
+    sources = _sources(args)
+    rows: list[dict[str, Any]] = []
+    for name, files in sources.items():
+        for batch in batches:
+            if batch > len(files):
+                print(f"{name}: {len(files)} images make no batch of {batch}")
+                continue
+            rows.append(_measure(args, name, files[:batch], device))
+            record = {"rows": rows, "provenance": provenance(device, args.seed)}
+            write_json(Path(args.output) / "gpu-images.json", record)
+            print({k: v for k, v in rows[-1].items() if k != "per_image"})
+
+
+def _batches(text: str) -> list[int]:
+    try:
+        sizes = [int(word) for word in text.split(",")]
+    except ValueError:
+        raise InputError(f"--batches {text}: give numbers separated by commas") from None
+    if min(sizes) < 1:
+        raise InputError(f"--batches {text}: a batch has at least one image")
+    return sizes
+
+
+def _sources(args: argparse.Namespace) -> dict[str, list[Path]]:
+    """Image files by where they come from."""
+    from training.embedded import photograph_files
+
+    sources: dict[str, list[Path]] = {}
+    if args.images is not None:
+        found = sorted(p for p in Path(args.images).rglob("*") if p.suffix.lower() in FORMATS)
+        if not found:
+            raise InputError(f"--images {args.images}: no images there")
+        sources["folder"] = found
+    try:
+        sources["embedded"] = list(photograph_files().values())
+    except InputError as error:
+        if not sources:
+            raise
+        print(error)
+    return sources
+
+
+def _measure(
+    args: argparse.Namespace, source: str, files: list[Path], device: torch.device
+) -> dict[str, Any]:
+    """One attack: its record, and its picture where the images may be shown."""
+    import torch
+
+    from attack.attacks import OptimizationAttack, get_attack
+    from attack.metrics import evaluate
+    from attack.pictures import save_comparison
+
+    target, truth = _share(args, files)
+    attack = get_attack(args.attack)
+    if not issubclass(attack, OptimizationAttack):
+        raise InputError(f"--attack {args.attack}: has no iterations")
+    config = dataclasses.replace(attack.published, **_changes(args))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    found = attack(config).reconstruct(
+        target, labels=truth.labels, device=device, seed=args.seed, progress=True
+    )
+    measured = evaluate(found.images, found.labels, truth, metrics=["psnr", "ssim"], device=device)
+    scores = measured.per_image
+    if source == "embedded":
+        path = Path(args.output) / f"gpu-images-{args.arch}-b{len(files)}.png"
+        ordered = found.images[measured.order]
+        save_comparison(path, truth.images, ordered, scores, title=f"{args.arch}, {args.attack}")
+    cuda = device.type == "cuda"
+    return {
+        "source": source,
+        "batch": len(files),
+        "arch": args.arch,
+        "image_size": args.image_size,
+        "trained": args.pretrained is not None,
+        "attack": args.attack,
+        "iterations": found.iterations,
+        "status": found.status,
+        "seconds": found.seconds,
+        "peak_bytes": torch.cuda.max_memory_allocated(device) if cuda else None,
+        "objective": found.objective,
+        "psnr": sum(s["psnr"] for s in scores) / len(scores),
+        "ssim": sum(s["ssim"] for s in scores) / len(scores),
+        "per_image": scores,
+        "acceleration": found.details.get("acceleration"),
+        "config": dataclasses.asdict(config),
+    }
+
+
+def _changes(args: argparse.Namespace) -> dict[str, Any]:
+    """What differs from the published setting."""
+    names = ("compile", "cuda_graphs", "precision", "channels_last", "time_budget")
+    changes = {name: getattr(args, name) for name in names}
+    return changes if args.iterations is None else {**changes, "iterations": args.iterations}
+
+
+def _share(args: argparse.Namespace, files: list[Path]) -> tuple[Target, Truth]:
+    """What a client with these images would share, in eval mode; labels are 0, 1, ..."""
+    import torch
+    import torch.nn.functional as F
+
+    from attack.pictures import read_image
+    from gradients.checkpoint import Target, Truth
+    from training.data import DataSpec
+    from training.models import ModelSpec, build_model
+    from training.storage import load_checkpoint
+
+    torch.manual_seed(args.seed)
+    size = args.image_size
+    data = DataSpec("images", (3, size, size), MEAN, STD, 1000)
+    spec = ModelSpec(args.arch, 1000, size)
+    model = build_model(spec).eval()
+    if args.pretrained is not None:
+        model.load_state_dict(load_checkpoint(Path(args.pretrained), "--pretrained"))
+    images = torch.stack([read_image(file, data.shape, "--images") for file in files])
+    truth = Truth(images, torch.arange(len(files)) % 1000)
+    named = dict(model.named_parameters())
+    loss = F.cross_entropy(model(data.normalize(images)), truth.labels)
+    gradient = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+    return Target(spec, data, model.state_dict(), gradient, False, len(files)), truth
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))
