@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from attack.clipping import SampleClipping
+from attack.matching import Replica
 from attack.objectives import Objective, Tensors
 from attack.settings import InversionConfig
 from gradients.checkpoint import Target
@@ -26,6 +28,10 @@ FEW_KEPT = 0.1
 SIGNAL_FLOOR = 0.3
 # Quantization to at most so many levels is treated as noise.
 COARSE_LEVELS = 4
+# Factor on the learning rate where a large pooling layer makes descents get stuck.
+POOLED_RATE = 4.0
+# Elements of per-sample gradients that are held at a time, at most.
+MAX_HELD = 200_000_000
 # How sharply the sign is replaced by a smooth step, relative to a tensor's mean magnitude.
 SIGN_SOFTNESS = 0.5
 
@@ -40,12 +46,15 @@ class Adaptation:
             shared parameter; 0 leaves it out.
         through: What the defense does to a candidate's gradient, smoothly; applied before
             comparing.
+        sample_norm: Norm to which the client clips the gradient of every image; None
+            where it does not, or the candidates need not be clipped alike.
         notes: What was done, one sentence per defense.
     """
 
     config: InversionConfig
     weights: list[torch.Tensor]
     through: Callable[[Tensors], Tensors] | None = None
+    sample_norm: float | None = None
     notes: list[str] = field(default_factory=list)
 
     @classmethod
@@ -65,6 +74,12 @@ class Adaptation:
         if all(w.numel() == 1 and float(w) == 1 for w in self.weights):
             return inner
         return ElementWeighted(inner, self.weights)
+
+    def clipping(self, replica: Replica) -> SampleClipping | None:
+        """What per-sample clipping does to a candidate; None where it need not be known."""
+        if self.sample_norm is None:
+            return None
+        return SampleClipping(replica.model, replica.names, self.sample_norm, replica.batch_size)
 
     def keep_only(self, masks: list[torch.Tensor]) -> None:
         """Compare only where the masks are true."""
@@ -224,8 +239,19 @@ def _percentile(adaptation: Adaptation, target: Target, values: list[float]) -> 
 
 @register_adaptation("dp-sgd")
 def _dp_sgd(adaptation: Adaptation, target: Target, values: list[float]) -> None:
-    """Clipping per sample and noise on the sum, of which the mean is shared."""
+    """Clipping per sample and noise on the sum, of which the mean is shared.
+
+    The gradient of the mean loss is another one than the mean of clipped gradients, by 0.08
+    to 0.36 in cosine for two images and a trained network. Matching through the clipping
+    gained 1.7 dB there without noise; with one image there is nothing to tell apart.
+    """
     _scale_free(adaptation, "dp-sgd")
+    held = target.batch_size * sum(g.numel() for g in _tensors(target))
+    if target.local.steps > 1 or held > MAX_HELD:
+        adaptation.notes.append("dp-sgd: the images' own gradients are too many to clip alone")
+    elif target.batch_size > 1:
+        adaptation.sample_norm = values[1]
+        adaptation.notes.append("dp-sgd: every image of a candidate is clipped alone as well")
     _white_noise(adaptation, target, values[0] * values[1] / target.batch_size, "dp-sgd")
 
 
@@ -236,18 +262,21 @@ def _dp_batch(adaptation: Adaptation, target: Target, values: list[float]) -> No
 
 
 def _white_noise(adaptation: Adaptation, target: Target, std: float, name: str) -> None:
-    """The same noise everywhere asks for the same weight everywhere.
+    """The same noise everywhere asks for the same weight everywhere: nothing is changed.
 
-    Of white noise the likeliest gradient is the nearest one, unweighted. Weighting layers
-    or elements by their signal share, and a heavier prior, were tried: both cost up to 13 dB,
-    because faint layers carry signal that no other layer does.
+    Of white noise the likeliest gradient is the nearest one, unweighted. What was tried did
+    not help: weighting layers or elements by their signal share cost up to 13 dB, because
+    faint layers carry signal that no other layer does. A prior that counts twice as much
+    cost 10 dB with a BatchNorm network and 78 % noise, and gained 1 dB with a GroupNorm
+    network and 81 to 99 %. Letting the balance rest at the objective that the truth would
+    leave made no difference.
     """
     energy = sum(float(g.double().square().sum()) for g in _tensors(target))
     noise = std**2 * sum(g.numel() for g in _tensors(target))
     share = min(1.0, noise / max(energy, 1e-30))
     adaptation.notes.append(
         f"{name}: {share:.1%} of the shared energy is noise of the same size everywhere; all "
-        "elements count the same"
+        "elements count the same, for neither weights nor a heavier prior help"
     )
 
 
@@ -387,5 +416,18 @@ def _rounding(shared: torch.Tensor) -> float:
 
 
 def _rank_analysis(adaptation: Adaptation, target: Target) -> None:
-    """Nothing is transformed after the gradient: the attacker inverts the pooled model."""
-    adaptation.notes.append(f"pooling over {target.model.pool_kernel} px is part of the model")
+    """Pooling over more positions: the gradient says less of each, and descents get stuck.
+
+    Nothing is transformed after the gradient, and the pooled model itself is inverted. Where
+    images are optimised in scaled cosine coordinates, steps four times as long leave the
+    local minima of a plain convolutional network: 2 to 12 dB on each of six photographs. On
+    synthetic smooth images they gain nothing, on a narrow ResNet-18 they lose half a dB below
+    the guesses, and signed steps in pixels do not profit. Smooth pooling that sharpens during
+    the attack, several restarts at equal cost and a heavier prior did not help.
+    """
+    pooling = f"pooling over {target.model.pool_kernel} px is part of the model"
+    config = adaptation.config
+    if config.coordinates.startswith("dct") and not config.signed:
+        adaptation.config = dataclasses.replace(config, lr=POOLED_RATE * config.lr)
+        pooling += f"; steps are {POOLED_RATE:g} times as long, to leave local minima"
+    adaptation.notes.append(pooling)

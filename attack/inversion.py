@@ -19,6 +19,7 @@ each process holds its own images of the batch (see `attack.matching`).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -30,6 +31,7 @@ from tqdm import tqdm
 
 from attack.acceleration import AcceleratedMatcher, Acceleration, product_precision
 from attack.adaptive import Adaptation, adapt
+from attack.clipping import CLIPPED_FROM
 from attack.coordinates import Coordinates, make_coordinates
 from attack.evaluation import Evaluation
 from attack.fusion import Consensus
@@ -200,13 +202,13 @@ class Inversion:
                 state.save(self.restarts)
         bar.close()
         if self.config.polish:
-            objective = self.matcher.objective
-            polish(best_of(self.restarts), self.problem, objective, self.progress.iteration)
+            polish(best_of(self.restarts), self.problem, self.matcher, self.progress.iteration)
         self.progress.seconds = time.perf_counter() - started
         return self._result(status)
 
     def _iterate(self, iteration: int) -> None:
         """One iteration of every restart."""
+        self._begin_clipping(iteration)
         restarts = self.race.thin_out(self.restarts, iteration)
         restarts = thin_out(restarts, iteration, self.config)
         self.restarts = self.consensus.advance(restarts, iteration)
@@ -214,6 +216,18 @@ class Inversion:
         together = self.evaluation.together(self.restarts)
         for restart in self.restarts:
             self.stepper.step(restart, iteration, consensus, together.get(restart.index))
+
+    def _begin_clipping(self, iteration: int) -> None:
+        """Clip the candidates' images like the client's, once they have taken shape."""
+        first = int(CLIPPED_FROM * self.config.iterations)
+        if self.adaptation.sample_norm is None or iteration < first:
+            return
+        if self.matcher.clipping is None:
+            self.matcher.clipping = self.adaptation.clipping(self.replica)
+        if iteration == first:
+            # Values of another objective are no measure.
+            for restart in self.restarts:
+                restart.smallest = restart.best_value = math.inf
 
     def _state(self, path: Path) -> StateFile:
         return StateFile(path, self.problem, self.matcher, self.starter, self.progress)

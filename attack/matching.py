@@ -32,6 +32,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attack.activations import RecordActivations, ReplayActivations, TwiceDifferentiable
+from attack.clipping import SampleClipping
 from attack.factored import Factored, find_layers, saves_sweeps
 from attack.objectives import (
     Objective,
@@ -205,6 +206,8 @@ class GradientMatcher:
         hvp: "exact", "difference", or "auto": the difference while it agrees with
             the exact one, which is checked at the start and every `CHECK_EVERY` calls.
         factor: Keep late layers' gradients as products (see `attack.factored`).
+        clipping: What the client's per-sample clipping does to a candidate; None: it
+            does not clip.
 
     Raises:
         InputError: Unknown `hvp`.
@@ -215,13 +218,19 @@ class GradientMatcher:
     """
 
     def __init__(
-        self, replica: Replica, objective: Objective, hvp: str = "auto", factor: bool = True
+        self,
+        replica: Replica,
+        objective: Objective,
+        hvp: str = "auto",
+        factor: bool = True,
+        clipping: SampleClipping | None = None,
     ) -> None:
         if hvp not in HVP_MODES:
             raise InputError(f"--hvp {hvp}: choose one of {', '.join(HVP_MODES)}")
         self.replica = replica
         self.objective = objective
         self.hvp = hvp
+        self.clipping = clipping
         self.factor = factor
         self.calls = 0
         self.agreement: float | None = None
@@ -261,6 +270,8 @@ class GradientMatcher:
                 called after it for a differentiable scalar.
             apart: Keep the penalty's gradient apart, at the cost of a backward pass.
         """
+        if self.clipping is not None:
+            return self._clipped(inputs, labels, weight, penalty, apart)
         self._count_call(inputs, labels)
         if self.step is None:
             return self._exact(inputs, labels, weight, penalty, apart)
@@ -276,12 +287,14 @@ class GradientMatcher:
 
         Every restart has BatchNorm statistics of its own. The results are those of
         calling the matcher once per restart, up to rounding; where differences are not
-        in use, that is what happens.
+        in use, or images are clipped one by one, that is what happens.
 
         Args:
             inputs: R x n x C x H x W, normalised.
             labels: n class indices, the same for all restarts.
         """
+        if self.clipping is not None:
+            return [self(one, labels) for one in inputs]
         self._count_call(inputs[0], labels)
         if self.step is None:
             return [self._exact(one, labels, 1.0, None) for one in inputs]
@@ -335,7 +348,9 @@ class GradientMatcher:
 
     def value(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The objective alone, a scalar in float64."""
-        if self.replica.local.steps > 1:
+        if self.clipping is not None:
+            gradient = self.clipping.mean_gradient(inputs, labels)
+        elif self.replica.local.steps > 1:
             gradient = self._update(inputs, labels, create_graph=False)
         else:
             loss = self.replica.loss(self.replica.model, inputs, labels)
@@ -415,6 +430,35 @@ class GradientMatcher:
             [o for o, _ in pairs], variables, [c for _, c in pairs], allow_unused=True
         )
         return _match(value, _dense(result, variables), extra, alone)
+
+    def _clipped(
+        self,
+        inputs: torch.Tensor,
+        labels: torch.Tensor,
+        weight: float,
+        penalty: Callable[[nn.Module], Penalty] | None,
+        apart: bool,
+    ) -> Match:
+        """The exact derivative through the clipping of every image's gradient."""
+        assert self.clipping is not None
+        variables = _variables(inputs, labels)
+        with sdpa_kernel(SDPBackend.MATH), TwiceDifferentiable():
+            gradient = self.clipping.mean_gradient(*_fill(variables, labels))
+        value, seed = self._value_and_seed(_detached(gradient))
+        pairs = [(g, weight * s) for g, s in zip(gradient, seed, strict=True) if g.requires_grad]
+        found = torch.autograd.grad(
+            [g for g, _ in pairs], variables, [s for _, s in pairs], allow_unused=True
+        )
+        result = _dense(found, variables)
+        if penalty is None:
+            return _match(value, result, None, None)
+        observe = penalty(self.replica.model)
+        self.replica.model(variables[0])
+        extra = observe()
+        (alone,) = torch.autograd.grad(extra, variables[0])
+        if not apart:
+            result[0] = result[0] + alone
+        return _match(value, result, extra, alone if apart else None)
 
     def _difference(
         self,

@@ -5,20 +5,19 @@ from __future__ import annotations
 import torch
 
 from attack.matching import GradientMatcher
-from attack.objectives import Objective
 from attack.problem import InversionProblem
 from attack.restarts import Restart
 
 
 def polish(
-    restart: Restart, problem: InversionProblem, objective: Objective, iteration: int
+    restart: Restart, problem: InversionProblem, matcher: GradientMatcher, iteration: int
 ) -> None:
     """Improve a restart's best iterate with exact gradients, without any prior.
 
     Args:
         restart: Its result is replaced by a better one.
         problem: What is inverted; `config.polish` iterations.
-        objective: Distance between gradients.
+        matcher: The gradient loss of the iterations before.
         iteration: At which this happens.
     """
     if restart.best_inputs is None:
@@ -27,7 +26,7 @@ def polish(
     # Every process takes the same steps of the whole batch; its share of the
     # gradient alone would give each its own curvature.
     variable = problem.whole(restart.best_inputs).clone().requires_grad_()
-    exact = GradientMatcher(problem.replica, objective, "exact")
+    exact = GradientMatcher(problem.replica, matcher.objective, "exact", clipping=matcher.clipping)
     iterations = problem.config.polish
     optimizer = torch.optim.LBFGS(
         [variable], max_iter=iterations, max_eval=5 * iterations,

@@ -115,8 +115,14 @@ def _information_ratios(run: Run) -> list[float | None]:
 
 
 def _recovered(run: Run) -> list[float | None]:
-    """1 for every image that is recovered up to rounding, else 0."""
-    return [float((value or 0) > RECOVERED_DB) for value in _per_image("psnr")(run)]
+    """The share of the batch that is recovered up to rounding: its spread is over batches."""
+    values = _per_image("psnr")(run)
+    return [sum((value or 0) > RECOVERED_DB for value in values) / len(values)] if values else []
+
+
+def _wholly_recovered(run: Run) -> list[float | None]:
+    """1 where every image of the batch is recovered up to rounding, else 0."""
+    return [float(share == 1) for share in _recovered(run)]
 
 
 def _missing_metric(metric: str) -> Callable[[Run], str | None]:
@@ -210,6 +216,7 @@ _ALL = [
     ),
     Column("label accuracy", "label acc.", _scalar("attack.label_accuracy"), 2, "high"),
     Column("recovered", "recovered", _recovered, 2, "high"),
+    Column("wholly recovered", "whole batches", _wholly_recovered, 2, "high"),
     Column("information ratio", "GInfoR", _information_ratios, 3, "high"),
     Column("objective", "objective", _scalar("attack.objective"), 5),
     Column("seconds", "seconds", _scalar("attack.seconds"), 1),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.columns import View
-from benchmarks.results import RowResult, TableResult
+from benchmarks.results import Line, RowResult, ShownColumn, TableResult
 from benchmarks.statistics import Summary
 
 DASH = "–"
@@ -59,28 +59,27 @@ class _Footnotes:
 def to_text_table(result: TableResult) -> TextTable:
     """Write every number of a result the way people read it."""
     notes = _Footnotes()
-    table = result.table
-    published = any(row.row.published for row in result.rows)
-    header = [*table.axes, *(view.header for view in result.views), *[PUBLISHED] * published]
-    rows = [_row_texts(row, result.views, notes, published) for row in result.rows]
+    columns, lines = result.shown_columns(), result.lines()
+    published = any(line.first.row.published for line in lines)
+    header = [*result.shown_axes, *(c.header for c in columns), *[PUBLISHED] * published]
     return TextTable(
-        title=f"{table.title} ({table.preset} preset)",
+        title=f"{result.table.title} ({result.table.preset} preset)",
         header=header,
-        rows=rows,
+        rows=[_line_texts(line, columns, notes, published) for line in lines],
         baselines=_baseline_texts(result, published),
         footnotes=notes.listed(),
-        n_labels=len(table.axes),
+        n_labels=len(result.shown_axes),
     )
 
 
-def _row_texts(
-    row: RowResult, views: Sequence[View], notes: _Footnotes, published: bool
+def _line_texts(
+    line: Line, columns: Sequence[ShownColumn], notes: _Footnotes, published: bool
 ) -> list[str]:
-    labels = list(row.row.labels.values())
-    if row.errors:
-        labels[-1] += f" [{notes.mark('; '.join(row.errors))}]"
-    entries = [_entry(row, view, notes) for view in views]
-    papers = [f"{p.text} [{notes.mark(p.source)}]" for p in row.row.published]
+    labels = list(line.labels.values())
+    if line.errors:
+        labels[-1] += f" [{notes.mark('; '.join(line.errors))}]"
+    entries = [_entry(line.row(column), column.view, notes) for column in columns]
+    papers = [f"{p.text} [{notes.mark(p.source)}]" for p in line.first.row.published]
     return [*labels, *entries, *[", ".join(papers) or DASH] * published]
 
 
@@ -111,8 +110,9 @@ def format_summary(summary: Summary, view: View) -> str:
 def _baseline_texts(result: TableResult, published: bool) -> list[list[str]]:
     texts = []
     for name, metrics in result.baselines.items():
-        values = [_baseline_entry(metrics.get(v.column.name), v) for v in result.views]
-        labels = [name, *[""] * (len(result.table.axes) - 1)]
+        views = [column.view for column in result.shown_columns()]
+        values = [_baseline_entry(metrics.get(v.column.name), v) for v in views]
+        labels = [name, *[""] * (len(result.shown_axes) - 1)]
         texts.append([*labels, *values, *[DASH] * published])
     return texts
 

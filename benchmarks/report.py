@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.cells import Cell
 from benchmarks.columns import View, dig
 from benchmarks.render import DASH, TextTable, to_text_table
-from benchmarks.results import RowResult, TableResult
+from benchmarks.results import Line, RowResult, ShownColumn, TableResult
 from benchmarks.store import Store
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -55,7 +55,7 @@ def to_html(result: TableResult, pictures: Sequence[Picture], store: Store) -> s
 
 
 def _filters(result: TableResult) -> Iterator[str]:
-    for axis in result.table.axes:
+    for axis in result.shown_axes:
         values = dict.fromkeys(row.row.labels[axis] for row in result.rows)
         options = "".join(f'<option value="{escape(v)}">{escape(v)}</option>' for v in values)
         name = escape(axis)
@@ -72,8 +72,9 @@ def _table(result: TableResult, text: TextTable) -> Iterator[str]:
         kind = ' class="label"' if index < n_labels else ""
         yield f'<th{kind}><button type="button">{escape(name)}</button></th>'
     yield "</tr></thead><tbody>"
-    for row, entries in zip(result.rows, text.rows, strict=True):
-        yield _row(row, entries, result.views, n_labels)
+    columns = result.shown_columns()
+    for line, entries in zip(result.lines(), text.rows, strict=True):
+        yield _row(line, entries, columns, n_labels)
     yield '</tbody><tbody class="baselines">'
     for entries in text.baselines:
         yield f"<tr>{''.join(_plain(e, i < n_labels) for i, e in enumerate(entries))}</tr>"
@@ -94,12 +95,13 @@ def plain_table(table: TextTable) -> str:
     )
 
 
-def _row(row: RowResult, entries: Sequence[str], views: Sequence[View], n_labels: int) -> str:
-    failed = ' class="failed"' if row.errors else ""
+def _row(line: Line, entries: Sequence[str], columns: Sequence[ShownColumn], n_labels: int) -> str:
+    failed = ' class="failed"' if line.errors else ""
     labels = [_plain(entry, True) for entry in entries[:n_labels]]
-    numbers = [_number(row, v, e) for v, e in zip(views, entries[n_labels:], strict=False)]
-    rest = [_plain(entry, False) for entry in entries[n_labels + len(views) :]]
-    return f"<tr{failed}{_data_labels(row.row.labels)}>{''.join([*labels, *numbers, *rest])}</tr>"
+    shown = zip(columns, entries[n_labels:], strict=False)
+    numbers = [_number(line.row(column), column.view, entry) for column, entry in shown]
+    rest = [_plain(entry, False) for entry in entries[n_labels + len(columns) :]]
+    return f"<tr{failed}{_data_labels(line.labels)}>{''.join([*labels, *numbers, *rest])}</tr>"
 
 
 def _plain(entry: str, label: bool) -> str:

@@ -41,6 +41,51 @@ class RowResult:
 
 
 @dataclass(frozen=True)
+class ShownColumn:
+    """A column as a reader sees it.
+
+    Attributes:
+        view: What it shows.
+        value: Of the axis that is shown side by side; None for columns that are shown once.
+    """
+
+    view: View
+    value: str | None = None
+
+    @property
+    def header(self) -> str:
+        """What readers see."""
+        return self.view.header if self.value is None else f"{self.view.header} ({self.value})"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row as a reader sees it: one row, or those of an axis shown side by side.
+
+    Attributes:
+        labels: Value by axis that is shown at the left.
+        rows: By value of the axis that is shown side by side.
+    """
+
+    labels: Mapping[str, str]
+    rows: Mapping[str | None, RowResult]
+
+    @property
+    def first(self) -> RowResult:
+        """The row whose numbers stand in columns that are shown once."""
+        return next(iter(self.rows.values()))
+
+    @property
+    def errors(self) -> tuple[str, ...]:
+        """What failed in any of its rows, each once."""
+        return tuple(dict.fromkeys(error for row in self.rows.values() for error in row.errors))
+
+    def row(self, column: ShownColumn) -> RowResult:
+        """Whose numbers stand in a column."""
+        return self.first if column.value is None else self.rows[column.value]
+
+
+@dataclass(frozen=True)
 class TableResult:
     """A table with its numbers.
 
@@ -55,6 +100,32 @@ class TableResult:
     views: tuple[View, ...]
     rows: tuple[RowResult, ...]
     baselines: Mapping[str, Mapping[str, Summary]]
+
+    @property
+    def shown_axes(self) -> tuple[str, ...]:
+        """The axes whose values stand at the left."""
+        return tuple(axis for axis in self.table.axes if axis not in self.table.pivot)
+
+    def shown_columns(self) -> list[ShownColumn]:
+        """The columns, those of the pivot once per value of its axis."""
+        axis, split = next(iter(self.table.pivot.items()), (None, ()))
+        values = [] if axis is None else dict.fromkeys(row.row.labels[axis] for row in self.rows)
+        columns: list[ShownColumn] = []
+        for name, view in zip(self.table.columns, self.views, strict=True):
+            sides = [*values] if name in split else [None]
+            columns += [ShownColumn(view, side) for side in sides]
+        return columns
+
+    def lines(self) -> list[Line]:
+        """The rows, those that differ in the axis of the pivot alone as one."""
+        axis = next(iter(self.table.pivot), None)
+        lines: dict[tuple[str, ...], Line] = {}
+        for row in self.rows:
+            labels = {name: row.row.labels[name] for name in self.shown_axes}
+            line = lines.setdefault(tuple(labels.values()), Line(labels, {}))
+            side = None if axis is None else row.row.labels[axis]
+            lines[tuple(labels.values())] = Line(labels, {**line.rows, side: row})
+        return list(lines.values())
 
 
 def collect(table: Table, store: Store) -> TableResult:

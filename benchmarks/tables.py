@@ -18,6 +18,9 @@
 What papers report stands under `published` (entries of `where`, `text` and `source`), of
 the table or, where it holds for one setting only, of a preset.
 
+`pivot: {AXIS: [columns]}` shows the values of one axis side by side: its rows become one,
+with a column per value for each of these columns; the others are those of the first value.
+
 `like: schemes` starts from the flags of another table and of its presets; axes and
 repeats are each table's own. A value `STAGE/FILE` is a file that an earlier stage's
 cell of the same row made.
@@ -48,7 +51,7 @@ Overrides = dict[str, Flags]
 
 _TABLE_KEYS = {
     "title", "description", "like", "axes", "repeats", "presets", "columns", "figures", "published",
-    "chain", *STAGES,
+    "chain", "pivot", *STAGES,
 }  # fmt: skip
 _PRESET_KEYS = {"axes", "repeats", "data", "published", *STAGES}
 
@@ -98,6 +101,8 @@ class Table:
         columns: Names of columns (`benchmarks.columns`).
         figures: Names of figures (`benchmarks.figures`).
         chain: Stages in order.
+        pivot: For the axis whose values are shown side by side, the columns that are shown
+            for each of them; empty without one.
     """
 
     name: str
@@ -110,6 +115,7 @@ class Table:
     columns: tuple[str, ...]
     figures: tuple[str, ...]
     chain: tuple[str, ...]
+    pivot: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def cells(self) -> list[Cell]:
         """Every cell, with repetitions."""
@@ -237,7 +243,22 @@ class _Expansion:
             columns=tuple(raw["columns"]),
             figures=tuple(raw.get("figures", ())),
             chain=self._chain,
+            pivot=self._pivot(),
         )
+
+    def _pivot(self) -> dict[str, tuple[str, ...]]:
+        given = self._raw.get("pivot", {})
+        for axis, columns in given.items():
+            if str(axis) not in self._axis_names() or len(self._axis_names()) < 2:
+                message = _unknown("axis to show side by side,", str(axis), self._axis_names())
+                raise self._document.error(message, "pivot", axis)
+            shown = [str(name) for name in self._raw["columns"]]
+            if not isinstance(columns, list) or not set(map(str, columns)) <= set(shown):
+                known = ", ".join(shown)
+                raise self._document.error(f"pivot: expected a list of {known}", "pivot", axis)
+        if len(given) > 1:
+            raise self._document.error("pivot: one axis at a time", "pivot")
+        return {str(axis): tuple(map(str, columns)) for axis, columns in given.items()}
 
     def _rows(self, axes: Sequence[_Axis]) -> Iterator[Row]:
         base = self._base()
@@ -486,7 +507,7 @@ def _check_keys(document: Document, raw: dict[Any, Any], known: set[str], place:
 
 _TYPES: dict[str, type] = {
     "columns": list, "figures": list, "published": list, "chain": list,
-    "axes": dict, "repeats": dict, "presets": dict,
+    "axes": dict, "repeats": dict, "presets": dict, "pivot": dict,
 }  # fmt: skip
 
 

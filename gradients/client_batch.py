@@ -129,8 +129,10 @@ def validation_guesses(
     return (torch.stack(sums).sum(0) / len(chosen)).float(), winners.float()
 
 
-def public_images(data: DataSets, workers: int = 0, limit: int = 500) -> torch.Tensor:
-    """Images that are no client's: those of the validation set, at most `limit`.
+def public_samples(
+    data: DataSets, workers: int = 0, limit: int = 500
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images that are no client's, with labels: those of the validation set, at most `limit`.
 
     Raises:
         InputError: There are none.
@@ -141,8 +143,8 @@ def public_images(data: DataSets, workers: int = 0, limit: int = 500) -> torch.T
     indices = range(0, n, max(1, -(-n // limit)))
     pieces = [indices[start : start + 50] for start in range(0, len(indices), 50)]
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        parts = pool.map(lambda piece: take_samples(data.val, piece, data.spec)[0], pieces)
-        return torch.cat(list(parts))
+        parts = list(pool.map(lambda piece: take_samples(data.val, piece, data.spec), pieces))
+    return torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
 
 
 def _draw(items: Sequence[int], n: int, generator: torch.Generator) -> list[int]:

@@ -79,7 +79,9 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--malicious",
         default="",
         metavar="KIND:N",
-        help="a malicious server sends a changed model: imprint:BINS or fishing:CLASS",
+        help="a malicious server sends a changed model: imprint:BINS, fishing:CLASS, or "
+        "fishing-feature:CLASS[:FEATURE[:CUT]] (FEATURE: a number or logit, the default; images "
+        "of the class pass below CUT, by default where one of the batch is expected)",
     )
 
 
@@ -194,7 +196,7 @@ def work(process: Process, args: argparse.Namespace) -> Path | None:
 
     from gradients.checkpoint import Truth
     from gradients.client import share_update
-    from gradients.client_batch import load_batch, public_images, validation_guesses
+    from gradients.client_batch import load_batch, public_samples, validation_guesses
     from gradients.malicious_server import tamper
     from gradients.output import peak_memory, write_results
     from gradients.received_model import build_received_model, read_pretrained
@@ -218,7 +220,8 @@ def work(process: Process, args: argparse.Namespace) -> Path | None:
     model = model.double() if args.double else model
     if args.malicious:
         spec = dataclasses.replace(spec, malicious=args.malicious)
-        model = tamper(model, spec, data_spec.normalize(public_images(data, args.workers)))
+        public, classes = public_samples(data, args.workers)
+        model = tamper(model, spec, data_spec.normalize(public), classes, args.batch_size)
     ranks = _rank_analysis(model, data_spec, args, process)
     if process.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(process.device)

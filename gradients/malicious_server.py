@@ -5,23 +5,34 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from training.malicious import Imprinted, parse_malice
+from training.errors import InputError
+from training.malicious import Imprinted, Malice, parse_malice
 from training.models import ModelSpec, last_linear
 
 # So far below the darkest image that none falls out of the first bin.
 MARGIN = 10.0
 # Logit of all classes but the fished one: their probability of the latter is e^-100.
 DROWNING_LOGIT = 100.0
+# Logits per standard deviation of the feature that is fished by: how steep the cut is.
+STEEPNESS = 300.0
 
 
-def tamper(model: nn.Module, spec: ModelSpec, public_inputs: torch.Tensor) -> nn.Module:
+def tamper(
+    model: nn.Module,
+    spec: ModelSpec,
+    public_inputs: torch.Tensor,
+    public_labels: torch.Tensor | None = None,
+    batch_size: int = 1,
+) -> nn.Module:
     """The model that a malicious server sends instead of `model`.
 
     Args:
         model: The honest model; its last layer is changed in place by fishing.
         spec: `spec.malicious` says what to do.
         public_inputs: N x C x H x W, normalised: images of the server's own, from which
-            it learns how bright images are.
+            it learns how bright images are, or how their features spread.
+        public_labels: N class indices of them; None where the server does not know them.
+        batch_size: Of the clients, among whose images one is to be told apart.
 
     Raises:
         InputError: `spec.malicious` makes no sense.
@@ -32,8 +43,11 @@ def tamper(model: nn.Module, spec: ModelSpec, public_inputs: torch.Tensor) -> nn
             dtype = next(model.parameters()).dtype
             model = Imprinted(model, spec.image_size, malice.number).to(dtype)
             _set_imprint(model, public_inputs)
-        else:
+        elif malice.kind == "fishing":
             _fish(model, malice.number)
+        else:
+            values = _public_values(model, malice, public_inputs, public_labels)
+            _fish_by_feature(model, malice, values, batch_size)
     return model
 
 
@@ -70,7 +84,7 @@ def _fish(model: nn.Module, label: int) -> None:
     """Silence all classes but one: only its images move the features.
 
     Source: Wen et al., "Fishing for User Data in Large-Batch Federated Learning via
-        Gradient Magnification", ICML 2022, section 3.1, https://arxiv.org/abs/2202.00580.
+        Gradient Magnification", ICML 2022, class fishing, https://arxiv.org/abs/2202.00580.
     """
     _, layer = last_linear(model)
     kept = layer.weight[label].clone()
@@ -79,3 +93,72 @@ def _fish(model: nn.Module, label: int) -> None:
     if layer.bias is not None:
         layer.bias.fill_(DROWNING_LOGIT)
         layer.bias[label] = 0
+
+
+def _fish_by_feature(
+    model: nn.Module, malice: Malice, values: torch.Tensor, batch_size: int
+) -> None:
+    """Silence a class's images above a cut as well: the model is sure of them already.
+
+    The class's logit climbs steeply where the feature passes the cut, all others are flat.
+    Images of the class below the cut are classified wrongly and move the features, those
+    above it are classified with certainty and move nothing. For the other classes it is
+    the reverse: their images must stay below the cut, or they pass. So the feature should
+    be one that is large for this class, as its logit is in a trained network. Without a
+    given cut, it lies where one of `batch_size` images of the class is expected below.
+
+    Args:
+        model: Its last layer is changed in place.
+        malice: Class, feature and cut.
+        values: The feature of public images, taken for normally distributed.
+        batch_size: Images of the client.
+
+    Source: Wen et al. 2022, feature fishing in one shot, https://arxiv.org/abs/2202.00580;
+        there the feature is a single one; a logit sees all that the last layer does.
+    """
+    _, layer = last_linear(model)
+    direction = _direction(layer, malice)
+    mean, spread = float(values.mean()), max(float(values.std()), 1e-12)
+    share = torch.tensor(min(1 / batch_size, 0.9))
+    below = float(torch.distributions.Normal(mean, spread).icdf(share))
+    cut = below if malice.cut is None else malice.cut
+    layer.weight.zero_()
+    layer.weight[malice.number] = STEEPNESS / spread * direction
+    layer.bias.zero_()
+    layer.bias[malice.number] = -STEEPNESS / spread * cut
+
+
+def _direction(layer: nn.Linear, malice: Malice) -> torch.Tensor:
+    """The feature as a direction in the last layer's inputs."""
+    if malice.feature is None:
+        return layer.weight[malice.number] - layer.weight.mean(0)
+    if malice.feature >= layer.in_features:
+        raise InputError(
+            f"--malicious: the last layer has no feature {malice.feature}, "
+            f"only 0..{layer.in_features - 1}"
+        )
+    return torch.eye(layer.in_features).to(layer.weight)[malice.feature]
+
+
+def _public_values(
+    model: nn.Module, malice: Malice, inputs: torch.Tensor, labels: torch.Tensor | None
+) -> torch.Tensor:
+    """The feature of public images, of the class if there are two of it.
+
+    Raises:
+        InputError: The last layer has no bias to put the cut into.
+    """
+    _, layer = last_linear(model)
+    if layer.bias is None:
+        raise InputError("--malicious: the last layer has no bias to put the cut into")
+    if labels is not None and int((labels == malice.number).sum()) > 1:
+        inputs = inputs[labels.to(inputs.device) == malice.number]
+    seen: list[torch.Tensor] = []
+    handle = layer.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    was_training = model.training
+    try:
+        model.eval()(inputs.to(layer.weight))
+    finally:
+        handle.remove()
+        model.train(was_training)
+    return seen[0] @ _direction(layer, malice)

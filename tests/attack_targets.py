@@ -10,7 +10,7 @@ To cover another attack, add rows to `CASES`; for a setting of its own, a functi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,16 +93,32 @@ SETTINGS |= {
     "vit, bare attention": lambda: make_target(dataclasses.replace(VIT, arch="vit_april"), 1),
     "imprinted": lambda: malicious_target(CNN, 8, "imprint:256", train_mode=True),
     "fished": lambda: malicious_target(LENET, 4, "fishing:2", train_mode=False),
+    "fished, one label": lambda: malicious_target(
+        LENET, 8, "fishing:2", train_mode=False, labels=[2] * 8
+    ),
+    # The cut follows from public images; one of this batch lies below.
+    "fished by feature, one label": lambda: malicious_target(
+        LENET, 8, "fishing-feature:2", train_mode=False, labels=[2] * 8
+    ),
 }
 
 
-def malicious_target(spec: ModelSpec, batch: int, malicious: str, *, train_mode: bool) -> Made:
-    """What clients share of a model that a malicious server changed."""
+def malicious_target(
+    spec: ModelSpec,
+    batch: int,
+    malicious: str,
+    *,
+    train_mode: bool,
+    labels: Sequence[int] | None = None,
+) -> Made:
+    """What clients share of a model that a malicious server changed; labels 0, 1, ... if None."""
     spec = dataclasses.replace(spec, malicious=malicious)
     honest = build_received_model(dataclasses.replace(spec, malicious="")).double()
     data = data_spec(spec.image_size, spec.n_classes)
-    truth = Truth(smooth_images(batch, spec.image_size), torch.arange(batch) % spec.n_classes)
-    model = tamper(honest, spec, data.normalize(smooth_images(200, spec.image_size, seed=7)))
+    given = torch.arange(batch) % spec.n_classes if labels is None else torch.tensor(labels)
+    truth = Truth(smooth_images(batch, spec.image_size), given)
+    public = data.normalize(smooth_images(200, spec.image_size, seed=7))
+    model = tamper(honest, spec, public, batch_size=batch)
     settings = ClientSettings(train_mode=train_mode)
     target = share_update(model, spec, data, truth.images, truth.labels, settings)
     assert target is not None
@@ -122,6 +138,14 @@ CASES = [
     Case("robbing-the-fed", "imprinted", 60),
     Case("inverting-gradients", "lenet", 5, {"iterations": 200, "tv": 1e-4}),
     Case("fishing", "fished", 1, {"iterations": 150}, why="one image of the batch of four"),
+    Case("fishing", "fished, one label", FAILS, {"iterations": 100}, why="eight of one label"),
+    Case(
+        "fishing",
+        "fished by feature, one label",
+        2,
+        {"iterations": 100},
+        why="one image of eight, at 40 dB, the others at the guess",
+    ),
     Case("spectral", "lenet", 5, {"iterations": 100}),
     Case("spectral", "cnn, train mode", 1, {"iterations": 100}),
     # Some starts of L-BFGS without a line search get stuck.

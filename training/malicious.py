@@ -6,6 +6,7 @@ builds the same model; `gradients.malicious_server` sets its parameters.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,8 +18,19 @@ from training.errors import InputError
 if TYPE_CHECKING:
     from training.models import ModelSpec
 
-KINDS = {"imprint": "number of bins", "fishing": "class"}
+# What the number after the kind is, and how many words may follow the kind.
+KINDS = {
+    "imprint": ("number of bins", 1),
+    "fishing": ("class", 1),
+    "fishing-feature": ("class", 3),
+}
+FORMS = (
+    "imprint:BINS, fishing:CLASS or fishing-feature:CLASS[:FEATURE[:CUT]] (FEATURE: its number, "
+    "or logit)"
+)
 MAX_BINS = 65536
+# Instead of a feature's number: the class's own logit, against the mean of all.
+LOGIT = "logit"
 
 
 @dataclass(frozen=True)
@@ -26,16 +38,21 @@ class Malice:
     """What a server does to the model it sends.
 
     Attributes:
-        kind: "imprint" (a block in front, Robbing the Fed) or "fishing" (the last layer).
+        kind: "imprint" (a block in front, Robbing the Fed), "fishing" or "fishing-feature"
+            (the last layer).
         number: Bins of the imprint block, or the class to fish for.
+        feature: Which feature tells the images of the class apart; None: its logit.
+        cut: Value of the feature below which they pass; None: from public images.
     """
 
     kind: str
     number: int
+    feature: int | None = None
+    cut: float | None = None
 
 
 def parse_malice(text: str, n_classes: int, flag: str = "--malicious") -> Malice:
-    """Read `imprint:BINS` or `fishing:CLASS`.
+    """Read `imprint:BINS`, `fishing:CLASS` or `fishing-feature:CLASS[:FEATURE[:CUT]]`.
 
     Args:
         text: The flag's value.
@@ -45,15 +62,28 @@ def parse_malice(text: str, n_classes: int, flag: str = "--malicious") -> Malice
     Raises:
         InputError: Unknown kind, or a number out of range.
     """
-    kind, _, number = text.partition(":")
-    if kind not in KINDS or not number.isdecimal():
-        forms = " or ".join(f"{k}:N (N: {what})" for k, what in KINDS.items())
-        raise InputError(f"{flag} {text}: expected {forms}")
-    malice = Malice(kind, int(number))
+    kind, *words = text.split(":")
+    what, most = KINDS.get(kind, ("", 0))
+    if not 1 <= len(words) <= most or not words[0].isdecimal():
+        raise InputError(f"{flag} {text}: expected {FORMS}")
     low, high = (2, MAX_BINS) if kind == "imprint" else (0, n_classes - 1)
-    if not low <= malice.number <= high:
-        raise InputError(f"{flag} {text}: the {KINDS[kind]} must lie in {low}..{high}")
-    return malice
+    if not low <= int(words[0]) <= high:
+        raise InputError(f"{flag} {text}: the {what} must lie in {low}..{high}")
+    feature = words[1] if len(words) > 1 else LOGIT
+    if feature != LOGIT and not feature.isdecimal():
+        raise InputError(f"{flag} {text}: FEATURE is a number or {LOGIT}")
+    cut = _finite(words[2], f"{flag} {text}: CUT") if len(words) > 2 else None
+    return Malice(kind, int(words[0]), None if feature == LOGIT else int(feature), cut)
+
+
+def _finite(text: str, what: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(f"{what} is a finite number")
+    return value
 
 
 class Imprinted(nn.Module):

@@ -1,4 +1,4 @@
-"""Fishing: one class drowns out all others (Wen et al. 2022)."""
+"""Fishing: one class, or one feature of it, drowns out the rest (Wen et al. 2022)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from attack.attacks.base import OptimizationAttack, register_attack
 from attack.attacks.spectral import Spectral
@@ -19,19 +20,27 @@ from training.models import last_linear
 
 # Features' gradients below this share of the largest come from the drowned classes.
 SILENCE = 1e-20
+# So far below the other logits that every candidate passes.
+PASSING_LOGIT = -1e6
 
 
 @register_attack
 class Fishing(OptimizationAttack):
-    """Invert the one image that a tampered last layer lets through, as if it were alone.
+    """Invert the few images that a tampered last layer lets through, as if they were alone.
 
-    The server sent a last layer that only images of one class move (stage 2: `--malicious
-    fishing:CLASS`): for all others the gradient of the features vanishes. What is shared of
-    the layers before, times the batch size, is the gradient of a batch of one. Any attack
-    by optimisation will do; here it is this project's own, with its setting.
+    The server sent a last layer that only some images move; for all others the gradient of
+    the features vanishes. What is shared of the layers before is the gradient of a smaller
+    batch, whose size the last layer's bias tells. Any attack by optimisation will do; here
+    it is this project's own, with its setting. The rest of the batch stays unknown.
 
-    One image per class: several of the class mix (the paper's feature fishing, which
-    separates them over rounds, is not built in). The rest of the batch stays unknown.
+    - Class fishing (stage 2: `--malicious fishing:CLASS`): the images of one class pass.
+      One alone is inverted as a batch of one; several of the class are as hard to tell
+      apart as any small batch of one label.
+    - Feature fishing (`--malicious fishing-feature:CLASS[:FEATURE[:CUT]]`): of the images
+      of the class only those pass whose feature lies below a cut, which the server puts
+      where it expects one. In one shot, as here, exactly one passes with probability 1/e
+      for a batch of one class; the paper's search for the cut over rounds raises that.
+      Images of other classes with the feature above the cut pass as well and spoil it.
 
     Source: Wen, Geiping, Fowl, Goldblum, Goldstein, "Fishing for User Data in Large-Batch
         Federated Learning via Gradient Magnification", ICML 2022,
@@ -58,56 +67,90 @@ class Fishing(OptimizationAttack):
         on_snapshot: Snapshot | None = None,
         **run: Any,
     ) -> Reconstruction:
-        """See `Attack.reconstruct`; the first image is the one that was fished.
+        """See `Attack.reconstruct`; the first images are those that were fished.
 
         Raises:
             InputError: The model was not tampered with, or BatchNorm mixes the images.
         """
         alone = fished_target(target, self.name)
+        fished = alone.batch_size
         label = parse_malice(target.model.malicious, target.model.n_classes).number
         mean = target.data.denormalize(torch.zeros((1, *target.data.shape))).clamp(0, 1)
-        rest = mean.expand(target.batch_size - 1, *target.data.shape)
+        rest = mean.expand(target.batch_size - fished, *target.data.shape)
 
-        def whole(fished: torch.Tensor) -> torch.Tensor:
-            return torch.cat([fished, rest])
+        def whole(images: torch.Tensor) -> torch.Tensor:
+            return torch.cat([images, rest])
 
         found = super().reconstruct(
             alone,
-            labels=torch.tensor([label]),
+            labels=torch.full((fished,), label),
             device=device,
             seed=seed,
-            prior=prior,
+            prior=None if prior is None else prior[:fished],
             first_restart=first_restart,
             on_snapshot=None if on_snapshot is None else lambda i, x: on_snapshot(i, whole(x)),
             **run,
         )
-        others = _without(labels.tolist(), label)[: target.batch_size - 1]
+        others = _without(labels.tolist(), label, fished)[: target.batch_size - fished]
         return dataclasses.replace(
             found,
             images=whole(found.images),
-            labels=torch.tensor([label, *others]),
-            details={**found.details, "solved": 1},
+            labels=torch.tensor([*[label] * fished, *others]),
+            details={**found.details, "solved": fished},
         )
 
 
 def fished_target(target: Target, attack: str) -> Target:
-    """The batch of one behind the shared gradient of a model tampered with by fishing.
+    """The smaller batch behind the shared gradient of a model tampered with by fishing.
 
     Args:
         target: What was shared.
         attack: Who asks, for messages.
 
+    Returns:
+        The target of the images that passed, and of a model through which they do: one
+        that is not fished by the feature would silence candidates above the cut.
+
     Raises:
         InputError: The model was not tampered with, BatchNorm mixes the images, several
-            local steps, or the layers before the last were not shared.
+            local steps, or no image passed.
     """
+    model = _fishing_model(target, attack)
+    last, layer = last_linear(model)
+    malice = parse_malice(target.model.malicious, target.model.n_classes)
+    before = {n: g for n, g in target.gradient.items() if n.rpartition(".")[0] != last}
+    bias = target.gradient.get(f"{last}.bias")
+    # Every image that passes is classified wrongly for certain: its loss pulls by one.
+    passed = 1 if bias is None else round(-target.batch_size * float(bias[malice.number]))
+    largest = max(float(g.abs().max()) for g in target.gradient.values())
+    silent = not any(float(g.abs().max()) > SILENCE * largest for g in before.values())
+    if silent or passed < 1:
+        raise InputError(f"--attack {attack}: no image of the class passes (its gradient is zero)")
+    fished = min(passed, target.batch_size)
+    state = dict(target.state_dict)
+    if malice.kind == "fishing-feature":
+        state[f"{last}.bias"] = torch.zeros_like(layer.bias)
+        state[f"{last}.bias"][malice.number] = PASSING_LOGIT
+    return dataclasses.replace(
+        target,
+        state_dict=state,
+        gradient={name: g * (target.batch_size / fished) for name, g in before.items()},
+        batch_size=fished,
+        shards=(fished,),
+        synchronized=True,
+        bn_statistics=None,
+    )
+
+
+def _fishing_model(target: Target, attack: str) -> nn.Module:
+    """The shared model, if it fishes and nothing mixes what it fishes with the rest."""
     if not target.model.malicious.startswith("fishing"):
         raise InputError(
             f"--attack {attack}: the last layer of {target.model.arch} is honest; a malicious "
             "server changes it in stage 2 with --malicious fishing:CLASS"
         )
     model = target.build_model()
-    batch_norm = torch.nn.modules.batchnorm._BatchNorm
+    batch_norm = nn.modules.batchnorm._BatchNorm
     if target.train_mode and any(isinstance(m, batch_norm) for m in model.modules()):
         raise InputError(
             f"--attack {attack}: train-mode BatchNorm mixes the fished image with the others; "
@@ -115,23 +158,11 @@ def fished_target(target: Target, attack: str) -> Target:
         )
     if target.local.steps > 1:
         raise InputError(f"--attack {attack}: needs the gradient of one local step")
-    last, _ = last_linear(model)
-    gradient = {
-        name: g * target.batch_size
-        for name, g in target.gradient.items()
-        if name.rpartition(".")[0] != last
-    }
-    largest = max(float(g.abs().max()) for g in target.gradient.values())
-    if not any(float(g.abs().max()) > SILENCE * largest for g in gradient.values()):
-        raise InputError(
-            f"--attack {attack}: no image of the class is in the batch (its gradient is zero)"
-        )
-    return dataclasses.replace(
-        target, gradient=gradient, batch_size=1, shards=(1,), synchronized=True, bn_statistics=None
-    )
+    return model
 
 
-def _without(labels: list[int], label: int) -> list[int]:
-    """The labels less one occurrence of `label`."""
-    at = labels.index(label) if label in labels else len(labels)
-    return [*labels[:at], *labels[at + 1 :]]
+def _without(labels: list[int], label: int, times: int) -> list[int]:
+    """The labels less so many occurrences of `label`."""
+    for _ in range(min(times, labels.count(label))):
+        labels.remove(label)
+    return labels

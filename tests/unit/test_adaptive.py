@@ -12,13 +12,16 @@ import torch
 from attack.adaptive import Adaptation, adapt, adapted_defenses
 from attack.attacks import Spectral
 from attack.inversion import Inversion
+from attack.matching import GradientMatcher, Replica
 from attack.metrics import assign, psnr
 from attack.objectives import L2, Cosine
 from attack.settings import InversionConfig
-from gradients.checkpoint import Target, Truth
+from gradients.checkpoint import LocalTraining, Target, Truth
+from gradients.client import ClientSettings, share_update
 from gradients.defenses import ClientView, apply_defenses, defense_names, parse_defenses
-from tests.targets import make_target
-from training.models import ModelSpec
+from gradients.private_gradient import PrivacySettings
+from tests.targets import data_spec, make_target, smooth_images
+from training.models import ModelSpec, build_model, last_linear
 
 CPU = torch.device("cpu")
 
@@ -132,3 +135,83 @@ def test_without_a_defense_the_objective_is_the_plain_one() -> None:
     inner = Cosine()
     assert Adaptation.none(target, InversionConfig()).objective(inner) is inner
     assert adapt(target, InversionConfig()).objective(inner) is inner
+
+
+# -- Per-sample clipping ----------------------------------------------------------
+
+
+@functools.cache
+def private(batch: int = 3, sigma: float = 0.0) -> tuple[Target, Truth]:
+    """What DP-SGD shares of a model in whose eyes the images differ in difficulty."""
+    spec = ModelSpec("lenet", 10, 8, width=8)
+    torch.manual_seed(0)
+    model = build_model(spec).double()
+    with torch.no_grad():
+        last_linear(model)[1].weight.mul_(20)
+    truth = Truth(smooth_images(batch, 8), torch.arange(batch))
+    settings = ClientSettings(privacy=PrivacySettings(noise_multiplier=sigma, max_norm=0.5))
+    target = share_update(model, spec, data_spec(8), truth.images, truth.labels, settings)
+    assert target is not None
+    return target, truth
+
+
+def test_the_truth_fits_the_mean_of_clipped_gradients() -> None:
+    target, truth = private()
+    replica = Replica(target, CPU, torch.float64)
+    inputs = target.data.normalize(truth.images.double())
+    told = adapt(target, InversionConfig())
+    blind = GradientMatcher(replica, Cosine(), "exact")
+    knowing = GradientMatcher(replica, Cosine(), "exact", clipping=told.clipping(replica))
+    assert float(knowing.value(inputs, truth.labels)) < 1e-9
+    assert float(blind.value(inputs, truth.labels)) > 1e-4
+
+
+@pytest.mark.parametrize("optimised", [False, True], ids=["labels", "logits"])
+def test_the_derivative_goes_through_the_clipping(optimised: bool) -> None:
+    target, truth = private()
+    replica = Replica(target, CPU, torch.float64)
+    clipping = adapt(target, InversionConfig()).clipping(replica)
+    matcher = GradientMatcher(replica, Cosine(), clipping=clipping)
+    generator = torch.Generator().manual_seed(0)
+    x, along = torch.randn((2, *truth.images.shape), generator=generator, dtype=torch.float64)
+    labels = torch.randn((3, 10), generator=generator).double() if optimised else truth.labels
+    match = matcher(x, labels)
+    h = 1e-5
+    high, low = (float(matcher.value(x + k * along, labels)) for k in (h, -h))
+    slope = float((match.input_gradient * along).sum())
+    assert slope == pytest.approx((high - low) / (2 * h), rel=1e-5)
+    assert (match.label_gradient is not None) == optimised
+
+
+def test_restarts_are_clipped_one_by_one() -> None:
+    target, truth = private()
+    replica = Replica(target, CPU, torch.float64)
+    clipping = adapt(target, InversionConfig()).clipping(replica)
+    matcher = GradientMatcher(replica, Cosine(), clipping=clipping)
+    batches = torch.randn((2, *truth.images.shape), dtype=torch.float64)
+    for found, inputs in zip(matcher.several(batches, truth.labels), batches, strict=True):
+        torch.testing.assert_close(found, matcher(inputs, truth.labels))
+
+
+def test_being_told_of_the_clipping_pays() -> None:
+    target, truth = private()
+
+    def gained(adaptive: bool) -> float:
+        config = dataclasses.replace(Spectral.published, iterations=150, adaptive=adaptive)
+        images = Inversion(target, truth.labels, config, device=CPU).run().images
+        return float(psnr(images[assign(images, truth.images)], truth.images).mean())
+
+    assert gained(True) > gained(False) + 1
+
+
+def test_one_image_and_local_steps_are_not_clipped_alone() -> None:
+    several = dataclasses.replace(private()[0], local=LocalTraining(epochs=2))
+    assert adapt(private(1)[0], InversionConfig()).sample_norm is None
+    assert adapt(several, InversionConfig()).sample_norm is None
+    assert adapt(private()[0], InversionConfig()).sample_norm == 0.5
+
+
+def test_steps_in_pixels_stay_as_they_are() -> None:
+    target, _ = make_target(ModelSpec("cnn", 10, 16, width=4, pool_kernel=19), 1)
+    assert adapt(target, InversionConfig()).config == InversionConfig()
+    assert adapt(target, Spectral.published).config.lr == 4 * Spectral.published.lr

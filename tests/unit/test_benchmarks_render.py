@@ -14,10 +14,11 @@ import pytest
 from benchmarks.command import write_outputs
 from benchmarks.figures import _distinct_slugs
 from benchmarks.render import to_csv, to_json, to_latex, to_markdown, to_terminal, to_text_table
-from benchmarks.results import TableResult
+from benchmarks.results import TableResult, collect
 from benchmarks.statistics import bootstrap_interval, summarize
+from benchmarks.store import Store
 from tests.browser import Page, find_browser
-from tests.example_results import example
+from tests.example_results import TABLE, example, fill, load
 
 
 @pytest.fixture
@@ -60,6 +61,45 @@ def test_text_table(result: TableResult) -> None:
     sentences = dict(table.footnotes)
     assert sentences["a"] == "LPIPS: no weights"
     assert "extract failed: exit status 1: error: out of <memory>" in sentences.values()
+
+
+@pytest.fixture
+def pivoted(tmp_path: Path) -> TableResult:
+    text = TABLE + "pivot: {batch size: [psnr, worst psnr]}\n"
+    table, store = load(tmp_path, text), Store(tmp_path / "store")
+    fill(table, store)
+    return collect(table, store)
+
+
+def test_values_of_a_pivot_stand_side_by_side(pivoted: TableResult, result: TableResult) -> None:
+    table, long = to_text_table(pivoted), to_text_table(result)
+    assert table.header[:5] == [
+        "defense",
+        "PSNR (1)",
+        "PSNR (4)",
+        "worst PSNR (1)",
+        "worst PSNR (4)",
+    ]
+    assert table.header[5:] == long.header[4:]
+    assert [row[0] for row in table.rows] == ["none", "noise", "broken [c]"]
+    psnr, worst = long.header.index("PSNR"), long.header.index("worst PSNR")
+    for line, one, four in zip(table.rows, long.rows[::2], long.rows[1::2], strict=True):
+        assert line[1:5] == [one[psnr], four[psnr], one[worst], four[worst]]
+        assert line[5:] == one[4:]
+    assert len(table.baselines[0]) == len(table.header)
+
+
+def test_a_pivot_changes_nothing_for_programs(pivoted: TableResult, result: TableResult) -> None:
+    assert to_csv(pivoted) == to_csv(result)
+    assert to_json(pivoted) == to_json(result)
+
+
+def test_a_pivoted_report_has_a_line_per_defense(pivoted: TableResult, tmp_path: Path) -> None:
+    write_outputs(pivoted, Store(tmp_path / "store"), tmp_path / "out")
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert html.count("<tr data-labels") + html.count('<tr class="failed" data-labels') == 3
+    assert "PSNR (4)" in html
+    assert 'name="batch size"' not in html
 
 
 def test_terminal_and_markdown_show_every_entry(result: TableResult) -> None:

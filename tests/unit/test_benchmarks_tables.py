@@ -107,6 +107,15 @@ def test_a_changed_folder_of_data_makes_new_cells(tmp_path: Path) -> None:
         (("train: {epochs: 1}", "train: {[1]: 2}"), r":12: a key is a single word"),
         (("train: {epochs: 1}", "train: &a {b: *a}"), r"a value contains itself"),
         (("columns:", "chain: [train, atack]\ncolumns:"), r":15: unknown stage atack; did you"),
+        (
+            ("columns:", "pivot: {bach size: [psnr]}\ncolumns:"),
+            r":15: unknown axis to show side by",
+        ),
+        (
+            ("columns:", "pivot: {batch size: [pnsr]}\ncolumns:"),
+            r":15: pivot: expected a list of psnr",
+        ),
+        (("columns:", "pivot: [batch size]\ncolumns:"), r":15: pivot: expected a mapping"),
         (("columns:", "chain: [attack, train]\ncolumns:"), r":15: chain: each once, in the order"),
         (("where: {defense", "where: {defence"), r":18: where: expected values of defense, batch"),
         (("where: {defense: none, batch size: 1}", "where: 1"), r":18: where: expected values of"),

@@ -221,6 +221,50 @@ def test_fishing_isolates_one_image_of_the_batch() -> None:
         torch.testing.assert_close(gradient, exact[name], rtol=1e-6, atol=1e-12)
 
 
+def fished_gain(malicious: str, labels: list[int]) -> tuple[list[int], float]:
+    """Which images come nearest to what was fished, and the best PSNR among them."""
+    target, truth = malicious_target(LENET, len(labels), malicious, train_mode=False, labels=labels)
+    config = dataclasses.replace(get_attack("fishing").published, iterations=100)
+    run = get_attack("fishing")(config).reconstruct
+    found = run(target, labels=torch.tensor(labels), device=CPU, seed=0)
+    fished = found.images[: found.details["solved"]]
+    table = torch.stack([psnr(image.expand_as(truth.images), truth.images) for image in fished])
+    return table.argmax(1).tolist(), float(table.max())
+
+
+def test_a_feature_isolates_one_of_several_images_of_the_class() -> None:
+    labels = [2] * 4
+    mixed, best_of_mixed = fished_gain("fishing:2", labels)
+    by_number, first = fished_gain("fishing-feature:2:0", labels)
+    by_logit, second = fished_gain("fishing-feature:2:logit:0.447", labels)
+    assert len(mixed) == 4
+    assert by_number == [3]
+    assert by_logit == [0]
+    assert min(first, second) > best_of_mixed + 8
+
+
+def test_the_other_classes_stay_silent_below_the_cut() -> None:
+    # By rising logit: image 0 of another class, image 1 of the class, the cut, the others.
+    labels = [1, 2, 2, 2, 2, 2, 2, 2]
+    malicious = "fishing-feature:2:logit:0.46"
+    target, truth = malicious_target(LENET, 8, malicious, train_mode=False, labels=labels)
+    alone = fished_target(target, "fishing")
+    assert alone.batch_size == 1
+    model = target.build_model().double()
+    model.load_state_dict(alone.state_dict)
+    inputs = target.data.normalize(truth.images[1:2].double())
+    loss = nn.functional.cross_entropy(model(inputs), torch.tensor([2]))
+    named = dict(model.named_parameters())
+    exact = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+    for name, gradient in alone.gradient.items():
+        torch.testing.assert_close(gradient, exact[name], rtol=1e-4, atol=1e-4)
+
+
+def test_a_feature_that_the_last_layer_lacks() -> None:
+    with pytest.raises(InputError, match="no feature 999"):
+        malicious_target(LENET, 2, "fishing-feature:2:999", train_mode=False)
+
+
 def _unsuitable() -> dict[str, tuple[str, Target, str]]:
     mlp, _ = make_target(MLP, 1)
     two, _ = make_target(MLP, 2)
@@ -300,7 +344,22 @@ def test_the_malicious_model_travels_with_the_checkpoint(tmp_path: Path) -> None
     assert min(image["psnr"] for image in record["evaluation"]["per_image"]) > 60
 
 
-@pytest.mark.parametrize("text", ["imprint", "imprint:1", "fishing:10", "fishing:-1", "poison:3"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "imprint",
+        "imprint:1",
+        "fishing:10",
+        "fishing:-1",
+        "poison:3",
+        "fishing:2:1",
+        "fishing-feature",
+        "fishing-feature:2:mean",
+        "fishing-feature:2:1:nan",
+        "fishing-feature:2:1:0.5:1",
+        "fishing-feature:10",
+    ],
+)
 def test_malicious_flag_is_checked(text: str) -> None:
     from training.malicious import parse_malice
 

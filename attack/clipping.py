@@ -1,0 +1,66 @@
+"""What per-sample clipping makes of a candidate batch, for the attacker who knows of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# Share of the iterations before a candidate's images are clipped: from noise, one of them
+# may get stuck, whose faint gradient clipping makes as long as the others'.
+CLIPPED_FROM = 0.25
+
+
+class SampleClipping:
+    """The mean of a candidate's gradients, each clipped as DP-SGD's client clips its own.
+
+    In what is shared, images with small gradients count for more than in the gradient of
+    the mean loss, which a true batch therefore does not match. This mean it does, and it
+    can be differentiated in the images, their factors min(1, C / |g_i|) included.
+
+    Args:
+        model: The client's model; no layer of it may mix samples.
+        names: The shared parameters.
+        max_norm: C.
+        batch_size: Of the client, over which the mean is taken.
+
+    Source: Abadi et al., "Deep Learning with Differential Privacy", algorithm 1,
+        https://arxiv.org/abs/1607.00133.
+    """
+
+    def __init__(
+        self, model: nn.Module, names: Sequence[str], max_norm: float, batch_size: int
+    ) -> None:
+        self.max_norm = max_norm
+        self.batch_size = batch_size
+        self._model = model
+        held = dict(model.named_parameters())
+        self._shared = {name: held[name].detach() for name in names}
+        others = {n: p.detach() for n, p in held.items() if n not in self._shared}
+        self._fixed = others | dict(model.named_buffers())
+
+    def mean_gradient(self, inputs: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
+        """This process's part of the mean, by shared parameter.
+
+        Args:
+            inputs: n x C x H x W, normalised.
+            labels: n class indices, or n x classes label logits.
+        """
+        classes = labels.softmax(-1) if labels.is_floating_point() else labels
+        per_sample = torch.func.vmap(
+            torch.func.grad(self._loss), in_dims=(None, 0, 0), randomness="different"
+        )
+        gradients = per_sample(self._shared, inputs, classes)
+        rows = [gradients[name] for name in self._shared]
+        squares = torch.stack([g.flatten(1).square().sum(1) for g in rows]).sum(0)
+        factors = (self.max_norm / squares.clamp_min(1e-30).sqrt()).clamp(max=1)
+        return [torch.tensordot(factors, g, dims=1) / self.batch_size for g in rows]
+
+    def _loss(
+        self, parameters: dict[str, torch.Tensor], image: torch.Tensor, label: torch.Tensor
+    ) -> torch.Tensor:
+        state = {**self._fixed, **parameters}
+        output = torch.func.functional_call(self._model, state, (image[None],))
+        return F.cross_entropy(output, label[None])
