@@ -62,6 +62,8 @@ STEP_SIZES = {
 }
 ACCEPTED_COSINE = 0.9999
 CHECK_EVERY = 250
+# Batches with more values are checked on two of their images.
+CALIBRATED_VALUES = 1 << 18
 # Calls that do not try factored gradients after one whose products had lost their digits.
 CALLS_WITHOUT_FACTORS = 20
 
@@ -378,6 +380,7 @@ class GradientMatcher:
 
     def _calibrate(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
         """Choose the step whose difference agrees with the second backward pass."""
+        inputs, labels = self._sample(inputs, labels)
         exact = self._exact(inputs, labels, 1.0, None).input_gradient
         best = self._best_step(exact, inputs, labels)
         if best[0] < ACCEPTED_COSINE and self._factored is not None:
@@ -386,6 +389,15 @@ class GradientMatcher:
         self.agreement = best[0]
         self.step = best[1] if best[0] >= ACCEPTED_COSINE else None
         logger.debug("difference step %s, cosine to exact %.6f", self.step, self.agreement)
+
+    def _sample(
+        self, inputs: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of large batches two images: the second backward pass is what takes most memory."""
+        whole = self.replica.groups is not None or distributed.world_size() > 1
+        if whole or inputs.numel() <= CALIBRATED_VALUES:
+            return inputs, labels
+        return inputs[:2], labels[:2]
 
     def _best_step(
         self, exact: torch.Tensor, inputs: torch.Tensor, labels: torch.Tensor

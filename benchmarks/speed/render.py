@@ -61,8 +61,8 @@ def _restarts(rows: list[Row]) -> str:
 
 
 def _memory(rows: list[Row]) -> str:
-    header = ["case", "method", "peak MiB", "of which imports", "share of R1's peak"]
-    header += ["share beyond imports"]
+    header = ["case", "method", "peak MiB", "imports", "model and target", "attack"]
+    header += ["attack, share of R1's", "with model and target", "whole process"]
     base = {row["case"]: row for row in rows if row["method"] == "R1"}
     return table(
         header,
@@ -70,18 +70,24 @@ def _memory(rows: list[Row]) -> str:
             [
                 row["case"],
                 row["method"],
-                round(row["peak_bytes"] / 2**20),
-                round(row["bytes_of_imports"] / 2**20),
+                *(round(part / 2**20) for part in (row["peak_bytes"], *_memory_parts(row))),
+                *(_percent(row, base[row["case"]], less) for less in ("held", "import")),
                 f"{100 * row['peak_bytes'] / base[row['case']]['peak_bytes']:.0f} %",
-                f"{100 * _beyond_imports(row) / max(1, _beyond_imports(base[row['case']])):.0f} %",
             ]
             for row in rows
         ],
     )
 
 
-def _beyond_imports(row: Row) -> int:
-    return int(row["peak_bytes"] - row["bytes_of_imports"])
+def _percent(row: Row, base: Row, less: str) -> str:
+    """The peak beyond what was there before, as a share of another's."""
+    own, other = (r["peak_bytes"] - r[f"{less}_bytes"] for r in (row, base))
+    return f"{100 * own / max(1, other):.0f} %"
+
+
+def _memory_parts(row: Row) -> tuple[int, int, int]:
+    imports, held, peak = row["import_bytes"], row["held_bytes"], row["peak_bytes"]
+    return imports, held - imports, peak - held
 
 
 def _processes(rows: list[Row]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import resource
 import statistics
 import subprocess
@@ -61,14 +63,34 @@ def paired_ratio(slow: list[float], fast: list[float]) -> float:
 
 
 def peak_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # What getrusage tells also counts the parent that this process was forked from.
-        lines = status.read_text(encoding="utf-8").splitlines()
-        fields = dict(line.split(":", 1) for line in lines if ":" in line)
-        return int(fields["VmHWM"].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Largest resident memory of this process so far, or since `forget_peak`."""
+    # What getrusage tells also counts the parent that this process was forked from.
+    found = _status("VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if found is None else found
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now; its peak where the system tells no more."""
+    found = _status("VmRSS")
+    return peak_bytes() if found is None else found
+
+
+def forget_peak() -> None:
+    """Return freed memory to the system and count the peak from here on, where possible."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def _status(field: str) -> int | None:
+    """A field of the kernel's account of this process, in bytes."""
+    path = Path("/proc/self/status")
+    if not path.exists():
+        return None
+    lines = path.read_text(encoding="utf-8").splitlines()
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    return int(fields[field].split()[0]) * 1024
 
 
 def in_subprocess(module: str, *words: str) -> str:

@@ -202,6 +202,24 @@ def test_auto_checks_itself_and_falls_back():
     )
 
 
+def test_large_batches_are_checked_on_two_images(monkeypatch):
+    target, truth = make_target(MODELS["resnet"], 4, train_mode=True)
+    monkeypatch.setattr("attack.matching.CALIBRATED_VALUES", 0)
+    matcher = GradientMatcher(Replica(target, CPU, torch.float64), Cosine(), "auto")
+    sizes = []
+    exact = matcher._exact
+
+    def noted(inputs, *args):
+        sizes.append(len(inputs))
+        return exact(inputs, *args)
+
+    monkeypatch.setattr(matcher, "_exact", noted)
+    found = matcher(candidate(target), truth.labels).input_gradient
+    assert sizes == [2]
+    assert matcher.step is not None
+    assert cosine(found, exact(candidate(target), truth.labels, 1.0, None).input_gradient) > 0.9999
+
+
 @pytest.mark.parametrize("hvp", ["exact", "difference"])
 def test_label_logits_are_differentiated_too(hvp):
     target, _ = make_target(MODELS["lenet"], 2)
