@@ -50,6 +50,7 @@ FIELDS = {
     "n_seed": "restarts",
     "restarts_at_once": "restarts_at_once",
     "halving": "halving",
+    "race": "race",
     "MinCombine": "combine",
     "T_in": "combine_every",
     "min_grads_loss": "smallest_loss",
@@ -166,6 +167,13 @@ def _add_loop_arguments(parser: argparse.ArgumentParser) -> None:
         help="what several processes share: the images of the batch, or the restarts",
     )
     group.add_argument("--halving", action="store_true", help="drop the worse restarts early")
+    group.add_argument(
+        "--race",
+        type=int,
+        default=0,
+        metavar="N",
+        help="starts that compete for the iterations of each restart",
+    )
     group.add_argument("--optim", default="Adam", help="Adam, AdamW, SGD or LBFGS")
     group.add_argument("--epochs", type=int, default=15000, help="iterations")
     group.add_argument("--lr", type=float, default=0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,8 @@ from attack.regularizers import GroupConsistency, ModelPenalty, Regularizer, wei
 from attack.restarts import Restart
 from attack.terms import make_penalties, make_regularizers
 from training import distributed
+
+logger = logging.getLogger(__name__)
 
 # Parameters below which batched restarts pay on a CPU: 1.4 times faster with a ResNet-18 of
 # 0.7 million at 32 px, no faster with a ConvNet of 2.9 million.
@@ -38,6 +41,7 @@ class Evaluation:
         self.penalties = make_penalties(problem)
         # Made once: a compiled pass knows its penalty by identity.
         self._penalty = self._weighted_penalty()
+        self._most_at_once: int | None = None
 
     def match(self, restart: Restart, inputs: torch.Tensor) -> Match:
         """The gradient loss and the model's penalties at a restart's inputs."""
@@ -79,8 +83,19 @@ class Evaluation:
     def together(self, restarts: Sequence[Restart]) -> dict[int, Match]:
         """The matches of all restarts from batched calls, by index; empty where not batched."""
         at_once = self.at_once(len(restarts))
+        try:
+            return self._in_groups(restarts, at_once) if at_once > 1 else {}
+        except torch.cuda.OutOfMemoryError:
+            # What activations take is known only when they are there.
+            logger.info("%d restarts in one call do not fit; trying half as many", at_once)
+            self._most_at_once = at_once // 2
+        # Not within the handler: its traceback keeps what did not fit.
+        torch.cuda.empty_cache()
+        return self.together(restarts)
+
+    def _in_groups(self, restarts: Sequence[Restart], at_once: int) -> dict[int, Match]:
         matches: dict[int, Match] = {}
-        for first in range(0, len(restarts) if at_once > 1 else 0, at_once):
+        for first in range(0, len(restarts), at_once):
             group = restarts[first : first + at_once]
             inputs = torch.stack([self.problem.inputs(restart) for restart in group])
             found = self.matcher.several(inputs, self.problem.labels)
@@ -93,16 +108,21 @@ class Evaluation:
         """How many restarts one call evaluates; 1 where a batched call is not possible."""
         if n_restarts < 2 or not self._batchable():
             return 1
-        if self.config.restarts_at_once:
-            return min(self.config.restarts_at_once, n_restarts)
+        if self._most_at_once is None:
+            # Once: memory that the allocator keeps for later no longer counts as free.
+            self._most_at_once = self.config.restarts_at_once or self._estimated()
+        return max(1, min(self._most_at_once, n_restarts))
+
+    def _estimated(self) -> int:
+        """How many restarts pay in one call, as far as parameters tell."""
         n_parameters = sum(p.numel() for p in self.problem.replica.parameters)
         if self.problem.device.type == "cpu":
             # Batching saves the overhead of many small kernels; large layers gain nothing.
-            return n_restarts if n_parameters < SMALL_MODEL else 1
+            return self.config.restarts if n_parameters < SMALL_MODEL else 1
         # Gradient, perturbed copy and its update are kept per restart.
         bytes_each = 16 * n_parameters
         free, _ = torch.cuda.mem_get_info(self.problem.device)
-        return max(1, min(n_restarts, free // (4 * bytes_each)))
+        return int(free // (4 * bytes_each))
 
     def _batchable(self) -> bool:
         return (

@@ -6,6 +6,7 @@ each process holds its own images of the batch (see `attack.matching`).
 
     attack.problem      what all parts look at
     attack.restarts     starts, their best iterates, divergences, successive halving
+    attack.racing       starts that compete for the iterations of one
     attack.terms        objective, regularisers and penalties of a configuration
     attack.evaluation   their values and gradients, for one restart or several at once
     attack.fusion       group consistency and E2EGI's stages
@@ -21,6 +22,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +38,11 @@ from attack.fusion import Consensus
 from attack.matching import GradientMatcher, Replica
 from attack.polishing import polish
 from attack.problem import InversionProblem
+from attack.racing import plan_race
 from attack.reconstruction import Reconstruction
 from attack.regularizers import Regularizer
 from attack.restarts import Restart, Starter, best_of, thin_out
-from attack.settings import InversionConfig
+from attack.settings import RANDOM_STARTS, InversionConfig
 from attack.state import Progress, StateFile
 from attack.stepping import Stepper, scheduled_rate
 from attack.stopping import Stopping
@@ -98,6 +101,9 @@ class Inversion:
             adapt(target, config) if config.adaptive else Adaptation.none(target, config)
         )
         config = self.adaptation.config
+        random = prior is None and config.start in RANDOM_STARTS
+        self.race = plan_race(config.iterations, config.race if random else 1)
+        config = replace(config, iterations=self.race.iterations)
         self.target, self.config, self.device = target, config, device
         self.dtype = torch.float64 if config.double else torch.float32
         self.replica = Replica(target, device, self.dtype)
@@ -113,7 +119,8 @@ class Inversion:
         self.consensus = Consensus(self.problem, self.matcher, self.starter, self.progress)
         self.stepper = Stepper(self.problem, self.evaluation, self.starter, self.progress)
         self.stopping = Stopping(self.problem, self.progress)
-        numbers = range(first_restart, first_restart + config.restarts)
+        last = first_restart + config.restarts
+        numbers = range(first_restart * self.race.starts, last * self.race.starts)
         self.restarts = [self.starter.start(number) for number in numbers]
 
     # -- What other kinds of targets replace -----------------------------------------
@@ -202,7 +209,8 @@ class Inversion:
     def _iterate(self, iteration: int) -> None:
         """One iteration of every restart."""
         self._begin_clipping(iteration)
-        restarts = thin_out(self.restarts, iteration, self.config)
+        restarts = self.race.thin_out(self.restarts, iteration)
+        restarts = thin_out(restarts, iteration, self.config)
         self.restarts = self.consensus.advance(restarts, iteration)
         consensus = self.consensus.target(self.restarts, iteration)
         together = self.evaluation.together(self.restarts)

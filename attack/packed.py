@@ -82,7 +82,7 @@ class FixedConv2d:
             packed: torch.Tensor = torch.ops.mkldnn._reorder_convolution_weight(
                 weight.contiguous(), padding, stride, self.dilation, 1, list(shape)
             )
-        except (AttributeError, RuntimeError, NotImplementedError) as error:
+        except (AttributeError, RuntimeError) as error:
             # Not a public operator: without it, plain convolutions do.
             logger.debug("weights are not reordered: %s", error)
             return None

@@ -84,7 +84,7 @@ class Restart:
 
 def best_of(restarts: Sequence[Restart]) -> Restart:
     """The restart whose result has the smallest objective."""
-    return min(restarts, key=_by_objective)
+    return min(restarts, key=by_objective)
 
 
 def thin_out(restarts: list[Restart], iteration: int, config: InversionConfig) -> list[Restart]:
@@ -92,10 +92,11 @@ def thin_out(restarts: list[Restart], iteration: int, config: InversionConfig) -
     marks = [int(config.iterations * share) for share in HALVING_AT]
     if not config.halving or iteration not in marks or iteration == 0 or len(restarts) < 2:
         return restarts
-    return sorted(restarts, key=_by_objective)[: math.ceil(len(restarts) / 2)]
+    return sorted(restarts, key=by_objective)[: math.ceil(len(restarts) / 2)]
 
 
-def _by_objective(restart: Restart) -> tuple[float, int]:
+def by_objective(restart: Restart) -> tuple[float, int]:
+    """Orders restarts, the best first."""
     return restart.best_value, restart.index
 
 

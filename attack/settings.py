@@ -24,6 +24,8 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 STARTS = ("normal", "uniform", "zeros", "pattern", "prior")
+# Those of which every restart has another.
+RANDOM_STARTS = ("normal", "uniform", "pattern")
 
 
 # Flags that are not spelled like their setting.
@@ -100,6 +102,8 @@ class InversionConfig:
         restarts: Number of starts.
         restarts_at_once: Restarts per batched call; 0: by the model's size and memory.
         halving: Drop the worse half of the restarts at 1/8, 1/4 and 1/2 of the iterations.
+        race: Number of starts that compete for the iterations of each restart, which are those
+            of all of them together, see `attack.racing`; below 2: one start, no race.
         combine: E2EGI's minimum-loss combinatorial optimisation of the restarts.
         combine_every: Iterations between two fusions in its middle stage (T-in).
         stages: Shares of E2EGI's initial, middle and final stage.
@@ -155,6 +159,7 @@ class InversionConfig:
     restarts: int = 1
     restarts_at_once: int = 0
     halving: bool = False
+    race: int = 0
     combine: bool = False
     combine_every: int = 1000
     stages: tuple[float, float, float] = (0.3, 0.3, 0.4)

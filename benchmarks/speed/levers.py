@@ -135,7 +135,7 @@ LEVERS: dict[str, Lever] = {
             _eager_pass,
             _compiled_pass,
             ("resnet18-32px-b1-eval",),
-            "not in use: a double backward and frozen switches cannot be compiled so",
+            "what `--compile` does to both passes, with switches frozen",
             comparable=False,
         ),
     ]

@@ -127,6 +127,29 @@ def test_batched_restarts_reconstruct_what_single_ones_do(lenet: tuple[Target, T
     assert found[2] == pytest.approx(found[0], rel=1e-4)
 
 
+def test_restarts_that_do_not_fit_in_one_call_are_halved(lenet: tuple[Target, Truth]) -> None:
+    target, truth = lenet
+    config = change(restarts=5, hvp="difference", iterations=3, optimizer="SGD")
+    calls: list[int] = []
+
+    def limited(inversion: Inversion) -> Inversion:
+        several = inversion.matcher.several
+
+        def narrow(inputs: torch.Tensor, labels: torch.Tensor) -> list[Match]:
+            calls.append(len(inputs))
+            if len(inputs) > 2:
+                raise torch.cuda.OutOfMemoryError("no room")
+            return several(inputs, labels)
+
+        inversion.matcher.several = narrow  # type: ignore[method-assign]
+        return inversion
+
+    found = limited(Inversion(target, truth.labels, config, device=CPU)).run()
+    assert calls == [5, *[2, 2, 1] * 3]
+    plain = Inversion(target, truth.labels, config, device=CPU).run()
+    assert found.objective == pytest.approx(plain.objective, rel=1e-4)
+
+
 def test_halving_keeps_the_best_by_objective(lenet: tuple[Target, Truth]) -> None:
     target, truth = lenet
     inversion = Inversion(target, truth.labels, change(restarts=4, halving=True), device=CPU)
