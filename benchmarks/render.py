@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.columns import View
 from benchmarks.results import Line, RowResult, ShownColumn, TableResult
 from benchmarks.statistics import Summary
+from benchmarks.tables import Table
 
 DASH = "–"
 PUBLISHED = "published"
@@ -63,13 +64,19 @@ def to_text_table(result: TableResult) -> TextTable:
     published = any(line.first.row.published for line in lines)
     header = [*result.shown_axes, *(c.header for c in columns), *[PUBLISHED] * published]
     return TextTable(
-        title=f"{result.table.title} ({result.table.preset} preset)",
+        title=_title(result.table),
         header=header,
         rows=[_line_texts(line, columns, notes, published) for line in lines],
         baselines=_baseline_texts(result, published),
         footnotes=notes.listed(),
         n_labels=len(result.shown_axes),
     )
+
+
+def _title(table: Table) -> str:
+    # A folder is known by its name and a hash of its files.
+    data = table.data.partition("@")[0]
+    return f"{table.title} ({table.preset} preset{f', {data}' if data else ''})"
 
 
 def _line_texts(
@@ -218,6 +225,7 @@ def to_json(result: TableResult) -> dict[str, Any]:
         "table": result.table.name,
         "title": result.table.title,
         "preset": result.table.preset,
+        "data": result.table.data,
         "rows": [_row_json(row) for row in result.rows],
         "baselines": {
             name: {metric: dataclasses.asdict(s) for metric, s in metrics.items()}

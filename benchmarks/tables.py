@@ -101,6 +101,7 @@ class Table:
         columns: Names of columns (`benchmarks.columns`).
         figures: Names of figures (`benchmarks.figures`).
         chain: Stages in order.
+        data: Name of the data set that was asked for instead of the preset's; else empty.
         pivot: For the axis whose values are shown side by side, the columns that are shown
             for each of them; empty without one.
     """
@@ -115,6 +116,7 @@ class Table:
     columns: tuple[str, ...]
     figures: tuple[str, ...]
     chain: tuple[str, ...]
+    data: str = ""
     pivot: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def cells(self) -> list[Cell]:
@@ -226,6 +228,7 @@ class _Expansion:
         self._chain = tuple(self._raw.get("chain", ("train", "extract", "attack")))
         given = [layer["data"] for layer in self._layers if "data" in layer]
         self._data = str(data or (given or [DEFAULT_DATA])[-1])
+        self._asked_data = data or ""
         self._folders: dict[str, str] = {}
 
     def table(self) -> Table:
@@ -243,6 +246,7 @@ class _Expansion:
             columns=tuple(raw["columns"]),
             figures=tuple(raw.get("figures", ())),
             chain=self._chain,
+            data=self._data_name(self._asked_data),
             pivot=self._pivot(),
         )
 
@@ -341,7 +345,7 @@ class _Expansion:
 
     def _data_name(self, data: str) -> str:
         """A name for the data set that is the same on every machine."""
-        if Path(data).is_dir():
+        if data and Path(data).is_dir():
             name = fingerprint(Path(data))
             self._folders[name] = str(Path(data).resolve())
             return name

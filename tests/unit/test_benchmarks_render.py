@@ -102,6 +102,17 @@ def test_a_pivoted_report_has_a_line_per_defense(pivoted: TableResult, tmp_path:
     assert 'name="batch size"' not in html
 
 
+def test_the_title_names_another_data_set_without_its_place(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(b"1")
+    table = load(tmp_path, data=str(folder))
+    result = collect(table, Store(tmp_path / "store"))
+    assert to_text_table(result).title.endswith("(embedded preset, photos)")
+    assert str(tmp_path) not in json.dumps(to_json(result))
+    assert to_json(result)["data"].startswith("photos@")
+
+
 def test_terminal_and_markdown_show_every_entry(result: TableResult) -> None:
     table = to_text_table(result)
     entries = [entry for row in table.rows for entry in row]
