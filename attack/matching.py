@@ -62,7 +62,7 @@ STEP_SIZES = {
 }
 ACCEPTED_COSINE = 0.9999
 CHECK_EVERY = 250
-# Batches with more values are checked on two of their images.
+# Batches with more values are checked on images with about half as many: one of 224 px.
 CALIBRATED_VALUES = 1 << 18
 # Calls that do not try factored gradients after one whose products had lost their digits.
 CALLS_WITHOUT_FACTORS = 20
@@ -380,12 +380,16 @@ class GradientMatcher:
 
     def _calibrate(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
         """Choose the step whose difference agrees with the second backward pass."""
+        factor, whole = self.factor, len(inputs)
         inputs, labels = self._sample(inputs, labels)
+        # Layers that are factored for few images may not be for all of them.
+        self.factor = factor and len(inputs) == whole
         exact = self._exact(inputs, labels, 1.0, None).input_gradient
         best = self._best_step(exact, inputs, labels)
         if best[0] < ACCEPTED_COSINE and self._factored is not None:
-            self.factor, self._factored = False, None
+            factor, self.factor, self._factored = False, False, None
             best = self._best_step(exact, inputs, labels)
+        self.factor = factor
         self.agreement = best[0]
         self.step = best[1] if best[0] >= ACCEPTED_COSINE else None
         logger.debug("difference step %s, cosine to exact %.6f", self.step, self.agreement)
@@ -393,11 +397,12 @@ class GradientMatcher:
     def _sample(
         self, inputs: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of large batches two images: the second backward pass is what takes most memory."""
+        """Of large batches a few images: the second backward pass is what takes most memory."""
         whole = self.replica.groups is not None or distributed.world_size() > 1
         if whole or inputs.numel() <= CALIBRATED_VALUES:
             return inputs, labels
-        return inputs[:2], labels[:2]
+        few = math.ceil(CALIBRATED_VALUES / 2 / inputs[0].numel())
+        return inputs[:few], labels[:few]
 
     def _best_step(
         self, exact: torch.Tensor, inputs: torch.Tensor, labels: torch.Tensor

@@ -202,9 +202,10 @@ def test_auto_checks_itself_and_falls_back():
     )
 
 
-def test_large_batches_are_checked_on_two_images(monkeypatch):
+def test_large_batches_are_checked_on_few_images(monkeypatch):
     target, truth = make_target(MODELS["resnet"], 4, train_mode=True)
-    monkeypatch.setattr("attack.matching.CALIBRATED_VALUES", 0)
+    per_image = candidate(target)[0].numel()
+    monkeypatch.setattr("attack.matching.CALIBRATED_VALUES", 3 * per_image)
     matcher = GradientMatcher(Replica(target, CPU, torch.float64), Cosine(), "auto")
     sizes = []
     exact = matcher._exact
