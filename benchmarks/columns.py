@@ -161,19 +161,39 @@ def _test_accuracy(run: Run) -> list[float | None]:
 
 
 def measured_leakage(run: Run, site: str) -> list[Mapping[str, Any]]:
-    """What a site of a federation measured, by round."""
+    """What a site of a federation recorded, by round; without images where it withheld blindly."""
     entries = dig(run, "federated.leakage") or []
     return sorted((e for e in entries if e["site"] == site), key=lambda e: e["round"])
 
 
+def _recorded(run: Run, site: str, round_number: int | None) -> Mapping[str, Any] | None:
+    """The last record, or that of a round."""
+    found = measured_leakage(run, site)
+    if round_number is not None:
+        found = [entry for entry in found if entry["round"] == round_number]
+    return found[-1] if found else None
+
+
 def _rdlv(site: str, round_number: int | None) -> Callable[[Run], list[float | None]]:
     def values(run: Run) -> list[float | None]:
-        measured = measured_leakage(run, site)
-        if round_number is not None:
-            measured = [entry for entry in measured if entry["round"] == round_number]
-        return [image["rdlv"] for image in measured[-1]["images"]] if measured else []
+        entry = _recorded(run, site, round_number)
+        return [image["rdlv"] for image in entry["images"]] if entry else []
 
     return values
+
+
+def _rdlv_note(site: str, round_number: int | None) -> Callable[[Run], str | None]:
+    """Why a round has no value: an earlier round's must not pass for it, but is told."""
+
+    def note(run: Run) -> str | None:
+        entry = _recorded(run, site, round_number)
+        if entry is None or entry["images"]:
+            return None
+        before = [e for e in measured_leakage(run, site) if e["images"]]
+        told = "".join(f"; round {e['round']}: RDLV {e['rdlv']:.2f}" for e in before[-1:])
+        return f"round {entry['round']}: {entry['statement']}{told}"
+
+    return note
 
 
 def _rdlv_column(name: str) -> Column | None:
@@ -183,8 +203,9 @@ def _rdlv_column(name: str) -> Column | None:
         return None
     site, number = found.groups()
     header = f"RDLV {site}" if number is None else f"{site}, round {number}"
-    values = _rdlv(site, None if number is None else int(number))
-    return Column(name, header, values, 2, "high", "this site did not measure")
+    round_number = None if number is None else int(number)
+    values, note = _rdlv(site, round_number), _rdlv_note(site, round_number)
+    return Column(name, header, values, 2, "high", "this site did not measure", note=note)
 
 
 def _epsilon(run: Run) -> list[float | None]:

@@ -21,9 +21,11 @@ the table or, where it holds for one setting only, of a preset.
 `pivot: {AXIS: [columns]}` shows the values of one axis side by side: its rows become one,
 with a column per value for each of these columns; the others are those of the first value.
 
-`like: schemes` starts from the flags of another table and of its presets; axes and
-repeats are each table's own. A value `STAGE/FILE` is a file that an earlier stage's
-cell of the same row made.
+`like: schemes` starts from another table: its flags, its `data` and its repeats, and those of
+its presets; what this table gives wins. Of the repeats those are left out that vary a flag
+which this table or its axes set, and all of them where it has `repeats` of its own (`{}` for
+none). Axes, chain, columns, figures and what is published are each table's own. A value
+`STAGE/FILE` is a file that an earlier stage's cell of the same row made.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ import argparse
 import difflib
 import functools
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -187,22 +189,21 @@ def load_table(
     """
     document = read_yaml(file)
     model = _model(document)
-    _check_structure(document, preset, model)
+    _check_structure(document, preset, model.value if model else {})
     if axes is not None:
         document.value["axes"] = dict(axes)
         document.value.get("presets", {}).get(preset, {}).pop("axes", None)
     return _Expansion(document, model, preset, data, stages).table()
 
 
-def _model(document: Document) -> dict[str, Any]:
-    """The table that this one is `like`, empty without one."""
+def _model(document: Document) -> Document | None:
+    """The table that this one is `like`."""
     name = document.value.get("like") if isinstance(document.value, dict) else None
     if name is None:
-        return {}
+        return None
     if name not in table_files():
         raise document.error(_unknown("table", str(name), table_files()), "like")
-    value = read_yaml(table_files()[name]).value
-    return value if isinstance(value, dict) else {}
+    return read_yaml(table_files()[name])
 
 
 class _Expansion:
@@ -211,7 +212,7 @@ class _Expansion:
     def __init__(
         self,
         document: Document,
-        model: dict[str, Any],
+        model: Document | None,
         preset: str,
         data: str | None,
         stages: Mapping[str, Stage],
@@ -219,9 +220,11 @@ class _Expansion:
         self._document = document
         self._preset = preset
         self._raw = document.value
+        self._model = _Expansion(model, None, preset, data, stages) if model else None
+        flags = model.value if model else {}
         # Later layers win.
         self._layers = [
-            model, _get(model, ("presets", preset)),
+            flags, _get(flags, ("presets", preset)),
             self._raw, _get(self._raw, ("presets", preset)),
         ]  # fmt: skip
         self._stages = stages
@@ -266,7 +269,7 @@ class _Expansion:
 
     def _rows(self, axes: Sequence[_Axis]) -> Iterator[Row]:
         base = self._base()
-        repeats = list(_combinations(self._axes("repeats")))
+        repeats = list(_combinations(self._repeats(axes)))
         published = self._published()
         for labels, overrides in _combinations(axes):
             runs = tuple(self._cells(_merged(base, overrides, repeated)) for _, repeated in repeats)
@@ -292,6 +295,26 @@ class _Expansion:
             merged = {label: _merged(before.get(label, {}), new[label]) for label in new}
             axes[name] = _Axis(name, merged)
         return list(axes.values())
+
+    def _repeats(self, axes: Sequence[_Axis]) -> list[_Axis]:
+        """The table's own repeats; those of the table that it is `like` if it has none."""
+        if any("repeats" in part for part in self._layers[2:]):
+            return self._axes("repeats")
+        if self._model is None:
+            return []
+        values = [flags for axis in axes for flags in axis.values.values()]
+        own = _set_flags([*self._layers[2:], *values])
+        inherited = (self._in_chain(axis) for axis in self._model._axes("repeats"))
+        return [axis for axis in inherited if not own & _set_flags(axis.values.values())]
+
+    def _in_chain(self, axis: _Axis) -> _Axis:
+        """Without the stages that the table does not have; values that are then the same, once."""
+        kept: dict[str, Overrides] = {}
+        for label, flags in axis.values.items():
+            change = {stage: flags[stage] for stage in self._chain if stage in flags}
+            if change not in kept.values():
+                kept[label] = change
+        return _Axis(axis.name, kept)
 
     def _axis(self, name: str, place: tuple[Any, ...]) -> _Axis:
         value = _get(self._raw, place)
@@ -434,6 +457,11 @@ def _at(value: Any, path: Sequence[Any]) -> Any:
         except (KeyError, IndexError, TypeError):
             return None
     return value
+
+
+def _set_flags(parts: Iterable[Mapping[str, Any]]) -> set[tuple[str, str]]:
+    """Stage and name of every flag that some part sets."""
+    return {(stage, flag) for part in parts for stage in STAGES for flag in _get(part, (stage,))}
 
 
 def _combinations(axes: Sequence[_Axis]) -> Iterator[tuple[dict[str, str], Overrides]]:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from federated.site_training import SiteSettings, SiteTraining
+from federated.site_training import SiteSettings, SiteTraining, TrainingDiverged
 
 if TYPE_CHECKING:
     from nvflare.app_common.abstract.fl_model import FLModel
@@ -60,16 +60,23 @@ def answer(site: SiteTraining, model: FLModel) -> FLModel:
     from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
     from nvflare.app_common.app_constant import AppConstants
 
+    from federated.withholding import diverged_meta
+
     site.load(model.params)
     valid = site.evaluate(site.valid_images)
     number = model.current_round or 0
-    change = site.train(model.params, number)
     steps = site.steps_per_epoch * site.settings.aggregation_epochs
+    meta: dict[str, Any] = {MetaKey.NUM_STEPS_CURRENT_ROUND: steps}
+    try:
+        change = site.train(model.params, number)
+    except TrainingDiverged as error:
+        change = {name: np.zeros_like(value) for name, value in site.weights().items()}
+        meta = diverged_meta(str(error))
     return FLModel(
         params={name: torch.from_numpy(np.asarray(value)) for name, value in change.items()},
         params_type=ParamsType.DIFF,
         metrics={"accuracy": valid.accuracy},
-        meta={MetaKey.NUM_STEPS_CURRENT_ROUND: steps, AppConstants.CURRENT_ROUND: number},
+        meta={**meta, AppConstants.CURRENT_ROUND: number},
     )
 
 

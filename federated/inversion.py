@@ -4,6 +4,12 @@ The loop (restarts, optimizer, schedule, box, divergences) is that of `attack.in
 What differs is what a candidate is compared by: a federation's client sends its running
 BatchNorm statistics along with its weights, its batches are those of a data loader, and a
 radiograph is one grey value per pixel. `UpdateInversion` replaces these parts.
+
+Who attacks is the site itself, before its update leaves: it knows its own local training.
+What a server would have to guess is granted and listed in every result (`granted`): the
+number of images, the local hyper-parameters, and over several local epochs which images
+shared which steps. No hypotheses about the order are searched, so that what is measured is
+the leakage to an attacker who has it right: an upper bound for one who has not.
 """
 
 from __future__ import annotations
@@ -62,6 +68,7 @@ class UpdateReconstruction:
         iterations: Done.
         labels_from: Where the labels come from: the rule, or "joint".
         bn_statistics: Whether BatchNorm statistics were matched.
+        granted: What the attacker was told that a server does not see.
         status: "finished", or why the attack ended early.
         trace: One dictionary per printed iteration.
         settings: The settings as plain values.
@@ -75,6 +82,7 @@ class UpdateReconstruction:
     iterations: int
     labels_from: str
     bn_statistics: bool
+    granted: list[str] = field(default_factory=list)
     status: str = "finished"
     trace: list[dict[str, float]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -124,7 +132,18 @@ def invert_update(
         result = _run_registered(update, settings, prior, seed, device, progress)
     result.seconds = time.perf_counter() - started
     result.settings = settings.to_dict()
+    result.granted = granted_to_the_auditor(update)
     return result
+
+
+def granted_to_the_auditor(update: LocalUpdate) -> list[str]:
+    """What an inversion is told of the local training, in words for a site's report."""
+    granted = ["number of images, batch size and local epochs", "learning rate"]
+    if update.momentum or update.weight_decay or update.proximal:
+        granted.append("momentum, weight decay and proximal term")
+    if update.order_granted:
+        granted.append("which images shared which local steps")
+    return granted
 
 
 # --- Methods full and bn ----------------------------------------------------------

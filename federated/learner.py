@@ -14,9 +14,15 @@ from nvflare.apis.signal import Signal
 from nvflare.app_common.abstract.learner_spec import Learner
 from nvflare.app_common.app_constant import AppConstants, ModelName, ValidateType
 
-from federated.site_training import Scores, SiteSettings, SiteTraining, TrainingStopped
+from federated.site_training import (
+    Scores,
+    SiteSettings,
+    SiteTraining,
+    TrainingDiverged,
+    TrainingStopped,
+)
 from federated.updates import LocalUpdate
-from federated.withholding import WITHHELD
+from federated.withholding import WITHHELD, diverged_meta
 from training.errors import InputError
 from training.storage import load_checkpoint, save_checkpoint
 
@@ -119,6 +125,8 @@ class CXRLearner(Learner):
             valid = site.evaluate(site.valid_images, lambda: abort_signal.triggered)
         except TrainingStopped:
             return make_reply(ReturnCode.TASK_ABORTED)
+        except TrainingDiverged as error:
+            return self._diverged(site, error, fl_ctx)
         self.global_weights = {name: np.array(weights[name]) for name in change}
         self._keep(site, valid)
         self._scalar("val_acc_local_model", valid.accuracy)
@@ -128,6 +136,13 @@ class CXRLearner(Learner):
         dxo.set_meta_prop(MetaKey.NUM_STEPS_CURRENT_ROUND, steps)
         dxo.set_meta_prop(AppConstants.CURRENT_ROUND, self.current_round)
         return dxo.to_shareable()
+
+    def _diverged(self, site: SiteTraining, error: Exception, fl_ctx: FLContext) -> Shareable:
+        """Nothing to send: a zero difference, so that the federation goes on."""
+        self.log_warning(fl_ctx, f"round {self.current_round}: {error}", fire_event=False)
+        zeros = {name: np.zeros_like(value) for name, value in site.weights().items()}
+        meta = {**diverged_meta(str(error)), AppConstants.CURRENT_ROUND: self.current_round}
+        return DXO(DataKind.WEIGHT_DIFF, data=zeros, meta=meta).to_shareable()
 
     def local_update(self, change: dict[str, np.ndarray], bn_momentum: float) -> LocalUpdate:
         """What an attacker who knows this site's settings knows of the round's update.

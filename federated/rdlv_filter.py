@@ -185,5 +185,14 @@ class RelativeDataLeakageValueFilter(FailClosedFilter):
 def _attack_details(found: UpdateReconstruction | Any) -> dict[str, Any]:
     if not isinstance(found, UpdateReconstruction):
         return {}
-    kept = ("method", "iterations", "seconds", "losses", "labels_from", "status", "settings")
+    kept = (
+        "method",
+        "iterations",
+        "seconds",
+        "losses",
+        "labels_from",
+        "granted",
+        "status",
+        "settings",
+    )
     return {"attack": {name: getattr(found, name) for name in kept}}

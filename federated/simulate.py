@@ -175,12 +175,7 @@ def simulate(job: Job, workspace: Path) -> None:
     if workspace.exists():
         shutil.rmtree(workspace)
     prepared = prepare(job, workspace / "job")
-    clients = ",".join(job.sites)
-    command = [
-        *(sys.executable, "-m", "nvflare.private.fed.app.simulator.simulator", str(prepared)),
-        *("-w", str(workspace / "run"), "-c", clients, "-t", str(len(job.sites))),
-        *gpu_arguments(len(job.sites), count_gpus()),
-    ]
+    command = simulator_command(prepared, workspace / "run", job.sites, count_gpus())
     with open(workspace / "simulator.log", "wb") as log:
         process = subprocess.Popen(
             command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -199,6 +194,22 @@ def simulate(job: Job, workspace: Path) -> None:
             raise
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def simulator_command(prepared: Path, run: Path, sites: Sequence[str], n_gpus: int) -> list[str]:
+    """The simulator's command line.
+
+    Args:
+        prepared: The job's folder, see `prepare`.
+        run: Where the simulator works.
+        sites: Names of the clients; each has a thread of its own, fewer make it crawl.
+        n_gpus: GPUs to spread them over; 0 for the CPU.
+    """
+    return [
+        *(sys.executable, "-m", "nvflare.private.fed.app.simulator.simulator", str(prepared)),
+        *("-w", str(run), "-c", ",".join(sites), "-t", str(len(sites))),
+        *gpu_arguments(len(sites), n_gpus),
+    ]
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

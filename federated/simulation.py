@@ -1,8 +1,9 @@
 """A site's local training as a differentiable function of its images.
 
 `gradients.local_update` unrolls the SGD; added here are a site's own batches (a data
-loader's last batch is short, and every epoch may have an order of its own) and the
-running BatchNorm statistics, which are part of what a federation's client sends.
+loader's last batch is short, and every epoch may have an order of its own), FedProx's
+proximal term, and the running BatchNorm statistics, which are part of what a federation's
+client sends.
 """
 
 from __future__ import annotations
@@ -90,13 +91,27 @@ class LocalSimulation:
             found = torch.autograd.grad(
                 loss, list(current.values()), create_graph=True, allow_unused=True
             )
-            return [
+            dense = [
                 torch.zeros_like(p) if g is None else g
                 for g, p in zip(found, current.values(), strict=True)
             ]
+            return self._with_proximal(dense, current)
 
         sent = local_sgd(self.start, self.update.local, gradient)
         return Simulated(list(sent.values()), self._running(seen))
+
+    def _with_proximal(
+        self, gradient: list[torch.Tensor], current: Parameters
+    ) -> list[torch.Tensor]:
+        """The gradient of mu/2 |theta - theta_0|^2 added.
+
+        Source: FedProx (Li et al. 2020), eq. 2, https://arxiv.org/abs/1812.06127.
+        """
+        mu = self.update.proximal
+        if not mu:
+            return gradient
+        drift = [p - self.start[name].detach() for name, p in current.items()]
+        return [g + mu * d for g, d in zip(gradient, drift, strict=True)]
 
     def statistics(self, inputs: torch.Tensor) -> BatchStatistics:
         """The statistics alone, as if the weights did not move during local training."""

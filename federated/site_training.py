@@ -112,6 +112,10 @@ class TrainingStopped(Exception):  # noqa: N818 -- an outcome, not a fault
     """Local training was told to stop before it was done."""
 
 
+class TrainingDiverged(Exception):  # noqa: N818 -- an outcome, not a fault
+    """Local training ended in weights that are not finite."""
+
+
 class SiteTraining:
     """A site's network and images.
 
@@ -232,7 +236,8 @@ class SiteTraining:
 
         Raises:
             TrainingStopped: `stopped` said so.
-            InputError: The network does not fit, or training diverged.
+            TrainingDiverged: There is nothing to send.
+            InputError: The network does not fit.
         """
         self.load(weights)
         before = self.weights()
@@ -249,7 +254,7 @@ class SiteTraining:
         change = {name: np.asarray(v - before[name]) for name, v in self.weights().items()}
         broken = [name for name, value in change.items() if not np.isfinite(value).all()]
         if broken:
-            raise InputError(f"local training diverged: {broken[0]} is not finite; lower lr")
+            raise TrainingDiverged(f"local training diverged: {broken[0]} is not finite; lower lr")
         return change
 
     def _loss(
@@ -311,6 +316,7 @@ class SiteTraining:
             n_images=len(self.train_images),
             local_epochs=self.settings.aggregation_epochs,
             learning_rate=self.learning_rate(round_number),
+            proximal=self.settings.fedproxloss_mu,
             bn_momentum=bn_momentum,
             batch_order=self.orders(round_number),
         )
@@ -325,13 +331,16 @@ def scores(probabilities: torch.Tensor, labels: torch.Tensor) -> Scores:
     """Accuracy and, with two classes that both occur, the area under the ROC curve.
 
     Args:
-        probabilities: N x n_classes.
+        probabilities: N x n_classes; a row that is not finite, of a network that diverged,
+            is a wrong answer, and there is no curve.
         labels: N class indices.
     """
     n = len(labels)
-    accuracy = float((probabilities.argmax(1) == labels).float().mean()) if n else float("nan")
+    finite = probabilities.isfinite().all(1)
+    right = (probabilities.argmax(1) == labels) & finite
+    accuracy = float(right.float().mean()) if n else float("nan")
     positive = labels == 1
-    if probabilities.shape[1] != 2 or not 0 < int(positive.sum()) < n:
+    if probabilities.shape[1] != 2 or not 0 < int(positive.sum()) < n or not finite.all():
         return Scores(accuracy, None, n)
     ahead = probabilities[positive, 1][:, None] - probabilities[~positive, 1][None]
     return Scores(accuracy, float((ahead.sign() + 1).mean() / 2), n)

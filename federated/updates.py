@@ -33,10 +33,12 @@ class LocalUpdate:
         learning_rate: Of the local SGD.
         momentum: Of the local SGD (not Nesterov).
         weight_decay: Of the local SGD.
+        proximal: mu of FedProx: the local loss has mu/2 |theta - theta_0|^2 added.
         bn_momentum: Momentum of the BatchNorm layers' running statistics.
         batch_order: The images in the order the site went through them, one permutation
             of 0..n-1 per epoch. None: the same order in every epoch. After one epoch
-            it says nothing but the numbering of the reconstructions.
+            it says nothing but the numbering of the reconstructions; after several the
+            attacker is granted which images shared which steps (`order_granted`).
     """
 
     model: ModelSpec
@@ -49,6 +51,7 @@ class LocalUpdate:
     learning_rate: float = 0.01
     momentum: float = 0.0
     weight_decay: float = 0.0
+    proximal: float = 0.0
     bn_momentum: float = 0.1
     batch_order: tuple[tuple[int, ...], ...] | None = None
 
@@ -57,6 +60,8 @@ class LocalUpdate:
             raise InputError("batch size, number of images and local epochs must be at least 1")
         if not self.learning_rate > 0 or not 0 < self.bn_momentum <= 1:
             raise InputError("the learning rate must be positive and bn_momentum in (0, 1]")
+        if not 0 <= self.proximal < math.inf:
+            raise InputError("proximal, FedProx's mu, must be a number not below 0")
         if self.batch_order is not None:
             whole = list(range(self.n_images))
             if len(self.batch_order) != self.local_epochs or any(
@@ -88,6 +93,18 @@ class LocalUpdate:
             for epoch in order
             for first in range(0, self.n_images, size)
         ]
+
+    @property
+    def order_granted(self) -> bool:
+        """Whether the attacker is told more than a server sees: how epochs mix the images.
+
+        One batch per epoch has no order, one epoch's is the numbering of the results, and
+        the same batches in every epoch could be numbered likewise.
+        """
+        sets = [frozenset(step) for step in self.steps]
+        size = len(sets) // self.local_epochs
+        epochs = {tuple(sets[i : i + size]) for i in range(0, len(sets), size)}
+        return len(epochs) > 1
 
     @cached_property
     def gradient(self) -> dict[str, torch.Tensor]:
@@ -141,7 +158,8 @@ def target_from_update(update: LocalUpdate) -> Target:
 
     Raises:
         InputError: Local training that stage 2 has no words for: batches of unequal
-            size other than its own split, or another order in every epoch.
+            size other than its own split, FedProx over several steps, or another order in
+            every epoch.
     """
     local = update.local
     sizes = [len(step) for step in update.steps]
@@ -149,6 +167,11 @@ def target_from_update(update: LocalUpdate) -> Target:
         raise InputError(
             f"{update.n_images} images in batches of {update.batch_size}: the attacks of stage 3 "
             "split them evenly; choose method full, or a batch size that divides them"
+        )
+    if update.proximal and local.steps > 1:
+        raise InputError(
+            "the attacks of stage 3 do not know FedProx's proximal term, which counts from the "
+            "second local step on; choose method full"
         )
     if len(set(update.batch_order or ())) > 1:
         raise InputError(

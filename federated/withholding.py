@@ -31,6 +31,8 @@ _HARMLESS = {DataKind.METRICS}
 GLOBAL_WEIGHTS = "gradinvbench.global_weights"
 ROUND = "gradinvbench.round"
 WITHHELD = "gradinvbench.withheld"
+# In an update's own meta data, as far as the first filter: why there is none.
+DIVERGED = "gradinvbench.diverged"
 # An average with such a weight is that of the others; alone, it is the zero difference.
 VANISHING_WEIGHT = 1e-9
 
@@ -89,6 +91,8 @@ class FailClosedFilter(DXOFilter):
 
     def process_dxo(self, dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> DXO:
         """See `process_update`; what another filter withheld stays as it is."""
+        if dxo.get_meta_prop(DIVERGED):
+            raise WithheldError(dxo.get_meta_prop(DIVERGED))
         if dxo.get_meta_prop(MetaKey.NUM_STEPS_CURRENT_ROUND) == VANISHING_WEIGHT:
             return dxo
         return self.process_update(dxo, fl_ctx)
@@ -156,6 +160,14 @@ def withheld_update(dxo: DXO, fl_ctx: FLContext) -> DXO:
     if dxo.data_kind == DataKind.WEIGHT_DIFF:
         return DXO(dxo.data_kind, {k: _zeros(v) for k, v in dxo.data.items()}, meta)
     raise WithheldError(f"no replacement for data of kind {dxo.data_kind}")
+
+
+def diverged_meta(reason: str) -> dict[str, Any]:
+    """For the zero difference of a site whose training diverged: weighs nothing, says why.
+
+    The first filter records the reason at the site and takes it off what is sent.
+    """
+    return {MetaKey.NUM_STEPS_CURRENT_ROUND: VANISHING_WEIGHT, DIVERGED: reason}
 
 
 def _zeros(value: Any) -> Any:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from attack.inversion import running_statistics
+from federated.inversion import granted_to_the_auditor
 from federated.simulation import LocalSimulation
 from federated.updates import LocalUpdate, target_from_update
 from gradients.batch_statistics import collect_batch_statistics
@@ -109,7 +110,12 @@ def test_updates_without_buffers_have_no_statistics() -> None:
 
 def test_impossible_updates_are_refused() -> None:
     update = update_of(4, 4)
-    for changes in ({"batch_size": 0}, {"learning_rate": 0.0}, {"batch_order": ((0, 0, 1, 2),)}):
+    for changes in (
+        {"batch_size": 0},
+        {"learning_rate": 0.0},
+        {"proximal": -1.0},
+        {"batch_order": ((0, 0, 1, 2),)},
+    ):
         with pytest.raises(InputError):
             dataclasses.replace(update, **changes)
     missing = {n: v for n, v in update.weight_diff.items() if n != "conv1.weight"}
@@ -126,3 +132,59 @@ def test_stage_three_attacks_refuse_batches_they_cannot_split() -> None:
     with pytest.raises(InputError, match="order"):
         target_from_update(update_of(4, 2, 2, order=((0, 1, 2, 3), (2, 3, 0, 1))))
     assert target_from_update(update_of(8, 4, 2)).bn_statistics is None
+
+
+def test_stage_three_attacks_refuse_fedprox_of_several_steps() -> None:
+    with pytest.raises(InputError, match="FedProx"):
+        target_from_update(dataclasses.replace(update_of(4, 2), proximal=1.0))
+    # The first step starts where the proximal term vanishes.
+    target_from_update(dataclasses.replace(update_of(4, 4), proximal=1.0))
+
+
+@pytest.mark.parametrize(
+    ("n", "batch", "epochs", "order", "granted"),
+    [
+        (1, 1, 3, None, False),
+        (4, 4, 2, ((0, 1, 2, 3), (3, 2, 1, 0)), False),
+        (4, 2, 1, ((3, 1, 0, 2),), False),
+        (4, 2, 2, None, False),
+        (4, 2, 2, ((0, 1, 2, 3), (1, 0, 3, 2)), False),
+        (4, 2, 2, ((0, 1, 2, 3), (3, 1, 0, 2)), True),
+        (4, 2, 2, ((0, 1, 2, 3), (2, 3, 0, 1)), True),
+    ],
+)
+def test_only_mixing_over_epochs_is_more_than_a_server_sees(
+    n: int, batch: int, epochs: int, order: tuple[tuple[int, ...], ...] | None, granted: bool
+) -> None:
+    update = dataclasses.replace(update_of(n, batch), local_epochs=epochs, batch_order=order)
+    assert update.order_granted is granted
+    said = "which images shared which local steps" in granted_to_the_auditor(update)
+    assert said is granted
+
+
+def prox_update(mu: float) -> list[torch.Tensor]:
+    """(theta_0 - theta_K) / (lr K) of FedProx, by plain autograd in float64."""
+    update = update_of(4, 2, 2, learning_rate=0.1)
+    model = build_model(update.model).double().train()
+    model.load_state_dict(dict(update.global_weights))
+    start = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), update.learning_rate)
+    inputs = victims().data.normalize(victims().images).double()
+    for step in update.steps:
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(inputs[step]), victims().labels[step])
+        pairs = zip(model.parameters(), start, strict=True)
+        (loss + mu / 2 * sum((p - q).square().sum() for p, q in pairs)).backward()
+        optimizer.step()
+    scale = update.learning_rate * len(update.steps)
+    return [(q - p.detach()) / scale for p, q in zip(model.parameters(), start, strict=True)]
+
+
+def test_simulation_follows_fedprox() -> None:
+    update = dataclasses.replace(update_of(4, 2, 2, learning_rate=0.1), proximal=2.0)
+    inputs = victims().data.normalize(victims().images[:4]).double()
+    found = LocalSimulation(update, CPU, torch.float64)(inputs, victims().labels[:4]).gradient
+    for simulated, real in zip(found, prox_update(2.0), strict=True):
+        torch.testing.assert_close(simulated, real, atol=1e-10, rtol=1e-8)
+    free = prox_update(0.0)
+    assert any(not torch.allclose(a, b, rtol=0.01) for a, b in zip(found, free, strict=True))

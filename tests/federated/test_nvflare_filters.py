@@ -26,7 +26,7 @@ from federated.phantoms import LIST_PREFIX, make_phantoms
 from federated.rdlv_filter import RelativeDataLeakageValueFilter
 from federated.similarity import ImageSimMetric
 from federated.taps import GlobalModelTap
-from federated.withholding import GLOBAL_WEIGHTS, ROUND, VANISHING_WEIGHT
+from federated.withholding import DIVERGED, GLOBAL_WEIGHTS, ROUND, VANISHING_WEIGHT
 from training.errors import InputError
 
 
@@ -76,8 +76,8 @@ def is_zero_difference(sent: Shareable) -> bool:
     return light and all(not np.asarray(value).any() for value in dxo.data.values())
 
 
-def record(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "leakage_round0.json").read_text())
+def record(folder: Path, number: int = 0) -> dict[str, Any]:
+    return json.loads((folder / f"leakage_round{number}.json").read_text())
 
 
 # --- Noise --------------------------------------------------------------------------
@@ -423,6 +423,44 @@ def test_the_local_model_stays_at_a_site_that_withheld_an_update(
     GaussianPrivacy(1.0).process(result(update(bad=np.array([np.nan]))), context)
     refused = built.get_model_for_validation("best_model", context)
     assert refused.get_return_code() == ReturnCode.EMPTY_RESULT
+
+
+def test_a_site_that_diverged_sends_nothing_and_says_why(phantoms: Path, tmp_path: Path) -> None:
+    context = Site(tmp_path).context
+    built = federated.CXRLearner(
+        str(phantoms), str(phantoms / f"{LIST_PREFIX}9.json"), model_name="cnn", image_size=32,
+        lr=1e30, aggregation_epochs=3,
+    )  # fmt: skip
+    built.initialize({}, context)
+    sent = built.train(global_task(3), context, Calm())
+    assert is_zero_difference(sent)
+    for filtered in (
+        GaussianPrivacy(1.0).process(sent, context),
+        leakage_filter(phantoms).process(sent, context),
+    ):
+        assert is_zero_difference(filtered)
+        assert from_shareable(filtered).get_meta_prop(DIVERGED) is None
+        assert from_shareable(filtered).get_meta_prop(AppConstants.CURRENT_ROUND) == 3
+    found = record(tmp_path, 3)
+    assert (found["decision"], found["rdlv"], found["images"]) == ("withhold", None, [])
+    assert "diverged" in found["reason"]
+
+
+def test_a_client_script_that_diverged_goes_on(phantoms: Path) -> None:
+    from nvflare.app_common.abstract.fl_model import FLModel
+
+    from federated.client import answer
+    from federated.site_training import SiteSettings, SiteTraining
+
+    settings = SiteSettings(
+        str(phantoms), str(phantoms / f"{LIST_PREFIX}9.json"), model_name="cnn", image_size=32,
+        lr=1e30, aggregation_epochs=3,
+    )  # fmt: skip
+    site = SiteTraining(settings, torch.device("cpu"))
+    sent = answer(site, FLModel(params=site.weights(), current_round=2))
+    assert "diverged" in sent.meta[DIVERGED]
+    assert not any(value.any() for value in sent.params.values())
+    assert 0 <= sent.metrics["accuracy"] <= 1
 
 
 def test_an_aborted_learner_says_so(learner: tuple[Any, FLContext]) -> None:

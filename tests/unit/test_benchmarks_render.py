@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.columns import find_column
 from benchmarks.command import write_outputs
 from benchmarks.figures import _distinct_slugs
 from benchmarks.render import to_csv, to_json, to_latex, to_markdown, to_terminal, to_text_table
@@ -206,3 +207,15 @@ def test_report_in_a_browser(tmp_path: Path, width: int) -> None:
 
 def test_every_value_of_an_axis_has_a_picture_of_its_own() -> None:
     assert _distinct_slugs(["0.1", "-0.1", "0/1", "ä", "ü"]) == ["0-1", "0-1-2", "0-1-3", "2", "3"]
+
+
+def test_a_round_that_was_not_measured_does_not_borrow_an_earlier_value() -> None:
+    measured = {"site": "site-9", "round": 10, "rdlv": -0.6, "images": [{"rdlv": -0.6}]}
+    why = "The update does not leave the site: local training diverged."
+    blind = {"site": "site-9", "round": 20, "rdlv": None, "images": [], "statement": why}
+    run = {"federated": {"leakage": [measured, blind]}}
+    column = find_column("rdlv site-9")
+    assert list(column.values(run)) == []
+    assert column.note(run) == f"round 20: {why}; round 10: RDLV -0.60"
+    before = find_column("rdlv site-9 round 10")
+    assert (list(before.values(run)), before.note(run)) == ([-0.6], None)

@@ -64,6 +64,43 @@ def test_a_preset_s_value_of_the_same_name_starts_from_the_table_s_flags(tmp_pat
     assert run["extract"].config["sigma"] == 0.1
 
 
+LIKE = """\
+title: Like another
+like: schemes
+axes:
+  mode: {train: {}, eval: {extract: {model-eval: true}}}
+columns: [psnr]
+"""
+
+
+@pytest.mark.parametrize(
+    ("more", "preset", "indices"),
+    [
+        ("", "small", [0, 1, 2, 3]),
+        ("", "paper", [0, 1, 2, 3, 4]),
+        ("", "embedded", [None]),
+        ("repeats: {}\n", "small", [None]),
+        ("repeats: {extract.target-idx: [7, 9]}\n", "small", [7, 9]),
+        ("extract: {target-idx: 5}\n", "small", [5]),
+        ("presets: {small: {extract: {target-idx: 6}}}\n", "small", [6]),
+        ("chain: [extract, attack]\n", "small", [0, 1, 2, 3]),
+    ],
+)
+def test_repeats_of_the_table_that_one_is_like(
+    tmp_path: Path, more: str, preset: str, indices: list[int | None]
+) -> None:
+    table = load_table(write_table(tmp_path, LIKE + more), preset)
+    for row in table.rows:
+        assert [run["extract"].config.get("target-idx") for run in row.repeats] == indices
+
+
+def test_an_axis_replaces_the_inherited_repeat_of_its_flag(tmp_path: Path) -> None:
+    text = LIKE.replace("  mode:", "  image: {extract.target-idx: [8, 9]}\n  mode:")
+    table = load_table(write_table(tmp_path, text), "small")
+    found = [run["extract"].config["target-idx"] for row in table.rows for run in row.repeats]
+    assert found == [8, 8, 9, 9]
+
+
 def test_a_folder_of_data_has_the_same_key_everywhere(tmp_path: Path) -> None:
     keys = []
     for parent in ("here", "there"):
