@@ -40,6 +40,12 @@ def _several_sweeps(problem: Problem) -> Iteration:
     return lambda: matcher(problem.inputs, problem.labels).input_gradient
 
 
+def _written_out(problem: Problem) -> Iteration:
+    replica = Replica(problem.target, CPU)
+    matcher = GradientMatcher(replica, Cosine(), "difference", factor=False)
+    return lambda: matcher(problem.inputs, problem.labels).input_gradient
+
+
 def _keeping_memory(problem: Problem) -> Iteration:
     keep_freed_memory()
     return _difference(problem)
@@ -126,6 +132,7 @@ LEVERS: dict[str, Lever] = {
         Lever("analytic seed", published_loop, analytic_seed, _ALL, "in use"),
         Lever("difference for double backward", _exact, _difference, _ALL, "in use"),
         Lever("parameters swept once", _several_sweeps, _difference, _ALL, "in use"),
+        Lever("late layers as products", _written_out, _difference, _ALL, "in use"),
         Lever("freed memory kept", _difference, _keeping_memory, _ALL, "in use by the command"),
         Lever("channels last", _difference, _channels_last, _ALL, "not in use"),
         Lever("bf16", _difference, _bf16, _SMALL, "not in use: the difference drowns"),
