@@ -41,6 +41,8 @@ from attack.matching import (
     Penalty,
     Replica,
     cosine_of_images,
+    filled,
+    fresh_variables,
     laid_out_as,
 )
 from attack.objectives import Objective
@@ -167,7 +169,7 @@ class AcceleratedMatcher(GradientMatcher):
         acceleration.check_device(self.device_type)
         _check_traceable(replica, acceleration)
         if acceleration.channels_last:
-            _lay_out_channels_last(replica)
+            lay_out_channels_last(replica)
         # A factored pass replaces layers while it runs; a graph has them all.
         super().__init__(replica, objective, hvp, factor=not acceleration.traced)
         self.acceleration = acceleration
@@ -456,7 +458,8 @@ class _Tracer:
         """The pass at theta."""
         n = len(self.replica.names)
         theta = [p.detach().requires_grad_() for p in arguments[:n]]
-        variables, labels = _split_variables(*arguments[n:])
+        inputs, labels = arguments[n:]
+        variables = fresh_variables(inputs, labels)
         with RecordActivations() as record:
             loss = self._loss(theta, variables, labels)
         found = torch.autograd.grad(loss, [*theta, *variables])
@@ -468,7 +471,7 @@ class _Tracer:
         """The pass at moved parameters, on the switches of the first."""
         n = len(self.replica.names)
         inputs, labels, scale, *flat = arguments[n:]
-        variables, labels = _split_variables(inputs, labels)
+        variables = fresh_variables(inputs, labels)
         pieces = iter(flat)
         switches = [tuple(next(pieces) for _ in range(count)) for count in self.counts]
         observe = None if self.penalty is None else self.penalty(self.model)
@@ -486,7 +489,8 @@ class _Tracer:
     def _loss(self, parameters: Tensors, variables: Tensors, labels: torch.Tensor) -> torch.Tensor:
         named = dict(zip(self.replica.names, parameters, strict=True))
         return self.replica.loss(
-            lambda x: torch.func.functional_call(self.model, named, (x,)), variables[0], labels
+            lambda x: torch.func.functional_call(self.model, named, (x,)),
+            *filled(variables, labels),
         )
 
 
@@ -526,15 +530,6 @@ class CapturedPass:
         return self._results
 
 
-def _split_variables(inputs: torch.Tensor, labels: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
-    """Fresh leaves of what is optimised, and what stands for the labels in the loss."""
-    variables = [inputs.detach().requires_grad_()]
-    if labels.is_floating_point():
-        variables.append(labels.detach().requires_grad_())
-        return variables, variables[1]
-    return variables, labels
-
-
 def _check_traceable(replica: Replica, acceleration: Acceleration) -> None:
     if not acceleration.traced:
         return
@@ -545,8 +540,8 @@ def _check_traceable(replica: Replica, acceleration: Acceleration) -> None:
         raise InputError(f"{flag} runs on one process where BatchNorm is in train mode")
 
 
-def _lay_out_channels_last(replica: Replica) -> None:
+def lay_out_channels_last(replica: Replica) -> None:
     """Parameters, and the shared gradient along with them."""
     replica.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     pairs = zip(replica.target_gradient, replica.parameters, strict=True)
-    replica.target_gradient = [torch.empty_like(p).copy_(g).detach() for g, p in pairs]
+    replica.target_gradient = [laid_out_as(g, p.detach()) for g, p in pairs]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+
+from gradients.private_gradient import clipped_gradient_sum
 
 # Share of the iterations before a candidate's images are clipped: from noise, one of them
 # may get stuck, whose faint gradient clipping makes as long as the others'.
@@ -49,18 +50,7 @@ class SampleClipping:
             labels: n class indices, or n x classes label logits.
         """
         classes = labels.softmax(-1) if labels.is_floating_point() else labels
-        per_sample = torch.func.vmap(
-            torch.func.grad(self._loss), in_dims=(None, 0, 0), randomness="different"
+        total = clipped_gradient_sum(
+            self._model, self._shared, self._fixed, inputs, classes, self.max_norm
         )
-        gradients = per_sample(self._shared, inputs, classes)
-        rows = [gradients[name] for name in self._shared]
-        squares = torch.stack([g.flatten(1).square().sum(1) for g in rows]).sum(0)
-        factors = (self.max_norm / squares.clamp_min(1e-30).sqrt()).clamp(max=1)
-        return [torch.tensordot(factors, g, dims=1) / self.batch_size for g in rows]
-
-    def _loss(
-        self, parameters: dict[str, torch.Tensor], image: torch.Tensor, label: torch.Tensor
-    ) -> torch.Tensor:
-        state = {**self._fixed, **parameters}
-        output = torch.func.functional_call(self._model, state, (image[None],))
-        return F.cross_entropy(output, label[None])
+        return [t / self.batch_size for t in total]

@@ -24,6 +24,7 @@ https://arxiv.org/abs/2205.10683. The second pass is this project's own.
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -196,7 +197,7 @@ class Factored:
         return {la.index: la.with_weight(moved[la.index]) for la in self._layers}
 
 
-class _LayerMode(TorchFunctionMode):
+class _LayerMode(TorchFunctionMode, abc.ABC):
     """Hands the calls of certain layers to `call`."""
 
     def __init__(self, layers: Layers) -> None:
@@ -217,9 +218,9 @@ class _LayerMode(TorchFunctionMode):
                 return self.call(layer, x, bias)
         return func(*args, **(kwargs or {}))
 
+    @abc.abstractmethod
     def call(self, layer: Layer, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """What the layer does instead."""
-        raise RuntimeError("a mode without a layer")
 
 
 class RecordFactors(_LayerMode):
@@ -358,10 +359,7 @@ def find_layers(
 
 def _sizes(layer: Layer, weight: torch.Tensor) -> tuple[int, int, int]:
     channels = weight.shape[0]
-    outputs = 1
-    for size in layer.output:
-        outputs *= size
-    return outputs // channels, weight.numel() // channels, channels
+    return math.prod(layer.output) // channels, weight.numel() // channels, channels
 
 
 def saves_sweeps(rows: int, patch: int, channels: int) -> bool:

@@ -424,14 +424,14 @@ class GradientMatcher:
         penalty: Callable[[nn.Module], Penalty] | None,
         apart: bool = False,
     ) -> Match:
-        variables = _variables(inputs, labels)
+        variables = fresh_variables(inputs, labels)
         observe = None if penalty is None else penalty(self.replica.model)
         # Fused attention kernels have no second derivative.
         with sdpa_kernel(SDPBackend.MATH), TwiceDifferentiable():
             if self.replica.local.steps > 1:
-                gradient = self._update(*_fill(variables, labels), create_graph=True)
+                gradient = self._update(*filled(variables, labels), create_graph=True)
             else:
-                loss = self.replica.loss(self.replica.model, *_fill(variables, labels))
+                loss = self.replica.loss(self.replica.model, *filled(variables, labels))
                 gradient = list(
                     torch.autograd.grad(loss, self.replica.parameters, create_graph=True)
                 )
@@ -441,12 +441,7 @@ class GradientMatcher:
         alone = _penalty_gradient(extra, variables[0]) if apart else None
         if extra is not None and not apart:
             outputs, cotangents = [*outputs, extra], [*cotangents, torch.ones_like(extra)]
-        # Parameters without influence on the images' gradient (a last bias) have no graph.
-        pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
-        result = torch.autograd.grad(
-            [o for o, _ in pairs], variables, [c for _, c in pairs], allow_unused=True
-        )
-        return _match(value, _dense(result, variables), extra, alone)
+        return _match(value, _pulled_back(outputs, cotangents, variables), extra, alone)
 
     def _clipped(
         self,
@@ -458,15 +453,11 @@ class GradientMatcher:
     ) -> Match:
         """The exact derivative through the clipping of every image's gradient."""
         assert self.clipping is not None
-        variables = _variables(inputs, labels)
+        variables = fresh_variables(inputs, labels)
         with sdpa_kernel(SDPBackend.MATH), TwiceDifferentiable():
-            gradient = self.clipping.mean_gradient(*_fill(variables, labels))
+            gradient = self.clipping.mean_gradient(*filled(variables, labels))
         value, seed = self._value_and_seed(_detached(gradient))
-        pairs = [(g, weight * s) for g, s in zip(gradient, seed, strict=True) if g.requires_grad]
-        found = torch.autograd.grad(
-            [g for g, _ in pairs], variables, [s for _, s in pairs], allow_unused=True
-        )
-        result = _dense(found, variables)
+        result = _pulled_back(gradient, list(torch._foreach_mul(seed, weight)), variables)
         if penalty is None:
             return _match(value, result, None, None)
         observe = penalty(self.replica.model)
@@ -489,10 +480,10 @@ class GradientMatcher:
         first = self._first_pass_factored(inputs, labels, step)
         if first is None:
             first = self._first_pass(inputs, labels, step)
-        variables = _variables(inputs, labels)
+        variables = fresh_variables(inputs, labels)
         observe = None if penalty is None else penalty(self._perturbed)
         with first.moved:
-            loss = self.replica.loss(self._perturbed, *_fill(variables, labels))
+            loss = self.replica.loss(self._perturbed, *filled(variables, labels))
             extra = None if observe is None else observe()
             alone = _penalty_gradient(extra, variables[0]) if apart else None
             # The penalty rides along in the second pass; that it is taken at slightly
@@ -517,16 +508,14 @@ class GradientMatcher:
 
     def _first_pass(self, inputs: torch.Tensor, labels: torch.Tensor, step: float) -> _FirstPass:
         """The pass at theta, with every parameter's gradient."""
-        variables = _variables(inputs, labels)
+        variables = fresh_variables(inputs, labels)
         with RecordActivations() as record:
-            loss = self.replica.loss(self.replica.model, *_fill(variables, labels))
+            loss = self.replica.loss(self.replica.model, *filled(variables, labels))
         n = len(self.replica.parameters)
         found = torch.autograd.grad(loss, [*self.replica.parameters, *variables])
         value, moved, h = self._moved_parameters(list(found[:n]), step)
-        around = contextlib.ExitStack()
-        around.enter_context(self._at(self._moved, moved))
-        around.enter_context(ReplayActivations(record.replays, record.switches))
-        return _FirstPass(value, found[n:], h, around)
+        frozen = ReplayActivations(record.replays, record.switches)
+        return _FirstPass(value, found[n:], h, self._at(self._moved, moved, frozen))
 
     def _first_pass_factored(
         self, inputs: torch.Tensor, labels: torch.Tensor, step: float
@@ -535,9 +524,9 @@ class GradientMatcher:
         factored = self._factoring(inputs)
         if factored is None:
             return None
-        variables = _variables(inputs, labels)
+        variables = fresh_variables(inputs, labels)
         with RecordActivations() as record, factored.record() as factors:
-            loss = self.replica.loss(self.replica.model, *_fill(variables, labels))
+            loss = self.replica.loss(self.replica.model, *filled(variables, labels))
         others = factored.others(self.replica.parameters)
         found = torch.autograd.grad(loss, [*others, *factors.taps, *variables])
         n, m = len(others), len(others) + len(factors.taps)
@@ -554,12 +543,11 @@ class GradientMatcher:
         along = factored.along_target(wanted * affine.on_target)
         h = along / affine.on_target
         _move(gradient, goal, theta, h * affine.on_gradient, h * affine.on_target)
-        around = contextlib.ExitStack()
-        around.enter_context(self._at(factored.others(self._moved), gradient))
-        around.enter_context(ReplayActivations(record.replays, record.switches))
-        around.enter_context(factored.replay(factors, along, h * affine.on_gradient))
+        frozen = ReplayActivations(record.replays, record.switches)
+        replay = factored.replay(factors, along, h * affine.on_gradient)
+        moved = self._at(factored.others(self._moved), gradient, frozen, replay)
         value = inputs.new_tensor(affine.value, dtype=torch.float64)
-        return _FirstPass(value, found[m:], h, around)
+        return _FirstPass(value, found[m:], h, moved)
 
     def _factoring(self, inputs: torch.Tensor) -> Factored | None:
         """The layers to keep factored for such inputs; None where it does not pay."""
@@ -600,13 +588,18 @@ class GradientMatcher:
 
     @staticmethod
     @contextlib.contextmanager
-    def _at(parameters: Tensors, moved: Tensors) -> Iterator[None]:
-        """Within the block parameters of the perturbed model have these values."""
+    def _at(
+        parameters: Tensors, moved: Tensors, *modes: contextlib.AbstractContextManager[Any]
+    ) -> Iterator[None]:
+        """Within the block parameters of the perturbed model have these values, in these modes."""
         held = [p.data for p in parameters]
         for parameter, value in zip(parameters, moved, strict=True):
             parameter.data = value
         try:
-            yield
+            with contextlib.ExitStack() as around:
+                for mode in modes:
+                    around.enter_context(mode)
+                yield
         finally:
             for parameter, value in zip(parameters, held, strict=True):
                 parameter.data = value
@@ -655,18 +648,25 @@ def _detached(tensors: Tensors) -> Tensors:
     return [t.detach() for t in tensors]
 
 
-def _variables(inputs: torch.Tensor, labels: torch.Tensor) -> Tensors:
+def fresh_variables(inputs: torch.Tensor, labels: torch.Tensor) -> Tensors:
     """Fresh leaves of what is optimised: the inputs, and labels if they are logits."""
     wanted = [inputs, labels] if labels.is_floating_point() else [inputs]
     return [w.detach().requires_grad_() for w in wanted]
 
 
-def _fill(variables: Tensors, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def filled(variables: Tensors, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and labels of a pass over these variables: labels that are none stay as they are."""
     return variables[0], variables[1] if len(variables) == 2 else labels
 
 
-def _dense(gradients: tuple[torch.Tensor | None, ...], like: Tensors) -> Tensors:
-    return [torch.zeros_like(v) if g is None else g for g, v in zip(gradients, like, strict=True)]
+def _pulled_back(outputs: Tensors, cotangents: Tensors, variables: Tensors) -> Tensors:
+    """The outputs' derivatives in the variables, summed with these factors."""
+    # Parameters without influence on the images' gradient (a last bias) have no graph.
+    pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+    found = torch.autograd.grad(
+        [o for o, _ in pairs], variables, [c for _, c in pairs], allow_unused=True
+    )
+    return [torch.zeros_like(v) if g is None else g for g, v in zip(found, variables, strict=True)]
 
 
 def _penalty_gradient(penalty: torch.Tensor | None, inputs: torch.Tensor) -> torch.Tensor | None:

@@ -150,12 +150,12 @@ def clipped_gradient_sum(
         parameters: Where the gradients are taken.
         buffers: Of the model.
         images: N x C x H x W, normalised.
-        labels: N class indices.
+        labels: N class indices, or N x classes probabilities.
         max_norm: C: every image's gradient g becomes g min(1, C / |g|).
         chunk: Images per pass.
 
     Returns:
-        In the order of `parameters`.
+        In the order of `parameters`; differentiable in the images and in probabilities.
 
     Raises:
         InputError: The model has BatchNorm in train mode: its per-sample gradients

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from attack.acceleration import lay_out_channels_last
 from attack.allocation import keep_freed_memory
 from attack.matching import GradientMatcher, Replica
 from attack.objectives import AffineSeed, Cosine, Products
@@ -53,9 +54,7 @@ def _keeping_memory(problem: Problem) -> Iteration:
 
 def _channels_last(problem: Problem) -> Iteration:
     replica = Replica(problem.target, CPU)
-    replica.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    pairs = zip(replica.target_gradient, replica.parameters, strict=True)
-    replica.target_gradient = [torch.empty_like(p).copy_(g).detach() for g, p in pairs]
+    lay_out_channels_last(replica)
     matcher = GradientMatcher(replica, Cosine(), "difference")
     inputs = problem.inputs.contiguous(memory_format=torch.channels_last)
     return lambda: matcher(inputs, problem.labels).input_gradient.contiguous()
