@@ -314,7 +314,8 @@ def load_pretrained(model: nn.Module, args: argparse.Namespace) -> None:
     if not any(name in fitting for name, _ in model.named_parameters()):
         raise InputError(f"--pretrained {args.pretrained}: no parameter fits --arch {args.arch}")
     load_parameters(model, own | fitting)
-    skipped = sorted(set(own) - set(fitting))
+    # Files from before PyTorch 0.4.1 do not count batches.
+    skipped = sorted(n for n in set(own) - set(fitting) if not n.endswith("num_batches_tracked"))
     if skipped:
         logging.getLogger(__name__).warning(
             "--pretrained: %d tensors do not fit and keep their initialisation (%s, ...)",

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from training.cifar_resnet import BLOCKS, WIDTH, CifarResNet
 from training.errors import InputError
 from training.schemes import DEFAULT_POOL_KERNEL
 
@@ -157,13 +158,15 @@ def load_parameters(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None
     """`model.load_state_dict` for parameters from a plain dictionary.
 
     A file keeps names and tensors but not the versions that torch notes beside them,
-    without which torchvision's MNASNet refuses its own parameters.
+    without which torchvision's MNASNet refuses its own parameters. BatchNorm's counter of
+    batches, which files from before PyTorch 0.4.1 do not have, stays as it is.
 
     Raises:
         RuntimeError: They do not fit.
     """
     own: Any = model.state_dict()
-    versioned: Any = OrderedDict(state)
+    counters = {name: own[name] for name in own if name.endswith("num_batches_tracked")}
+    versioned: Any = OrderedDict(counters | dict(state))
     versioned._metadata = getattr(state, "_metadata", own._metadata)
     model.load_state_dict(versioned)
 
@@ -317,6 +320,14 @@ def _convnet(spec: ModelSpec) -> nn.Module:
     if side < 1:
         raise InputError(f"--arch convnet needs images of at least 9 px, not {spec.image_size}")
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(before * side * side, spec.n_classes))
+
+
+def _cifar_resnet(spec: ModelSpec) -> nn.Module:
+    return CifarResNet(BLOCKS[spec.arch], spec.n_classes, spec.width or WIDTH)
+
+
+for _name in BLOCKS:
+    register_model(_name)(_cifar_resnet)
 
 
 @register_model("lenet")

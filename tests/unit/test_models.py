@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from training.cifar_resnet import BLOCKS
 from training.errors import InputError
 from training.models import ModelSpec, build_model, load_parameters
 
@@ -48,3 +49,45 @@ def test_parameters_from_a_plain_dictionary_load_whatever_versions_a_model_asks_
     state = {name: value.clone() for name, value in model.state_dict().items()}
     load_parameters(other, state)
     assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())
+
+
+def test_parameters_of_an_old_file_without_counters_load() -> None:
+    spec = ModelSpec("cnn", n_classes=2, image_size=32)
+    model, other = build_model(spec), build_model(spec)
+    state = {n: v.clone() for n, v in model.state_dict().items() if "num_batches" not in n}
+    load_parameters(other, state)
+    assert all(
+        torch.equal(value, state[n]) for n, value in other.state_dict().items() if n in state
+    )
+    with pytest.raises(RuntimeError, match="Missing key"):
+        load_parameters(other, {n: v for n, v in state.items() if n != "conv1.weight"})
+
+
+@pytest.mark.parametrize(
+    ("arch", "millions"),
+    [("resnet20", 0.27), ("resnet32", 0.46), ("resnet44", 0.66), ("resnet56", 0.85)],
+)
+def test_cifar_resnets_have_the_published_sizes(arch: str, millions: float) -> None:
+    """He et al. 2016, table 6, https://arxiv.org/abs/1512.03385."""
+    model = build_model(ModelSpec(arch, n_classes=10, image_size=32))
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == millions
+    weighted = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
+    assert len(weighted) == int(arch.removeprefix("resnet")) == 6 * BLOCKS[arch] + 2
+
+
+def test_a_cifar_resnet_shortcut_subsamples_and_pads() -> None:
+    model = build_model(ModelSpec("resnet20", n_classes=3, image_size=8, width=4)).eval()
+    block = model.get_submodule("layer2.0")
+    x = torch.rand(2, 4, 8, 8)
+    torch.nn.init.zeros_(model.get_parameter("layer2.0.bn2.weight"))
+    out = block(x)
+    assert torch.equal(out[:, 2:6], x[:, :, ::2, ::2])
+    assert not out[:, :2].any()
+    assert not out[:, 6:].any()
+
+
+def test_the_rank_analysis_defense_pools_in_a_cifar_resnet() -> None:
+    plain = build_model(ModelSpec("resnet20", n_classes=3, image_size=32))
+    pooled = build_model(ModelSpec("resnet20", n_classes=3, image_size=32, pool_kernel=19))
+    assert isinstance(plain.get_submodule("maxpool"), torch.nn.Identity)
+    assert pooled.get_submodule("maxpool").kernel_size == 5
