@@ -16,9 +16,11 @@ import argparse
 import dataclasses
 import itertools
 import json
+import re
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,6 +42,8 @@ DEFAULT_ATTACKS = "spectral,inverting-gradients"
 RECORD = "record.json"
 # Flags of the grid, the slowest first.
 GRID = ("images", "data", "batches", "models")
+# What differs in the names of targets of one kind.
+_IMAGES = re.compile(r"_i\d+|, seed \d+")
 # Inverts with so many iterations; returns N x C x H x W in [0, 1].
 Run = Callable[[int], torch.Tensor]
 
@@ -275,42 +279,70 @@ def _breaching(name: str, target: Target, labels: torch.Tensor, seed: int) -> Ru
 
 
 def render_summary(rows: list[dict[str, Any]]) -> str:
-    """PSNR / SSIM per target, one column per attack, and how often each attack is best."""
+    """PSNR / SSIM of each attack: means over each kind of target, wins, and every target."""
     attacks = list(dict.fromkeys(row["attack"] for row in rows))
-    cells: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        cells.setdefault(_target_name(row), {})[row["attack"]] = row["evaluation"]["summary"]
+    targets = _scores_by_target(rows)
     lines = [
-        f"| target (PSNR in dB / SSIM) | {' | '.join(attacks)} |",
-        f"| :--- |{' ---: |' * len(attacks)}",
+        f"| mean PSNR in dB / SSIM | targets | {' | '.join(attacks)} |",
+        f"| :--- | ---: |{' ---: |' * len(attacks)}",
     ]
-    for name, found in cells.items():
-        shown = [_scores(found.get(attack)) for attack in attacks]
-        lines.append(f"| {name} | {' | '.join(shown)} |")
-    for metric in ("psnr", "ssim"):
-        wins = [str(_wins(cells, attack, metric)) for attack in attacks]
-        lines.append(f"| best in {metric.upper()} | {' | '.join(wins)} |")
+    for kind, group in _kinds(targets, attacks).items():
+        means = [_shown(_mean(scores[attack] for scores in group)) for attack in attacks]
+        lines.append(f"| {kind} | {len(group)} | {' | '.join(means)} |")
+    for index, metric in enumerate(("PSNR", "SSIM")):
+        wins = [str(_wins(targets, attack, index)) for attack in attacks]
+        lines.append(f"| best in {metric} | {len(targets)} | {' | '.join(wins)} |")
+    lines += ["", f"| target | {' | '.join(attacks)} |", f"| :--- |{' ---: |' * len(attacks)}"]
+    for name, scores in targets.items():
+        lines.append(f"| {name} | {' | '.join(_shown(scores.get(a)) for a in attacks)} |")
     return "\n".join(lines) + "\n"
+
+
+# PSNR in dB and SSIM, means over the images of a batch.
+Scores = tuple[float, float]
+
+
+def _scores_by_target(rows: list[dict[str, Any]]) -> dict[str, dict[str, Scores]]:
+    targets: dict[str, dict[str, Scores]] = {}
+    for row in rows:
+        summary = row["evaluation"]["summary"]
+        scores = summary["psnr"]["mean"], summary["ssim"]["mean"]
+        targets.setdefault(_target_name(row), {})[row["attack"]] = scores
+    return targets
+
+
+def _kinds(
+    targets: dict[str, dict[str, Scores]], attacks: list[str]
+) -> dict[str, list[dict[str, Scores]]]:
+    """Targets that every attack has seen, by what they share beside the images and the seed."""
+    kinds: dict[str, list[dict[str, Scores]]] = {}
+    for name, scores in targets.items():
+        if len(scores) == len(attacks):
+            kinds.setdefault(_IMAGES.sub("", name), []).append(scores)
+    return kinds
+
+
+def _mean(scores: Iterable[Scores]) -> Scores:
+    psnr, ssim = zip(*scores, strict=True)
+    return statistics.mean(psnr), statistics.mean(ssim)
+
+
+def _shown(scores: Scores | None) -> str:
+    return "–" if scores is None else f"{scores[0]:.2f} / {scores[1]:.3f}"
+
+
+def _wins(targets: dict[str, dict[str, Scores]], attack: str, metric: int) -> int:
+    """Targets on which no attack that ran is better."""
+    won = 0
+    for scores in targets.values():
+        values = {name: value[metric] for name, value in scores.items()}
+        won += len(values) > 1 and attack in values and values[attack] == max(values.values())
+    return won
 
 
 def _target_name(row: dict[str, Any]) -> str:
     name = row["checkpoint"].removesuffix(".tar").split("-checkpoint")[0]
     return f"{name}, seed {row['seed']}" if row["seed"] else name
-
-
-def _scores(summary: dict[str, Any] | None) -> str:
-    if summary is None:
-        return "–"
-    return f"{summary['psnr']['mean']:.2f} / {summary['ssim']['mean']:.3f}"
-
-
-def _wins(cells: dict[str, dict[str, dict[str, Any]]], attack: str, metric: str) -> int:
-    """Targets on which no attack that ran is better."""
-    won = 0
-    for found in cells.values():
-        values = {name: summary[metric]["mean"] for name, summary in found.items()}
-        won += len(values) > 1 and attack in values and values[attack] == max(values.values())
-    return won
 
 
 def render(rows: list[dict[str, Any]]) -> str:

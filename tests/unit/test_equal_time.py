@@ -58,22 +58,32 @@ def test_a_grid_is_made_and_continued(
     assert "| best in SSIM |" in capsys.readouterr().out
 
 
-def test_the_summary_counts_who_is_best() -> None:
-    def row(attack: str, target: str, psnr: float, ssim: float) -> dict[str, object]:
+def test_the_summary_shows_means_and_counts_who_is_best() -> None:
+    def row(attack: str, target: str, psnr: float, ssim: float, seed: int = 0) -> dict[str, object]:
         summary = {"psnr": {"mean": psnr}, "ssim": {"mean": ssim}}
         return {
             "attack": attack,
             "checkpoint": f"{target}.tar",
-            "seed": 0,
+            "seed": seed,
             "evaluation": {"summary": summary},
         }
 
-    rows = [row("a", "x", 20, 0.5), row("b", "x", 18, 0.6), row("a", "y", 9, 0.1)]
+    rows = [
+        row("a", "x_b1_i0", 20, 0.5),
+        row("b", "x_b1_i0", 18, 0.6),
+        row("a", "x_b1_i1", 10, 0.3, seed=1),
+        row("b", "x_b1_i1", 9, 0.1, seed=1),
+        row("a", "x_b4_i0", 9, 0.1),
+    ]
     lines = render_summary(rows).splitlines()
-    assert "| x | 20.00 / 0.500 | 18.00 / 0.600 |" in lines
-    assert "| y | 9.00 / 0.100 | – |" in lines
-    # A target that one attack alone has seen has no best one.
-    assert lines[-2:] == ["| best in PSNR | 1 | 0 |", "| best in SSIM | 0 | 1 |"]
+    # A target that one attack alone has seen is in no mean and has no best one.
+    assert lines[2:5] == [
+        "| x_b1 | 2 | 15.00 / 0.400 | 13.50 / 0.350 |",
+        "| best in PSNR | 3 | 2 | 0 |",
+        "| best in SSIM | 3 | 1 | 1 |",
+    ]
+    assert "| x_b1_i1, seed 1 | 10.00 / 0.300 | 9.00 / 0.100 |" in lines
+    assert "| x_b4_i0 | 9.00 / 0.100 | – |" in lines
 
 
 def test_a_missing_package_is_named(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
