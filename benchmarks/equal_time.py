@@ -44,6 +44,8 @@ RECORD = "record.json"
 GRID = ("images", "data", "batches", "models")
 # What differs in the names of targets of one kind.
 _IMAGES = re.compile(r"_i\d+|, seed \d+")
+# How often the sample of timed iterations may double.
+DOUBLINGS = 4
 # Inverts with so many iterations; returns N x C x H x W in [0, 1].
 Run = Callable[[int], torch.Tensor]
 
@@ -207,17 +209,30 @@ def _safe(name: str) -> str:
     return name.replace(":", "-")
 
 
-def _affordable(run: Run, seconds: float, sample: int = 12) -> int:
-    """Iterations that fit the time, by the cost of the later half of a few."""
+def _affordable(run: Run, seconds: float, sample: int = 6) -> int:
+    """Iterations that fit the time, by what twice as many of them take longer.
+
+    On a busy machine a few iterations more may take no longer: the sample is doubled until
+    the difference stands out.
+    """
     run(2)  # Warm-up: allocations and kernel selection.
-    times = []
-    for iterations in (sample // 2, sample):
-        begun = time.process_time()
-        run(iterations)
-        times.append(time.process_time() - begun)
-    per_iteration = (times[1] - times[0]) / (sample - sample // 2)
-    overhead = max(0.0, times[0] - per_iteration * (sample // 2))
-    return max(1, int((seconds - overhead) / max(per_iteration, 1e-6)))
+    short = _seconds(run, sample)
+    long = _seconds(run, 2 * sample)
+    for _ in range(DOUBLINGS):
+        if long - short > short / 4 or long > seconds / 4:
+            break
+        sample *= 2
+        short, long = long, _seconds(run, 2 * sample)
+    # However the clock erred, an iteration costs a share of what all of them took.
+    per_iteration = max((long - short) / sample, long / (8 * sample))
+    overhead = max(0.0, short - per_iteration * sample)
+    return max(1, int((seconds - overhead) / per_iteration))
+
+
+def _seconds(run: Run, iterations: int) -> float:
+    begun = time.process_time()
+    run(iterations)
+    return time.process_time() - begun
 
 
 def _ours(name: str, target: Target, labels: torch.Tensor, seed: int) -> Run:

@@ -38,6 +38,24 @@ def test_every_attack_gets_its_time_and_is_recorded(checkpoint: Path, tmp_path: 
     assert len(list(output.glob("*.png"))) == 2
 
 
+def test_a_clock_that_errs_does_not_buy_hours(monkeypatch: pytest.MonkeyPatch) -> None:
+    per_iteration, overhead, clock = 0.01, 0.2, [0.0]
+    runs: list[int] = []
+
+    def run(iterations: int) -> None:
+        runs.append(iterations)
+        clock[0] += overhead + per_iteration * iterations
+        if iterations == 6:
+            clock[0] += 0.1  # Something else ran.
+
+    monkeypatch.setattr("time.process_time", lambda: clock[0])
+    assert equal_time._affordable(run, 10) == pytest.approx((10 - overhead) / per_iteration, 0.05)
+    assert max(runs) <= 48
+    # Nothing seems to take longer, however often it is done.
+    monkeypatch.setattr("time.process_time", iter(range(100)).__next__)
+    assert equal_time._affordable(lambda iterations: None, 10) < 1000
+
+
 def test_a_grid_is_made_and_continued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
