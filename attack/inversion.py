@@ -121,7 +121,7 @@ class Inversion:
         self.stopping = Stopping(self.problem, self.progress)
         last = first_restart + config.restarts
         numbers = range(first_restart * self.race.starts, last * self.race.starts)
-        self.restarts = [self.starter.start(number) for number in numbers]
+        self.restarts = [self.starter.start(n, self.race.amplitude(n)) for n in numbers]
 
     # -- What other kinds of targets replace -----------------------------------------
 

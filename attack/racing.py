@@ -5,6 +5,10 @@ ResNet-18. Most of that is decided early: of eight starts, the one with the smal
 after 60 iterations is nearly always among the best in the end. So they race, and the worse half
 is dropped a few times. The truth is never asked.
 
+Every other start is faint: close to the mean colour. From noise of full amplitude, colours of
+whole regions may end far off, most of all on trained networks without shortcuts; from nothing at
+all an untrained network's inversion fails. Racing, neither has to be chosen.
+
 The idea is successive halving: Jamieson and Talwalkar, Non-stochastic Best Arm Identification and
 Hyperparameter Optimization, 2016, https://arxiv.org/abs/1502.07943.
 """
@@ -22,6 +26,8 @@ LAP = 20
 LARGEST_SHARE = 0.2
 # Fewer iterations tell nothing about a start.
 SHORTEST_LAP = 15
+# Of the starts of a race, in turn.
+AMPLITUDES = (1.0, 0.1)
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,10 @@ class Race:
     starts: int
     halvings: tuple[tuple[int, int], ...]
     iterations: int
+
+    def amplitude(self, number: int) -> float:
+        """How strong the noise is that this start begins with."""
+        return AMPLITUDES[number % self.starts % len(AMPLITUDES)]
 
     def thin_out(self, restarts: list[Restart], iteration: int) -> list[Restart]:
         """The starts that go on from this iteration, the best first.

@@ -116,15 +116,21 @@ class Starter:
         self.problem, self.seed, self.prior = problem, seed, prior
         self.config = problem.config
 
-    def start(self, index: int) -> Restart:
-        """The restart of that number, at its beginning."""
+    def start(self, index: int, amplitude: float = 1.0) -> Restart:
+        """The restart of that number, at its beginning.
+
+        Args:
+            index: Its number.
+            amplitude: Factor of its first coordinates; at 0 all images are the mean colour.
+        """
         problem = self.problem
         generator = torch.Generator().manual_seed(self.seed * 100_003 + index)
         inputs = problem.mine(self.first_inputs(generator)).to(problem.device, problem.dtype)
         if self.prior is None and self.config.start == "normal":
             # Noise in the coordinates has the spectrum they are made for.
-            return self.restart(index, inputs, generator)
-        return self.restart(index, problem.coordinates.encode(problem.boxed(inputs)), generator)
+            return self.restart(index, amplitude * inputs, generator)
+        encoded = problem.coordinates.encode(problem.boxed(inputs))
+        return self.restart(index, amplitude * encoded, generator)
 
     def first_inputs(self, generator: torch.Generator) -> torch.Tensor:
         """Network inputs of the whole batch, so that any sharding starts alike."""

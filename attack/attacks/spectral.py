@@ -16,8 +16,8 @@ class Spectral(OptimizationAttack):
     - The balance falls during the attack, so that the end of it fits the gradient, but
       not while the objective is below `balance_hold`: there the gradient does not
       determine the image (a plain ConvNet's), and the prior has to.
-    - Eight starts race for the iterations of one: which image is reached depends on the
-      start, and the objective tells early.
+    - Eight starts, half of them faint, race for the iterations of one: which image is
+      reached depends on the start, and the objective tells early.
     - Plain Adam, no signs.
     """
 

@@ -53,6 +53,16 @@ def test_the_best_start_goes_on():
     assert [r.index for r in running.restarts] == [best]
 
 
+def test_every_other_start_is_faint():
+    strengths = [float(r.variable.detach().std()) for r in inversion(CONFIG).restarts]
+    assert strengths == pytest.approx([1, 0.1, 1, 0.1], rel=0.1)
+    # The first of a second restart's race is strong again, and so is a start alone.
+    second = inversion(CONFIG, first_restart=1).restarts
+    assert [float(r.variable.detach().std()) > 0.5 for r in second] == [True, False] * 2
+    alone = inversion(dataclasses.replace(CONFIG, race=0)).restarts
+    assert float(alone[0].variable.detach().std()) > 0.5
+
+
 def test_every_restart_has_a_race_of_its_own():
     exact = dataclasses.replace(CONFIG, iterations=150, hvp="exact", double=True)
     both = inversion(dataclasses.replace(exact, restarts=2)).run()
