@@ -39,13 +39,13 @@ from attack.matching import (
     GradientMatcher,
     Match,
     Penalty,
-    Replica,
     cosine_of_images,
     filled,
     fresh_variables,
     laid_out_as,
 )
 from attack.objectives import Objective
+from attack.replica import Replica
 from training import distributed
 from training.errors import InputError
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 import torch
 
 from attack.clipping import SampleClipping
-from attack.matching import Replica
 from attack.objectives import Objective, Tensors
+from attack.replica import Replica
 from attack.settings import InversionConfig
 from gradients.checkpoint import Target
 

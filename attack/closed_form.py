@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from attack.matching import GradientMatcher, Replica
+from attack.matching import GradientMatcher
 from attack.objectives import Cosine
 from attack.reconstruction import Reconstruction
+from attack.replica import Replica
 from gradients.checkpoint import Target
 from training import distributed
 

@@ -31,9 +31,10 @@ from attack.hypotheses import (
     label_candidates,
     parts_of,
 )
-from attack.matching import GradientMatcher, Replica
+from attack.matching import GradientMatcher
 from attack.objectives import Cosine
 from attack.reconstruction import Reconstruction
+from attack.replica import Replica
 from attack.settings import InversionConfig
 from attack.threat import Capability
 from gradients.checkpoint import Target

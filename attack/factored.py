@@ -28,7 +28,7 @@ import abc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -211,12 +211,11 @@ class _LayerMode(TorchFunctionMode, abc.ABC):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func in _READERS:
-            x, weight, bias, _ = _READERS[func](*args, **(kwargs or {}))
-            layer = self._layers.get(id(weight))
-            if layer is not None:
-                return self.call(layer, x, bias)
-        return func(*args, **(kwargs or {}))
+        read = _read(func, args, kwargs or {})
+        layer = None if read is None else self._layers.get(id(read.weight))
+        if read is None or layer is None:
+            return func(*args, **(kwargs or {}))
+        return self.call(layer, read.x, read.bias)
 
     @abc.abstractmethod
     def call(self, layer: Layer, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -277,7 +276,19 @@ class ReplayFactors(_LayerMode):
         return output + layer.from_rows(along)
 
 
-Read = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Geometry | None]
+class Read(NamedTuple):
+    """What a call of a layer reads; geometry None stands for a fully connected one."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    geometry: Geometry | None
+
+
+def _read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Read | None:
+    """None for all but plain convolutions of batches and fully connected layers."""
+    reader = _READERS.get(func)
+    return None if reader is None else reader(*args, **kwargs)
 
 
 def _read_conv(
@@ -288,17 +299,21 @@ def _read_conv(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
-) -> Read:
-    fits = groups == 1 and not isinstance(padding, str) and x.dim() == 4
-    kernel = (weight.shape[2], weight.shape[3]) if fits else (0, 0)
-    return x, weight, bias, Geometry(kernel, stride, padding, dilation)
+) -> Read | None:
+    if groups > 1 or isinstance(padding, str) or x.dim() != 4:
+        return None
+    kernel = (weight.shape[2], weight.shape[3])
+    return Read(x, weight, bias, Geometry(kernel, stride, padding, dilation))
 
 
 def _read_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Read:
-    return x, weight, bias, None
+    return Read(x, weight, bias, None)
 
 
-_READERS: dict[Any, Callable[..., Read]] = {F.conv2d: _read_conv, F.linear: _read_linear}
+_READERS: dict[Any, Callable[..., Read | None]] = {
+    F.conv2d: _read_conv,
+    F.linear: _read_linear,
+}
 
 
 class _Survey(TorchFunctionMode):
@@ -320,11 +335,10 @@ class _Survey(TorchFunctionMode):
         output = func(*args, **(kwargs or {}))
         for index in self._used((*args, *(kwargs or {}).values())):
             self.uses[index] = self.uses.get(index, 0) + 1
-        if func in _READERS:
-            _, weight, _, geometry = _READERS[func](*args, **(kwargs or {}))
-            index = self._indices.get(id(weight), -1)
-            if index >= 0 and (geometry is None or geometry.kernel != (0, 0)):
-                self.found[index] = Layer(index, geometry, tuple(output.shape))
+        read = _read(func, args, kwargs or {})
+        if read is not None and id(read.weight) in self._indices:
+            index = self._indices[id(read.weight)]
+            self.found[index] = Layer(index, read.geometry, tuple(output.shape))
         return output
 
     def _used(self, values: Sequence[Any]) -> list[int]:

@@ -35,12 +35,13 @@ from attack.clipping import CLIPPED_FROM
 from attack.coordinates import Coordinates, make_coordinates
 from attack.evaluation import Evaluation
 from attack.fusion import Consensus
-from attack.matching import GradientMatcher, Replica
+from attack.matching import GradientMatcher
 from attack.polishing import polish
 from attack.problem import InversionProblem
 from attack.racing import plan_race
 from attack.reconstruction import Reconstruction
 from attack.regularizers import Regularizer
+from attack.replica import Replica
 from attack.restarts import Restart, Starter, best_of, thin_out
 from attack.settings import RANDOM_STARTS, InversionConfig
 from attack.state import Progress, StateFile

@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -42,15 +41,14 @@ from attack.objectives import (
     products_with,
     squared_norm,
 )
-from gradients.checkpoint import Target
-from gradients.local_update import Placement, unrolled_update
+from attack.replica import Replica
+from gradients.local_update import unrolled_update
 from training import distributed
 from training.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 Tensors = list[torch.Tensor]
-Classifier = Callable[[torch.Tensor], torch.Tensor]
 # A penalty on what the forward pass shows beside the logits (BatchNorm statistics).
 Penalty = Callable[[], torch.Tensor]
 
@@ -104,99 +102,6 @@ class _FirstPass:
     at_theta: Sequence[torch.Tensor]
     h: float
     moved: contextlib.AbstractContextManager[Any]
-
-
-class Replica:
-    """The client's computation, rebuilt by the attacker for this process's images.
-
-    Args:
-        target: What was shared.
-        device: Where to compute.
-        dtype: Precision of the computation.
-
-    Attributes:
-        model: The shared model, converted to the client's BatchNorm.
-        names: Names of the shared parameters.
-        target_gradient: The shared gradient, in that order.
-        share: The slice of the batch that belongs to this process.
-        sizes: Images per process.
-        groups: Images per asynchronous BatchNorm group of this process; None where all
-            images of all processes share one set of statistics.
-        first_group: Index of the first of those groups among the client's shards.
-
-    Raises:
-        InputError: The batch cannot be spread over so many processes.
-    """
-
-    def __init__(
-        self, target: Target, device: torch.device, dtype: torch.dtype = torch.float32
-    ) -> None:
-        self.batch_size = target.batch_size
-        self.names = list(target.gradient)
-        self.target_gradient = [g.to(device, dtype) for g in target.gradient.values()]
-        self.local = target.local
-        # Synchronized shards share their statistics: one group.
-        groups = () if target.synchronized else target.shards
-        self.placement = Placement(shards=groups, dropout_seed=target.dropout_seed)
-        self.sizes, self.groups, self.first_group = _share_out(target)
-        self.share = distributed.shard_slice(self.sizes, distributed.rank())
-        self.model = _convert_batch_norm(target, self.groups).to(device, dtype)
-        for module in self.model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                # Counting the attacker's passes means nothing, and transformed
-                # functions may not write to a counter.
-                module.num_batches_tracked = None
-        shared = dict(self.model.named_parameters())
-        self.model.requires_grad_(False)
-        self.parameters: Tensors = [shared[name].requires_grad_() for name in self.names]
-
-    def loss(self, model: Classifier, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """This process's part of the client's mean loss.
-
-        Args:
-            model: The replica's model or its perturbed copy.
-            inputs: n x C x H x W, normalised; this process's images.
-            labels: n class indices, or n x classes label logits.
-
-        Returns:
-            The sum over these images divided by the whole batch size: parts add up.
-        """
-        if labels.is_floating_point():
-            labels = labels.softmax(-1)
-        return F.cross_entropy(model(inputs), labels, reduction="sum") / self.batch_size
-
-
-def _share_out(target: Target) -> tuple[list[int], list[int] | None, int]:
-    """Images per process, the BatchNorm groups of this process, and the first's index."""
-    n_processes = distributed.world_size()
-    if not target.train_mode or target.synchronized:
-        if n_processes > target.batch_size:
-            raise InputError(
-                f"--nproc-per-node: {n_processes} processes for a batch of {target.batch_size}"
-            )
-        return distributed.shard_sizes(target.batch_size, n_processes), None, 0
-    if n_processes > len(target.shards):
-        raise InputError(
-            f"--nproc-per-node: {n_processes} processes, but the client's {len(target.shards)} "
-            "asynchronous BatchNorm shards cannot be split further"
-        )
-    counts = distributed.shard_sizes(len(target.shards), n_processes)
-    groups = [list(target.shards[distributed.shard_slice(counts, r)]) for r in range(n_processes)]
-    rank = distributed.rank()
-    return [sum(group) for group in groups], groups[rank], sum(counts[:rank])
-
-
-def _convert_batch_norm(target: Target, groups: list[int] | None) -> nn.Module:
-    model = target.build_model()
-    alone = groups is None and distributed.world_size() == 1
-    # Unrolled local steps run each shard through plain BatchNorm by itself.
-    if not target.train_mode or alone or target.local.steps > 1:
-        return model
-    from training.batch_norm import convert_batch_norm
-
-    if groups is not None:
-        return convert_batch_norm(model, "grouped", groups=groups)
-    return convert_batch_norm(model, "synchronized")
 
 
 class GradientMatcher:
@@ -496,16 +401,6 @@ class GradientMatcher:
         result = [b.sub_(a, alpha=weight / first.h) for a, b in pairs]
         return _match(first.value, result, extra, alone)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed attack needs to go on to the bit, as plain values."""
-        fields = {"calls": self.calls, "step": self.step}
-        return {**fields, "factor": self.factor, "near": self._near}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
-        self.calls, self.step = state["calls"], state["step"]
-        self.factor, self._near = state["factor"], state["near"]
-
     def _first_pass(self, inputs: torch.Tensor, labels: torch.Tensor, step: float) -> _FirstPass:
         """The pass at theta, with every parameter's gradient."""
         variables = fresh_variables(inputs, labels)
@@ -616,6 +511,16 @@ class GradientMatcher:
         flat = distributed.all_reduce(torch.cat([g.flatten() for g in gradient]))
         pieces = flat.split([g.numel() for g in gradient])
         return [p.view(g.shape) for p, g in zip(pieces, gradient, strict=True)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed attack needs to go on to the bit, as plain values."""
+        fields = {"calls": self.calls, "step": self.step}
+        return {**fields, "factor": self.factor, "near": self._near}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self.calls, self.step = state["calls"], state["step"]
+        self.factor, self._near = state["factor"], state["near"]
 
 
 def _move(gradient: Tensors, target: Tensors, theta: Tensors, a: float, b: float) -> None:

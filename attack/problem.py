@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from attack.coordinates import Coordinates
-from attack.matching import Replica
+from attack.replica import Replica
 from attack.restarts import Restart
 from attack.settings import InversionConfig
 from gradients.checkpoint import Target

@@ -70,7 +70,7 @@ def answer(site: SiteTraining, model: FLModel) -> FLModel:
     try:
         change = site.train(model.params, number)
     except TrainingDiverged as error:
-        change = {name: np.zeros_like(value) for name, value in site.weights().items()}
+        change = site.no_change()
         meta = diverged_meta(str(error))
     return FLModel(
         params={name: torch.from_numpy(np.asarray(value)) for name, value in change.items()},

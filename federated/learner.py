@@ -140,9 +140,8 @@ class CXRLearner(Learner):
     def _diverged(self, site: SiteTraining, error: Exception, fl_ctx: FLContext) -> Shareable:
         """Nothing to send: a zero difference, so that the federation goes on."""
         self.log_warning(fl_ctx, f"round {self.current_round}: {error}", fire_event=False)
-        zeros = {name: np.zeros_like(value) for name, value in site.weights().items()}
         meta = {**diverged_meta(str(error)), AppConstants.CURRENT_ROUND: self.current_round}
-        return DXO(DataKind.WEIGHT_DIFF, data=zeros, meta=meta).to_shareable()
+        return DXO(DataKind.WEIGHT_DIFF, data=site.no_change(), meta=meta).to_shareable()
 
     def local_update(self, change: dict[str, np.ndarray], bn_momentum: float) -> LocalUpdate:
         """What an attacker who knows this site's settings knows of the round's update.

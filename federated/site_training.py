@@ -221,6 +221,10 @@ class SiteTraining:
             name: v.detach().cpu().numpy().copy() for name, v in self.model.state_dict().items()
         }
 
+    def no_change(self) -> dict[str, np.ndarray]:
+        """The update of a site that has nothing to send: zeros of every shape."""
+        return {name: np.zeros_like(value) for name, value in self.weights().items()}
+
     def train(
         self, weights: Weights, round_number: int, stopped: Callable[[], bool] = lambda: False
     ) -> dict[str, np.ndarray]:

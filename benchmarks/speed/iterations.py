@@ -12,8 +12,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from attack.allocation import keep_freed_memory
-from attack.matching import GradientMatcher, Replica
+from attack.matching import GradientMatcher
 from attack.objectives import Cosine
+from attack.replica import Replica
 from benchmarks.speed import references
 from benchmarks.speed.cases import CASES, Case, Problem, make_problem
 from benchmarks.speed.timing import interleaved, matrix_rate, medians, paired_ratio

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 
 from attack.acceleration import lay_out_channels_last
 from attack.allocation import keep_freed_memory
-from attack.matching import GradientMatcher, Replica
+from attack.matching import GradientMatcher
 from attack.objectives import AffineSeed, Cosine, Products
+from attack.replica import Replica
 from benchmarks.speed.cases import CASES, Problem, make_problem
 from benchmarks.speed.iterations import accuracy
 from benchmarks.speed.references import CPU, Iteration, analytic_seed, ours, published_loop

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 
 from attack.attacks import InvertingGradients
 from attack.inversion import Inversion
-from attack.matching import GradientMatcher, Replica
+from attack.matching import GradientMatcher
 from attack.objectives import Cosine
+from attack.replica import Replica
 from benchmarks.speed.cases import Problem
 from training.errors import InputError
 

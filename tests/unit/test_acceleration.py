@@ -21,8 +21,9 @@ from attack.acceleration import (
     product_precision,
 )
 from attack.inversion import Inversion
-from attack.matching import GradientMatcher, Replica, cosine_of_images
+from attack.matching import GradientMatcher, cosine_of_images
 from attack.objectives import Cosine
+from attack.replica import Replica
 from attack.settings import InversionConfig
 from gradients.checkpoint import LocalTraining, Target
 from tests.targets import make_target

@@ -12,9 +12,10 @@ import torch
 from attack.adaptive import Adaptation, adapt, adapted_defenses
 from attack.attacks import Spectral
 from attack.inversion import Inversion
-from attack.matching import GradientMatcher, Replica
+from attack.matching import GradientMatcher
 from attack.metrics import assign, psnr
 from attack.objectives import L2, Cosine
+from attack.replica import Replica
 from attack.settings import InversionConfig
 from gradients.checkpoint import LocalTraining, Target, Truth
 from gradients.client import ClientSettings, share_update

@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from attack.factored import find_layers, saves_sweeps
-from attack.matching import GradientMatcher, Replica
+from attack.matching import GradientMatcher
 from attack.objectives import L2, Cosine, LayerMeanCosine
 from attack.packed import FixedConv2d
+from attack.replica import Replica
 from tests.targets import make_target
 from training.models import ModelSpec
 

@@ -14,9 +14,10 @@ import torch
 
 from attack.acceleration import AcceleratedMatcher, Acceleration, product_precision
 from attack.inversion import Inversion
-from attack.matching import GradientMatcher, Replica, cosine_of_images
+from attack.matching import GradientMatcher, cosine_of_images
 from attack.metrics import evaluate
 from attack.objectives import Cosine
+from attack.replica import Replica
 from attack.settings import InversionConfig
 from gradients.checkpoint import load_target, save_target
 from tests.targets import make_target

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from attack.matching import GradientMatcher, Match, Replica
+from attack.matching import GradientMatcher, Match
 from attack.objectives import (
     L2,
     Cosine,
@@ -21,6 +21,7 @@ from attack.objectives import (
     squared_norm,
 )
 from attack.regularizers import BatchNormPenalty
+from attack.replica import Replica
 from gradients.checkpoint import LocalTraining, Target
 from gradients.local_update import unrolled_update
 from tests.targets import make_target

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from attack.inversion import Inversion
-from attack.matching import Replica
 from attack.regularizers import MovingAveragePenalty
+from attack.replica import Replica
 from attack.settings import InversionConfig
 from attack.shared_statistics import layer_momentum, recovered_statistics
 from attack.terms import batch_norm_penalty

@@ -1,0 +1,110 @@
+"""The client's model and loss, rebuilt by the attacker and spread over processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gradients.checkpoint import Target
+from gradients.local_update import Placement
+from training import distributed
+from training.errors import InputError
+
+Tensors = list[torch.Tensor]
+Classifier = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Replica:
+    """The client's computation, rebuilt by the attacker for this process's images.
+
+    Args:
+        target: What was shared.
+        device: Where to compute.
+        dtype: Precision of the computation.
+
+    Attributes:
+        model: The shared model, converted to the client's BatchNorm.
+        names: Names of the shared parameters.
+        target_gradient: The shared gradient, in that order.
+        share: The slice of the batch that belongs to this process.
+        sizes: Images per process.
+        groups: Images per asynchronous BatchNorm group of this process; None where all
+            images of all processes share one set of statistics.
+        first_group: Index of the first of those groups among the client's shards.
+
+    Raises:
+        InputError: The batch cannot be spread over so many processes.
+    """
+
+    def __init__(
+        self, target: Target, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.batch_size = target.batch_size
+        self.names = list(target.gradient)
+        self.target_gradient = [g.to(device, dtype) for g in target.gradient.values()]
+        self.local = target.local
+        # Synchronized shards share their statistics: one group.
+        groups = () if target.synchronized else target.shards
+        self.placement = Placement(shards=groups, dropout_seed=target.dropout_seed)
+        self.sizes, self.groups, self.first_group = _share_out(target)
+        self.share = distributed.shard_slice(self.sizes, distributed.rank())
+        self.model = _convert_batch_norm(target, self.groups).to(device, dtype)
+        for module in self.model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                # Counting the attacker's passes means nothing, and transformed
+                # functions may not write to a counter.
+                module.num_batches_tracked = None
+        shared = dict(self.model.named_parameters())
+        self.model.requires_grad_(False)
+        self.parameters: Tensors = [shared[name].requires_grad_() for name in self.names]
+
+    def loss(self, model: Classifier, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """This process's part of the client's mean loss.
+
+        Args:
+            model: The replica's model or its perturbed copy.
+            inputs: n x C x H x W, normalised; this process's images.
+            labels: n class indices, or n x classes label logits.
+
+        Returns:
+            The sum over these images divided by the whole batch size: parts add up.
+        """
+        if labels.is_floating_point():
+            labels = labels.softmax(-1)
+        return F.cross_entropy(model(inputs), labels, reduction="sum") / self.batch_size
+
+
+def _share_out(target: Target) -> tuple[list[int], list[int] | None, int]:
+    """Images per process, the BatchNorm groups of this process, and the first's index."""
+    n_processes = distributed.world_size()
+    if not target.train_mode or target.synchronized:
+        if n_processes > target.batch_size:
+            raise InputError(
+                f"--nproc-per-node: {n_processes} processes for a batch of {target.batch_size}"
+            )
+        return distributed.shard_sizes(target.batch_size, n_processes), None, 0
+    if n_processes > len(target.shards):
+        raise InputError(
+            f"--nproc-per-node: {n_processes} processes, but the client's {len(target.shards)} "
+            "asynchronous BatchNorm shards cannot be split further"
+        )
+    counts = distributed.shard_sizes(len(target.shards), n_processes)
+    groups = [list(target.shards[distributed.shard_slice(counts, r)]) for r in range(n_processes)]
+    rank = distributed.rank()
+    return [sum(group) for group in groups], groups[rank], sum(counts[:rank])
+
+
+def _convert_batch_norm(target: Target, groups: list[int] | None) -> nn.Module:
+    model = target.build_model()
+    alone = groups is None and distributed.world_size() == 1
+    # Unrolled local steps run each shard through plain BatchNorm by itself.
+    if not target.train_mode or alone or target.local.steps > 1:
+        return model
+    from training.batch_norm import convert_batch_norm
+
+    if groups is not None:
+        return convert_batch_norm(model, "grouped", groups=groups)
+    return convert_batch_norm(model, "synchronized")
