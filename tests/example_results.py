@@ -26,7 +26,7 @@ train: {epochs: 1}
 extract: {pretrained: train/model_best.pth.tar}
 attack: {checkpoint: "extract/*.tar"}
 columns: [psnr, worst psnr, interval psnr, ssim, lpips_alex, attack.extra.number]
-figures: [bars, curves, lines]
+figures: [bars, heatmap, curves, lines]
 published:
   - {where: {defense: none, batch size: 1}, text: 14.2 dB, source: Somebody 2020}
 """

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.charts import _looks
 from benchmarks.columns import find_column
 from benchmarks.command import write_outputs
 from benchmarks.figures import _distinct_slugs
@@ -144,12 +145,31 @@ def test_csv_and_json_hold_the_same_numbers(result: TableResult) -> None:
     assert rows[4]["error"] == plain["rows"][4]["errors"][0]
 
 
+def test_the_same_numbers_give_the_same_vector_figures(tmp_path: Path) -> None:
+    result, store = example(tmp_path)
+    for name in ("a", "b"):
+        write_outputs(result, store, tmp_path / name)
+    for figure in ("bars.pdf", "heatmap.pdf", "curves.pdf", "lines.pdf"):
+        first, second = ((tmp_path / name / figure).read_bytes() for name in ("a", "b"))
+        assert first.startswith(b"%PDF")
+        assert first == second
+
+
+def test_rows_are_told_apart_in_every_diagram(result: TableResult) -> None:
+    looks = _looks(result.rows)
+    assert len({(look.colour, look.kind) for look in looks}) == len(result.rows)
+    # A colour per defense; batches differ by marker, line and shade.
+    assert [look.colour for look in looks] == ["C0", "C0", "C1", "C1", "C2", "C2"]
+    assert [look.kind for look in looks] == [0, 1] * 3
+    assert len({(look.marker, look.line, look.opacity) for look in looks}) == 2
+
+
 def test_files_are_written_and_the_report_needs_no_other(tmp_path: Path) -> None:
     result, store = example(tmp_path)
     write_outputs(result, store, tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names >= {f"example.{e}" for e in ("txt", "md", "tex", "csv", "json")}
-    assert names >= {"report.html", "bars.png", "curves.png", "lines.png"}
+    assert names >= {"report.html", "bars.png", "heatmap.png", "curves.png", "lines.png"}
     html = (tmp_path / "out" / "report.html").read_text()
     assert "out of <memory>" not in html
     assert "out of &lt;memory&gt;" in html

@@ -1,0 +1,283 @@
+"""Diagrams of a table's numbers.
+
+Colours stand for the values of the table's first axis, in every diagram; what else differs
+between its rows is told apart by marker, line style or shade.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.canvas import save, subplots
+from benchmarks.columns import dig, find_column, measured_leakage
+from benchmarks.report import Picture
+from benchmarks.results import RowResult, TableResult
+from benchmarks.statistics import summarize
+from benchmarks.store import Store
+
+LEAKAGE = "ssim"
+UTILITY = "validation accuracy"
+
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+LINE_STYLES = ("-", "--", ":", "-.")
+# Matplotlib's cycle of colours has ten, and begins anew.
+N_COLOURS = 10
+PALEST = 0.35
+# Above it, a cell's number is written in white.
+DARK = 0.5
+
+
+@dataclass(frozen=True)
+class _Look:
+    """How a row is told apart.
+
+    Attributes:
+        colour: By the value of the first axis.
+        kind: Number of the combination of the other axes' values.
+        opacity: By the kind, from 1 on downwards.
+    """
+
+    colour: str
+    kind: int
+    opacity: float
+
+    @property
+    def marker(self) -> str:
+        """Of its point."""
+        return MARKERS[self.kind % len(MARKERS)]
+
+    @property
+    def line(self) -> str:
+        """Style of its line."""
+        return LINE_STYLES[self.kind % len(LINE_STYLES)]
+
+
+def _looks(rows: Sequence[RowResult]) -> list[_Look]:
+    firsts = list(dict.fromkeys(_first(row) for row in rows))
+    kinds = list(dict.fromkeys(_others(row) for row in rows))
+    step = (1 - PALEST) / max(1, len(kinds) - 1)
+    return [
+        _Look(
+            f"C{firsts.index(_first(row)) % N_COLOURS}",
+            kinds.index(_others(row)),
+            1 - step * kinds.index(_others(row)),
+        )
+        for row in rows
+    ]
+
+
+def _first(row: RowResult) -> str:
+    return next(iter(row.row.labels.values()))
+
+
+def _others(row: RowResult) -> str:
+    return ", ".join(list(row.row.labels.values())[1:])
+
+
+def _name(row: RowResult) -> str:
+    return ", ".join(row.row.labels.values())
+
+
+def tradeoff(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]:
+    """What was leaked against what the model is worth, a point per row."""
+    points = [
+        (row, look, _mean(row, UTILITY), _mean(row, LEAKAGE))
+        for row, look in zip(result.rows, _looks(result.rows), strict=True)
+    ]
+    points = [p for p in points if not math.isnan(p[2]) and not math.isnan(p[3])]
+    if not points:
+        return
+    figure, axes = subplots(1, 1, 6.2, 3.6)
+    ax = axes[0][0]
+    for row, look, utility, leakage in points:
+        ax.errorbar(
+            utility, leakage, yerr=_whiskers(row, leakage), fmt=look.marker, color=look.colour,
+            capsize=2, label=_name(row),
+        )  # fmt: skip
+    ax.set(xlabel=f"{UTILITY} (%)", ylabel="SSIM of reconstructions (higher: more leaked)")
+    ax.set_xlim(left=0)
+    figure.legend(fontsize=7, loc="outside right upper")
+    path = folder / "tradeoff.png"
+    save(figure, path)
+    yield Picture(path, "Privacy against utility: mean SSIM with its 95 % interval")
+
+
+def _mean(row: RowResult, name: str) -> float:
+    column = find_column(name)
+    summary = summarize([v for run in row.runs for v in column.values(run) if v is not None])
+    return summary.mean if summary else math.nan
+
+
+def _whiskers(row: RowResult, mean: float) -> list[list[float]] | None:
+    column = find_column(LEAKAGE)
+    summary = summarize([v for run in row.runs for v in column.values(run) if v is not None])
+    if summary is None or summary.low is None or summary.high is None:
+        return None
+    return [[max(0.0, mean - summary.low)], [max(0.0, summary.high - mean)]]
+
+
+def bars(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]:
+    """Leakage of every row, with the baselines as lines."""
+    rows = [
+        (row, look, _mean(row, LEAKAGE))
+        for row, look in zip(result.rows, _looks(result.rows), strict=True)
+    ]
+    rows = [(row, look, mean) for row, look, mean in rows if not math.isnan(mean)]
+    if not rows:
+        return
+    figure, axes = subplots(1, 1, 6, 0.3 * len(rows) + 1.2)
+    ax = axes[0][0]
+    for place, (row, look, mean) in enumerate(rows):
+        ax.barh(place, mean, color=look.colour, alpha=look.opacity)
+        error = _whiskers(row, mean)
+        if error is not None:
+            ax.errorbar(mean, place, xerr=error, fmt="none", ecolor="k", elinewidth=1, capsize=2)
+    ax.set_yticks(range(len(rows)), [_name(row) for row, _, _ in rows], fontsize=7)
+    ax.invert_yaxis()
+    for number, (name, metrics) in enumerate(result.baselines.items()):
+        if LEAKAGE in metrics:
+            ax.axvline(metrics[LEAKAGE].mean, ls=[":", "--", "-."][number % 3], c="k", label=name)
+    if result.baselines:
+        figure.legend(fontsize=7, loc="outside upper right", ncols=len(result.baselines))
+    ax.set_xlabel("SSIM (mean and 95 % interval)")
+    path = folder / "bars.png"
+    save(figure, path)
+    yield Picture(path, "Mean SSIM of the reconstructions; lines: guesses without the gradient")
+
+
+def heatmap(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]:
+    """Leakage by the first and the last axis, a panel per combination of those between."""
+    panels: dict[str, dict[tuple[str, str], float]] = {}
+    for row in result.rows:
+        first, *between, last = row.row.labels.values()
+        panels.setdefault(", ".join(between), {})[first, last] = _mean(row, LEAKAGE)
+    panels = {
+        name: cells
+        for name, cells in panels.items()
+        if not all(math.isnan(value) for value in cells.values())
+    }
+    if not panels:
+        return
+    across = list(dict.fromkeys(first for cells in panels.values() for first, _ in cells))
+    down = list(dict.fromkeys(last for cells in panels.values() for _, last in cells))
+    figure, axes = subplots(1, len(panels), 0.55 * len(across) + 1.2, 0.28 * len(down) + 1.6)
+    for ax, (name, cells) in zip(axes[0], panels.items(), strict=True):
+        grid = [[cells.get((first, last), math.nan) for first in across] for last in down]
+        image = ax.imshow(grid, vmin=0, vmax=1, cmap="magma_r", aspect="auto")
+        for y, x in itertools.product(range(len(down)), range(len(across))):
+            if not math.isnan(grid[y][x]):
+                ink = "w" if grid[y][x] > DARK else "k"
+                ax.text(x, y, f"{grid[y][x]:.2f}", ha="center", va="center", color=ink, fontsize=6)
+        ax.set_xticks(range(len(across)), across, rotation=45, ha="right", fontsize=7)
+        ax.set_yticks(range(len(down)), down if ax is axes[0][0] else [], fontsize=7)
+        ax.set_title(name, fontsize=8)
+        ax.set_xlabel(result.table.axes[0])
+    axes[0][0].set_ylabel(result.table.axes[-1])
+    figure.colorbar(image, ax=axes[0], label="SSIM", fraction=0.03)
+    path = folder / "heatmap.png"
+    save(figure, path)
+    yield Picture(path, "Mean SSIM of the reconstructions; dark: leaked")
+
+
+def curves(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]:
+    """Objective, and PSNR where it was traced, over the iterations of the first repeat."""
+    traces = [
+        (row, look, _trace(row)) for row, look in zip(result.rows, _looks(result.rows), strict=True)
+    ]
+    traces = [(row, look, trace) for row, look, trace in traces if trace]
+    quantities = [q for q in ("objective", "psnr") if any(q in p for *_, t in traces for p in t)]
+    if not quantities:
+        return
+    figure, axes = subplots(1, len(quantities), 4.5, 3.4)
+    for ax, quantity in zip(axes[0], quantities, strict=True):
+        for row, look, trace in traces:
+            points = [(p["iteration"], p[quantity]) for p in trace if p.get(quantity) is not None]
+            if points:
+                xs, ys = zip(*points, strict=True)
+                ax.plot(xs, ys, look.line, color=look.colour, label=_name(row), lw=1)
+        ax.set(xlabel="iteration", ylabel="PSNR (dB)" if quantity == "psnr" else quantity)
+        if quantity == "objective":
+            ax.set_yscale("log")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=6, loc="outside right upper")
+    path = folder / "curves.png"
+    save(figure, path)
+    yield Picture(path, f"{' and '.join(quantities)} over the iterations of the attack")
+
+
+def _trace(row: RowResult) -> list[Mapping[str, float]]:
+    """Points of the first repeat: what the attack saw, and the PSNR seen from outside."""
+    attack = row.runs[0].get("attack", {}) if row.runs else {}
+    return [*(attack.get("trace") or []), *(attack.get("psnr_curve") or [])]
+
+
+def lines(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]:
+    """Leakage along the last axis, a line per value of the others."""
+    axis = result.table.axes[-1]
+    groups: dict[str, list[tuple[str, float]]] = {}
+    for row in result.rows:
+        mean = _mean(row, LEAKAGE)
+        if not math.isnan(mean):
+            name = ", ".join(v for a, v in row.row.labels.items() if a != axis)
+            groups.setdefault(name, []).append((row.row.labels[axis], mean))
+    if not groups:
+        return
+    figure, axes = subplots(1, 1, 5.5, 3.6)
+    for name, points in groups.items():
+        axes[0][0].plot(*zip(*points, strict=True), "o-", label=name)
+    axes[0][0].set(xlabel=axis, ylabel="SSIM (higher: more leaked)")
+    axes[0][0].set_ylim(bottom=min(0.0, axes[0][0].get_ylim()[0]))
+    if any(groups):
+        axes[0][0].legend(fontsize=7)
+    path = folder / "lines.png"
+    save(figure, path)
+    yield Picture(path, f"Mean SSIM of the reconstructions by {axis}")
+
+
+def layers(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]:
+    """The rank-analysis index of every layer, a panel per row."""
+    analyses = [(row, dig(row.runs[0], "extract.rank_analysis.layers")) for row in result.rows]
+    analyses = [(row, layers) for row, layers in analyses if layers]
+    if not analyses:
+        return
+    figure, axes = subplots(len(analyses), 1, 6.5, 1.5)
+    for (ax,), (row, layers) in zip(axes, analyses, strict=True):
+        ax.bar(range(1, len(layers) + 1), [layer["index"] for layer in layers])
+        ax.axhline(0, color="k", lw=0.8)
+        ax.set_title(", ".join(row.row.labels.values()), fontsize=7, loc="left")
+        # Indices span orders of magnitude on both sides of zero.
+        ax.set_yscale("symlog", linthresh=10)
+        ax.tick_params(labelsize=6)
+    axes[-1][0].set_xlabel("layer")
+    path = folder / "layers.png"
+    save(figure, path)
+    yield Picture(path, "Rank-analysis index per layer (above zero: underdetermined)")
+
+
+def rounds(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]:
+    """Leakage over the rounds of a federation: a panel per row, a line per site."""
+    rows = [row for row in result.rows if row.runs and dig(row.runs[0], "federated.leakage")]
+    if not rows:
+        return
+    figure, axes = subplots(1, len(rows), 3.2, 2.8)
+    for ax, row in zip(axes[0], rows, strict=True):
+        run = row.runs[0]
+        for site in sorted({entry["site"] for entry in run["federated"]["leakage"]}):
+            entries = [e for e in measured_leakage(run, site) if e["rdlv"] is not None]
+            rounds = [entry["round"] for entry in entries]
+            ax.plot(rounds, [entry["rdlv"] for entry in entries], "o-", ms=3, label=site)
+        ax.axhline(0, color="k", lw=0.8)
+        ax.set_title(", ".join(row.row.labels.values()), fontsize=8)
+        ax.set_xlabel("round")
+    lowest, highest = zip(*(ax.get_ylim() for ax in axes[0]), strict=True)
+    for ax in axes[0]:
+        ax.set_ylim(min(lowest), max(highest))
+    axes[0][0].set_ylabel("RDLV (largest of the site's images)")
+    axes[0][0].legend(fontsize=7)
+    path = folder / "rounds.png"
+    save(figure, path)
+    yield Picture(path, "Relative data leakage value over the rounds of the federation")
