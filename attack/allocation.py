@@ -10,7 +10,7 @@ logger = logging.getLogger(__name__)
 
 # From glibc's malloc.h; see mallopt(3).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
-_TOP_PAD = 64 << 20
+_TOP_PAD = 16 << 20
 
 
 def keep_freed_memory() -> bool:
@@ -30,6 +30,6 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         logger.debug("no mallopt in this C library")
         return False
-    # Blocks from the heap only, which shrinks no more, and grows in large steps.
+    # Blocks from the heap only, which shrinks no more, and grows in steps of some size.
     settings = [(_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, _TOP_PAD)]
     return all(mallopt(name, value) == 1 for name, value in settings)
