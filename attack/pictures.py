@@ -97,6 +97,39 @@ def save_comparison(
     _save(figure, title, path)
 
 
+def save_gallery(
+    path: str | Path,
+    rows: Mapping[str, Sequence[torch.Tensor]],
+    captions: Mapping[str, Sequence[str]] | None = None,
+    *,
+    title: str = "",
+) -> None:
+    """Write one row of images under another: the originals, and what each attack made of them.
+
+    Args:
+        path: PNG file, written atomically.
+        rows: By name as many images (C x H x W in [0, 1], of any sizes) as the first row has.
+        captions: By the name of a row, what is written above its images.
+        title: Above the grid.
+
+    Raises:
+        InputError: The rows differ in length.
+    """
+    count = len(next(iter(rows.values())))
+    if any(len(images) != count for images in rows.values()):
+        raise InputError("the rows of a gallery must hold equally many images")
+    figure = _figure(count * _CELL_INCHES + 0.3, len(rows) * 1.15 * _CELL_INCHES + 0.3)
+    axes = figure.subplots(len(rows), count, squeeze=False)
+    for band, (name, images) in zip(axes, rows.items(), strict=True):
+        texts = (captions or {}).get(name, [""] * count)
+        for axis, image, text in zip(band, images, texts, strict=True):
+            axis.set_axis_off()
+            _show(axis, image)
+            axis.set_title(text, fontsize=7, pad=2)
+        _name_row(band[0], name)
+    _save(figure, title, path)
+
+
 def save_images(
     path: str | Path, images: torch.Tensor, *, title: str = "", columns: int = 8
 ) -> None:

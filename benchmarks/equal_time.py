@@ -30,16 +30,20 @@ from tqdm import tqdm
 
 from attack.attacks import OptimizationAttack, get_attack
 from attack.metrics import evaluate
-from attack.pictures import save_comparison
+from attack.pictures import save_gallery
 from attack.report import describe
 from gradients.checkpoint import Target, Truth, load_target
 from training.errors import InputError, exit_status
 from training.records import provenance
-from training.storage import write_json, write_text
+from training.storage import load_checkpoint, save_checkpoint, write_json, write_text
 
 CPU = torch.device("cpu")
 DEFAULT_ATTACKS = "spectral,inverting-gradients"
 RECORD = "record.json"
+RECONSTRUCTIONS = "reconstructions"
+ORIGINAL = "original"
+# Targets in the picture of several.
+GALLERY = 8
 # Flags of the grid, the slowest first.
 GRID = ("images", "data", "batches", "models")
 # What differs in the names of targets of one kind.
@@ -95,6 +99,7 @@ def main(argv: list[str] | None = None) -> None:
         write_json(folder / RECORD, {"rows": rows, "provenance": provenance(CPU, args.seed)})
         write_text(folder / "table.md", render(rows))
         write_text(folder / "summary.md", render_summary(rows))
+    draw(rows, folder)
     print(render_summary(rows))
 
 
@@ -185,14 +190,8 @@ def compare(
     images = run(iterations)
     used = time.process_time() - begun
     evaluation = evaluate(images, truth.labels, truth, metrics=("mse", "psnr", "ssim"))
-    stem = f"{Path(path).name.removesuffix('.tar').split('-checkpoint')[0]}_{_safe(name)}_s{seed}"
-    save_comparison(
-        folder / f"{stem}.png",
-        truth.images,
-        images[evaluation.order],
-        evaluation.per_image,
-        title=f"{name}, {iterations} iterations in {used:.0f} s",
-    )
+    tensors = {"images": images[evaluation.order], "originals": truth.images}
+    save_checkpoint(tensors, _reconstruction_file(folder, Path(path).name, name, seed))
     return {
         "attack": name,
         "checkpoint": Path(path).name,
@@ -205,8 +204,45 @@ def compare(
     }
 
 
-def _safe(name: str) -> str:
-    return name.replace(":", "-")
+def _reconstruction_file(folder: Path, checkpoint: str, attack: str, seed: int) -> Path:
+    name = f"{_stem(checkpoint)}_{attack.replace(':', '-')}_s{seed}.pt"
+    return folder / RECONSTRUCTIONS / name
+
+
+def _stem(checkpoint: str) -> str:
+    return checkpoint.removesuffix(".tar").split("-checkpoint")[0]
+
+
+def draw(rows: list[dict[str, Any]], folder: Path) -> None:
+    """A picture per target, and one of the first image of the first targets.
+
+    Only of what all attacks have inverted, and only where the reconstructions are kept.
+    """
+    names = list(dict.fromkeys(row["attack"] for row in rows))
+    targets: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        file = _reconstruction_file(folder, row["checkpoint"], row["attack"], row["seed"])
+        if file.exists():
+            found = {**load_checkpoint(file), "scores": row["evaluation"]["per_image"]}
+            targets.setdefault(_target_name(row), {})[row["attack"]] = found
+    complete = {target: [found[n] for n in names] for target, found in targets.items()
+                if len(found) == len(names)}  # fmt: skip
+    for target, kept in complete.items():
+        images = {n: list(k["images"]) for n, k in zip(names, kept, strict=True)}
+        captions = {n: list(map(_caption, k["scores"])) for n, k in zip(names, kept, strict=True)}
+        first = {ORIGINAL: list(kept[0]["originals"])}
+        save_gallery(folder / f"{target}.png", first | images, captions, title=target)
+    some = list(complete.values())[:GALLERY]
+    if some:
+        images = {n: [kept[i]["images"][0] for kept in some] for i, n in enumerate(names)}
+        captions = {n: [_caption(kept[i]["scores"][0]) for kept in some]
+                    for i, n in enumerate(names)}  # fmt: skip
+        first = {ORIGINAL: [kept[0]["originals"][0] for kept in some]}
+        save_gallery(folder / "gallery.png", first | images, captions)
+
+
+def _caption(scores: dict[str, Any]) -> str:
+    return f"{scores['psnr']:.1f} dB / {scores['ssim']:.2f}"
 
 
 def _affordable(run: Run, seconds: float, sample: int = 6) -> int:
@@ -356,7 +392,7 @@ def _wins(targets: dict[str, dict[str, Scores]], attack: str, metric: int) -> in
 
 
 def _target_name(row: dict[str, Any]) -> str:
-    name = row["checkpoint"].removesuffix(".tar").split("-checkpoint")[0]
+    name = _stem(row["checkpoint"])
     return f"{name}, seed {row['seed']}" if row["seed"] else name
 
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from benchmarks import equal_time
 from benchmarks.equal_time import main, recorded_rows, render_summary
@@ -35,7 +36,10 @@ def test_every_attack_gets_its_time_and_is_recorded(checkpoint: Path, tmp_path: 
         assert len(row["evaluation"]["per_image"]) == 2
     table = (output / "table.md").read_text()
     assert table.count("| small | eval | 2 |") == 2
-    assert len(list(output.glob("*.png"))) == 2
+    assert {path.name for path in output.glob("*.png")} == {"small.png", "gallery.png"}
+    # Two images, and an original with two reconstructions each.
+    picture = Image.open(output / "small.png")
+    assert picture.height > picture.width
 
 
 def test_a_clock_that_errs_does_not_buy_hours(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from attack.metrics import evaluate
-from attack.pictures import save_comparison, save_curve, save_images
+from attack.pictures import save_comparison, save_curve, save_gallery, save_images
 from gradients.checkpoint import Truth
 from training.errors import InputError
 
@@ -91,3 +91,17 @@ def test_pyplot_is_not_touched(tmp_path: Path) -> None:
     save_images(tmp_path / "x.png", flat((1, 0, 0)))
     pyplot = sys.modules.get("matplotlib.pyplot")
     assert pyplot is None or not pyplot.get_fignums()
+
+
+def test_a_gallery_has_a_row_per_attack(tmp_path: Path) -> None:
+    red, blue = flat((1, 0, 0), 3), flat((0, 0, 1), 3)
+    path = tmp_path / "gallery.png"
+    captions = {"attack": ["1 dB", "2 dB", "3 dB"]}
+    save_gallery(path, {"original": list(red), "attack": list(blue)}, captions)
+    pixels = np.asarray(Image.open(path).convert("RGB"))
+    half = len(pixels) // 2
+    assert (pixels[:half] == (255, 0, 0)).all(-1).any()
+    assert not (pixels[half:] == (255, 0, 0)).all(-1).any()
+    assert (pixels[half:] == (0, 0, 255)).all(-1).any()
+    with pytest.raises(InputError, match="equally many"):
+        save_gallery(path, {"original": list(red), "attack": list(blue[:2])})
