@@ -234,9 +234,11 @@ def draw(rows: list[dict[str, Any]], folder: Path) -> None:
         save_gallery(folder / f"{target}.png", first | images, captions, title=target)
     some = list(complete.values())[:GALLERY]
     if some:
+        above = [target.replace("_", "\n", 1) for target in complete][:GALLERY]
         images = {n: [kept[i]["images"][0] for kept in some] for i, n in enumerate(names)}
         captions = {n: [_caption(kept[i]["scores"][0]) for kept in some]
                     for i, n in enumerate(names)}  # fmt: skip
+        captions[ORIGINAL] = above
         first = {ORIGINAL: [kept[0]["originals"][0] for kept in some]}
         save_gallery(folder / "gallery.png", first | images, captions)
 
