@@ -16,11 +16,9 @@ import argparse
 import dataclasses
 import itertools
 import json
-import re
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,24 +28,18 @@ from tqdm import tqdm
 
 from attack.attacks import OptimizationAttack, get_attack
 from attack.metrics import evaluate
-from attack.pictures import save_gallery
 from attack.report import describe
+from benchmarks.equal_time_report import draw, reconstruction_file, render, render_summary
 from gradients.checkpoint import Target, Truth, load_target
 from training.errors import InputError, exit_status
 from training.records import provenance
-from training.storage import load_checkpoint, save_checkpoint, write_json, write_text
+from training.storage import save_checkpoint, write_json, write_text
 
 CPU = torch.device("cpu")
 DEFAULT_ATTACKS = "spectral,inverting-gradients"
 RECORD = "record.json"
-RECONSTRUCTIONS = "reconstructions"
-ORIGINAL = "original"
-# Targets in the picture of several.
-GALLERY = 8
 # Flags of the grid, the slowest first.
 GRID = ("images", "data", "batches", "models")
-# What differs in the names of targets of one kind.
-_IMAGES = re.compile(r"_i\d+|, seed \d+")
 # How often the sample of timed iterations may double.
 DOUBLINGS = 4
 # Inverts with so many iterations; returns N x C x H x W in [0, 1].
@@ -191,7 +183,7 @@ def compare(
     used = time.process_time() - begun
     evaluation = evaluate(images, truth.labels, truth, metrics=("mse", "psnr", "ssim"))
     tensors = {"images": images[evaluation.order], "originals": truth.images}
-    save_checkpoint(tensors, _reconstruction_file(folder, Path(path).name, name, seed))
+    save_checkpoint(tensors, reconstruction_file(folder, Path(path).name, name, seed))
     return {
         "attack": name,
         "checkpoint": Path(path).name,
@@ -202,49 +194,6 @@ def compare(
         "cpu_seconds": used,
         "evaluation": evaluation.to_record(),
     }
-
-
-def _reconstruction_file(folder: Path, checkpoint: str, attack: str, seed: int) -> Path:
-    name = f"{_stem(checkpoint)}_{attack.replace(':', '-')}_s{seed}.pt"
-    return folder / RECONSTRUCTIONS / name
-
-
-def _stem(checkpoint: str) -> str:
-    return checkpoint.removesuffix(".tar").split("-checkpoint")[0]
-
-
-def draw(rows: list[dict[str, Any]], folder: Path) -> None:
-    """A picture per target, and one of the first image of the first targets.
-
-    Only of what all attacks have inverted, and only where the reconstructions are kept.
-    """
-    names = list(dict.fromkeys(row["attack"] for row in rows))
-    targets: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        file = _reconstruction_file(folder, row["checkpoint"], row["attack"], row["seed"])
-        if file.exists():
-            found = {**load_checkpoint(file), "scores": row["evaluation"]["per_image"]}
-            targets.setdefault(_target_name(row), {})[row["attack"]] = found
-    complete = {target: [found[n] for n in names] for target, found in targets.items()
-                if len(found) == len(names)}  # fmt: skip
-    for target, kept in complete.items():
-        images = {n: list(k["images"]) for n, k in zip(names, kept, strict=True)}
-        captions = {n: list(map(_caption, k["scores"])) for n, k in zip(names, kept, strict=True)}
-        first = {ORIGINAL: list(kept[0]["originals"])}
-        save_gallery(folder / f"{target}.png", first | images, captions, title=target)
-    some = list(complete.values())[:GALLERY]
-    if some:
-        above = [target.replace("_", "\n", 1) for target in complete][:GALLERY]
-        images = {n: [kept[i]["images"][0] for kept in some] for i, n in enumerate(names)}
-        captions = {n: [_caption(kept[i]["scores"][0]) for kept in some]
-                    for i, n in enumerate(names)}  # fmt: skip
-        captions[ORIGINAL] = above
-        first = {ORIGINAL: [kept[0]["originals"][0] for kept in some]}
-        save_gallery(folder / "gallery.png", first | images, captions)
-
-
-def _caption(scores: dict[str, Any]) -> str:
-    return f"{scores['psnr']:.1f} dB / {scores['ssim']:.2f}"
 
 
 def _affordable(run: Run, seconds: float, sample: int = 6) -> int:
@@ -329,95 +278,6 @@ def _breaching(name: str, target: Target, labels: torch.Tensor, seed: int) -> Ru
         return target.data.denormalize(found["data"].detach()).clamp(0, 1)
 
     return run
-
-
-def render_summary(rows: list[dict[str, Any]]) -> str:
-    """PSNR / SSIM of each attack: means over each kind of target, wins, and every target."""
-    attacks = list(dict.fromkeys(row["attack"] for row in rows))
-    targets = _scores_by_target(rows)
-    lines = [
-        f"| mean PSNR in dB / SSIM | targets | {' | '.join(attacks)} |",
-        f"| :--- | ---: |{' ---: |' * len(attacks)}",
-    ]
-    for kind, group in _kinds(targets, attacks).items():
-        means = [_shown(_mean(scores[attack] for scores in group)) for attack in attacks]
-        lines.append(f"| {kind} | {len(group)} | {' | '.join(means)} |")
-    for index, metric in enumerate(("PSNR", "SSIM")):
-        wins = [str(_wins(targets, attack, index)) for attack in attacks]
-        lines.append(f"| best in {metric} | {len(targets)} | {' | '.join(wins)} |")
-    lines += ["", f"| target | {' | '.join(attacks)} |", f"| :--- |{' ---: |' * len(attacks)}"]
-    for name, scores in targets.items():
-        lines.append(f"| {name} | {' | '.join(_shown(scores.get(a)) for a in attacks)} |")
-    return "\n".join(lines) + "\n"
-
-
-# PSNR in dB and SSIM, means over the images of a batch.
-Scores = tuple[float, float]
-
-
-def _scores_by_target(rows: list[dict[str, Any]]) -> dict[str, dict[str, Scores]]:
-    targets: dict[str, dict[str, Scores]] = {}
-    for row in rows:
-        summary = row["evaluation"]["summary"]
-        scores = summary["psnr"]["mean"], summary["ssim"]["mean"]
-        targets.setdefault(_target_name(row), {})[row["attack"]] = scores
-    return targets
-
-
-def _kinds(
-    targets: dict[str, dict[str, Scores]], attacks: list[str]
-) -> dict[str, list[dict[str, Scores]]]:
-    """Targets that every attack has seen, by what they share beside the images and the seed."""
-    kinds: dict[str, list[dict[str, Scores]]] = {}
-    for name, scores in targets.items():
-        if len(scores) == len(attacks):
-            kinds.setdefault(_IMAGES.sub("", name), []).append(scores)
-    return kinds
-
-
-def _mean(scores: Iterable[Scores]) -> Scores:
-    psnr, ssim = zip(*scores, strict=True)
-    return statistics.mean(psnr), statistics.mean(ssim)
-
-
-def _shown(scores: Scores | None) -> str:
-    return "–" if scores is None else f"{scores[0]:.2f} / {scores[1]:.3f}"
-
-
-def _wins(targets: dict[str, dict[str, Scores]], attack: str, metric: int) -> int:
-    """Targets on which no attack that ran is better."""
-    won = 0
-    for scores in targets.values():
-        values = {name: value[metric] for name, value in scores.items()}
-        won += len(values) > 1 and attack in values and values[attack] == max(values.values())
-    return won
-
-
-def _target_name(row: dict[str, Any]) -> str:
-    name = _stem(row["checkpoint"])
-    return f"{name}, seed {row['seed']}" if row["seed"] else name
-
-
-def render(rows: list[dict[str, Any]]) -> str:
-    """The rows as a Markdown table, mean over the images of each batch."""
-    lines = [
-        "| target | mode | batch | attack | iterations | CPU s | PSNR (dB) | SSIM |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        target, summary = row["target"], row["evaluation"]["summary"]
-        cells = [
-            _target_name(row),
-            "train" if target["train_mode"] else "eval",
-            target["batch_size"],
-            row["attack"],
-            row["iterations"],
-            f"{row['cpu_seconds']:.0f}",
-            f"{summary['psnr']['mean']:.2f}",
-            f"{summary['ssim']['mean']:.3f}",
-        ]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

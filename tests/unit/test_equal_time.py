@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from benchmarks import equal_time
-from benchmarks.equal_time import main, recorded_rows, render_summary
+from benchmarks.equal_time import main, recorded_rows
+from benchmarks.equal_time_report import render_summary
 from gradients.checkpoint import save_target
 from tests.targets import make_target
 from training.errors import InputError
