@@ -90,7 +90,7 @@ def save_comparison(
         _show(axes[2 * band][column], originals[index])
         _show(axes[2 * band + 1][column], reconstructions[index])
         if scores is not None:
-            axes[2 * band + 1][column].set_title(_caption(scores[index]), y=-0.24, fontsize=7)
+            axes[2 * band + 1][column].set_title(caption(scores[index]), y=-0.24, fontsize=7)
     for band in range(bands):
         for row, name in enumerate(("original", "reconstruction")):
             _name_row(axes[2 * band + row][0], name)
@@ -214,7 +214,8 @@ def _show(axis: Axes, image: torch.Tensor) -> None:
         axis.imshow(pixels[..., :3], **options)
 
 
-def _caption(score: Mapping[str, Any]) -> str:
+def caption(score: Mapping[str, Any]) -> str:
+    """PSNR and SSIM of an image in a few characters; a star where it was recovered exactly."""
     parts = []
     if score.get("psnr") is not None:
         parts.append(f"{score['psnr']:.1f} dB" + ("*" if score.get("exact") else ""))

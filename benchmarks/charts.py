@@ -16,7 +16,7 @@ from benchmarks.canvas import save, subplots
 from benchmarks.columns import dig, find_column, measured_leakage
 from benchmarks.report import Picture
 from benchmarks.results import RowResult, TableResult
-from benchmarks.statistics import summarize
+from benchmarks.statistics import Summary, summarize
 from benchmarks.store import Store
 
 LEAKAGE = "ssim"
@@ -59,24 +59,27 @@ class _Look:
 
 def _looks(rows: Sequence[RowResult]) -> list[_Look]:
     firsts = list(dict.fromkeys(_first(row) for row in rows))
-    kinds = list(dict.fromkeys(_others(row) for row in rows))
+    others = [labels_without(row, next(iter(row.row.labels))) for row in rows]
+    kinds = list(dict.fromkeys(others))
     step = (1 - PALEST) / max(1, len(kinds) - 1)
+    numbers = [kinds.index(other) for other in others]
     return [
-        _Look(
-            f"C{firsts.index(_first(row)) % N_COLOURS}",
-            kinds.index(_others(row)),
-            1 - step * kinds.index(_others(row)),
-        )
-        for row in rows
+        _Look(f"C{firsts.index(_first(row)) % N_COLOURS}", number, 1 - step * number)
+        for row, number in zip(rows, numbers, strict=True)
     ]
+
+
+def _styled(result: TableResult) -> Iterator[tuple[RowResult, _Look]]:
+    return zip(result.rows, _looks(result.rows), strict=True)
 
 
 def _first(row: RowResult) -> str:
     return next(iter(row.row.labels.values()))
 
 
-def _others(row: RowResult) -> str:
-    return ", ".join(list(row.row.labels.values())[1:])
+def labels_without(row: RowResult, axis: str) -> str:
+    """What a row is called where the value of this axis is told elsewhere."""
+    return ", ".join(value for name, value in row.row.labels.items() if name != axis)
 
 
 def _name(row: RowResult) -> str:
@@ -86,8 +89,7 @@ def _name(row: RowResult) -> str:
 def tradeoff(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]:
     """What was leaked against what the model is worth, a point per row."""
     points = [
-        (row, look, _mean(row, UTILITY), _mean(row, LEAKAGE))
-        for row, look in zip(result.rows, _looks(result.rows), strict=True)
+        (row, look, _mean(row, UTILITY), _mean(row, LEAKAGE)) for row, look in _styled(result)
     ]
     points = [p for p in points if not math.isnan(p[2]) and not math.isnan(p[3])]
     if not points:
@@ -107,15 +109,18 @@ def tradeoff(result: TableResult, store: Store, folder: Path) -> Iterator[Pictur
     yield Picture(path, "Privacy against utility: mean SSIM with its 95 % interval")
 
 
-def _mean(row: RowResult, name: str) -> float:
+def _summary(row: RowResult, name: str) -> Summary | None:
     column = find_column(name)
-    summary = summarize([v for run in row.runs for v in column.values(run) if v is not None])
+    return summarize([v for run in row.runs for v in column.values(run) if v is not None])
+
+
+def _mean(row: RowResult, name: str) -> float:
+    summary = _summary(row, name)
     return summary.mean if summary else math.nan
 
 
 def _whiskers(row: RowResult, mean: float) -> list[list[float]] | None:
-    column = find_column(LEAKAGE)
-    summary = summarize([v for run in row.runs for v in column.values(run) if v is not None])
+    summary = _summary(row, LEAKAGE)
     if summary is None or summary.low is None or summary.high is None:
         return None
     return [[max(0.0, mean - summary.low)], [max(0.0, summary.high - mean)]]
@@ -123,10 +128,7 @@ def _whiskers(row: RowResult, mean: float) -> list[list[float]] | None:
 
 def bars(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]:
     """Leakage of every row, with the baselines as lines."""
-    rows = [
-        (row, look, _mean(row, LEAKAGE))
-        for row, look in zip(result.rows, _looks(result.rows), strict=True)
-    ]
+    rows = [(row, look, _mean(row, LEAKAGE)) for row, look in _styled(result)]
     rows = [(row, look, mean) for row, look, mean in rows if not math.isnan(mean)]
     if not rows:
         return
@@ -152,6 +154,8 @@ def bars(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]:
 
 def heatmap(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]:
     """Leakage by the first and the last axis, a panel per combination of those between."""
+    if len(result.table.axes) < 2:
+        return
     panels: dict[str, dict[tuple[str, str], float]] = {}
     for row in result.rows:
         first, *between, last = row.row.labels.values()
@@ -186,9 +190,7 @@ def heatmap(result: TableResult, store: Store, folder: Path) -> Iterator[Picture
 
 def curves(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]:
     """Objective, and PSNR where it was traced, over the iterations of the first repeat."""
-    traces = [
-        (row, look, _trace(row)) for row, look in zip(result.rows, _looks(result.rows), strict=True)
-    ]
+    traces = [(row, look, _trace(row)) for row, look in _styled(result)]
     traces = [(row, look, trace) for row, look, trace in traces if trace]
     quantities = [q for q in ("objective", "psnr") if any(q in p for *_, t in traces for p in t)]
     if not quantities:
@@ -222,8 +224,7 @@ def lines(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]:
     for row in result.rows:
         mean = _mean(row, LEAKAGE)
         if not math.isnan(mean):
-            name = ", ".join(v for a, v in row.row.labels.items() if a != axis)
-            groups.setdefault(name, []).append((row.row.labels[axis], mean))
+            groups.setdefault(labels_without(row, axis), []).append((row.row.labels[axis], mean))
     if not groups:
         return
     figure, axes = subplots(1, 1, 5.5, 3.6)
@@ -248,7 +249,7 @@ def layers(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]
     for (ax,), (row, layers) in zip(axes, analyses, strict=True):
         ax.bar(range(1, len(layers) + 1), [layer["index"] for layer in layers])
         ax.axhline(0, color="k", lw=0.8)
-        ax.set_title(", ".join(row.row.labels.values()), fontsize=7, loc="left")
+        ax.set_title(_name(row), fontsize=7, loc="left")
         # Indices span orders of magnitude on both sides of zero.
         ax.set_yscale("symlog", linthresh=10)
         ax.tick_params(labelsize=6)
@@ -271,7 +272,7 @@ def rounds(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]
             rounds = [entry["round"] for entry in entries]
             ax.plot(rounds, [entry["rdlv"] for entry in entries], "o-", ms=3, label=site)
         ax.axhline(0, color="k", lw=0.8)
-        ax.set_title(", ".join(row.row.labels.values()), fontsize=8)
+        ax.set_title(_name(row), fontsize=8)
         ax.set_xlabel("round")
     lowest, highest = zip(*(ax.get_ylim() for ax in axes[0]), strict=True)
     for ax in axes[0]:

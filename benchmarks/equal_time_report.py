@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from attack.pictures import save_gallery
+from attack.pictures import caption, save_gallery
 from training.storage import load_checkpoint
 
 RECONSTRUCTIONS = "reconstructions"
@@ -85,12 +85,8 @@ def _kept(row: dict[str, Any], folder: Path) -> _Kept | None:
     if not file.exists():
         return None
     tensors = load_checkpoint(file)
-    captions = [_caption(scores) for scores in row["evaluation"]["per_image"]]
+    captions = [caption(scores) for scores in row["evaluation"]["per_image"]]
     return _Kept(list(tensors["originals"]), list(tensors["images"]), captions)
-
-
-def _caption(scores: dict[str, Any]) -> str:
-    return f"{scores['psnr']:.1f} dB / {scores['ssim']:.2f}"
 
 
 def render_summary(rows: list[dict[str, Any]]) -> str:

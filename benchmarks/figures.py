@@ -55,17 +55,13 @@ def _reconstructions(result: TableResult, store: Store, folder: Path) -> Iterato
     values = dict.fromkeys(row.row.labels[axis] for row in result.rows)
     for value, stem in zip(values, _distinct_slugs(values), strict=True):
         rows = [row for row in result.rows if row.row.labels[axis] == value]
-        strips = [(_rest(row, axis), _pairs(row, store)) for row in rows]
+        strips = [(charts.labels_without(row, axis), _pairs(row, store)) for row in rows]
         strips = [(label, pairs) for label, pairs in strips if pairs]
         if strips:
             path = folder / f"reconstructions-{stem}.png"
             save(_draw_strips(f"{axis}: {value}", strips), path)
             caption = f"{value}: originals above reconstructions, PSNR in dB and SSIM per image"
             yield Picture(path, caption, {axis: value})
-
-
-def _rest(row: RowResult, axis: str) -> str:
-    return ", ".join(value for name, value in row.row.labels.items() if name != axis)
 
 
 def _pairs(row: RowResult, store: Store) -> list[Pair]:

@@ -299,7 +299,7 @@ def load_pretrained(model: nn.Module, args: argparse.Namespace) -> None:
     Raises:
         InputError: They cannot be had, or do not fit.
     """
-    from training.models import load_parameters
+    from training.models import counts_batches, load_parameters
     from training.storage import load_checkpoint
 
     if args.pretrained == "torchvision":
@@ -314,8 +314,7 @@ def load_pretrained(model: nn.Module, args: argparse.Namespace) -> None:
     if not any(name in fitting for name, _ in model.named_parameters()):
         raise InputError(f"--pretrained {args.pretrained}: no parameter fits --arch {args.arch}")
     load_parameters(model, own | fitting)
-    # Files from before PyTorch 0.4.1 do not count batches.
-    skipped = sorted(n for n in set(own) - set(fitting) if not n.endswith("num_batches_tracked"))
+    skipped = sorted(n for n in set(own) - set(fitting) if not counts_batches(n))
     if skipped:
         logging.getLogger(__name__).warning(
             "--pretrained: %d tensors do not fit and keep their initialisation (%s, ...)",

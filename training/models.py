@@ -154,6 +154,11 @@ def _cannot_take(spec: ModelSpec, error: Exception) -> InputError:
     )
 
 
+def counts_batches(name: str) -> bool:
+    """Whether this entry of a state is BatchNorm's counter: old files need not have it."""
+    return name.endswith("num_batches_tracked")
+
+
 def load_parameters(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """`model.load_state_dict` for parameters from a plain dictionary.
 
@@ -165,7 +170,7 @@ def load_parameters(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None
         RuntimeError: They do not fit.
     """
     own: Any = model.state_dict()
-    counters = {name: own[name] for name in own if name.endswith("num_batches_tracked")}
+    counters = {name: own[name] for name in own if counts_batches(name)}
     versioned: Any = OrderedDict(counters | dict(state))
     versioned._metadata = getattr(state, "_metadata", own._metadata)
     model.load_state_dict(versioned)

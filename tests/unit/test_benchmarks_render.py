@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.charts import _looks
+from benchmarks.charts import _looks, heatmap
 from benchmarks.columns import find_column
 from benchmarks.command import write_outputs
 from benchmarks.figures import _distinct_slugs
@@ -162,6 +163,14 @@ def test_rows_are_told_apart_in_every_diagram(result: TableResult) -> None:
     assert [look.colour for look in looks] == ["C0", "C0", "C1", "C1", "C2", "C2"]
     assert [look.kind for look in looks] == [0, 1] * 3
     assert len({(look.marker, look.line, look.opacity) for look in looks}) == 2
+
+
+def test_a_heat_map_of_a_single_axis_is_left_out(result: TableResult, tmp_path: Path) -> None:
+    one = dataclasses.replace(
+        result, table=dataclasses.replace(result.table, axes=result.table.axes[:1])
+    )
+    assert list(heatmap(one, Store(tmp_path / "store"), tmp_path)) == []
+    assert list(heatmap(result, Store(tmp_path / "store"), tmp_path))
 
 
 def test_files_are_written_and_the_report_needs_no_other(tmp_path: Path) -> None:
