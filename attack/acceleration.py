@@ -42,10 +42,9 @@ from attack.matching import (
     cosine_of_images,
     filled,
     fresh_variables,
-    laid_out_as,
 )
 from attack.objectives import Objective
-from attack.replica import Replica
+from attack.replica import Replica, laid_out_as
 from training import distributed
 from training.errors import InputError
 
@@ -169,7 +168,7 @@ class AcceleratedMatcher(GradientMatcher):
         acceleration.check_device(self.device_type)
         _check_traceable(replica, acceleration)
         if acceleration.channels_last:
-            lay_out_channels_last(replica)
+            replica.lay_out(torch.channels_last)
         # A factored pass replaces layers while it runs; a graph has them all.
         super().__init__(replica, objective, hvp, factor=not acceleration.traced)
         self.acceleration = acceleration
@@ -192,7 +191,7 @@ class AcceleratedMatcher(GradientMatcher):
             "compile_seconds": round(self.compile_seconds, 3),
             "cuda_graphs": asked.cuda_graphs and running,
             "precision": self.precision,
-            "channels_last": asked.channels_last,
+            "channels_last": self.replica.layout == torch.channels_last,
             "events": self.events,
         }
 
@@ -218,8 +217,7 @@ class AcceleratedMatcher(GradientMatcher):
         if self.precision == "float32" and not self.traced:
             super()._calibrate(inputs, labels)
             return
-        with lowered("float32", self.device_type):
-            exact = super()._exact(inputs, labels, 1.0, None).input_gradient
+        exact = self._exact_as_recorded(inputs, labels)
         enough = ACCEPTED_COSINE if self.precision == "float32" else LOW_ACCEPTED_COSINE
         self.agreement, self.step = self._best_step(exact, inputs, labels)
         if self.agreement >= enough:
@@ -239,6 +237,11 @@ class AcceleratedMatcher(GradientMatcher):
             )
             self._raise_precision()
         self._calibrate(inputs, labels)
+
+    def _exact_as_recorded(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """In full float32, whatever the passes run in."""
+        with lowered("float32", self.device_type):
+            return super()._exact_as_recorded(inputs, labels)
 
     def _sample(
         self, inputs: torch.Tensor, labels: torch.Tensor
@@ -272,25 +275,6 @@ class AcceleratedMatcher(GradientMatcher):
         logger.warning("%s", event)
 
     # -- Passes -------------------------------------------------------------------
-
-    def __call__(
-        self,
-        inputs: torch.Tensor,
-        labels: torch.Tensor,
-        *,
-        weight: float = 1.0,
-        penalty: Callable[[nn.Module], Penalty] | None = None,
-        apart: bool = False,
-    ) -> Match:
-        """See `GradientMatcher`."""
-        if not self.acceleration.channels_last:
-            return super().__call__(inputs, labels, weight=weight, penalty=penalty, apart=apart)
-        inputs = inputs.contiguous(memory_format=torch.channels_last)
-        match = super().__call__(inputs, labels, weight=weight, penalty=penalty, apart=apart)
-        match.input_gradient = match.input_gradient.contiguous()
-        if match.penalty_gradient is not None:
-            match.penalty_gradient = match.penalty_gradient.contiguous()
-        return match
 
     def value(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """See `GradientMatcher`."""
@@ -538,10 +522,3 @@ def _check_traceable(replica: Replica, acceleration: Acceleration) -> None:
         raise InputError(f"{flag} speeds up the difference, which several local steps do not use")
     if distributed.world_size() > 1 and replica.model.training:
         raise InputError(f"{flag} runs on one process where BatchNorm is in train mode")
-
-
-def lay_out_channels_last(replica: Replica) -> None:
-    """Parameters, and the shared gradient along with them."""
-    replica.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    pairs = zip(replica.target_gradient, replica.parameters, strict=True)
-    replica.target_gradient = [laid_out_as(g, p.detach()) for g, p in pairs]

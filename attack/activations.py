@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from attack.folded import convolve
+
 Tensors = tuple[torch.Tensor, ...]
 # What a recorded layer does to a new input, given the tensors that it remembered.
 Replay = Callable[..., torch.Tensor]
@@ -43,7 +45,7 @@ class RecordActivations(TorchFunctionMode):
     ) -> Any:
         record = _RECORDERS.get(func)
         if record is None:
-            return _without_tracking(func, args, kwargs or {})
+            return _call(func, args, kwargs or {})
         output, switches, replay = record(func, *args, **(kwargs or {}))
         self.replays.append(replay)
         self.switches.append(switches)
@@ -71,12 +73,12 @@ class ReplayActivations(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func not in _RECORDERS:
-            return _without_tracking(func, args, kwargs or {})
+            return _call(func, args, kwargs or {})
         replay, switches = next(self._layers)
         return replay(args[0], *switches)
 
 
-def _without_tracking(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call `func`; BatchNorm in train mode leaves its running statistics alone.
 
     An attacker's trial passes are no training, and transformed functions must not
@@ -84,6 +86,8 @@ def _without_tracking(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """
     if func is F.batch_norm and kwargs.get("training"):
         args = (args[0], None, None, *args[3:])
+    if func is F.conv2d:
+        func = convolve
     return func(*args, **kwargs)
 
 
@@ -150,7 +154,12 @@ def _max_pool2d(
 
 
 def _gather_positions(z: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    return z.flatten(-2).gather(-1, indices.flatten(-2)).view(indices.shape)
+    if not z.is_contiguous(memory_format=torch.channels_last):
+        return z.flatten(-2).gather(-1, indices.flatten(-2)).view(indices.shape)
+    # The same without leaving the layout.
+    pixels, positions = z.permute(0, 2, 3, 1), indices.permute(0, 2, 3, 1)
+    found = pixels.flatten(1, 2).gather(1, positions.flatten(1, 2))
+    return found.view(positions.shape).permute(0, 3, 1, 2)
 
 
 def _dropout(

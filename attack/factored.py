@@ -11,6 +11,9 @@ and a second pass at W + c t + s g, which a layer with input a' answers by
 
     conv(a', W + c t) + s (A' A^T) d.
 
+Where a batch is spread over processes, the factors travel instead of the gradient: every process
+gathers the others' inputs and derivatives, and takes its own rows' share of the products.
+
 The gradient is never formed. W + c t changes only with c, which the caller keeps for many
 iterations. Where an objective is a function of the two products, its derivative in g is a
 combination of g and t, and this is exact; the caller's difference of two passes is as accurate
@@ -19,7 +22,9 @@ as with parameters moved outright.
 Source: the norm of a product, Goodfellow, Efficient Per-Example Gradient Computations, 2015,
 https://arxiv.org/abs/1510.01799, and for convolutions Bu et al., Scalable and Efficient
 Training of Large Convolutional Neural Networks with Differential Privacy, 2022,
-https://arxiv.org/abs/2205.10683. The second pass is this project's own.
+https://arxiv.org/abs/2205.10683. Factors that travel instead of gradients: Xie et al., Lighter-
+Communication Distributed Machine Learning via Sufficient Factor Broadcasting, UAI 2016,
+https://arxiv.org/abs/1511.08486. The second pass is this project's own.
 """
 
 from __future__ import annotations
@@ -36,7 +41,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from attack.activations import RecordActivations
-from attack.packed import FixedConv2d
+from attack.packed import FixedConv2d, as_pair
+from training import distributed
 
 Tensors = list[torch.Tensor]
 # By the identity of their weights.
@@ -47,7 +53,9 @@ Kernels = dict[int, Callable[[torch.Tensor], torch.Tensor]]
 # Kept as a product, a layer needs about four times S^2 (K + M) multiplications more, and the
 # K M entries of its gradient are not written, reordered, compared and moved. Doing that to an
 # entry takes about as long as so many multiplications (measured on a CPU).
-MULTIPLICATIONS_PER_ENTRY = 100
+MULTIPLICATIONS_PER_ENTRY = 160
+# The same for sending it, where a batch is spread over processes.
+MULTIPLICATIONS_PER_SENT_ENTRY = 300
 # Steps whose moved weights are kept: the wanted one may lie on the border of two.
 KEPT_STEPS = 2
 
@@ -62,6 +70,70 @@ class Geometry:
     dilation: Any
 
 
+class Windows:
+    """Where a convolution reads, for inputs of one shape.
+
+    Args:
+        geometry: Of the convolution.
+        shape: Of its inputs, N x C x H x W.
+    """
+
+    def __init__(self, geometry: Geometry, shape: Sequence[int]) -> None:
+        n, channels, *sides = shape
+        self.padding, self.stride, self.dilation = (
+            as_pair(v) for v in (geometry.padding, geometry.stride, geometry.dilation)
+        )
+        self.kernel, self.sides, self.channels = geometry.kernel, sides, channels
+        self.padded = [side + 2 * p for side, p in zip(sides, self.padding, strict=True)]
+        reach = [d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True)]
+        triples = zip(self.padded, reach, self.stride, strict=True)
+        self.outputs = [(side - far - 1) // step + 1 for side, far, step in triples]
+        self.shape = (n, *self.outputs, *self.kernel, channels)
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """The patches of N x C x H x W, S x K."""
+        (top, left), (down, right), (dy, dx) = self.padding, self.stride, self.dilation
+        pixels = (F.pad(x, (left, left, top, top)) if top or left else x).permute(0, 2, 3, 1)
+        n, row, column, channel = pixels.stride()
+        strides = (n, down * row, right * column, dy * row, dx * column, channel)
+        windows = pixels.as_strided(self.shape, strides, pixels.storage_offset())
+        return windows.flatten(3).flatten(0, 2)
+
+    def scatter(self, patches: torch.Tensor) -> torch.Tensor:
+        """The transpose of `gather`: every pixel sums what it was read as."""
+        windows = patches.view(self.shape)
+        pixels = patches.new_zeros(self.shape[0], *self.padded, self.channels)
+        for y in range(self.kernel[0]):
+            for x in range(self.kernel[1]):
+                rows, columns = self._read(0, y), self._read(1, x)
+                pixels[:, rows, columns] += windows[:, :, :, y, x]
+        (top, left), (height, width) = self.padding, self.sides
+        return pixels[:, top : top + height, left : left + width].permute(0, 3, 1, 2)
+
+    def _read(self, side: int, tap: int) -> slice:
+        """The padded positions that a tap of the kernel reads along one side."""
+        first, step = tap * self.dilation[side], self.stride[side]
+        return slice(first, first + step * (self.outputs[side] - 1) + 1, step)
+
+
+class _Patches(torch.autograd.Function):
+    """Puts `Windows` into the graph.
+
+    `torch.nn.functional.unfold` does the same for images whose channels lie apart, and for
+    others copies twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+        ctx.windows = Windows(geometry, x.shape)
+        return ctx.windows.gather(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.windows.scatter(gradients[0].contiguous()), None
+
+
 @dataclass(frozen=True)
 class Layer:
     """A layer whose weight gradient is kept as a product.
@@ -69,12 +141,10 @@ class Layer:
     Attributes:
         index: Of the weight among the shared parameters.
         geometry: Of its convolution; None if fully connected.
-        output: Shape of what it computes.
     """
 
     index: int
     geometry: Geometry | None
-    output: tuple[int, ...]
 
     def with_weight(self, weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         """The layer without its bias, for many calls with this weight."""
@@ -94,21 +164,20 @@ class Layer:
         g = self.geometry
         if g is None:
             return x.flatten(0, -2)
-        unfolded = F.unfold(x, g.kernel, g.dilation, g.padding, g.stride)
-        return unfolded.transpose(1, 2).flatten(0, 1)
+        patches: torch.Tensor = _Patches.apply(x, g)
+        return patches
 
     def rows(self, y: torch.Tensor) -> torch.Tensor:
-        """Values at the output positions, S x M."""
-        if self.geometry is None:
-            return y.flatten(0, -2)
-        return y.flatten(2).transpose(1, 2).flatten(0, 1)
+        """Values at all positions of N x C x H x W or ... x C, one position a row."""
+        return y.flatten(0, -2) if self.geometry is None else y.permute(0, 2, 3, 1).flatten(0, 2)
 
-    def from_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """The inverse of `rows`."""
+    def from_rows(self, rows: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        """The inverse of `rows`, for values of this shape."""
         if self.geometry is None:
-            return rows.view(self.output)
-        n, channels = self.output[:2]
-        return rows.view(n, -1, channels).transpose(1, 2).reshape(self.output)
+            return rows.view(shape)
+        n, channels, height, width = shape
+        # Channels last, as convolutions on a CPU read and write them.
+        return rows.view(n, height, width, channels).permute(0, 3, 1, 2)
 
 
 @dataclass
@@ -116,19 +185,21 @@ class Factors:
     """One pass' weight gradient of one layer: `patches`^T `deltas`.
 
     Attributes:
-        inputs: Of the layer.
-        patches: S x K.
-        deltas: S x M.
+        inputs: Of the layer, of this process's images.
+        mine: The rows of this process's images.
+        patches: Of the images of all processes, S x K.
+        deltas: Likewise, S x M.
     """
 
     inputs: torch.Tensor
+    mine: slice
     patches: torch.Tensor
     deltas: torch.Tensor
 
     def squared_norm(self) -> torch.Tensor:
-        """<g, g>, a scalar in float64."""
+        """This process's part of <g, g>, a scalar in float64."""
         a, d = self.patches, self.deltas
-        return ((a @ a.T) * (d @ d.T)).sum(dtype=torch.float64)
+        return ((a[self.mine] @ a.T) * (d[self.mine] @ d.T)).sum(dtype=torch.float64)
 
 
 class Factored:
@@ -138,10 +209,17 @@ class Factored:
         layers: Them.
         models: Parameters of every model that runs them, each in the order shared.
         goal: The shared gradient, in the same order and layout.
+        sizes: Images of each process.
     """
 
-    def __init__(self, layers: Sequence[Layer], models: Sequence[Tensors], goal: Tensors) -> None:
-        self._layers = layers
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        models: Sequence[Tensors],
+        goal: Tensors,
+        sizes: Sequence[int],
+    ) -> None:
+        self._layers, self._sizes = layers, sizes
         self._by_weight = {id(model[la.index]): la for la in layers for model in models}
         self._theta = [p.detach() for p in models[0]]
         self._goal = goal
@@ -160,20 +238,20 @@ class Factored:
 
     def record(self) -> RecordFactors:
         """The mode for the first pass."""
-        return RecordFactors(self._by_weight, self._at_theta)
+        return RecordFactors(self._by_weight, self._at_theta, self._sizes)
 
     def products(self, record: RecordFactors) -> tuple[float, float]:
-        """<g, g> and <g, t> over all layers here."""
+        """<g, g> and <g, t> over all layers here, of the whole batch's gradient."""
         pairs = [
             torch.stack((factors.squared_norm(), self._target_product(layer, factors)))
             for layer, factors in record.factors()
         ]
-        gg, gt = torch.stack(pairs).sum(0).tolist()
+        gg, gt = distributed.all_reduce(torch.stack(pairs).sum(0)).tolist()
         return gg, gt
 
     def _target_product(self, layer: Layer, factors: Factors) -> torch.Tensor:
         at_goal = layer.rows(self._at_goal[layer.index](factors.inputs))
-        return (at_goal * factors.deltas).sum(dtype=torch.float64)
+        return (at_goal * factors.deltas[factors.mine]).sum(dtype=torch.float64)
 
     def along_target(self, wanted: float) -> float:
         """A step along the target within a factor of 1.5 of the wanted one.
@@ -229,9 +307,9 @@ class RecordFactors(_LayerMode):
         taps: Zeros added to the layers' outputs; the derivatives in them are the deltas.
     """
 
-    def __init__(self, layers: Layers, kernels: Kernels) -> None:
+    def __init__(self, layers: Layers, kernels: Kernels, sizes: Sequence[int]) -> None:
         super().__init__(layers)
-        self._kernels = kernels
+        self._kernels, self._sizes = kernels, sizes
         self.taps: Tensors = []
         self._calls: list[tuple[Layer, torch.Tensor]] = []
         self._factors: list[Factors] = []
@@ -245,10 +323,45 @@ class RecordFactors(_LayerMode):
         return output + tap
 
     def close(self, deltas: Sequence[torch.Tensor]) -> None:
-        """Take the derivatives of the loss in `taps`."""
+        """Take the derivatives of the loss in `taps`, and what other processes have of both."""
+        inputs = [x for _, x in self._calls]
+        layers = [layer for layer, _ in self._calls]
+        everywhere = self._gather([*layers, *layers], [*inputs, *deltas])
+        n = len(layers)
         self._factors = [
-            Factors(x, layer.patches(x), layer.rows(delta))
-            for (layer, x), delta in zip(self._calls, deltas, strict=True)
+            self._factors_of(layer, mine, x, d)
+            for layer, mine, x, d in zip(
+                layers, inputs, everywhere[:n], everywhere[n:], strict=True
+            )
+        ]
+
+    def _factors_of(
+        self, layer: Layer, inputs: torch.Tensor, x: torch.Tensor, deltas: torch.Tensor
+    ) -> Factors:
+        rows = layer.rows(deltas)
+        return Factors(inputs, self._mine(len(rows)), layer.patches(x), rows)
+
+    def _mine(self, rows: int) -> slice:
+        """Which of all rows belong to this process's images."""
+        if len(self._sizes) == 1:
+            return slice(None)
+        share = distributed.shard_slice(self._sizes, distributed.rank())
+        per_image = rows // sum(self._sizes)
+        return slice(share.start * per_image, share.stop * per_image)
+
+    def _gather(self, layers: Sequence[Layer], values: Sequence[torch.Tensor]) -> Tensors:
+        """The values of all processes' images, in one message."""
+        if len(self._sizes) == 1:
+            return list(values)
+        n = self._sizes[distributed.rank()]
+        pieces = [la.rows(v).reshape(n, -1) for la, v in zip(layers, values, strict=True)]
+        whole = distributed.all_gather_rows(torch.cat(pieces, 1), self._sizes)
+        columns = whole.split([p.shape[1] for p in pieces], 1)
+        # The first dimension counts images, or positions of images.
+        shapes = [(v.shape[0] // n * len(whole), *v.shape[1:]) for v in values]
+        return [
+            la.from_rows(c.reshape(-1), shape)
+            for la, c, shape in zip(layers, columns, shapes, strict=True)
         ]
 
     def factors(self) -> Iterator[tuple[Layer, Factors]]:
@@ -273,7 +386,7 @@ class ReplayFactors(_LayerMode):
         factors = self._factors[layer.index]
         output = layer.add_bias(self._kernels[layer.index](x), bias)
         along = (layer.patches(x) @ factors.patches.T) @ (factors.deltas * self._scale)
-        return output + layer.from_rows(along)
+        return output + layer.from_rows(along, output.shape)
 
 
 class Read(NamedTuple):
@@ -323,6 +436,7 @@ class _Survey(TorchFunctionMode):
         super().__init__()
         self._indices = indices
         self.uses: dict[int, int] = {}
+        self.rows: dict[int, int] = {}
         self.found: dict[int, Layer] = {}
 
     def __torch_function__(
@@ -338,7 +452,8 @@ class _Survey(TorchFunctionMode):
         read = _read(func, args, kwargs or {})
         if read is not None and id(read.weight) in self._indices:
             index = self._indices[id(read.weight)]
-            self.found[index] = Layer(index, read.geometry, tuple(output.shape))
+            self.found[index] = Layer(index, read.geometry)
+            self.rows[index] = output.numel() // read.weight.shape[0]
         return output
 
     def _used(self, values: Sequence[Any]) -> list[int]:
@@ -357,7 +472,7 @@ def find_layers(
         model: Run once, without a gradient.
         parameters: The shared parameters of that model.
         shape: Of its inputs, n x C x H x W.
-        worth: Of rows S, patch size K and channels M.
+        worth: Of rows, patch size K and channels M.
     """
     survey = _Survey({id(p): i for i, p in enumerate(parameters)})
     # Not a plain zero: some layers divide by what they read.
@@ -367,21 +482,28 @@ def find_layers(
     return [
         layer
         for index, layer in sorted(survey.found.items())
-        if survey.uses[index] == 1 and worth(*_sizes(layer, parameters[index]))
+        if survey.uses[index] == 1
+        and worth(survey.rows[index], *_patch_and_channels(parameters[index]))
     ]
 
 
-def _sizes(layer: Layer, weight: torch.Tensor) -> tuple[int, int, int]:
-    channels = weight.shape[0]
-    return math.prod(layer.output) // channels, weight.numel() // channels, channels
+def _patch_and_channels(weight: torch.Tensor) -> tuple[int, int]:
+    return weight[0].numel(), weight.shape[0]
 
 
-def saves_sweeps(rows: int, patch: int, channels: int) -> bool:
-    """Whether the factors cost less than sweeping over the weight gradient.
+def saves_sweeps(rows: int, patch: int, channels: int, sizes: Sequence[int]) -> bool:
+    """Whether the factors cost less than sweeping over the weight gradient, and sending it.
+
+    All processes come to the same answer.
 
     Args:
-        rows: Output positions of all images, S.
+        rows: Output positions of this process's images.
         patch: Values that one of them reads, K.
         channels: Outputs of one of them, M.
+        sizes: Images of each process.
     """
-    return 4 * rows**2 * (patch + channels) <= MULTIPLICATIONS_PER_ENTRY * patch * channels
+    all_rows = rows * sum(sizes) // sizes[distributed.rank()]
+    most_rows = all_rows * max(sizes) // sum(sizes)
+    multiplications = 4 * most_rows * all_rows * (patch + channels)
+    sent = MULTIPLICATIONS_PER_SENT_ENTRY if len(sizes) > 1 else 0
+    return multiplications <= (MULTIPLICATIONS_PER_ENTRY + sent) * patch * channels

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +42,7 @@ from attack.objectives import (
     products_with,
     squared_norm,
 )
-from attack.replica import Replica
+from attack.replica import Replica, laid_out_as
 from gradients.local_update import unrolled_update
 from training import distributed
 from training.errors import InputError
@@ -146,9 +147,6 @@ class GradientMatcher:
         self._perturbed = _sharing_copy(replica.model)
         moved = dict(self._perturbed.named_parameters())
         self._moved: Tensors = [moved[name] for name in replica.names]
-        # Entries are paired in memory order; a checkpoint may hold any layout.
-        pairs = zip(replica.target_gradient, _detached(replica.parameters), strict=True)
-        self._goal: Tensors = [laid_out_as(t, p) for t, p in pairs]
         self._surveyed: torch.Size | None = None
         self._factored: Factored | None = None
         self._near = 0
@@ -177,6 +175,24 @@ class GradientMatcher:
                 called after it for a differentiable scalar.
             apart: Keep the penalty's gradient apart, at the cost of a backward pass.
         """
+        inputs = self._laid_out(inputs)
+        match = self._match(inputs, labels, weight, penalty, apart)
+        match.input_gradient = match.input_gradient.contiguous()
+        if match.penalty_gradient is not None:
+            match.penalty_gradient = match.penalty_gradient.contiguous()
+        return match
+
+    def _laid_out(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs.contiguous(memory_format=self.replica.layout)
+
+    def _match(
+        self,
+        inputs: torch.Tensor,
+        labels: torch.Tensor,
+        weight: float,
+        penalty: Callable[[nn.Module], Penalty] | None,
+        apart: bool,
+    ) -> Match:
         if self.clipping is not None:
             return self._clipped(inputs, labels, weight, penalty, apart)
         self._count_call(inputs, labels)
@@ -255,6 +271,7 @@ class GradientMatcher:
 
     def value(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The objective alone, a scalar in float64."""
+        inputs = self._laid_out(inputs)
         if self.clipping is not None:
             gradient = self.clipping.mean_gradient(inputs, labels)
         elif self.replica.local.steps > 1:
@@ -289,7 +306,7 @@ class GradientMatcher:
         inputs, labels = self._sample(inputs, labels)
         # Layers that are factored for few images may not be for all of them.
         self.factor = factor and len(inputs) == whole
-        exact = self._exact(inputs, labels, 1.0, None).input_gradient
+        exact = self._exact_as_recorded(inputs, labels)
         best = self._best_step(exact, inputs, labels)
         if best[0] < ACCEPTED_COSINE and self._factored is not None:
             factor, self.factor, self._factored = False, False, None
@@ -298,6 +315,20 @@ class GradientMatcher:
         self.agreement = best[0]
         self.step = best[1] if best[0] >= ACCEPTED_COSINE else None
         logger.debug("difference step %s, cosine to exact %.6f", self.step, self.agreement)
+
+    def _exact_as_recorded(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The exact gradient in the images, on the switches that the difference freezes.
+
+        A unit so close to its switch that another kernel's rounding flips it would show as an
+        error of the difference, and is none: one flip in a late layer turns the gradient by
+        more than a cosine of `ACCEPTED_COSINE` allows.
+        """
+        factored = self._factoring(inputs)
+        kernels = contextlib.nullcontext() if factored is None else factored.record()
+        with torch.no_grad(), RecordActivations() as record, kernels:
+            self.replica.model(inputs)
+        frozen = ReplayActivations(record.replays, record.switches)
+        return GradientMatcher._exact(self, inputs, labels, 1.0, None, frozen=frozen).input_gradient
 
     def _sample(
         self, inputs: torch.Tensor, labels: torch.Tensor
@@ -328,11 +359,13 @@ class GradientMatcher:
         weight: float,
         penalty: Callable[[nn.Module], Penalty] | None,
         apart: bool = False,
+        frozen: contextlib.AbstractContextManager[Any] | None = None,
     ) -> Match:
         variables = fresh_variables(inputs, labels)
         observe = None if penalty is None else penalty(self.replica.model)
+        around = contextlib.nullcontext() if frozen is None else frozen
         # Fused attention kernels have no second derivative.
-        with sdpa_kernel(SDPBackend.MATH), TwiceDifferentiable():
+        with sdpa_kernel(SDPBackend.MATH), TwiceDifferentiable(), around:
             if self.replica.local.steps > 1:
                 gradient = self._update(*filled(variables, labels), create_graph=True)
             else:
@@ -426,8 +459,8 @@ class GradientMatcher:
         found = torch.autograd.grad(loss, [*others, *factors.taps, *variables])
         n, m = len(others), len(others) + len(factors.taps)
         factors.close(found[n:m])
-        theta, goal = _detached(others), factored.others(self._goal)
-        gradient = [laid_out_as(g, t) for g, t in zip(found[:n], theta, strict=True)]
+        theta, goal = _detached(others), factored.others(self.replica.target_gradient)
+        gradient = self._summed(list(found[:n]), theta)
         pairs = (products_with(gradient, goal), factored.products(factors))
         gg, gt = (sum(parts) for parts in zip(*pairs, strict=True))
         affine = self.objective.affine_seed(Products(gg, gt, self._target_squared))
@@ -456,19 +489,22 @@ class GradientMatcher:
 
     def _survey(self, shape: torch.Size) -> Factored | None:
         probe = self.objective.affine_seed(Products(1.0, 0.5, 1.0))
-        if not self.factor or probe is None or distributed.world_size() > 1:
+        if not self.factor or probe is None:
             return None
-        layers = find_layers(self.replica.model, self.replica.parameters, shape, saves_sweeps)
-        return (
-            Factored(layers, (self.replica.parameters, self._moved), self._goal) if layers else None
-        )
+        replica = self.replica
+        worth = functools.partial(saves_sweeps, sizes=replica.sizes)
+        layers = find_layers(replica.model, replica.parameters, shape, worth)
+        if not layers:
+            return None
+        models = (replica.parameters, self._moved)
+        return Factored(layers, models, replica.target_gradient, replica.sizes)
 
     def _moved_parameters(
         self, gradient: Tensors, step: float
     ) -> tuple[torch.Tensor, Tensors, float]:
         """The objective, theta + h v, and h; the gradient's memory is used for the second."""
-        theta, target = _detached(self.replica.parameters), self._goal
-        gradient = [laid_out_as(g, t) for g, t in zip(self._summed(gradient), theta, strict=True)]
+        theta, target = _detached(self.replica.parameters), self.replica.target_gradient
+        gradient = self._summed(gradient, theta)
         gg, gt = products_with(gradient, target)
         affine = self.objective.affine_seed(Products(gg, gt, self._target_squared))
         if affine is None:
@@ -501,16 +537,21 @@ class GradientMatcher:
 
     def _value_and_seed(self, gradient: Tensors) -> tuple[torch.Tensor, Tensors]:
         """The objective of the whole batch's gradient."""
-        return self.objective.value_and_seed(self._summed(gradient), self.replica.target_gradient)
+        goal = self.replica.target_gradient
+        return self.objective.value_and_seed(self._summed(gradient, goal), goal)
 
     @staticmethod
-    def _summed(gradient: Tensors) -> Tensors:
-        """The gradient of the whole batch: the parts of all processes added."""
+    def _summed(gradient: Tensors, like: Tensors) -> Tensors:
+        """The gradient of the whole batch, the parts of all processes added, in a layout."""
+        gradient = [laid_out_as(g, t) for g, t in zip(gradient, like, strict=True)]
         if distributed.world_size() == 1:
             return gradient
-        flat = distributed.all_reduce(torch.cat([g.flatten() for g in gradient]))
-        pieces = flat.split([g.numel() for g in gradient])
-        return [p.view(g.shape) for p, g in zip(pieces, gradient, strict=True)]
+        flat = [g.as_strided((g.numel(),), (1,)) for g in gradient]
+        pieces = distributed.all_reduce(torch.cat(flat)).split([g.numel() for g in gradient])
+        return [
+            piece.as_strided(g.shape, g.stride(), piece.storage_offset())
+            for piece, g in zip(pieces, gradient, strict=True)
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed attack needs to go on to the bit, as plain values."""
@@ -540,13 +581,6 @@ def _sharing_copy(model: nn.Module) -> nn.Module:
         id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()
     }
     return copy.deepcopy(model, shared)
-
-
-def laid_out_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The tensor with another's strides."""
-    if tensor.stride() == like.stride():
-        return tensor
-    return torch.empty_like(like).copy_(tensor)
 
 
 def _detached(tensors: Tensors) -> Tensors:

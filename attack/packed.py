@@ -33,7 +33,8 @@ class FixedConv2d:
 
     def __init__(self, weight: torch.Tensor, stride: Any, padding: Any, dilation: Any) -> None:
         self.weight = weight
-        self.stride, self.padding, self.dilation = _pair(stride), _pair(padding), _pair(dilation)
+        self.stride, self.padding = as_pair(stride), as_pair(padding)
+        self.dilation = as_pair(dilation)
         self._packed: dict[tuple[torch.Size, bool], torch.Tensor | None] = {}
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -104,14 +105,21 @@ class _Packed(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, conv: FixedConv2d) -> torch.Tensor:
         ctx.conv = conv
         ctx.save_for_backward(x)
-        return conv.forward(x.contiguous())
+        return conv.forward(_dense(x))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         (x,) = ctx.saved_tensors
-        return ctx.conv.backward(gradients[0].contiguous(), x), None
+        return ctx.conv.backward(_dense(gradients[0]), x), None
 
 
-def _pair(value: Any) -> Pair:
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    """In one of the two layouts that need no reordering within a pixel or a plane."""
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    return x if channels_last else x.contiguous()
+
+
+def as_pair(value: Any) -> Pair:
+    """A setting of both directions, given for each or for both."""
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))

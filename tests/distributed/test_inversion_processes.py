@@ -18,11 +18,21 @@ from training.models import ModelSpec
 from training.storage import load_checkpoint, save_checkpoint
 
 CNN = ModelSpec("cnn", 10, 8, width=4)
+RESIDUAL = ModelSpec("resnet18", 10, 8, "cifar", width=8)
+# Others than the CNN.
+MODELS = {
+    "residual, synchronized": RESIDUAL,
+    "residual, eval": RESIDUAL,
+    "transformer": ModelSpec("vit_tiny", 10, 8),
+}
 BASE = InversionConfig(iterations=15, signed=False, tv=0.01, double=True, hvp="exact")
 TARGETS = {
     "synchronized": {"train_mode": True},
     "asynchronous": {"train_mode": True, "shards": (3, 2)},
     "eval": {},
+    "residual, synchronized": {"train_mode": True},
+    "residual, eval": {},
+    "transformer": {},
 }
 
 
@@ -31,7 +41,7 @@ def change(**fields: object) -> InversionConfig:
 
 
 CASES: dict[str, tuple[str, InversionConfig]] = {
-    **{f"{name}, exact": (name, BASE) for name in TARGETS},
+    **{f"{name}, exact": (name, BASE) for name in TARGETS if name not in MODELS},
     **{f"{name}, difference": (name, change(hvp="difference")) for name in TARGETS},
     "synchronized, running statistics": ("synchronized", change(bn=0.1)),
     "synchronized, exact statistics": ("synchronized", change(bn=0.1, exact_bn=True)),
@@ -63,14 +73,17 @@ BY_THREE = [case for case, (target, _) in CASES.items() if target != "asynchrono
 
 
 def made(name: str) -> tuple[Target, Truth]:
-    return make_target(CNN, 5, **TARGETS[name])  # type: ignore[arg-type]
+    return make_target(MODELS.get(name, CNN), 5, **TARGETS[name])  # type: ignore[arg-type]
 
 
 def invert(case: str) -> dict[str, torch.Tensor | float]:
     name, config = CASES[case]
     target, truth = made(name)
-    found = Inversion(target, truth.labels, config, device=torch.device("cpu"), seed=4).run()
-    return {"images": found.images, "objective": found.objective}
+    inversion = Inversion(target, truth.labels, config, device=torch.device("cpu"), seed=4)
+    found = inversion.run()
+    factored = inversion.matcher._factored
+    layers = 0 if factored is None else len(factored._layers)
+    return {"images": found.images, "objective": found.objective, "factored": layers}
 
 
 def invert_all(process: Process, args: argparse.Namespace) -> None:
@@ -109,3 +122,5 @@ def test_as_one_process(case: str, by_processes: dict[int, dict[str, dict]]) -> 
         images = found[case]["images"]
         torch.testing.assert_close(images, one["images"], rtol=0, atol=tolerance)
         assert found[case]["objective"] == pytest.approx(one["objective"], rel=1e-4)
+        if "difference" in case:
+            assert found[case]["factored"] > 0, "no factors travelled: nothing was compared"

@@ -96,14 +96,28 @@ class Oddities(nn.Module):
 def test_only_plain_layers_are_factored():
     model = Oddities()
     names = [name for name, _ in model.named_parameters()]
-    layers = find_layers(model, list(model.parameters()), (1, 3, 8, 8), lambda *_: True)
+    sizes = []
+
+    def worth(*rows_patch_channels: int) -> bool:
+        sizes.append(rows_patch_channels)
+        return True
+
+    layers = find_layers(model, list(model.parameters()), (2, 3, 8, 8), worth)
     assert [names[layer.index] for layer in layers] == ["plain.weight"]
-    assert layers[0].output == (1, 4, 4, 4)
+    assert sizes == [(2 * 4 * 4, 3 * 3 * 3, 4)]
 
 
 def test_few_rows_are_worth_it():
-    assert saves_sweeps(16, 4608, 512)
-    assert not saves_sweeps(1024, 576, 64)
+    assert saves_sweeps(16, 4608, 512, [1])
+    assert not saves_sweeps(1024, 576, 64, [1])
+
+
+def test_what_need_not_travel_is_worth_more_and_all_processes_agree(monkeypatch):
+    assert not saves_sweeps(256, 4608, 512, [8])
+    for rank, images in enumerate((5, 3)):
+        monkeypatch.setattr("training.distributed.rank", lambda rank=rank: rank)
+        assert saves_sweeps(images * 32, 4608, 512, [5, 3])
+        assert not saves_sweeps(images * 128, 4608, 512, [5, 3])
 
 
 @pytest.mark.parametrize("stride", [1, 2])

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
+from attack import activations
 from attack.matching import GradientMatcher, Match
 from attack.objectives import (
     L2,
@@ -211,15 +212,34 @@ def test_large_batches_are_checked_on_few_images(monkeypatch):
     sizes = []
     exact = matcher._exact
 
-    def noted(inputs, *args):
+    def noted(self, inputs, *args, **options):
         sizes.append(len(inputs))
-        return exact(inputs, *args)
+        return exact(inputs, *args, **options)
 
-    monkeypatch.setattr(matcher, "_exact", noted)
+    monkeypatch.setattr(GradientMatcher, "_exact", noted)
     found = matcher(candidate(target), truth.labels).input_gradient
     assert sizes == [2]
     assert matcher.step is not None
     assert cosine(found, exact(candidate(target), truth.labels, 1.0, None).input_gradient) > 0.9999
+
+
+def test_a_unit_that_another_kernel_would_switch_is_no_error_of_the_difference(monkeypatch):
+    target, truth = make_target(MODELS["resnet"], 1)
+    matcher = GradientMatcher(Replica(target, CPU), Cosine(), "auto")
+    inputs = candidate(target).float()
+
+    def with_a_flip(func, x, *args, **kwargs):
+        """One unit of every layer is on where it should be off, or off where on."""
+        on = x.detach() > 0
+        on[0, 0, 0, 0] = ~on[0, 0, 0, 0]
+        return x * on, (on,), torch.mul
+
+    monkeypatch.setitem(activations._RECORDERS, F.relu, with_a_flip)
+    found = matcher(inputs, truth.labels).input_gradient
+    unfrozen = matcher._exact(inputs, truth.labels, 1.0, None).input_gradient
+    assert cosine(found, unfrozen) < 0.999, "the flips change nothing: nothing is shown"
+    assert matcher.step is not None
+    assert matcher.agreement > 0.9999
 
 
 @pytest.mark.parametrize("hvp", ["exact", "difference"])
