@@ -226,7 +226,10 @@ class GradientMatcher:
     def _several_differences(
         self, inputs: torch.Tensor, labels: torch.Tensor, step: float
     ) -> list[Match]:
-        theta = dict(zip(self.replica.names, _detached(self.replica.parameters), strict=True))
+        # Batched over restarts, weights become those of grouped convolutions, which channels
+        # last are slow.
+        plain = [p.contiguous() for p in _detached(self.replica.parameters)]
+        theta = dict(zip(self.replica.names, plain, strict=True))
         record = RecordActivations()
 
         def first(parameters: dict[str, torch.Tensor], x: torch.Tensor) -> Any:

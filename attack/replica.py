@@ -68,9 +68,10 @@ class Replica:
         """Lay out parameters and the shared gradient; images are to follow."""
         self.layout = layout
         self.model.to(memory_format=layout)  # type: ignore[call-overload]
-        pairs = zip(self.target_gradient, self.parameters, strict=True)
-        # Entries are paired in memory order; a checkpoint may hold any layout.
-        self.target_gradient = [laid_out_as(g, p.detach()) for g, p in pairs]
+        for gradient, parameter in zip(self.target_gradient, self.parameters, strict=True):
+            # Entries are paired in memory order; a checkpoint may hold any layout. The target's
+            # own tensors change theirs, so that nothing is held twice.
+            gradient.data = laid_out_as(gradient, parameter.detach())
 
     def loss(self, model: Classifier, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """This process's part of the client's mean loss.

@@ -24,6 +24,8 @@ from training.errors import InputError
 
 # An iteration needs a forward pass (1), a backward pass (2) and their derivative (4).
 PASSES = 7
+# Of the whole attacks that are timed.
+ATTACK_ITERATIONS = 48
 METHODS: dict[str, Callable[[Problem], references.Iteration]] = {
     "R1": references.published_loop,
     "R2": references.analytic_seed,
@@ -102,7 +104,11 @@ def _roofline(problem: Problem, seconds: float) -> dict[str, float]:
 
 
 def measure_restarts(case: Case, n: int, repeats: int, seed: int) -> dict[str, Any]:
-    """The time of `n` restarts in units of the time of one."""
+    """The time of `n` restarts in units of the time of one.
+
+    Per iteration, with all of them running; and ("halved") of a whole attack that drops the
+    worse half of them at 1/8, 1/4 and 1/2 of its iterations.
+    """
     problem = make_problem(case, seed)
     functions = {
         "one": references.our_loop(problem),
@@ -111,11 +117,17 @@ def measure_restarts(case: Case, n: int, repeats: int, seed: int) -> dict[str, A
         "chosen": references.our_loop(problem, n, at_once=0),
     }
     times = interleaved(functions, repeats)
+    whole = {
+        "one": references.our_attack(problem, ATTACK_ITERATIONS, 1, halving=False),
+        "halved": references.our_attack(problem, ATTACK_ITERATIONS, n, halving=True),
+    }
+    attacks = interleaved(whole, repeats)
+    ratios = {k: paired_ratio(times[k], times["one"]) for k in list(functions)[1:]}
     return {
         "case": case.name,
         "restarts": n,
         "seconds": medians(times),
-        "times_one": {k: paired_ratio(times[k], times["one"]) for k in list(functions)[1:]},
+        "times_one": {**ratios, "halved": paired_ratio(attacks["halved"], attacks["one"])},
         **{k: v for k, v in _roofline(problem, medians(times)["one"]).items() if k[0] == "t"},
     }
 

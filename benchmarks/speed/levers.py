@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from attack import activations
 from attack.allocation import keep_freed_memory
 from attack.matching import GradientMatcher
 from attack.objectives import AffineSeed, Cosine, Products
@@ -52,17 +53,27 @@ def _keeping_memory(problem: Problem) -> Iteration:
     return _difference(problem)
 
 
-def _channels_last(problem: Problem) -> Iteration:
+def _channels_apart(problem: Problem) -> Iteration:
     replica = Replica(problem.target, CPU)
-    replica.lay_out(torch.channels_last)
+    replica.lay_out(torch.contiguous_format)
     matcher = GradientMatcher(replica, Cosine(), "difference")
-    inputs = problem.inputs.contiguous(memory_format=torch.channels_last)
-    return lambda: matcher(inputs, problem.labels).input_gradient.contiguous()
+    return lambda: matcher(problem.inputs, problem.labels).input_gradient
+
+
+def _unfolded(problem: Problem) -> Iteration:
+    activations.convolve = F.conv2d
+    return _difference(problem)
 
 
 def _bf16(problem: Problem) -> Iteration:
-    iteration = _difference(problem)
+    return _in_bf16(_difference(problem))
 
+
+def _bf16_exact(problem: Problem) -> Iteration:
+    return _in_bf16(_exact(problem))
+
+
+def _in_bf16(iteration: Iteration) -> Iteration:
     def in_bf16() -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             return iteration()
@@ -125,6 +136,8 @@ class Lever:
 
 _SMALL = ("convnet-32px-b1-eval", "resnet18-32px-b1-eval")
 _ALL = (*_SMALL, "resnet18-224px-b1-eval", "vgg11-32px-b1-eval")
+_BATCHES = ("convnet-32px-b8-eval", "resnet18-32px-b8-train", "resnet18-224px-b4-eval")
+_STRIDED = ("resnet18-64px-b4-eval", "resnet18-224px-b1-eval", "resnet18-224px-b4-eval")
 LEVERS: dict[str, Lever] = {
     lever.name: lever
     for lever in [
@@ -133,8 +146,16 @@ LEVERS: dict[str, Lever] = {
         Lever("parameters swept once", _several_sweeps, _difference, _ALL, "in use"),
         Lever("late layers as products", _written_out, _difference, _ALL, "in use"),
         Lever("freed memory kept", _difference, _keeping_memory, _ALL, "in use by the command"),
-        Lever("channels last", _difference, _channels_last, _ALL, "not in use"),
+        Lever("channels last", _channels_apart, _difference, (*_ALL, *_BATCHES), "in use on a CPU"),
+        Lever("first layer folded", _unfolded, _difference, _STRIDED, "in use on a CPU"),
         Lever("bf16", _difference, _bf16, _SMALL, "not in use: the difference drowns"),
+        Lever(
+            "bf16 and double backward",
+            _difference,
+            _bf16_exact,
+            _SMALL,
+            "`--precision bf16` where the difference drowns",
+        ),
         Lever("two threads", _one_thread, _two_threads, _SMALL, "torch's default", wall=True),
         Lever(
             "torch.compile of a pass",

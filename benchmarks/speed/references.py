@@ -6,6 +6,7 @@ that evaluates the gradient of the cosine objective in the candidate.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -103,12 +104,7 @@ def our_loop(problem: Problem, restarts: int = 1, at_once: int = 1) -> Iteration
         restarts: Restarts that advance together.
         at_once: How many of them one call evaluates; 0: as the program chooses.
     """
-    import dataclasses
-
-    config = dataclasses.replace(
-        InvertingGradients.published, restarts=restarts, restarts_at_once=at_once
-    )
-    inversion = Inversion(problem.target, problem.labels, config, device=problem.inputs.device)
+    inversion = _inversion(problem, restarts=restarts, restarts_at_once=at_once)
 
     def iteration() -> torch.Tensor:
         inversion._iterate(inversion.progress.iteration)
@@ -116,6 +112,24 @@ def our_loop(problem: Problem, restarts: int = 1, at_once: int = 1) -> Iteration
         return inversion.restarts[0].variable.detach()
 
     return iteration
+
+
+def our_attack(problem: Problem, iterations: int, restarts: int, halving: bool) -> Iteration:
+    """A whole attack of so many iterations by this project's Inverting Gradients.
+
+    Args:
+        problem: What to invert.
+        iterations: Of each restart that is not dropped.
+        restarts: How many begin.
+        halving: Drop the worse half of them three times.
+    """
+    options = {"iterations": iterations, "restarts": restarts, "halving": halving}
+    return lambda: _inversion(problem, **options).run().images
+
+
+def _inversion(problem: Problem, **options: Any) -> Inversion:
+    config = dataclasses.replace(InvertingGradients.published, **options)
+    return Inversion(problem.target, problem.labels, config, device=problem.inputs.device)
 
 
 def breaching_loop(problem: Problem) -> Iteration:

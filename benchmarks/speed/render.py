@@ -43,8 +43,12 @@ def _iterations(rows: list[Row]) -> str:
     )
 
 
+_RESTARTS = ("one by one", "together", "chosen", "halved")
+
+
 def _restarts(rows: list[Row]) -> str:
-    header = ["case", "restarts", "one ms", "one by one", "together", "as chosen", "times roofline"]
+    header = ["case", "restarts", "one ms", "one by one", "together", "as chosen"]
+    header += ["as chosen, `--halving`", "times roofline"]
     return table(
         header,
         [
@@ -52,7 +56,7 @@ def _restarts(rows: list[Row]) -> str:
                 row["case"],
                 row["restarts"],
                 _ms(row["seconds"]["one"]),
-                *(_times(row["times_one"][k]) for k in ("one by one", "together", "chosen")),
+                *(_times(row["times_one"][k]) for k in _RESTARTS),
                 _times(row["times_roofline"]),
             ]
             for row in rows

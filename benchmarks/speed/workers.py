@@ -7,6 +7,7 @@ help or hurt another; and still they are timed in turns, not one after the other
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import get_context
@@ -18,10 +19,13 @@ import torch
 # Module-level (it is sent by name): builds an iteration from plain arguments.
 Build = Callable[..., Callable[[], torch.Tensor]]
 Job = tuple[Build, tuple[Any, ...]]
+# What one turn lasts. Shorter iterations are repeated: those of an attack find the caches as
+# the one before left them, not as another method did.
+TURN_SECONDS = 0.3
 
 
 class Worker:
-    """A process that runs one iteration whenever it is told to.
+    """A process that runs iterations whenever it is told to.
 
     Args:
         job: What builds its iteration, and the arguments.
@@ -35,7 +39,7 @@ class Worker:
         self._process.start()
 
     def run(self) -> tuple[float, torch.Tensor]:
-        """Seconds of one iteration, and its result.
+        """Seconds of one iteration in a turn, and its result.
 
         Raises:
             RuntimeError: The iteration failed.
@@ -61,9 +65,20 @@ def _serve(line: Connection, job: Job, threads: int) -> None:
     # Other programs on the machine take time on the wall, but hardly processor time.
     clock = time.process_time if threads == 1 else time.perf_counter
     while line.recv() == "run":
+        seconds, result = _turn(iteration, clock)
+        line.send((seconds, result.numpy()))
+
+
+def _turn(
+    iteration: Callable[[], torch.Tensor], clock: Callable[[], float]
+) -> tuple[float, torch.Tensor]:
+    """Median seconds of as many iterations as fill a turn, without the first of several."""
+    taken: list[float] = []
+    while not taken or sum(taken) < TURN_SECONDS:
         begun = clock()
         result = iteration()
-        line.send((clock() - begun, result.numpy()))
+        taken.append(clock() - begun)
+    return statistics.median(taken[1:] or taken), result
 
 
 @contextlib.contextmanager
@@ -89,7 +104,7 @@ def take_turns(
         enough_seconds: Stop after three rounds once so much time is used; 0: all rounds.
 
     Returns:
-        Seconds of every call, and the last result, by name.
+        Seconds per iteration of every turn, and the last result, by name.
     """
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     with workers(jobs, threads) as ready:
