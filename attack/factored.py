@@ -357,17 +357,21 @@ class RecordFactors(_LayerMode):
         pieces = [la.rows(v).reshape(n, -1) for la, v in zip(layers, values, strict=True)]
         whole = distributed.all_gather_rows(torch.cat(pieces, 1), self._sizes)
         columns = whole.split([p.shape[1] for p in pieces], 1)
-        # The first dimension counts images, or positions of images.
-        shapes = [(v.shape[0] // n * len(whole), *v.shape[1:]) for v in values]
-        return [
-            la.from_rows(c.reshape(-1), shape)
-            for la, c, shape in zip(layers, columns, shapes, strict=True)
-        ]
+        shares = zip(layers, columns, values, strict=True)
+        return [_assembled(layer, column, like) for layer, column, like in shares]
 
     def factors(self) -> Iterator[tuple[Layer, Factors]]:
         """Every layer and its gradient's factors, in the order of execution."""
         layers = (layer for layer, _ in self._calls)
         return zip(layers, self._factors, strict=True)
+
+
+def _assembled(layer: Layer, images: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Gathered values, one image a row, as the layer has them for one process's images."""
+    if layer.geometry is None:
+        # Only rows count; which dimension tells images apart is the model's affair.
+        return images.reshape(-1, like.shape[-1])
+    return layer.from_rows(images.reshape(-1), (len(images), *like.shape[1:]))
 
 
 class ReplayFactors(_LayerMode):

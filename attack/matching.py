@@ -37,8 +37,8 @@ from attack.factored import Factored, find_layers, saves_sweeps
 from attack.objectives import (
     Objective,
     Products,
-    in_pieces,
     inner_product,
+    pieces_of,
     products_with,
     squared_norm,
 )
@@ -105,6 +105,29 @@ class _FirstPass:
     moved: contextlib.AbstractContextManager[Any]
 
 
+class _Swept:
+    """Parameters whose gradients are written out.
+
+    Args:
+        theta: They.
+        goal: Their shared gradients, in the same layout.
+
+    Attributes:
+        theta: As given.
+        goal_pieces: See `pieces_of`; cut once.
+    """
+
+    def __init__(self, theta: Tensors, goal: Tensors) -> None:
+        self.theta, self.goal_pieces = theta, pieces_of(goal)
+        self._theta_pieces = pieces_of(theta)
+
+    def move(self, gradient: Tensors, a: float, b: float) -> None:
+        """Overwrite the pieces of a gradient g by theta + a g + b goal."""
+        for g, t, p in zip(gradient, self.goal_pieces, self._theta_pieces, strict=True):
+            # What is small is added first: the sum with theta rounds only once.
+            g.mul_(a).add_(t, alpha=b).add_(p)
+
+
 class GradientMatcher:
     """The objective and its gradient in the images for one target.
 
@@ -147,6 +170,9 @@ class GradientMatcher:
         self._perturbed = _sharing_copy(replica.model)
         moved = dict(self._perturbed.named_parameters())
         self._moved: Tensors = [moved[name] for name in replica.names]
+        self._swept = _Swept(_detached(replica.parameters), replica.target_gradient)
+        # Those beside the factored ones.
+        self._beside = self._swept
         self._surveyed: torch.Size | None = None
         self._factored: Factored | None = None
         self._near = 0
@@ -377,7 +403,9 @@ class GradientMatcher:
                     torch.autograd.grad(loss, self.replica.parameters, create_graph=True)
                 )
         value, seed = self._value_and_seed(_detached(gradient))
-        outputs, cotangents = gradient, list(torch._foreach_mul(seed, weight))
+        if weight != 1:
+            torch._foreach_mul_(seed, weight)
+        outputs, cotangents = gradient, seed
         extra = None if observe is None else observe()
         alone = _penalty_gradient(extra, variables[0]) if apart else None
         if extra is not None and not apart:
@@ -462,9 +490,10 @@ class GradientMatcher:
         found = torch.autograd.grad(loss, [*others, *factors.taps, *variables])
         n, m = len(others), len(others) + len(factors.taps)
         factors.close(found[n:m])
-        theta, goal = _detached(others), factored.others(self.replica.target_gradient)
-        gradient = self._summed(list(found[:n]), theta)
-        pairs = (products_with(gradient, goal), factored.products(factors))
+        swept = self._beside
+        gradient = self._summed(list(found[:n]), swept.theta)
+        pieces = pieces_of(gradient)
+        pairs = (products_with(pieces, swept.goal_pieces), factored.products(factors))
         gg, gt = (sum(parts) for parts in zip(*pairs, strict=True))
         affine = self.objective.affine_seed(Products(gg, gt, self._target_squared))
         if affine is None or affine.on_target == 0:
@@ -473,7 +502,7 @@ class GradientMatcher:
         wanted = self._perturbation(affine.length, step)
         along = factored.along_target(wanted * affine.on_target)
         h = along / affine.on_target
-        _move(gradient, goal, theta, h * affine.on_gradient, h * affine.on_target)
+        swept.move(pieces, h * affine.on_gradient, h * affine.on_target)
         frozen = ReplayActivations(record.replays, record.switches)
         replay = factored.replay(factors, along, h * affine.on_gradient)
         moved = self._at(factored.others(self._moved), gradient, frozen, replay)
@@ -499,25 +528,29 @@ class GradientMatcher:
         layers = find_layers(replica.model, replica.parameters, shape, worth)
         if not layers:
             return None
-        models = (replica.parameters, self._moved)
-        return Factored(layers, models, replica.target_gradient, replica.sizes)
+        models, goal = (replica.parameters, self._moved), replica.target_gradient
+        factored = Factored(layers, models, goal, replica.sizes)
+        theta = factored.others(_detached(replica.parameters))
+        self._beside = _Swept(theta, factored.others(goal))
+        return factored
 
     def _moved_parameters(
         self, gradient: Tensors, step: float
     ) -> tuple[torch.Tensor, Tensors, float]:
         """The objective, theta + h v, and h; the gradient's memory is used for the second."""
-        theta, target = _detached(self.replica.parameters), self.replica.target_gradient
-        gradient = self._summed(gradient, theta)
-        gg, gt = products_with(gradient, target)
+        swept = self._swept
+        gradient = self._summed(gradient, swept.theta)
+        pieces = pieces_of(gradient)
+        gg, gt = products_with(pieces, swept.goal_pieces)
         affine = self.objective.affine_seed(Products(gg, gt, self._target_squared))
         if affine is None:
-            value, seed = self.objective.value_and_seed(gradient, target)
+            value, seed = self.objective.value_and_seed(gradient, self.replica.target_gradient)
             h = self._perturbation(float(squared_norm(seed).sqrt()), step)
             torch._foreach_mul_(seed, h)
-            torch._foreach_add_(seed, theta)
+            torch._foreach_add_(seed, swept.theta)
             return value, seed, h
         h = self._perturbation(affine.length, step)
-        _move(gradient, target, theta, h * affine.on_gradient, h * affine.on_target)
+        swept.move(pieces, h * affine.on_gradient, h * affine.on_target)
         return gradient[0].new_tensor(affine.value, dtype=torch.float64), gradient, h
 
     @staticmethod
@@ -565,13 +598,6 @@ class GradientMatcher:
         """The inverse of `state_dict`."""
         self.calls, self.step = state["calls"], state["step"]
         self.factor, self._near = state["factor"], state["near"]
-
-
-def _move(gradient: Tensors, target: Tensors, theta: Tensors, a: float, b: float) -> None:
-    """Overwrite a gradient by theta + a * gradient + b * target."""
-    for g, t, p in in_pieces(gradient, target, theta):
-        # What is small is added first: the sum with theta rounds only once.
-        g.mul_(a).add_(t, alpha=b).add_(p)
 
 
 def _precision(tensors: Tensors) -> torch.dtype:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -99,43 +99,44 @@ def inner_product(a: Tensors, b: Tensors) -> torch.Tensor:
     running sum, such as PyTorch's norm on a CPU, is wrong in the fourth digit, and a nearly
     solved inversion lives on the sixth.
     """
-    dots = [
-        x.dot(y)
-        for left, right in zip(a, b, strict=True)
-        for x, y in zip(*(_pieces(t.flatten()) for t in (left, right)), strict=True)
-    ]
+    flat = [[t.flatten() for t in tensors] for tensors in (a, b)]
+    dots = [x.dot(y) for x, y in zip(*(pieces_of(f) for f in flat), strict=True)]
     return torch.stack(dots).double().sum()
 
 
-def _pieces(flat: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Views of a vector that fit the cache of a CPU; elsewhere launches cost more."""
-    return flat.split(PIECE if flat.device.type == "cpu" else max(1, flat.numel()))
+def pieces_of(tensors: Tensors) -> Tensors:
+    """One-dimensional views of all entries, in memory order.
+
+    On a CPU a piece fits the cache, so that several operations on it cost one pass over
+    the memory; on a GPU, where a launch costs more, a piece is a whole tensor.
+
+    Args:
+        tensors: Dense, in any layout. The pieces of others of the same shapes and layouts
+            match these.
+    """
+    pieces: Tensors = []
+    for tensor in tensors:
+        size = tensor.numel()
+        flat = tensor if tensor.dim() == 1 else tensor.as_strided((size,), (1,))
+        if size <= PIECE or tensor.device.type != "cpu":
+            pieces.append(flat)
+        else:
+            pieces.extend(flat.split(PIECE))
+    return pieces
 
 
 def products_with(gradient: Tensors, target: Tensors) -> tuple[float, float]:
     """<g, g> and <g, t>, each entry read once from memory; pieces are added in float64.
 
     Args:
-        gradient: One tensor per shared parameter.
-        target: The same shapes and layouts.
+        gradient: Its pieces, see `pieces_of`.
+        target: Those of the shared gradient.
     """
-    pairs = [torch.stack((g.dot(g), g.dot(t))) for g, t in in_pieces(gradient, target)]
-    gg, gt = torch.stack(pairs).double().sum(0).tolist()
+    dots = [
+        product for g, t in zip(gradient, target, strict=True) for product in (g.dot(g), g.dot(t))
+    ]
+    gg, gt = torch.stack(dots).double().view(-1, 2).sum(0).tolist()
     return gg, gt
-
-
-def in_pieces(*lists: Tensors) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Matching one-dimensional pieces of several lists of tensors, in memory order.
-
-    On a CPU a piece fits the cache, so that several operations on it cost one pass over
-    the memory; on a GPU, where a launch costs more, a piece is a whole tensor.
-
-    Args:
-        lists: Of the same shapes and layouts; entries are views, to be changed in place.
-    """
-    for tensors in zip(*lists, strict=True):
-        flat = [t.as_strided((t.numel(),), (1,), t.storage_offset()) for t in tensors]
-        yield from zip(*(_pieces(f) for f in flat), strict=True)
 
 
 class Cosine(Objective):
@@ -161,17 +162,14 @@ class Cosine(Objective):
     def value_and_seed(self, gradient: Tensors, target: Tensors) -> tuple[torch.Tensor, Tensors]:
         """Analytic: with unit vectors u, w the derivative is ((1 - D) u - w) / |g|."""
         tiny = 1e-30  # Its reciprocal still fits float32.
-        dtype = gradient[0].dtype
-        g_norm = squared_norm(gradient).sqrt().clamp_min(tiny)
-        t_norm = squared_norm(target).sqrt().clamp_min(tiny)
-        unit = torch._foreach_mul(gradient, (1 / g_norm).to(dtype))
-        difference = torch._foreach_mul(target, (-1 / t_norm).to(dtype))
-        torch._foreach_add_(difference, unit)
-        value = squared_norm(list(difference)) / 2
-        torch._foreach_mul_(unit, value.to(dtype))
-        torch._foreach_sub_(difference, unit)
-        torch._foreach_mul_(difference, (1 / g_norm).to(dtype))
-        return value, list(difference)
+        g_norm, t_norm = (max(float(squared_norm(x).sqrt()), tiny) for x in (gradient, target))
+        # One list of new tensors: u - w, from which the derivative is D u away.
+        seed = list(torch._foreach_mul(gradient, 1 / g_norm))
+        torch._foreach_add_(seed, target, alpha=-1 / t_norm)
+        value = squared_norm(seed) / 2
+        torch._foreach_add_(seed, gradient, alpha=-float(value) / g_norm)
+        torch._foreach_mul_(seed, 1 / g_norm)
+        return value, seed
 
     def affine_seed(self, products: Products) -> AffineSeed | None:
         """See `Objective.affine_seed`; ((1 - D) u - w) / |g| is sin(g, t) / |g| long."""

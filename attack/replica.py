@@ -45,7 +45,9 @@ class Replica:
     ) -> None:
         self.batch_size = target.batch_size
         self.names = list(target.gradient)
-        self.target_gradient = [g.to(device, dtype) for g in target.gradient.values()]
+        self._shared = list(target.gradient.values())
+        # Tensors of this replica's own, on the same memory where device and type agree.
+        self.target_gradient = [g.detach().to(device, dtype) for g in self._shared]
         self.local = target.local
         # Synchronized shards share their statistics: one group.
         groups = () if target.synchronized else target.shards
@@ -68,10 +70,13 @@ class Replica:
         """Lay out parameters and the shared gradient; images are to follow."""
         self.layout = layout
         self.model.to(memory_format=layout)  # type: ignore[call-overload]
-        for gradient, parameter in zip(self.target_gradient, self.parameters, strict=True):
-            # Entries are paired in memory order; a checkpoint may hold any layout. The target's
-            # own tensors change theirs, so that nothing is held twice.
-            gradient.data = laid_out_as(gradient, parameter.detach())
+        # Entries are paired in memory order; a checkpoint may hold any layout.
+        for i, (shared, parameter) in enumerate(zip(self._shared, self.parameters, strict=True)):
+            before = self.target_gradient[i]
+            self.target_gradient[i] = laid_out_as(before, parameter.detach())
+            if shared.data_ptr() == before.data_ptr():
+                # Its values stay; in two layouts they would be held twice.
+                shared.data = self.target_gradient[i]
 
     def loss(self, model: Classifier, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """This process's part of the client's mean loss.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 from attack.allocation import keep_freed_memory
@@ -169,8 +172,32 @@ def _shard_of_iteration(process: distributed.Process, args: argparse.Namespace) 
         "all-reduce": lambda: distributed.all_reduce(flat),
     }
     times = medians(interleaved(functions, args.repeats))
+    with counted_bytes() as sent:
+        matcher(inputs, labels)
     if process.is_main:
-        args.answers.put(json.dumps({"seconds": times, "bytes": flat.numel() * 4}))
+        sizes = {"bytes": flat.numel() * 4, "sent_bytes": sum(sent)}
+        args.answers.put(json.dumps({"seconds": times, **sizes}))
+
+
+@contextlib.contextmanager
+def counted_bytes() -> Iterator[list[int]]:
+    """The bytes that this process hands to collectives within the block, call by call."""
+    sent: list[int] = []
+
+    def noted(collective: Callable[..., Any], tensor: int) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            sent.append(args[tensor].numel() * args[tensor].element_size())
+            return collective(*args, **options)
+
+        return call
+
+    # An all-gather is given where to put the parts first.
+    wrapped = [
+        mock.patch.object(dist, "all_reduce", noted(dist.all_reduce, 0)),
+        mock.patch.object(dist, "all_gather", noted(dist.all_gather, 1)),
+    ]
+    with wrapped[0], wrapped[1]:
+        yield sent
 
 
 def check_names(names: list[str]) -> list[Case]:

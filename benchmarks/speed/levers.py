@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from attack import activations
+from attack.acceleration import AcceleratedMatcher, Acceleration
 from attack.allocation import keep_freed_memory
 from attack.matching import GradientMatcher
 from attack.objectives import AffineSeed, Cosine, Products
 from attack.replica import Replica
-from benchmarks.speed.cases import CASES, Problem, make_problem
+from benchmarks.speed.cases import CASES, SMALL_CASE, Problem, make_problem
 from benchmarks.speed.iterations import accuracy
 from benchmarks.speed.references import CPU, Iteration, analytic_seed, ours, published_loop
 from benchmarks.speed.timing import medians, paired_ratio
@@ -61,7 +62,7 @@ def _channels_apart(problem: Problem) -> Iteration:
 
 
 def _unfolded(problem: Problem) -> Iteration:
-    activations.convolve = F.conv2d
+    activations.convolve = F.conv2d  # type: ignore[assignment]
     return _difference(problem)
 
 
@@ -91,24 +92,22 @@ def _two_threads(problem: Problem) -> Iteration:
     return _difference(problem)
 
 
-def _first_order_pass(problem: Problem, compiled: bool) -> Iteration:
-    model = problem.target.build_model()
-    forward: Callable[[torch.Tensor], torch.Tensor] = torch.compile(model) if compiled else model
-
-    def iteration() -> torch.Tensor:
-        inputs = problem.inputs.clone().requires_grad_()
-        loss = F.cross_entropy(forward(inputs), problem.labels)
-        return torch.autograd.grad(loss, [inputs, *model.parameters()])[0]
-
-    return iteration
+def _compiled(problem: Problem) -> Iteration:
+    matcher = _compiling_matcher(problem)
+    return lambda: matcher(problem.inputs, problem.labels).input_gradient
 
 
-def _eager_pass(problem: Problem) -> Iteration:
-    return _first_order_pass(problem, compiled=False)
+def _compiling_matcher(problem: Problem) -> AcceleratedMatcher:
+    replica = Replica(problem.target, CPU)
+    return AcceleratedMatcher(replica, Cosine(), "difference", Acceleration(compile=True))
 
 
-def _compiled_pass(problem: Problem) -> Iteration:
-    return _first_order_pass(problem, compiled=True)
+def seconds_to_compile(case: str, seed: int) -> float:
+    """What `--compile` takes before the first iteration."""
+    problem = make_problem(CASES[case], seed)
+    matcher = _compiling_matcher(problem)
+    matcher(problem.inputs, problem.labels)
+    return matcher.compile_seconds
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ class Lever:
         cases: Targets to try it on.
         remark: Whether it is in use, and why.
         wall: Time on the wall: it is about threads.
-        comparable: Whether its result is the gradient of the objective.
+        compiles: Whether it takes its time before the first iteration.
     """
 
     name: str
@@ -131,7 +130,7 @@ class Lever:
     cases: tuple[str, ...]
     remark: str
     wall: bool = False
-    comparable: bool = True
+    compiles: bool = False
 
 
 _SMALL = ("convnet-32px-b1-eval", "resnet18-32px-b1-eval")
@@ -158,12 +157,12 @@ LEVERS: dict[str, Lever] = {
         ),
         Lever("two threads", _one_thread, _two_threads, _SMALL, "torch's default", wall=True),
         Lever(
-            "torch.compile of a pass",
-            _eager_pass,
-            _compiled_pass,
-            ("resnet18-32px-b1-eval",),
-            "what `--compile` does to both passes, with switches frozen",
-            comparable=False,
+            "`--compile`",
+            _difference,
+            _compiled,
+            (SMALL_CASE.name, "resnet18-32px-b1-eval", "resnet18-32px-b8-train"),
+            "on request; it compiles {seconds:.0f} s",
+            compiles=True,
         ),
     ]
 }
@@ -185,7 +184,7 @@ def measure_levers(quick: bool, repeats: int, seed: int) -> Iterator[dict[str, A
     """
     for lever in LEVERS.values():
         if quick:
-            lever = replace(lever, cases=lever.cases[:1] if lever.comparable else ())
+            lever = replace(lever, cases=() if lever.compiles else lever.cases[:1])
         for case in lever.cases:
             yield _measure(lever, case, repeats, seed)
 
@@ -196,14 +195,14 @@ def _measure(lever: Lever, case: str, repeats: int, seed: int) -> dict[str, Any]
         side: (build_lever, (lever.name, with_, case, seed)) for side, with_ in sides.items()
     }
     times, results = take_turns(jobs, repeats, threads=2 if lever.wall else 1)
-    row: dict[str, Any] = {
+    seconds = seconds_to_compile(case, seed) if lever.compiles else 0.0
+    return {
         "lever": lever.name,
         "case": case,
         "seconds": medians(times),
         "gain": paired_ratio(times["without"], times["with"]),
         "clock": "wall" if lever.wall else "processor",
-        "remark": lever.remark,
+        "remark": lever.remark.format(seconds=seconds),
+        "compile_seconds": seconds,
+        "cosine_to_float64": accuracy(make_problem(CASES[case], seed), results["with"]),
     }
-    if lever.comparable:
-        row["cosine_to_float64"] = accuracy(make_problem(CASES[case], seed), results["with"])
-    return row

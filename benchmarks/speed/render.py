@@ -43,6 +43,30 @@ def _iterations(rows: list[Row]) -> str:
     )
 
 
+def iterations_in_short(rows: list[Row]) -> str:
+    """The front page's columns of some cases."""
+    header = ["case", "published, ms", "ours, ms", "faster", "than `breaching`"]
+    return table(
+        header,
+        [
+            [
+                _spelled(row["case"]),
+                *(_ms(row["seconds"][name]) for name in ("R1", "ours")),
+                *(f"{row[f'speedup_over_{name}']:.1f} x" for name in ("R1", "breaching")),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _spelled(case: str) -> str:
+    """`resnet18-32px-b8-train` in words."""
+    arch, size, batch, mode = case.rsplit("-", 3)
+    name = _ARCHITECTURES.get(arch, arch)
+    return f"{name}, {size[:-2]} px, batch {batch[1:]}{', train mode' if mode == 'train' else ''}"
+
+
+_ARCHITECTURES = {"convnet": "ConvNet", "resnet18": "ResNet-18", "vgg11": "VGG-11"}
 _RESTARTS = ("one by one", "together", "chosen", "halved")
 
 
@@ -95,7 +119,8 @@ def _memory_parts(row: Row) -> tuple[int, int, int]:
 
 
 def _processes(rows: list[Row]) -> str:
-    header = ["case", "processes", "iteration ms", "all-reduce ms", "all-reduced MB", "speed-up"]
+    header = ["case", "processes", "iteration ms", "MB sent", "MB of parameters"]
+    header += ["all-reduce of them, ms", "speed-up"]
     alone = {r["case"]: r["seconds"]["iteration"] for r in rows if r["processes"] == 1}
     return table(
         header,
@@ -104,8 +129,9 @@ def _processes(rows: list[Row]) -> str:
                 row["case"],
                 row["processes"],
                 _ms(row["seconds"]["iteration"]),
+                f"{row['sent_bytes'] / 1e6:.1f}",
+                f"{row['bytes'] / 1e6:.1f}",
                 _ms(row["seconds"]["all-reduce"]) if row["processes"] > 1 else "",
-                f"{row['bytes'] / 1e6:.1f}" if row["processes"] > 1 else "",
                 _times(alone[row["case"]] / row["seconds"]["iteration"]),
             ]
             for row in rows

@@ -1,4 +1,4 @@
-"""Predict iterations on many GPUs, and renew the tables of docs/scaling.md from records.
+"""Predict iterations on many GPUs.
 
 python -m benchmarks.speed.scaling
 """
@@ -6,7 +6,6 @@ python -m benchmarks.speed.scaling
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from training.errors import InputError, exit_status
 Row = dict[str, Any]
 # A difference of first-order passes: forward 1, backward 2, forward 1, backward in x 1.
 PASSES = 5
-# Read g and t, then g, t and theta, and write theta + h v.
+# Over what is written out: read g and t, then g, t and theta, and write theta + h v.
 SWEEPS = 6
 GPUS = (1, 8, 64)
 
@@ -59,18 +58,84 @@ class Machine:
         steps = 2 * (members - 1)
         return steps * (n_bytes / members / bandwidth + self.latency)
 
-    def iteration(self, flops: float, n_bytes: float, batch: int, gpus: int) -> float:
+    def travel(self, traffic: Traffic, gpus: int) -> float:
+        """Seconds of what processes tell each other; a gather is half of an all-reduce."""
+        reduced = self.all_reduce(traffic.dense, gpus)
+        gathered = self.all_reduce(traffic.factors, gpus) / 2 if traffic.factors else 0.0
+        return reduced + gathered
+
+    def iteration(self, flops: float, traffic: Traffic, batch: int, gpus: int) -> float:
         """Seconds of an iteration with the batch sharded as evenly as possible.
 
         Args:
             flops: One image's forward pass.
-            n_bytes: Of the parameters.
+            traffic: With so many GPUs.
             batch: Images.
             gpus: At most one per image works.
         """
         share = -(-batch // gpus)
-        compute = PASSES * flops * share / self.flops + SWEEPS * n_bytes / self.memory
-        return self.launches + compute + self.all_reduce(n_bytes, min(gpus, batch))
+        compute = PASSES * flops * share / self.flops + SWEEPS * traffic.dense / self.memory
+        return self.launches + compute + self.travel(traffic, min(gpus, batch))
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of an iteration.
+
+    Attributes:
+        dense: Of the gradients that are written out: swept, and all-reduced.
+        factors: Of the others' factors, which are gathered (see `attack.factored`).
+    """
+
+    dense: float
+    factors: float = 0.0
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """A convolution or a fully connected layer, per image.
+
+    Attributes:
+        rows: Output positions.
+        patch: Values that one of them reads.
+        channels: Outputs of one of them.
+        values: Inputs and outputs.
+    """
+
+    rows: int
+    patch: int
+    channels: int
+    values: int
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What scaling depends on.
+
+    Attributes:
+        parameters: Their number.
+        flops: Of one image's forward pass.
+        layers: Those whose gradient may be kept as a product.
+    """
+
+    parameters: int
+    flops: int
+    layers: tuple[LayerSize, ...]
+
+    def traffic(self, batch: int, gpus: int) -> Traffic:
+        """Bytes of an iteration on so many GPUs, by the rule that holds on CPUs."""
+        from attack.factored import saves_sweeps
+        from training.distributed import shard_sizes
+
+        sizes = shard_sizes(batch, min(batch, gpus))
+        kept = [
+            layer
+            for layer in self.layers
+            if saves_sweeps(layer.rows * sizes[0], layer.patch, layer.channels, sizes)
+        ]
+        dense = self.parameters - sum(layer.patch * layer.channels for layer in kept)
+        factors = batch * sum(layer.values for layer in kept) if len(sizes) > 1 else 0
+        return Traffic(4.0 * dense, 4.0 * factors)
 
 
 MODELS = {
@@ -89,119 +154,103 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.speed.scaling", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--records", default="results/speed", metavar="DIR")
-    parser.add_argument("--page", default="docs/scaling.md", metavar="FILE")
     for field, value in asdict(Machine()).items():
         parser.add_argument(f"--{field.replace('_', '-')}", type=type(value), default=value)
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write scaling.json, and put its tables and the measured ones into the page."""
-    from training.storage import write_json, write_text
+    """Write scaling.json; `python -m benchmarks.speed.pages` shows it."""
+    from training.storage import write_json
 
     args = build_parser().parse_args(argv)
-    page = Path(args.page)
-    if not page.exists():
-        raise InputError(f"--page {page}: there is no such file")
     machine = Machine(**{name: getattr(args, name) for name in asdict(Machine())})
     if min(asdict(machine).values()) <= 0:
         raise InputError("rates, bandwidths and times of the machine must be above 0")
     record = {"machine": asdict(machine), "rows": predict(machine)}
     write_json(Path(args.records) / "scaling.json", record)
-    write_text(page, renew(page.read_text(encoding="utf-8"), _blocks(record, Path(args.records))))
 
 
 def predict(machine: Machine, batches: Sequence[int] = (8, 64)) -> list[Row]:
     """One row per model and batch: bytes, FLOPs, and seconds on each number of GPUs."""
     rows = []
     for name in MODELS:
-        n_parameters, flops = measure_model(name)
+        size = measure_model(name)
         for batch in batches:
-            seconds = [machine.iteration(flops, 4 * n_parameters, batch, n) for n in GPUS]
+            traffic = {n: size.traffic(batch, n) for n in GPUS}
+            seconds = {n: machine.iteration(size.flops, traffic[n], batch, n) for n in GPUS}
+            travel = {n: machine.travel(traffic[n], min(n, batch)) for n in GPUS}
             rows.append(
                 {
                     "model": name,
                     "batch": batch,
-                    "all_reduced_bytes": 4 * n_parameters,
-                    "flops": PASSES * flops * batch,
-                    "seconds": dict(zip(map(str, GPUS), seconds, strict=True)),
-                    "all_reduce_seconds": {
-                        str(n): machine.all_reduce(4 * n_parameters, min(n, batch)) for n in GPUS
-                    },
+                    "parameter_bytes": 4 * size.parameters,
+                    "traffic": {str(n): asdict(t) for n, t in traffic.items()},
+                    "flops": PASSES * size.flops * batch,
+                    "seconds": {str(n): s for n, s in seconds.items()},
+                    "travel_seconds": {str(n): s for n, s in travel.items()},
                 }
             )
     return rows
 
 
-def measure_model(name: str) -> tuple[int, int]:
-    """Number of parameters, and FLOPs of one image's forward pass, without computing it."""
+def measure_model(name: str) -> ModelSize:
+    """A model's size and work for one image, without computing it."""
     import torch
+    from torch import nn
     from torch.utils.flop_counter import FlopCounterMode
 
     from training.models import ModelSpec, build_model
 
     arch, n_classes, size, stem = MODELS[name]
+    layers: list[LayerSize] = []
+
+    def note(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        weight: Any = layer.weight
+        channels = len(weight)
+        values = inputs[0].numel() + output.numel()
+        layers.append(LayerSize(output.numel() // channels, weight[0].numel(), channels, values))
+
     with torch.device("meta"):
         model = build_model(ModelSpec(arch, n_classes, size, stem)).eval()
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1):
+                layer.register_forward_hook(note)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(torch.zeros(1, 3, size, size))
-    return sum(p.numel() for p in model.parameters()), counter.get_total_flops()
+    n_parameters = sum(p.numel() for p in model.parameters())
+    return ModelSize(n_parameters, counter.get_total_flops(), tuple(layers))
 
 
-def _blocks(record: dict[str, Any], folder: Path) -> dict[str, str]:
-    from benchmarks.speed.render import SECTIONS, conditions
-
-    blocks = {"predicted": _predicted(record["rows"]), "machine": _machine(record["machine"])}
-    measured = folder / "processes.json"
-    if measured.exists():
-        processes = json.loads(measured.read_text(encoding="utf-8"))
-        draw = SECTIONS["processes"][1]
-        blocks["measured"] = f"{draw(processes['rows'])}\n{conditions(processes)}\n"
-    return blocks
-
-
-def _predicted(rows: list[Row]) -> str:
+def predicted_table(rows: list[Row]) -> str:
+    """What is predicted, as Markdown."""
     from benchmarks.speed.render import table
 
-    header = ["model", "batch", "MB all-reduced", "TFLOP", "kFLOP per byte", "1 GPU ms"]
+    header = ["model", "batch", "MB of parameters", "MB all-reduced on 8", "MB gathered on 8"]
+    header += ["TFLOP", "kFLOP per byte", "1 GPU ms"]
     header += [f"{n} GPUs ms" for n in GPUS[1:]]
     header += [f"sharding speed-up on {n}" for n in GPUS[1:]]
     return table(header, [_predicted_cells(row) for row in rows])
 
 
 def _predicted_cells(row: Row) -> list[str]:
-    seconds = [row["seconds"][str(n)] for n in GPUS]
+    seconds, on_eight = [row["seconds"][str(n)] for n in GPUS], row["traffic"]["8"]
     return [
         row["model"],
         str(row["batch"]),
-        f"{row['all_reduced_bytes'] / 1e6:.0f}",
+        *(f"{n / 1e6:.0f}" for n in (row["parameter_bytes"], *on_eight.values())),
         f"{row['flops'] / 1e12:.3f}",
-        f"{row['flops'] / row['all_reduced_bytes'] / 1e3:.1f}",
+        f"{row['flops'] / sum(on_eight.values()) / 1e3:.1f}",
         *(f"{1000 * s:.1f}" for s in seconds),
         *(f"{seconds[0] / s:.1f}" for s in seconds[1:]),
     ]
 
 
-def _machine(machine: dict[str, Any]) -> str:
+def machine_table(machine: dict[str, Any]) -> str:
+    """What is assumed, as Markdown."""
     from benchmarks.speed.render import table
 
     return table(["assumption", "value (SI units)"], [[k, f"{v:g}"] for k, v in machine.items()])
-
-
-def renew(page: str, blocks: dict[str, str]) -> str:
-    """Replace what stands between `<!-- begin NAME -->` and `<!-- end NAME -->`.
-
-    Raises:
-        InputError: A block has no place in the page.
-    """
-    for name, text in blocks.items():
-        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-        before, found, rest = page.partition(begin)
-        _, closed, after = rest.partition(end)
-        if not (found and closed):
-            raise InputError(f"--page: the page has no place for the table {name} ({begin})")
-        page = f"{before}{begin}\n{text}{end}{after}"
-    return page
 
 
 if __name__ == "__main__":

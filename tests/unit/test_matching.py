@@ -18,6 +18,7 @@ from attack.objectives import (
     Products,
     inner_product,
     layer_weights,
+    pieces_of,
     products_with,
     squared_norm,
 )
@@ -152,8 +153,9 @@ def test_inner_products_give_value_and_seed(objective):
     generator = torch.Generator().manual_seed(2)
     g, t = ([torch.randn(n, generator=generator).double() for n in (70_000, 3)] for _ in range(2))
     value, seed = objective.value_and_seed(g, t)
-    gg, gt = products_with(g, t)
-    affine = objective.affine_seed(Products(gg, gt, products_with(t, t)[0]))
+    pieces = pieces_of(g), pieces_of(t)
+    gg, gt = products_with(*pieces)
+    affine = objective.affine_seed(Products(gg, gt, products_with(pieces[1], pieces[1])[0]))
     assert affine.value == pytest.approx(float(value), rel=1e-10)
     assert affine.length == pytest.approx(float(squared_norm(seed).sqrt()), rel=1e-10)
     for s, x, y in zip(seed, g, t, strict=True):
