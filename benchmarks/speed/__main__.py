@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from benchmarks.speed.cases import Case
 
 Rows = Iterator[dict[str, Any]]
+# Of each method; the middle one counts.
+MEMORY_RUNS = 5
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -152,9 +154,6 @@ def _restarts(args: argparse.Namespace) -> Rows:
     names = [] if args.quick else ["convnet-32px-b1-eval", "resnet18-32px-b1-eval"]
     for case in [SMALL_CASE, *(CASES[name] for name in names)]:
         yield measure_restarts(case, 8, min(args.repeats, 5), args.seed)
-
-
-MEMORY_RUNS = 5
 
 
 def _memory(args: argparse.Namespace) -> Rows:

@@ -80,7 +80,7 @@ def _restarts(rows: list[Row]) -> str:
                 row["case"],
                 row["restarts"],
                 _ms(row["seconds"]["one"]),
-                *(_times(row["times_one"][k]) for k in _RESTARTS),
+                *(_times(row["times_one"].get(k)) for k in _RESTARTS),
                 _times(row["times_roofline"]),
             ]
             for row in rows
@@ -129,7 +129,7 @@ def _processes(rows: list[Row]) -> str:
                 row["case"],
                 row["processes"],
                 _ms(row["seconds"]["iteration"]),
-                f"{row['sent_bytes'] / 1e6:.1f}",
+                f"{row['sent_bytes'] / 1e6:.1f}" if "sent_bytes" in row else "",
                 f"{row['bytes'] / 1e6:.1f}",
                 _ms(row["seconds"]["all-reduce"]) if row["processes"] > 1 else "",
                 _times(alone[row["case"]] / row["seconds"]["iteration"]),
