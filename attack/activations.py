@@ -20,6 +20,8 @@ from attack.folded import convolve
 Tensors = tuple[torch.Tensor, ...]
 # What a recorded layer does to a new input, given the tensors that it remembered.
 Replay = Callable[..., torch.Tensor]
+# Of larger activations only the switches are kept from one pass to the next, in a byte each.
+LARGE = 1 << 18
 
 
 class RecordActivations(TorchFunctionMode):
@@ -113,9 +115,11 @@ Recorded = tuple[torch.Tensor, Tensors, Replay]
 
 def _relu(func: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Recorded:
     output = func(x, *args, **kwargs)
-    # The output is kept by autograd anyway, so remembering it costs no memory; this
-    # kernel passes its first argument where the second one is positive and is the
-    # fastest mask there is. Autograd itself forbids changing `output` in place.
+    if output.numel() > LARGE:
+        return output, (output.detach().bool().view(torch.uint8),), torch.mul
+    # Kept by autograd until its pass has ended; this kernel passes its first argument where
+    # the second one is positive and is the fastest mask there is. Autograd itself forbids
+    # changing `output` in place.
     return output, (output.detach(),), _pass_where_positive
 
 

@@ -32,6 +32,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attack.activations import RecordActivations, ReplayActivations, TwiceDifferentiable
+from attack.allocation import return_freed_memory
 from attack.clipping import SampleClipping
 from attack.factored import Factored, find_layers, saves_sweeps
 from attack.objectives import (
@@ -341,6 +342,8 @@ class GradientMatcher:
             factor, self.factor, self._factored = False, False, None
             best = self._best_step(exact, inputs, labels)
         self.factor = factor
+        if len(inputs) != whole:
+            return_freed_memory()
         self.agreement = best[0]
         self.step = best[1] if best[0] >= ACCEPTED_COSINE else None
         logger.debug("difference step %s, cosine to exact %.6f", self.step, self.agreement)
