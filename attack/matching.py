@@ -406,9 +406,8 @@ class GradientMatcher:
                     torch.autograd.grad(loss, self.replica.parameters, create_graph=True)
                 )
         value, seed = self._value_and_seed(_detached(gradient))
-        if weight != 1:
-            torch._foreach_mul_(seed, weight)
-        outputs, cotangents = gradient, seed
+        outputs = gradient
+        cotangents = seed if weight == 1 else list(torch._foreach_mul(seed, weight))
         extra = None if observe is None else observe()
         alone = _penalty_gradient(extra, variables[0]) if apart else None
         if extra is not None and not apart:

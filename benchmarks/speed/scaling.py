@@ -238,7 +238,8 @@ def _predicted_cells(row: Row) -> list[str]:
     return [
         row["model"],
         str(row["batch"]),
-        *(f"{n / 1e6:.0f}" for n in (row["parameter_bytes"], *on_eight.values())),
+        f"{row['parameter_bytes'] / 1e6:.0f}",
+        *(f"{on_eight[part] / 1e6:.0f}" for part in ("dense", "factors")),
         f"{row['flops'] / 1e12:.3f}",
         f"{row['flops'] / sum(on_eight.values()) / 1e3:.1f}",
         *(f"{1000 * s:.1f}" for s in seconds),
