@@ -10,7 +10,8 @@ Four choices, all off by default, because each moves the last digits of publishe
   launches of their kernels.
 - `precision`: "tf32" (matrix products with 10 bits of mantissa, on CUDA) or "bf16"
   (automatic mixed precision); parameters and what is done to them stay in float32.
-- `channels_last`: the memory layout that convolutions on tensor cores read directly.
+- `channels_last`: the memory layout that convolutions on tensor cores read directly; on a CPU
+  it is chosen without being asked for (see `attack.replica`).
 
 Every choice is held against the exact gradient in plain float32 by the calibration of
 `attack.matching`, and given up with a sentence in the log where the two part.
