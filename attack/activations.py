@@ -81,7 +81,7 @@ class ReplayActivations(TorchFunctionMode):
 
 
 def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call `func`; BatchNorm in train mode leaves its running statistics alone.
+    """Call `func`; convolutions may be folded, BatchNorm leaves its running statistics alone.
 
     An attacker's trial passes are no training, and transformed functions must not
     write to what they do not own.

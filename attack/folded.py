@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from attack.packed import as_pair
+
 FEW_CHANNELS = 4
 # Smaller ones lose more by the padding of the kernel than they gain.
 LARGE_KERNEL = 5
@@ -36,10 +38,9 @@ def convolve(
 
     Differentiable as often as that is.
     """
-    step = _square(stride)
-    if step < 2 or not _gains(x, weight) or isinstance(padding, str) or _square(dilation) != 1:
+    if isinstance(padding, str) or as_pair(dilation) != (1, 1) or not _gains(x, weight, stride):
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    top, left = (padding, padding) if isinstance(padding, int) else padding
+    step, (top, left) = as_pair(stride)[0], as_pair(padding)
     size = -(-weight.shape[-1] // step) * step
     bottom = _missing(x.shape[-2], top, weight.shape[-2], step, size)
     right = _missing(x.shape[-1], left, weight.shape[-1], step, size)
@@ -48,17 +49,12 @@ def convolve(
     return F.conv2d(pixels, F.pixel_unshuffle(wider, step), bias)
 
 
-def _gains(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def _gains(x: torch.Tensor, weight: torch.Tensor, stride: Any) -> bool:
     rows, columns = weight.shape[-2:]
+    down, across = as_pair(stride)
     few = x.dim() == 4 and x.shape[1] == weight.shape[1] <= FEW_CHANNELS
-    return few and x.device.type == "cpu" and rows == columns >= LARGE_KERNEL
-
-
-def _square(value: Any) -> int:
-    """A setting that is the same in both directions; 0 if it is not."""
-    if isinstance(value, int):
-        return value
-    return int(value[0]) if len(set(value)) == 1 else 0
+    strided = 1 < down == across
+    return few and strided and x.device.type == "cpu" and rows == columns >= LARGE_KERNEL
 
 
 def _missing(length: int, before: int, kernel: int, step: int, size: int) -> int:

@@ -203,7 +203,7 @@ class GradientMatcher:
             apart: Keep the penalty's gradient apart, at the cost of a backward pass.
         """
         inputs = self._laid_out(inputs)
-        match = self._match(inputs, labels, weight, penalty, apart)
+        match = self._evaluate(inputs, labels, weight, penalty, apart)
         match.input_gradient = match.input_gradient.contiguous()
         if match.penalty_gradient is not None:
             match.penalty_gradient = match.penalty_gradient.contiguous()
@@ -212,7 +212,7 @@ class GradientMatcher:
     def _laid_out(self, inputs: torch.Tensor) -> torch.Tensor:
         return inputs.contiguous(memory_format=self.replica.layout)
 
-    def _match(
+    def _evaluate(
         self,
         inputs: torch.Tensor,
         labels: torch.Tensor,

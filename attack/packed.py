@@ -122,4 +122,4 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
 
 def as_pair(value: Any) -> Pair:
     """A setting of both directions, given for each or for both."""
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[-1]))

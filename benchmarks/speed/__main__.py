@@ -88,7 +88,8 @@ def _check_cases(args: argparse.Namespace) -> None:
 def _run_section(name: str, args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from benchmarks.speed.render import SECTIONS, render
+    from benchmarks.speed.pages import read_records
+    from benchmarks.speed.render import render
     from training.storage import write_json, write_text
 
     folder, made = Path(args.output), _provenance(args)
@@ -97,9 +98,7 @@ def _run_section(name: str, args: argparse.Namespace) -> None:
         rows.append(row)
         # What is measured stays, also where the rest is interrupted.
         write_json(folder / f"{name}.json", {"rows": rows, "provenance": made})
-    known = [n for n in SECTIONS if (folder / f"{n}.json").exists()]
-    records = {n: json.loads((folder / f"{n}.json").read_text(encoding="utf-8")) for n in known}
-    write_text(folder / "table.md", render(records))
+    write_text(folder / "table.md", render(read_records(folder)))
 
 
 def _provenance(args: argparse.Namespace) -> dict[str, Any]:

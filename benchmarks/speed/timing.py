@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import resource
 import statistics
 import subprocess
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from attack.allocation import return_freed_memory
 
 
 def interleaved(
@@ -77,8 +78,7 @@ def resident_bytes() -> int:
 
 def forget_peak() -> None:
     """Return freed memory to the system and count the peak from here on, where possible."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    return_freed_memory()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 

@@ -117,7 +117,7 @@ def test_finished_members_are_not_run_again(tmp_path: Path) -> None:
 def test_seconds_instead_of_iterations() -> None:
     found = run(lenet()[0], time_budget=2.0)
     assert found.details["budget"] >= 1
-    assert found.seconds < 60
+    assert found.seconds < 10
 
 
 def test_the_ensemble_leaves_itself_out() -> None:
