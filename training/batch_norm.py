@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from training.distributed import all_reduce, shard_sizes, world_size
 from training.errors import InputError
+
+
+def _summed(tensor: torch.Tensor, group: Any) -> torch.Tensor:
+    """The sum over processes, in place."""
+    if group is None:
+        return all_reduce(tensor)
+    dist.all_reduce(tensor, group=group)
+    return tensor
 
 
 class _AllReduceSum(torch.autograd.Function):
@@ -36,8 +44,7 @@ class _AllReduceSum(torch.autograd.Function):
     def forward(ctx: Any, tensor: torch.Tensor, group: Any) -> torch.Tensor:  # type: ignore[override]
         ctx.group = group
         total = tensor.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
-        return total
+        return _summed(total, group)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
@@ -59,6 +66,8 @@ def differentiable_all_reduce(tensor: torch.Tensor, group: Any = None) -> torch.
     """
     if world_size() == 1:
         return tensor
+    if not (torch.is_grad_enabled() and tensor.requires_grad):
+        return _summed(tensor.clone(memory_format=torch.contiguous_format), group)
     return _AllReduceSum.apply(tensor, group)
 
 
@@ -91,6 +100,161 @@ class _SharedBatchNorm(_BatchNorm):
         self.running_var.lerp_(unbiased_var.detach().to(self.running_var.dtype), factor)
 
 
+class _Moments(NamedTuple):
+    """Of a batch over all processes, by channel.
+
+    Attributes:
+        mean: C.
+        var: Biased, C.
+        n: Values of each channel, C.
+    """
+
+    mean: torch.Tensor
+    var: torch.Tensor
+    n: torch.Tensor
+
+
+def _moments(x: torch.Tensor, group: Any) -> _Moments:
+    """Of a batch of which every process has a shard (N_r x C x ...), differentiable.
+
+    Every shard's own (count, mean, M2) travel in one collective and are merged with the
+    parallel algorithm of Chan, Golub and LeVeque (1979), which does not cancel where the
+    mean is large as a sum of squares would.
+    """
+    # Half precision would lose the sums.
+    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    # One value per channel in a row: channels last, nothing is copied.
+    rows = x.movedim(1, -1).flatten(0, -2)
+    n = len(rows)
+    mean = rows.sum(0) / max(n, 1)
+    m2 = (rows - mean).square().sum(0)
+    table = _gathered(torch.stack([torch.full_like(mean, n), mean, m2]), group)
+    if len(table) == 1:
+        return _Moments(mean, m2 / n, table[0, 0])
+    counts, means, m2s = table.unbind(1)
+    total = counts.sum(0)
+    whole_mean = (counts * means).sum(0) / total
+    whole_m2 = m2s.sum(0) + (counts * (means - whole_mean).square()).sum(0)
+    return _Moments(whole_mean, whole_m2 / total, total)
+
+
+def _gathered(mine: torch.Tensor, group: Any) -> torch.Tensor:
+    """Every process's values, stacked.
+
+    A gather, written as the sum of tables that are zero but for one row each: its
+    derivatives are then sums as well, on every backend.
+    """
+    if world_size() == 1:
+        return mine[None]
+    table = mine.new_zeros(dist.get_world_size(group), *mine.shape)
+    table[dist.get_rank(group)] = mine
+    return differentiable_all_reduce(table, group)
+
+
+def _normalised(
+    x: torch.Tensor,
+    moments: _Moments,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
+    """A shard with the whole batch's moments, differentiable to any order."""
+    shape = (1, -1, *(1,) * (x.dim() - 2))
+    scale = torch.rsqrt(moments.var + eps)
+    if weight is not None:
+        scale = scale * weight
+    normalised = (x - moments.mean.view(shape)) * scale.view(shape)
+    return normalised if bias is None else normalised + bias.view(shape)
+
+
+class _SynchronizedKernels(torch.autograd.Function):
+    """Synchronized BatchNorm by PyTorch's kernels for fixed statistics.
+
+    They leave out what the statistics' own dependence on the batch adds to the derivative,
+
+        dL/dx = s (dL/dy - (sum dL/dy + x^ sum (dL/dy x^)) / n),    s = weight / sqrt(var + eps),
+
+    with sums over the whole batch. To differentiate that once more, it is formed again from
+    differentiable parts.
+
+    Source: Ioffe and Szegedy, Batch Normalization, 2015, section 3,
+    https://arxiv.org/abs/1502.03167.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        eps: float,
+        group: Any,
+    ) -> tuple[torch.Tensor, ...]:
+        moments = _moments(x, group)
+        y = (
+            F.batch_norm(x, moments.mean, moments.var, weight, bias, False, 0.0, eps)
+            if len(x)
+            else x
+        )
+        ctx.save_for_backward(x, weight, bias, *moments)
+        ctx.eps, ctx.group = eps, group
+        ctx.mark_non_differentiable(*moments)
+        return y, *moments
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        x, weight, bias, *moments = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            found = _differentiable_backward(ctx, x, weight, bias, grad)
+        else:
+            found = _backward_by_kernels(ctx, x, weight, bias, _Moments(*moments), grad)
+        return *found, None, None
+
+
+def _differentiable_backward(
+    ctx: Any,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    grad: torch.Tensor,
+) -> tuple[torch.Tensor | None, ...]:
+    y = _normalised(x, _moments(x, ctx.group), weight, bias, ctx.eps)
+    wanted = [
+        t if need else None
+        for t, need in zip((x, weight, bias), ctx.needs_input_grad[:3], strict=True)
+    ]
+    variables = [t for t in wanted if t is not None]
+    found = iter(torch.autograd.grad(y, variables, grad, create_graph=True))
+    return tuple(None if t is None else next(found) for t in wanted)
+
+
+def _backward_by_kernels(
+    ctx: Any,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    moments: _Moments,
+    grad: torch.Tensor,
+) -> tuple[torch.Tensor | None, ...]:
+    mean, var, n = moments
+    # Without a weight the kernel gives no sums: it takes ones.
+    scale = torch.ones_like(mean) if weight is None else weight
+    inner, times_normalised, alone = grad, torch.zeros_like(mean), torch.zeros_like(mean)
+    if len(x):
+        inner, times_normalised, alone = torch.ops.aten.native_batch_norm_backward(
+            grad, x, scale, mean, var, None, None, False, ctx.eps, [True, True, True]
+        )
+    sums = _summed(torch.stack([alone, times_normalised]), ctx.group)
+    precision = torch.rsqrt(var + ctx.eps)
+    constant, slope = sums * (scale * precision / n)
+    slope = slope * precision
+    shape = (1, -1, *(1,) * (x.dim() - 2))
+    inner.addcmul_(x, slope.view(shape), value=-1).sub_((constant - slope * mean).view(shape))
+    return inner, *(
+        None if p is None else g for p, g in ((weight, times_normalised), (bias, alone))
+    )
+
+
 class SynchronizedBatchNorm(_SharedBatchNorm):
     """BatchNorm with the statistics of the batch over all processes, twice differentiable.
 
@@ -114,51 +278,19 @@ class SynchronizedBatchNorm(_SharedBatchNorm):
         self._check_input_dim(input)
         if not self._uses_batch_statistics:
             return self._with_running_statistics(input)
-        mean, var, count = self._statistics(input)
-        self._update_running(mean, var * count / (count - 1).clamp(min=1))
-        shape = (1, -1, *(1,) * (input.dim() - 2))
-        scale = torch.rsqrt(var + self.eps)
-        if self.weight is not None:
-            scale = scale * self.weight
-        normalised = (input - mean.view(shape)) * scale.view(shape)
-        return normalised if self.bias is None else normalised + self.bias.view(shape)
-
-    def _statistics(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Mean and biased variance (C) of the whole batch, and its number of values.
-
-        Every shard's own (count, mean, M2) travel in one collective and are merged
-        with the parallel algorithm of Chan, Golub and LeVeque (1979), which does not
-        cancel where the mean is large as a sum of squares would.
-        """
-        # Half precision would lose the sums.
-        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        rows = x.transpose(0, 1).reshape(self.num_features, -1)
-        n = rows.shape[1]
-        mean = rows.sum(1) / max(n, 1)
-        m2 = (rows - mean[:, None]).square().sum(1)
-        counts, means, m2s = self._shared_table(mean, m2, n)
-        total = counts.sum()
-        whole_mean = (counts * means).sum(0) / total
-        whole_m2 = m2s.sum(0) + (counts * (means - whole_mean).square()).sum(0)
-        return whole_mean, whole_m2 / total, total
-
-    def _shared_table(
-        self, mean: torch.Tensor, m2: torch.Tensor, n: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Every process's count (W x 1), mean and M2 (W x C).
-
-        A gather, written as the sum of tables that are zero but for one row each: its
-        derivatives are then sums as well, on every backend.
-        """
-        row = torch.cat([mean.new_tensor([float(n)]), mean, m2])
-        if world_size() == 1:
-            table = row[None]
+        if world_size() > 1 and input.dtype in (torch.float32, torch.float64):
+            normalised, moments = self._by_kernels(input)
         else:
-            processes = dist.get_world_size(self.process_group)
-            position = torch.arange(processes, device=row.device)
-            mine = (position == dist.get_rank(self.process_group)).to(row.dtype)
-            table = differentiable_all_reduce(mine[:, None] * row, self.process_group)
-        return table[:, :1], *table[:, 1:].split(self.num_features, dim=1)
+            moments = _moments(input, self.process_group)
+            normalised = _normalised(input, moments, self.weight, self.bias, self.eps)
+        self._update_running(moments.mean, moments.var * moments.n / (moments.n - 1).clamp(min=1))
+        return normalised
+
+    def _by_kernels(self, x: torch.Tensor) -> tuple[torch.Tensor, _Moments]:
+        y, *moments = _SynchronizedKernels.apply(
+            x, self.weight, self.bias, self.eps, self.process_group
+        )
+        return y, _Moments(*moments)
 
 
 class GroupedBatchNorm(_SharedBatchNorm):

@@ -32,6 +32,7 @@ from torch.multiprocessing.spawn import ProcessException
 
 from training.errors import InputError, is_write_failure, write_failure
 from training.launch_arguments import add_launch_arguments as add_launch_arguments
+from training.shared_memory import SharedMemory, connect
 
 logger = logging.getLogger(__name__)
 
@@ -315,7 +316,10 @@ def shard_slice(sizes: Sequence[int], part: int) -> slice:
 
 def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
     """Sum `tensor` over all processes in place (no gradient) and return it."""
-    if world_size() > 1:
+    if world_size() == 1:
+        return tensor
+    shared = _shared_memory(tensor)
+    if shared is None or not shared.all_reduce(tensor):
         dist.all_reduce(tensor)
     return tensor
 
@@ -332,12 +336,32 @@ def all_gather_rows(rows: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
     """
     if world_size() == 1:
         return rows
+    shared = _shared_memory(rows)
+    if shared is not None:
+        whole = shared.all_gather_rows(rows, sizes)
+        if whole is not None:
+            return whole
     # NCCL and gloo gather equal shapes only; pad to the largest shard.
     padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
     padded[: len(rows)] = rows
     gathered = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(gathered, padded)
     return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
+
+
+# Of the current group, and that group; None where its processes share no memory.
+_CONNECTED: tuple[Any, SharedMemory | None] = (None, None)
+
+
+def _shared_memory(tensor: torch.Tensor) -> SharedMemory | None:
+    """What to send a tensor through, if not torch.distributed; a collective operation."""
+    global _CONNECTED
+    group = dist.group.WORLD
+    if tensor.device.type != "cpu" or dist.get_backend(group) != "gloo":
+        return None
+    if _CONNECTED[0] is not group:
+        _CONNECTED = (group, connect(group, COLLECTIVE_TIMEOUT.total_seconds()))
+    return _CONNECTED[1]
 
 
 def broadcast_object(value: Any) -> Any:

@@ -173,8 +173,9 @@ def _processes(args: argparse.Namespace) -> Rows:
     from benchmarks.speed.cases import CASES, SMALL_CASE
     from benchmarks.speed.iterations import measure_processes
 
-    names = [] if args.quick else ["convnet-32px-b8-eval", "resnet18-32px-b8-eval"]
-    for name in names or [SMALL_CASE.name]:
+    models, modes = ("convnet", "resnet18"), ("eval", "train")
+    names = [f"{model}-32px-b8-{mode}" for model in models for mode in modes]
+    for name in [SMALL_CASE.name] if args.quick else names:
         for processes in (1, 2) if args.quick else (1, 2, 4):
             yield measure_processes(CASES[name], processes, min(args.repeats, 5), args.seed)
 

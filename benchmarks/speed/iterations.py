@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import json
 from collections.abc import Callable, Iterator
@@ -11,7 +12,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 from attack.allocation import keep_freed_memory
@@ -22,11 +22,13 @@ from benchmarks.speed import references
 from benchmarks.speed.cases import CASES, Case, Problem, make_problem
 from benchmarks.speed.timing import interleaved, matrix_rate, medians, paired_ratio
 from benchmarks.speed.workers import Job, take_turns
-from training import distributed
+from training import batch_norm, distributed
 from training.errors import InputError
 
 # An iteration needs a forward pass (1), a backward pass (2) and their derivative (4).
 PASSES = 7
+# Of one process among several: those of an attack find the caches as the one before left them.
+CALLS_PER_TURN = 4
 # Of the whole attacks that are timed.
 ATTACK_ITERATIONS = 48
 METHODS: dict[str, Callable[[Problem], references.Iteration]] = {
@@ -167,11 +169,14 @@ def _shard_of_iteration(process: distributed.Process, args: argparse.Namespace) 
     matcher = GradientMatcher(replica, Cosine(), "difference")
     inputs, labels = problem.inputs[replica.share], problem.labels[replica.share]
     flat = torch.zeros(sum(p.numel() for p in replica.parameters))
-    functions = {
-        "iteration": lambda: matcher(inputs, labels),
-        "all-reduce": lambda: distributed.all_reduce(flat),
-    }
-    times = medians(interleaved(functions, args.repeats))
+    functions: dict[str, Callable[[], Any]] = {"iteration": lambda: matcher(inputs, labels)}
+    if process.world_size > 1:
+        sockets = functools.partial(_through_sockets, functions["iteration"])
+        functions |= {"sockets": sockets, "apart": _apart(problem, len(inputs))}
+    functions["all-reduce"] = lambda: distributed.all_reduce(flat)
+    turns = {name: functools.partial(_turn, function) for name, function in functions.items()}
+    in_turns = medians(interleaved(turns, args.repeats))
+    times = {name: seconds / CALLS_PER_TURN for name, seconds in in_turns.items()}
     with counted_bytes() as sent:
         matcher(inputs, labels)
     if process.is_main:
@@ -179,24 +184,48 @@ def _shard_of_iteration(process: distributed.Process, args: argparse.Namespace) 
         args.answers.put(json.dumps({"seconds": times, **sizes}))
 
 
+def _turn(function: Callable[[], Any]) -> None:
+    for _ in range(CALLS_PER_TURN):
+        function()
+
+
+def _apart(problem: Problem, n: int) -> Callable[[], Any]:
+    """An iteration with as many images as a shard has that knows of no other process."""
+    with distributed.alone():
+        replica = Replica(problem.target, torch.device("cpu"))
+        matcher = GradientMatcher(replica, Cosine(), "difference")
+
+    def iteration() -> Any:
+        with distributed.alone():
+            return matcher(problem.inputs[:n], problem.labels[:n])
+
+    return iteration
+
+
+def _through_sockets(iteration: Callable[[], Any]) -> Any:
+    with mock.patch.object(distributed, "_shared_memory", return_value=None):
+        return iteration()
+
+
 @contextlib.contextmanager
 def counted_bytes() -> Iterator[list[int]]:
     """The bytes that this process hands to collectives within the block, call by call."""
     sent: list[int] = []
 
-    def noted(collective: Callable[..., Any], tensor: int) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            sent.append(args[tensor].numel() * args[tensor].element_size())
-            return collective(*args, **options)
+    def noted(collective: Callable[..., Any]) -> Callable[..., Any]:
+        def call(tensor: torch.Tensor, *rest: Any) -> Any:
+            sent.append(tensor.numel() * tensor.element_size())
+            return collective(tensor, *rest)
 
         return call
 
-    # An all-gather is given where to put the parts first.
-    wrapped = [
-        mock.patch.object(dist, "all_reduce", noted(dist.all_reduce, 0)),
-        mock.patch.object(dist, "all_gather", noted(dist.all_gather, 1)),
-    ]
-    with wrapped[0], wrapped[1]:
+    reduced, gathered = noted(distributed.all_reduce), noted(distributed.all_gather_rows)
+    with (
+        mock.patch.object(distributed, "all_reduce", reduced),
+        mock.patch.object(distributed, "all_gather_rows", gathered),
+        # It is known there by a name of its own.
+        mock.patch.object(batch_norm, "all_reduce", reduced),
+    ):
         yield sent
 
 

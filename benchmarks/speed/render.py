@@ -119,9 +119,14 @@ def _memory_parts(row: Row) -> tuple[int, int, int]:
 
 
 def _processes(rows: list[Row]) -> str:
-    header = ["case", "processes", "iteration ms", "MB sent", "MB of parameters"]
-    header += ["all-reduce of them, ms", "speed-up"]
+    header = ["case", "processes", "iteration ms", "speed-up", "apart", "through sockets"]
+    header += ["MB sent", "MB of parameters", "all-reduce of them, ms"]
     alone = {r["case"]: r["seconds"]["iteration"] for r in rows if r["processes"] == 1}
+
+    def speed_up(row: Row, kind: str) -> str:
+        seconds = row["seconds"].get(kind)
+        return "" if seconds is None else _times(alone[row["case"]] / seconds)
+
     return table(
         header,
         [
@@ -129,10 +134,10 @@ def _processes(rows: list[Row]) -> str:
                 row["case"],
                 row["processes"],
                 _ms(row["seconds"]["iteration"]),
-                f"{row['sent_bytes'] / 1e6:.1f}" if "sent_bytes" in row else "",
+                *(speed_up(row, kind) for kind in ("iteration", "apart", "sockets")),
+                f"{row['sent_bytes'] / 1e6:.1f}",
                 f"{row['bytes'] / 1e6:.1f}",
                 _ms(row["seconds"]["all-reduce"]) if row["processes"] > 1 else "",
-                _times(alone[row["case"]] / row["seconds"]["iteration"]),
             ]
             for row in rows
         ],

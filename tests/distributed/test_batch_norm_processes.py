@@ -45,6 +45,8 @@ def match(model: nn.Module, sizes: list[int], rank: int) -> dict[str, Any]:
     images.requires_grad_(True)
     logits = model(images)
     loss = nn.functional.cross_entropy(logits, labels, reduction="sum") / BATCH
+    variables = [images, *model.parameters()]
+    in_images, *first = torch.autograd.grad(loss, variables, retain_graph=True)
     gradient = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
     whole = [all_reduce(part.detach().clone()) for part in gradient]
     (second,) = torch.autograd.grad(gradient, images, grad_outputs=whole)
@@ -52,6 +54,9 @@ def match(model: nn.Module, sizes: list[int], rank: int) -> dict[str, Any]:
     average_running_statistics(model)
     return {
         "logits": logits.detach(),
+        "in images": in_images,
+        # Without a graph of its own, by other kernels.
+        "first": [all_reduce(part) for part in first],
         "gradient": whole,
         "second": second,
         "buffers": {name: b.clone() for name, b in model.named_buffers()},
@@ -98,10 +103,12 @@ def test_processes_equal_one_process(kind: str, sizes: list[int], tmp_path: Path
     expected = match(model, [BATCH], 0)
 
     close(torch.cat([part["logits"] for part in shards]), expected["logits"])
+    close(torch.cat([part["in images"] for part in shards]), expected["in images"])
     close(torch.cat([part["second"] for part in shards]), expected["second"])
     for part in shards:
-        for ours, theirs in zip(part["gradient"], expected["gradient"], strict=True):
-            close(ours, theirs)
+        for order in ("first", "gradient"):
+            for ours, theirs in zip(part[order], expected[order], strict=True):
+                close(ours, theirs)
     even = len(set(sizes)) == 1
     if kind == "synchronized" or even:
         # Processes average their running statistics evenly; groups weigh them by size.

@@ -70,7 +70,7 @@ def test_table_comes_from_the_record() -> None:
         for n, s in [(1, 3.0), (2, 2.0)]
     ]
     text = render({"processes": {"rows": rows, "provenance": made}})
-    assert "| x | 2 | 2000.0 | 1.0 | 4.0 | 100.0 | 1.50 |" in text
+    assert "| x | 2 | 2000.0 | 1.50 | 2.00 | 0.75 | 1.0 | 4.0 | 100.0 |" in text
 
 
 def test_unknown_names_are_refused() -> None:
