@@ -65,7 +65,9 @@ def _metrics(quick: bool, seed: int) -> Iterator[Row]:
         record = metrics.measure(n, size, torch.device("cpu"), 2, seed)
         name = f"MSE, PSNR, SSIM of {n} images of {size} px"
         yield _row(name, record["seconds_ours"], "s")
-        yield _row(f"{name}: scikit-image's loop", record["ratio_of_cpu_seconds"], "times ours")
+        yield _row(f"{name}: scikit-image's loop", record["ratio"], "times ours")
+        by_processor = record["ratio_of_cpu_seconds"]
+        yield _row(f"{name}: scikit-image's loop, processor time", by_processor, "times ours")
         yield _row(f"{name}: difference", max(record["largest_difference"].values()), "at most")
 
 
