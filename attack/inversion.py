@@ -38,7 +38,7 @@ from attack.fusion import Consensus
 from attack.matching import GradientMatcher
 from attack.polishing import polish
 from attack.problem import InversionProblem
-from attack.racing import plan_race
+from attack.racing import LARGEST_SHARE, SHARE_BESIDE_HALVING, plan_race
 from attack.reconstruction import Reconstruction
 from attack.regularizers import Regularizer
 from attack.replica import Replica
@@ -103,7 +103,12 @@ class Inversion:
         )
         config = self.adaptation.config
         random = prior is None and config.start in RANDOM_STARTS
-        self.race = plan_race(config.iterations, config.race if random else 1)
+        halved = config.halving and config.restarts > 1
+        self.race = plan_race(
+            config.iterations,
+            config.race if random else 1,
+            SHARE_BESIDE_HALVING if halved else LARGEST_SHARE,
+        )
         config = replace(config, iterations=self.race.iterations)
         self.target, self.config, self.device = target, config, device
         self.dtype = torch.float64 if config.double else torch.float32

@@ -20,10 +20,13 @@ from dataclasses import dataclass
 
 from attack.restarts import Restart, by_objective
 
-# Iterations between two halvings, and the largest share of all iterations that may be spent
-# on starts that are dropped.
+# Iterations between two halvings, and the largest share of all iterations that may be spent on
+# starts that are dropped.
 LAP = 20
 LARGEST_SHARE = 0.2
+# Where restarts are halved as well, they compete for the iterations of fewer than three; every
+# one of them runs its race.
+SHARE_BESIDE_HALVING = 0.08
 # Fewer iterations tell nothing about a start.
 SHORTEST_LAP = 15
 # Of the starts of a race, in turn.
@@ -65,12 +68,13 @@ class Race:
         return [restart for race in races.values() for restart in race[:count]]
 
 
-def plan_race(iterations: int, starts: int) -> Race:
+def plan_race(iterations: int, starts: int, share: float = LARGEST_SHARE) -> Race:
     """A race that evaluates the objective as often as one start without a race.
 
     Args:
         iterations: Of one start without a race.
         starts: As many as possible up to this number; fewer where laps would be too short.
+        share: Of all iterations, that may at most be spent on starts that are dropped.
 
     Returns:
         One start without halvings where there is nothing to drop, or no time for it.
@@ -79,7 +83,7 @@ def plan_race(iterations: int, starts: int) -> Race:
         left = _field(starts)
         dropped = [before - after for before, after in zip([starts, *left], left, strict=False)]
         laps = sum(count * (i + 1) for i, count in enumerate(dropped))
-        lap = min(LAP, int(LARGEST_SHARE * iterations / laps))
+        lap = min(LAP, int(share * iterations / laps))
         if lap >= SHORTEST_LAP:
             halvings = tuple((lap * (i + 1), count) for i, count in enumerate(left))
             return Race(starts, halvings, iterations - lap * laps)

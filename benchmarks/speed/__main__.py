@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Rows = Iterator[dict[str, Any]]
 # Of each method; the middle one counts.
-MEMORY_RUNS = 5
+MEMORY_RUNS = 9
 
 
 def build_parser() -> argparse.ArgumentParser:

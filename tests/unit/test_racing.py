@@ -8,6 +8,7 @@ import torch
 from attack.attacks import get_attack
 from attack.inversion import Inversion
 from attack.racing import plan_race
+from attack.restarts import thin_out
 from attack.settings import InversionConfig
 from tests.targets import make_target
 from training.models import ModelSpec
@@ -31,6 +32,19 @@ def test_a_race_costs_what_one_start_costs(iterations, starts):
 def test_more_time_lets_more_start():
     assert [plan_race(n, 8).starts for n in (10, 100, 500, 2000)] == [1, 2, 4, 8]
     assert plan_race(2000, 8).halvings == ((20, 4), (40, 2), (60, 1))
+
+
+@pytest.mark.parametrize("iterations", [50, 120, 190, 300, 500, 2000, 2100, 24000])
+def test_eight_halved_restarts_cost_less_than_three(iterations):
+    config = dataclasses.replace(CONFIG, iterations=iterations, restarts=8, halving=True)
+    running = inversion(config)
+    restarts, evaluations = running.restarts, 0
+    for iteration in range(running.config.iterations):
+        restarts = running.race.thin_out(restarts, iteration)
+        restarts = thin_out(restarts, iteration, running.config)
+        evaluations += len(restarts)
+    assert len(restarts) == 1
+    assert evaluations <= 3 * iterations
 
 
 def inversion(config: InversionConfig, seed: int = 0, first_restart: int = 0) -> Inversion:
