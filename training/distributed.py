@@ -217,7 +217,7 @@ def _run_in_group(
     device = _device(args, local_rank)
     if device.type == "cpu":
         # Ranks that each take every core spend their time waiting for each other.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // n_local))
+        torch.set_num_threads(max(1, _cores() // n_local))
     dist.init_process_group(
         _backend(args, n_local),
         init_method=url,
@@ -242,6 +242,13 @@ def _run_in_group(
     finally:
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
+
+
+def _cores() -> int:
+    """Those that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _leave(ended_well: list[bool]) -> None:
@@ -349,19 +356,16 @@ def all_gather_rows(rows: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
     return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
 
 
-# Of the current group, and that group; None where its processes share no memory.
-_CONNECTED: tuple[Any, SharedMemory | None] = (None, None)
-
-
 def _shared_memory(tensor: torch.Tensor) -> SharedMemory | None:
     """What to send a tensor through, if not torch.distributed; a collective operation."""
-    global _CONNECTED
-    group = dist.group.WORLD
-    if tensor.device.type != "cpu" or dist.get_backend(group) != "gloo":
+    if tensor.device.type != "cpu" or dist.get_backend() != "gloo":
         return None
-    if _CONNECTED[0] is not group:
-        _CONNECTED = (group, connect(group, COLLECTIVE_TIMEOUT.total_seconds()))
-    return _CONNECTED[1]
+    return _connected(dist.group.WORLD)
+
+
+@functools.lru_cache(maxsize=1)
+def _connected(group: Any) -> SharedMemory | None:
+    return connect(group, COLLECTIVE_TIMEOUT.total_seconds())
 
 
 def broadcast_object(value: Any) -> Any:

@@ -49,6 +49,8 @@ SSIM_VARIANTS = {
 def ssim(images: torch.Tensor, originals: torch.Tensor, variant: str = "gaussian") -> torch.Tensor:
     """Structural similarity of every image: mean over windows inside the image and channels.
 
+    Without a derivative.
+
     Args:
         images: N x C x H x W in [0, 1] (data range 1).
         originals: The same shape.
@@ -70,7 +72,7 @@ def ssim(images: torch.Tensor, originals: torch.Tensor, variant: str = "gaussian
     if variant not in SSIM_VARIANTS:
         raise InputError(f"unknown SSIM variant {variant}; known are {', '.join(SSIM_VARIANTS)}")
     piece = max(1, _ELEMENTS_PER_PIECE // max(1, images[0].numel()))
-    pairs = zip(images.split(piece), originals.split(piece), strict=True)
+    pairs = zip(images.detach().split(piece), originals.detach().split(piece), strict=True)
     return torch.cat([_ssim_of_piece(x, y, SSIM_VARIANTS[variant]) for x, y in pairs])
 
 
@@ -80,13 +82,14 @@ def _ssim_of_piece(x: torch.Tensor, y: torch.Tensor, variant: SsimVariant) -> to
     unbiased = n / (n - 1) if variant.sample_covariance and n > 1 else 1.0
     moments = _window_means(torch.stack([x, y, x * x + y * y, x * y]), rows, columns)
     mean_x, mean_y, squares, product = moments.unbind()
-    mean_product, mean_squares = mean_x * mean_y, mean_x.square() + mean_y.square()
-    variances = unbiased * (squares - mean_squares)
-    covariance = unbiased * (product - mean_product)
+    mean_product, mean_squares = mean_x * mean_y, mean_x.square().add_(mean_y.square())
+    # In place: fresh memory for every step would not stay in the cache.
+    variances = squares.sub_(mean_squares).mul_(unbiased)
+    covariance = product.sub_(mean_product).mul_(unbiased)
     c1, c2 = 0.01**2, 0.03**2
-    luminance = (2 * mean_product + c1) / (mean_squares + c1)
-    structure = (2 * covariance + c2) / (variances + c2)
-    return (luminance * structure).flatten(1).mean(1)
+    luminance = mean_product.mul_(2).add_(c1).div_(mean_squares.add_(c1))
+    structure = covariance.mul_(2).add_(c2).div_(variances.add_(c2))
+    return luminance.mul_(structure).flatten(1).mean(1)
 
 
 def _window_means(
