@@ -284,6 +284,12 @@ class SynchronizedBatchNorm(_SharedBatchNorm):
         self._check_input_dim(input)
         if not self._uses_batch_statistics:
             return self._with_running_statistics(input)
+        normalised: torch.Tensor = self._synchronized(input)
+        return normalised
+
+    # What it waits for is not in its inputs: a compiler must leave it as it is.
+    @torch.compiler.disable
+    def _synchronized(self, input: torch.Tensor) -> torch.Tensor:
         if world_size() > 1 and input.dtype in (torch.float32, torch.float64):
             normalised, moments = self._by_kernels(input)
         else:

@@ -71,13 +71,24 @@ def shard(process: Process, args: argparse.Namespace) -> None:
     torch.save(result, Path(args.out) / f"{process.rank}.pt")
 
 
-def run_shards(kind: str, sizes: list[int], out: Path) -> list[dict[str, Any]]:
+def compiled_shard(process: Process, args: argparse.Namespace) -> None:
+    model = convert_batch_norm(make_model().float(), "synchronized")
+    images, labels = (part[shard_slice(args.sizes, process.rank)] for part in make_batch())
+    found = []
+    for forward in (model, torch.compile(model, backend="aot_eager")):
+        model.zero_grad()
+        nn.functional.cross_entropy(forward(images.float()), labels, reduction="sum").backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    torch.save(found, Path(args.out) / f"{process.rank}.pt")
+
+
+def run_shards(kind: str, sizes: list[int], out: Path, work: Any = shard) -> list[Any]:
     parser = argparse.ArgumentParser()
     add_launch_arguments(parser)
     flags = ["--cpu", "--multiprocessing-distributed", "--dist-url", "tcp://127.0.0.1:0"]
     args = parser.parse_args([*flags, "--nproc-per-node", str(len(sizes))])
     args.kind, args.sizes, args.out = kind, sizes, str(out)
-    launch(shard, args)
+    launch(work, args)
     return [torch.load(out / f"{rank}.pt") for rank in range(len(sizes))]
 
 
@@ -114,6 +125,13 @@ def test_processes_equal_one_process(kind: str, sizes: list[int], tmp_path: Path
         # Processes average their running statistics evenly; groups weigh them by size.
         for name, buffer in expected["buffers"].items():
             torch.testing.assert_close(shards[0]["buffers"][name], buffer)
+
+
+def test_a_compiled_model_synchronizes_too(tmp_path: Path) -> None:
+    for plain, compiled in run_shards("synchronized", [5, 4], tmp_path, compiled_shard):
+        assert len(plain) == len(compiled) > 4
+        for ours, theirs in zip(compiled, plain, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
 def test_asynchronous_differs_from_synchronized() -> None:
