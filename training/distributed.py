@@ -20,6 +20,7 @@ import signal
 import socket
 import sys
 import traceback
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -356,6 +357,10 @@ def all_gather_rows(rows: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
     return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
 
 
+# What the processes of a group share, for as long as the group is there.
+_CONNECTED: weakref.WeakKeyDictionary[Any, SharedMemory | None] = weakref.WeakKeyDictionary()
+
+
 def _shared_memory(tensor: torch.Tensor) -> SharedMemory | None:
     """What to send a tensor through, if not torch.distributed; a collective operation."""
     if tensor.device.type != "cpu" or dist.get_backend() != "gloo":
@@ -363,12 +368,10 @@ def _shared_memory(tensor: torch.Tensor) -> SharedMemory | None:
     if torch.compiler.is_compiling():
         # A compiler would take the others' values for constants.
         return None
-    return _connected(dist.group.WORLD)
-
-
-@functools.lru_cache(maxsize=1)
-def _connected(group: Any) -> SharedMemory | None:
-    return connect(group, COLLECTIVE_TIMEOUT.total_seconds())
+    group = dist.group.WORLD
+    if group not in _CONNECTED:
+        _CONNECTED[group] = connect(COLLECTIVE_TIMEOUT.total_seconds())
+    return _CONNECTED[group]
 
 
 def broadcast_object(value: Any) -> Any:

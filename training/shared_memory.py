@@ -125,16 +125,15 @@ def _opened(address: _Address) -> _Segment:
     return segment
 
 
-def connect(group: Any, timeout: float) -> SharedMemory | None:
-    """The shared memory of a group's processes; None where one of them cannot join.
+def connect(timeout: float) -> SharedMemory | None:
+    """The shared memory of all processes; None where one of them cannot join.
 
     A collective operation.
 
     Args:
-        group: A gloo process group.
         timeout: Seconds to wait for another process.
     """
-    shared = SharedMemory(group, timeout)
+    shared = SharedMemory(timeout)
     return shared if shared.grow(_FIRST_CAPACITY) else None
 
 
@@ -150,13 +149,12 @@ class SharedMemory:
     in the order of ranks, on every process the same.
 
     Args:
-        group: A gloo process group.
         timeout: Seconds to wait for another process.
     """
 
-    def __init__(self, group: Any, timeout: float) -> None:
-        self._group, self._timeout = group, timeout
-        self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+        self._rank, self._size = dist.get_rank(), dist.get_world_size()
         self._others = [r for r in range(self._size) if r != self._rank]
         self._mine: _OwnSegment | None = None
         self._addresses: list[_Address] = []
@@ -185,7 +183,7 @@ class SharedMemory:
     def _told(self, value: Any) -> list[Any]:
         """What every process says."""
         answers: list[Any] = [None] * self._size
-        dist.all_gather_object(answers, value, group=self._group)
+        dist.all_gather_object(answers, value)
         return answers
 
     def _open(self, addresses: Sequence[_Address], mine: _OwnSegment) -> list[_Segment] | None:

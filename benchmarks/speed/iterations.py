@@ -172,7 +172,8 @@ def _shard_of_iteration(process: distributed.Process, args: argparse.Namespace) 
     functions: dict[str, Callable[[], Any]] = {"iteration": lambda: matcher(inputs, labels)}
     if process.world_size > 1:
         sockets = functools.partial(_through_sockets, functions["iteration"])
-        functions |= {"sockets": sockets, "apart": _apart(problem, len(inputs))}
+        apart = {"apart": _apart(problem, len(inputs)), "whole": _by_the_first(problem)}
+        functions |= {"sockets": sockets, **apart}
     functions["all-reduce"] = lambda: distributed.all_reduce(flat)
     turns = {name: functools.partial(_turn, function) for name, function in functions.items()}
     in_turns = medians(interleaved(turns, args.repeats))
@@ -200,6 +201,19 @@ def _apart(problem: Problem, n: int) -> Callable[[], Any]:
             return matcher(problem.inputs[:n], problem.labels[:n])
 
     return iteration
+
+
+def _by_the_first(problem: Problem) -> Callable[[], Any]:
+    """An iteration with all images on one process, for which the others wait asleep."""
+    if distributed.rank() > 0:
+        return distributed.barrier
+    iteration = _apart(problem, len(problem.inputs))
+
+    def call() -> None:
+        iteration()
+        distributed.barrier()
+
+    return call
 
 
 def _through_sockets(iteration: Callable[[], Any]) -> Any:

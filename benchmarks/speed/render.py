@@ -121,11 +121,12 @@ def _memory_parts(row: Row) -> tuple[int, int, int]:
 def _processes(rows: list[Row]) -> str:
     header = ["case", "processes", "iteration ms", "speed-up", "apart", "through sockets"]
     header += ["MB sent", "MB of parameters", "all-reduce of them, ms"]
-    alone = {r["case"]: r["seconds"]["iteration"] for r in rows if r["processes"] == 1}
 
     def speed_up(row: Row, kind: str) -> str:
-        seconds = row["seconds"].get(kind)
-        return "" if seconds is None else _times(alone[row["case"]] / seconds)
+        seconds = row["seconds"]
+        # Measured in turns with the rest; alone, an iteration is the whole.
+        whole = seconds.get("whole", seconds["iteration"])
+        return _times(whole / seconds[kind]) if kind in seconds else ""
 
     return table(
         header,

@@ -67,7 +67,10 @@ def test_table_comes_from_the_record() -> None:
             "sent_bytes": (n - 1) * 1e6,
             "seconds": {"iteration": s, "all-reduce": 0.1, **others},
         }
-        for n, s, others in [(1, 3.0, {}), (2, 2.0, {"apart": 1.5, "sockets": 4.0})]
+        for n, s, others in [
+            (1, 2.5, {}),
+            (2, 2.0, {"whole": 3.0, "apart": 1.5, "sockets": 4.0}),
+        ]
     ]
     text = render({"processes": {"rows": rows, "provenance": made}})
     assert "| x | 2 | 2000.0 | 1.50 | 2.00 | 0.75 | 1.0 | 4.0 | 100.0 |" in text
