@@ -24,8 +24,8 @@ from attack.restarts import Restart, by_objective
 # starts that are dropped.
 LAP = 20
 LARGEST_SHARE = 0.2
-# Where restarts are halved as well, they compete for the iterations of fewer than three; every
-# one of them runs its race.
+# The same where restarts are halved as well: eight of them, with a race each, then evaluate the
+# objective less than three times as often as one.
 SHARE_BESIDE_HALVING = 0.08
 # Fewer iterations tell nothing about a start.
 SHORTEST_LAP = 15

@@ -101,7 +101,8 @@ class InversionConfig:
             or "prior" (a given image).
         restarts: Number of starts.
         restarts_at_once: Restarts per batched call; 0: by the model's size and memory.
-        halving: Drop the worse half of the restarts at 1/8, 1/4 and 1/2 of the iterations.
+        halving: Drop the worse half of the restarts at 1/8, 1/4 and 1/2 of the iterations; their
+            races are shorter then.
         race: Number of starts that compete for the iterations of each restart, which are those
             of all of them together, see `attack.racing`; below 2: one start, no race.
         combine: E2EGI's minimum-loss combinatorial optimisation of the restarts.
