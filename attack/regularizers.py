@@ -274,14 +274,10 @@ class BatchNormPenalty:
     def _moments(self, x: torch.Tensor, dims: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.synchronized or distributed.world_size() == 1:
             return x.mean(dims), x.var(dims, unbiased=False)
-        from training.batch_norm import differentiable_all_reduce
+        from training.batch_norm import batch_moments
 
-        count = torch.tensor(float(x.numel() // x.shape[1]), device=x.device, dtype=x.dtype)
-        total = distributed.all_reduce(count)
-        mean = differentiable_all_reduce(x.sum(dims)) / total
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        var = differentiable_all_reduce((x - mean.view(shape)).square().sum(dims)) / total
-        return mean, var
+        whole = batch_moments(x)
+        return whole.mean, whole.var
 
 
 class MovingAveragePenalty:

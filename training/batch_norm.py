@@ -100,8 +100,8 @@ class _SharedBatchNorm(_BatchNorm):
         self.running_var.lerp_(unbiased_var.detach().to(self.running_var.dtype), factor)
 
 
-class _Moments(NamedTuple):
-    """Of a batch over all processes, by channel.
+class Moments(NamedTuple):
+    """Mean and variance of a batch over all processes, by channel.
 
     Attributes:
         mean: C.
@@ -114,22 +114,26 @@ class _Moments(NamedTuple):
     n: torch.Tensor
 
 
-def _moments(x: torch.Tensor, group: Any) -> _Moments:
-    """Of a batch of which every process has a shard (N_r x C x ...), differentiable.
+def batch_moments(x: torch.Tensor, group: Any = None) -> Moments:
+    """Moments of a batch of which every process has a shard, differentiable to any order.
 
     Every shard's own (count, mean, M2) travel in one collective and are merged with the
     parallel algorithm of Chan, Golub and LeVeque (1979), which does not cancel where the
     mean is large as a sum of squares would.
+
+    Args:
+        x: This process's shard, N_r x C x ...
+        group: Process group; None for all processes.
     """
     n, mean, m2 = _of_shard(x)
     table = _gathered(torch.stack([torch.full_like(mean, n), mean, m2]), group)
     if len(table) == 1:
-        return _Moments(mean, m2 / n, table[0, 0])
+        return Moments(mean, m2 / n, table[0, 0])
     counts, means, m2s = table.unbind(1)
     total = counts.sum(0)
     whole_mean = (counts * means).sum(0) / total
     whole_m2 = m2s.sum(0) + (counts * (means - whole_mean).square()).sum(0)
-    return _Moments(whole_mean, whole_m2 / total, total)
+    return Moments(whole_mean, whole_m2 / total, total)
 
 
 def _of_shard(x: torch.Tensor) -> tuple[int, torch.Tensor, torch.Tensor]:
@@ -157,20 +161,24 @@ def _gathered(mine: torch.Tensor, group: Any) -> torch.Tensor:
     return differentiable_all_reduce(table, group)
 
 
+def _by_channel(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """C values, to be combined with N x C x ..."""
+    return values.view(1, -1, *(1,) * (x.dim() - 2))
+
+
 def _normalised(
     x: torch.Tensor,
-    moments: _Moments,
+    moments: Moments,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     eps: float,
 ) -> torch.Tensor:
     """A shard with the whole batch's moments, differentiable to any order."""
-    shape = (1, -1, *(1,) * (x.dim() - 2))
     scale = torch.rsqrt(moments.var + eps)
     if weight is not None:
         scale = scale * weight
-    normalised = (x - moments.mean.view(shape)) * scale.view(shape)
-    return normalised if bias is None else normalised + bias.view(shape)
+    normalised = (x - _by_channel(moments.mean, x)) * _by_channel(scale, x)
+    return normalised if bias is None else normalised + _by_channel(bias, x)
 
 
 class _SynchronizedKernels(torch.autograd.Function):
@@ -196,7 +204,7 @@ class _SynchronizedKernels(torch.autograd.Function):
         eps: float,
         group: Any,
     ) -> tuple[torch.Tensor, ...]:
-        moments = _moments(x, group)
+        moments = batch_moments(x, group)
         y = (
             F.batch_norm(x, moments.mean, moments.var, weight, bias, False, 0.0, eps)
             if len(x)
@@ -213,7 +221,7 @@ class _SynchronizedKernels(torch.autograd.Function):
         if torch.is_grad_enabled():
             found = _differentiable_backward(ctx, x, weight, bias, grad)
         else:
-            found = _backward_by_kernels(ctx, x, weight, bias, _Moments(*moments), grad)
+            found = _backward_by_kernels(ctx, x, weight, bias, Moments(*moments), grad)
         return *found, None, None
 
 
@@ -224,7 +232,7 @@ def _differentiable_backward(
     bias: torch.Tensor | None,
     grad: torch.Tensor,
 ) -> tuple[torch.Tensor | None, ...]:
-    y = _normalised(x, _moments(x, ctx.group), weight, bias, ctx.eps)
+    y = _normalised(x, batch_moments(x, ctx.group), weight, bias, ctx.eps)
     wanted = [
         t if need else None
         for t, need in zip((x, weight, bias), ctx.needs_input_grad[:3], strict=True)
@@ -239,7 +247,7 @@ def _backward_by_kernels(
     x: torch.Tensor,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
-    moments: _Moments,
+    moments: Moments,
     grad: torch.Tensor,
 ) -> tuple[torch.Tensor | None, ...]:
     mean, var, n = moments
@@ -254,8 +262,8 @@ def _backward_by_kernels(
     precision = torch.rsqrt(var + ctx.eps)
     constant, slope = sums * (scale * precision / n)
     slope = slope * precision
-    shape = (1, -1, *(1,) * (x.dim() - 2))
-    inner.addcmul_(x, slope.view(shape), value=-1).sub_((constant - slope * mean).view(shape))
+    inner.addcmul_(x, _by_channel(slope, x), value=-1)
+    inner.sub_(_by_channel(constant - slope * mean, x))
     return inner, *(
         None if p is None else g for p, g in ((weight, times_normalised), (bias, alone))
     )
@@ -293,16 +301,16 @@ class SynchronizedBatchNorm(_SharedBatchNorm):
         if world_size() > 1 and input.dtype in (torch.float32, torch.float64):
             normalised, moments = self._by_kernels(input)
         else:
-            moments = _moments(input, self.process_group)
+            moments = batch_moments(input, self.process_group)
             normalised = _normalised(input, moments, self.weight, self.bias, self.eps)
         self._update_running(moments.mean, moments.var * moments.n / (moments.n - 1).clamp(min=1))
         return normalised
 
-    def _by_kernels(self, x: torch.Tensor) -> tuple[torch.Tensor, _Moments]:
+    def _by_kernels(self, x: torch.Tensor) -> tuple[torch.Tensor, Moments]:
         y, *moments = _SynchronizedKernels.apply(
             x, self.weight, self.bias, self.eps, self.process_group
         )
-        return y, _Moments(*moments)
+        return y, Moments(*moments)
 
 
 class GroupedBatchNorm(_SharedBatchNorm):

@@ -97,8 +97,12 @@ class _OwnSegment(_Segment):
 
     def __init__(self, size: int) -> None:
         self._file = os.memfd_create("gradients")
-        os.ftruncate(self._file, _HEADER_BYTES + size)
-        super().__init__(self._file, size)
+        try:
+            os.ftruncate(self._file, _HEADER_BYTES + size)
+            super().__init__(self._file, size)
+        except OSError:
+            self.close()
+            raise
         self.token = secrets.token_bytes(_TOKEN_BYTES)
         self.address = _Address(f"/proc/{os.getpid()}/fd/{self._file}", self.token, size)
 
@@ -171,6 +175,8 @@ class SharedMemory:
         addresses = self._told(None if mine is None else mine.address)
         segments = None if None in addresses or mine is None else self._open(addresses, mine)
         if not all(self._told(segments is not None)):
+            if mine is not None:
+                mine.close()
             return False
         assert segments is not None
         if self._mine is not None:
@@ -224,7 +230,7 @@ class SharedMemory:
     @torch.no_grad()
     def all_gather_rows(self, rows: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor | None:
         """The rows (n_r x ...) of all processes; None if there is no room."""
-        width = rows[:1].numel() if len(rows) else rows.new_empty((1, *rows.shape[1:])).numel()
+        width = math.prod(rows.shape[1:])
         slots = self._write(rows.reshape(-1), max(sizes) * width)
         if slots is None:
             return None

@@ -101,15 +101,15 @@ def test_two_processes_share_what_one_shares(name: str, by_two_processes: Path) 
     assert len(two.shards) == 2
     assert sum(two.shards) == 7
     tolerance = 1e-10 if "float64" in name else 1e-5
-    _assert_same(two, one, tolerance)
+    # Biases before MobileNet's BatchNorm have no gradient but rounding, 1e-12.
+    _assert_same(two, one, tolerance, least=1e-11 if "dropout" in name else 0.0)
 
 
-def _assert_same(two: Target, one: Target, tolerance: float) -> None:
+def _assert_same(two: Target, one: Target, tolerance: float, least: float = 0.0) -> None:
     for key, gradient in one.gradient.items():
         scale = float(gradient.abs().max())
-        # Biases before BatchNorm have none but rounding: 1e-12 here.
         torch.testing.assert_close(
-            two.gradient[key], gradient, rtol=tolerance, atol=max(tolerance * scale, 1e-11)
+            two.gradient[key], gradient, rtol=tolerance, atol=max(tolerance * scale, least)
         )
     assert (two.running_after or {}).keys() == (one.running_after or {}).keys()
     for name, value in (one.running_after or {}).items():
