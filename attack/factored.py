@@ -481,7 +481,9 @@ def find_layers(
     survey = _Survey({id(p): i for i, p in enumerate(parameters)})
     # Not a plain zero: some layers divide by what they read.
     inputs = torch.full(tuple(shape), 0.5, device=parameters[0].device, dtype=parameters[0].dtype)
-    with torch.random.fork_rng(), torch.no_grad(), RecordActivations(), survey:
+    # Of the GPUs, only the one that the model runs on: a process should not touch the others.
+    used = [inputs.device] if inputs.is_cuda else []
+    with torch.random.fork_rng(devices=used), torch.no_grad(), RecordActivations(), survey:
         model(inputs)
     return [
         layer

@@ -295,8 +295,6 @@ class SynchronizedBatchNorm(_SharedBatchNorm):
         normalised: torch.Tensor = self._synchronized(input)
         return normalised
 
-    # What it waits for is not in its inputs: a compiler must leave it as it is.
-    @torch.compiler.disable
     def _synchronized(self, input: torch.Tensor) -> torch.Tensor:
         if world_size() > 1 and input.dtype in (torch.float32, torch.float64):
             normalised, moments = self._by_kernels(input)
@@ -311,6 +309,17 @@ class SynchronizedBatchNorm(_SharedBatchNorm):
             x, self.weight, self.bias, self.eps, self.process_group
         )
         return y, Moments(*moments)
+
+
+def leave_synchronization_to_python() -> None:
+    """Make `torch.compile` leave synchronized BatchNorm as it is; call before it.
+
+    A compiler would take what other processes send for constants. Not done where the layer is
+    defined, since the compiler takes a second to import.
+    """
+    layer: Any = SynchronizedBatchNorm
+    if not hasattr(layer._synchronized, "__wrapped__"):
+        layer._synchronized = torch.compiler.disable(layer._synchronized)
 
 
 class GroupedBatchNorm(_SharedBatchNorm):

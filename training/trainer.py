@@ -22,7 +22,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from training.batch_norm import average_running_statistics, explain_single_values
+from training.batch_norm import (
+    average_running_statistics,
+    explain_single_values,
+    leave_synchronization_to_python,
+)
 from training.data import DataSets
 from training.distributed import Process, all_reduce, barrier, derived_seed, seed_everything
 from training.errors import InputError
@@ -238,6 +242,7 @@ class Trainer:
         """The model as the training step calls it; the plain one keeps the parameters."""
         forward: Any = self.model
         if self.config.compile:
+            leave_synchronization_to_python()
             forward = torch.compile(forward)
         if self._uses_ddp:
             # Overlaps communication with the backward pass. Buffers are ours to keep.

@@ -13,6 +13,9 @@ from training.errors import InputError
 # Images are taken in pieces that stay in the processor's cache: three times faster.
 _ELEMENTS_PER_PIECE = 1 << 17
 
+# Planes interleaved for a depthwise convolution: the widest vector register in float32.
+_LANES = 16
+
 
 @dataclass(frozen=True)
 class SsimVariant:
@@ -71,16 +74,88 @@ def ssim(images: torch.Tensor, originals: torch.Tensor, variant: str = "gaussian
     """
     if variant not in SSIM_VARIANTS:
         raise InputError(f"unknown SSIM variant {variant}; known are {', '.join(SSIM_VARIANTS)}")
-    piece = max(1, _ELEMENTS_PER_PIECE // max(1, images[0].numel()))
-    pairs = zip(images.detach().split(piece), originals.detach().split(piece), strict=True)
-    return torch.cat([_ssim_of_piece(x, y, SSIM_VARIANTS[variant]) for x, y in pairs])
+    n, channels, height, width = images.shape
+    rows, columns = SSIM_VARIANTS[variant].weights(height), SSIM_VARIANTS[variant].weights(width)
+    entries = len(rows) * len(columns)
+    sample = SSIM_VARIANTS[variant].sample_covariance and entries > 1
+    window = _Window(rows, columns, entries / (entries - 1) if sample else 1.0)
+    x, y = images.detach().flatten(0, 1), originals.detach().flatten(0, 1)
+    interleaved = len(x) - len(x) % _LANES if _convolves_lanes(x) and _convolves_lanes(y) else 0
+    totals = [
+        _sums_of_interleaved_planes(x[:interleaved], y[:interleaved], window),
+        _sums_of_planes(x[interleaved:], y[interleaved:], window),
+    ]
+    positions = (height - len(rows) + 1) * (width - len(columns) + 1)
+    return torch.cat(totals).view(n, channels).mean(1) / positions
 
 
-def _ssim_of_piece(x: torch.Tensor, y: torch.Tensor, variant: SsimVariant) -> torch.Tensor:
-    rows, columns = variant.weights(x.shape[-2]), variant.weights(x.shape[-1])
-    n = len(rows) * len(columns)
-    unbiased = n / (n - 1) if variant.sample_covariance and n > 1 else 1.0
-    moments = _window_means(torch.stack([x, y, x * x + y * y, x * y]), rows, columns)
+@dataclass(frozen=True)
+class _Window:
+    """Weights over rows and over columns, and the factor that corrects (co)variances."""
+
+    rows: tuple[float, ...]
+    columns: tuple[float, ...]
+    unbiased: float
+
+
+def _convolves_lanes(planes: torch.Tensor) -> bool:
+    # Elsewhere sums of shifted copies: on a GPU a convolution would round to TF32, and the
+    # variances, small differences of large numbers, would be lost; without oneDNN it is slow.
+    return (
+        planes.device.type == "cpu"
+        and planes.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+    )
+
+
+def _sums_of_planes(x: torch.Tensor, y: torch.Tensor, window: _Window) -> torch.Tensor:
+    """Sums of the similarity over the windows of every plane, by sums of shifted copies."""
+    if not len(x):
+        return x.new_empty(0)
+    piece = max(1, _ELEMENTS_PER_PIECE // x[0].numel())
+    sums = []
+    for a, b in zip(x.split(piece), y.split(piece), strict=True):
+        moments = torch.stack([a, b, a * a + b * b, a * b])
+        moments = _slide(_slide(moments, window.rows, -2), window.columns, -1)
+        sums.append(_similarities(moments, window.unbiased).flatten(1).sum(1))
+    return torch.cat(sums)
+
+
+def _sums_of_interleaved_planes(x: torch.Tensor, y: torch.Tensor, window: _Window) -> torch.Tensor:
+    """The same for multiples of `_LANES` planes, by convolutions: twice as fast.
+
+    The planes' pixels are interleaved, as channels are in channels-last memory, so that a
+    depthwise convolution takes one plane per lane of a vector register and keeps its sums there.
+    """
+    if not len(x):
+        return x.new_empty(0)
+    planes, height, width = x.shape
+    margin = len(window.rows) - 1
+    # A piece is some rows of one group of planes, or all rows of several groups.
+    rows = max(_ELEMENTS_PER_PIECE * 2 // (_LANES * width) - margin, 1)
+    rows = min(rows, height - margin)
+    groups = max(1, _ELEMENTS_PER_PIECE * 2 // (_LANES * width * (rows + margin)))
+    vertical = x.new_tensor(window.rows).view(1, 1, -1, 1).expand(_LANES, 1, -1, 1)
+    horizontal = x.new_tensor(window.columns).view(1, 1, 1, -1).expand(_LANES, 1, 1, -1)
+    sums = x.new_zeros(planes)
+    for first in range(0, planes, groups * _LANES):
+        chosen = slice(first, first + groups * _LANES)
+        for row in range(0, height - margin, rows):
+            a, b = (v[chosen, row : row + rows + margin].unflatten(0, (-1, _LANES)) for v in (x, y))
+            moments = x.new_empty(4, len(a), *a.shape[2:], _LANES)
+            moments[0].copy_(a.permute(0, 2, 3, 1))
+            moments[1].copy_(b.permute(0, 2, 3, 1))
+            torch.mul(moments[0], moments[0], out=moments[2]).addcmul_(moments[1], moments[1])
+            torch.mul(moments[0], moments[1], out=moments[3])
+            means = F.conv2d(moments.flatten(0, 1).permute(0, 3, 1, 2), vertical, groups=_LANES)
+            means = F.conv2d(means, horizontal, groups=_LANES)
+            means = means.permute(0, 2, 3, 1).unflatten(0, (4, -1)).flatten(2, 3)
+            sums[chosen] += _similarities(means, window.unbiased).sum(1).flatten()
+    return sums
+
+
+def _similarities(moments: torch.Tensor, unbiased: float) -> torch.Tensor:
+    """Luminance times structure from windowed means of x, y, x^2 + y^2 and xy, which it uses up."""
     mean_x, mean_y, squares, product = moments.unbind()
     mean_product, mean_squares = mean_x * mean_y, mean_x.square().add_(mean_y.square())
     # In place: fresh memory for every step would not stay in the cache.
@@ -89,21 +164,11 @@ def _ssim_of_piece(x: torch.Tensor, y: torch.Tensor, variant: SsimVariant) -> to
     c1, c2 = 0.01**2, 0.03**2
     luminance = mean_product.mul_(2).add_(c1).div_(mean_squares.add_(c1))
     structure = covariance.mul_(2).add_(c2).div_(variances.add_(c2))
-    return luminance.mul_(structure).flatten(1).mean(1)
-
-
-def _window_means(
-    images: torch.Tensor, rows: tuple[float, ...], columns: tuple[float, ...]
-) -> torch.Tensor:
-    """Weighted means over every window that lies inside the image.
-
-    Sums of shifted copies and not a convolution: on a GPU that would round to TF32
-    and the variances, small differences of large numbers, would be lost.
-    """
-    return _slide(_slide(images, rows, -2), columns, -1)
+    return luminance.mul_(structure)
 
 
 def _slide(images: torch.Tensor, weights: tuple[float, ...], dim: int) -> torch.Tensor:
+    """Weighted means over every window that lies inside the image."""
     length = images.shape[dim] - len(weights) + 1
     result = images.narrow(dim, 0, length) * weights[0]
     for shift, weight in enumerate(weights[1:], start=1):

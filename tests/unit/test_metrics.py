@@ -139,6 +139,28 @@ class TestSsim:
         monkeypatch.setattr("attack.metrics.similarity._ELEMENTS_PER_PIECE", 1)
         torch.testing.assert_close(ssim(noisy(originals), originals), whole)
 
+    @pytest.mark.parametrize("shape", [(16, 1, 12, 90), (7, 3, 40, 17), (33, 3, 11, 11)])
+    @pytest.mark.parametrize("variant", ["gaussian", "uniform"])
+    @pytest.mark.parametrize("piece", [1, 1 << 10, 1 << 17])
+    def test_interleaved_planes_are_those_one_by_one(
+        self,
+        shape: tuple[int, int, int, int],
+        variant: str,
+        piece: int,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        n, channels, height, width = shape
+        originals = pictures(n, max(height, width), channels)[:, :, :height, :width]
+        images = noisy(originals)
+        # In double precision planes are not interleaved.
+        expected = ssim(images.double(), originals.double(), variant).float()
+        monkeypatch.setattr("attack.metrics.similarity._ELEMENTS_PER_PIECE", piece)
+        torch.testing.assert_close(ssim(images, originals, variant), expected, rtol=0, atol=1e-5)
+        one_by_one = torch.cat(
+            [ssim(x[None], y[None], variant) for x, y in zip(images, originals, strict=True)]
+        )
+        torch.testing.assert_close(one_by_one, expected, rtol=0, atol=1e-5)
+
     @pytest.mark.parametrize("side", [1, 2, 4, 6, 8, 10])
     @pytest.mark.parametrize("variant", ["gaussian", "uniform"])
     def test_images_smaller_than_the_window(self, side: int, variant: str) -> None:
