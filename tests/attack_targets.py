@@ -204,14 +204,17 @@ def build_attack(case: Case) -> Attack:
     return attack(**case.changes)
 
 
-def run_case(case: Case, made: Made) -> Reconstruction:
+def run_case(
+    case: Case,
+    made: Made,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+) -> Reconstruction:
     """What the attack makes of the target; the truth gives labels only where granted."""
     target, truth = made
     attack = build_attack(case)
     rule = case.labels or getattr(attack, "label_rule", "llg")
     granted = truth.labels if rule == "known" else None
     labels = recover_labels(rule, target, truth_labels=granted)
-    device = torch.device("cpu")
     if Capability.PRIOR_DATA in attack.requires:
         prior = mean_of_others(truth).expand_as(truth.images)
         return attack.reconstruct(target, labels=labels, device=device, seed=0, prior=prior)

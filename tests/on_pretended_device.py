@@ -1,0 +1,251 @@
+"""Every stage on a pretended accelerator, compared with the CPU; prints a line per case.
+
+python -m tests.on_pretended_device FOLDER
+
+A line is JSON: the case, and either the largest difference from the CPU's result (None where
+there is nothing to compare) or the error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import attack.command
+import gradients.command
+import training.main_pytorch
+from attack.attacks import OptimizationAttack, get_attack
+from attack.ensemble import EnsembleConfig
+from attack.inversion import Inversion
+from attack.metrics import ssim
+from attack.settings import InversionConfig
+from tests.attack_targets import CASES, SETTINGS, Case, run_case
+from tests.pretended_device import Pretend, install
+from tests.targets import make_target, smooth_images
+from training import distributed
+from training.models import ModelSpec
+
+CPU = torch.device("cpu")
+EXACT = InversionConfig(
+    iterations=8, signed=False, tv=0.01, coordinates="dct", double=True, hvp="exact"
+)
+ENGINE: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "difference": {"hvp": "difference", "iterations": 3},
+    # Without total variation, whose sign at equal neighbours magnifies rounding.
+    "layer statistics": {"bn": 0.1, "exact_bn": True, "tv": 0.0},
+    "balance": {"balance": 0.5, "balance_end": 0.05, "tv_kind": "double-opponents"},
+    "group": {"restarts": 2, "group": 0.1, "registration": True, "input_noise": 0.1},
+    "batched restarts": {"restarts": 3, "halving": True},
+    "labels": {"joint_labels": True, "objective": "L2"},
+    "polish": {"polish": 3},
+    "priors": {"colour": 0.1, "patch": 0.1, "patch_size": 4, "input_norm": 0.01},
+    "fusion": {"restarts": 2, "combine": True, "combine_every": 2},
+    "race": {"race": 3},
+    "features": {"features": 0.1},
+    "channels last": {"hvp": "difference", "channels_last": True, "double": False},
+}
+DEFENSES = (
+    "clip:1", "freeze:1", "gaussian:0.001", "laplace:0.001", "percentile:10", "prune:0.5",
+    "quantize:8", "sign", "topk:0.1", "soteria:0.5",
+)  # fmt: skip
+SHARED = {
+    "plain": "",
+    "local steps": "--epochs 2 --local-batches 2 --lr 0.01 --local-momentum 0.9",
+    "shards": "--shards 1,1",
+    "private": "--enable-dp --sigma 0.01 -c 1",
+    "resnet": "--arch resnet18 --stem cifar",
+    **{f"defense {d}": f"--defense {d}" for d in DEFENSES},
+}
+TRAINED = {
+    "pure": "--scheme pure",
+    "RA": "--scheme RA",
+    "DP-SGD": "--scheme DP-SGD",
+    "GH": "--scheme GH --bn-groups 2",
+}
+SMALL = "--image-size 16 --arch cnn --width 8"
+
+Work = Callable[[], "float | None"]
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest absolute difference, wherever the tensors are."""
+    return float((getattr(found, "held", found) - expected).abs().max())
+
+
+def rule_cases(device: torch.device) -> Iterator[tuple[str, Work]]:
+    """What a GPU refuses and what it does not."""
+    refused: dict[str, Callable[[], Any]] = {
+        "a sum": lambda: torch.ones(2) + torch.ones(2, device=device),
+        "a product": lambda: torch.ones(2, 2, device=device) @ torch.ones(2, 2),
+        "an index": lambda: torch.ones(2)[torch.tensor([0], device=device)],
+        "a generator": lambda: torch.randn(2, device=device, generator=torch.Generator()),
+        "NumPy": lambda: torch.ones(2, device=device).numpy(),
+    }
+    allowed: dict[str, Callable[[], Any]] = {
+        "a scalar": lambda: torch.ones(2, device=device) * torch.tensor(2.0),
+        "an index of the CPU": lambda: torch.ones(2, device=device)[torch.tensor([0])],
+        "its own generator": lambda: torch.randn(
+            2, device=device, generator=torch.Generator(device)
+        ),
+        "a copy": lambda: torch.ones(2).copy_(torch.ones(2, device=device)),
+        "a derivative": lambda: derivative(device),
+    }
+
+    def refuses(work: Callable[[], Any]) -> None:
+        try:
+            with Pretend():
+                work()
+        except (RuntimeError, TypeError):
+            return
+        raise AssertionError("was not refused")
+
+    def allows(work: Callable[[], Any]) -> None:
+        with Pretend():
+            work()
+
+    for name, work in refused.items():
+        yield f"refused: {name}", lambda work=work: refuses(work)
+    for name, work in allowed.items():
+        yield f"allowed: {name}", lambda work=work: allows(work)
+
+
+def derivative(device: torch.device) -> None:
+    """Of second order, through a module that was moved there."""
+    layer = torch.nn.Linear(3, 2).to(device)
+    inputs = torch.ones(1, 3).to(device).requires_grad_()
+    (first,) = torch.autograd.grad(layer(inputs).square().sum(), inputs, create_graph=True)
+    first.square().sum().backward()
+    if inputs.grad is None or inputs.grad.device != device:
+        raise AssertionError("the derivative is elsewhere")
+
+
+def engine_cases(device: torch.device) -> Iterator[tuple[str, Work]]:
+    """The engine in double precision, where both devices must agree."""
+    target, truth = make_target(ModelSpec("cnn", 10, 16, width=8), 2, train_mode=True)
+
+    def invert(changes: dict[str, Any]) -> float:
+        config = dataclasses.replace(EXACT, **changes)
+        expected = Inversion(target, truth.labels, config, device=CPU, seed=3).run().images
+        with Pretend():
+            found = Inversion(target, truth.labels, config, device=device, seed=3).run().images
+        return difference(found, expected)
+
+    for name, changes in ENGINE.items():
+        yield f"engine: {name}", lambda changes=changes: invert(changes)
+
+
+def metric_cases(device: torch.device) -> Iterator[tuple[str, Work]]:
+    """Scores whose CPU path is another."""
+
+    def score() -> float:
+        originals = smooth_images(20, 24)
+        images = (originals + 0.1 * smooth_images(20, 24, seed=1)).clamp(0, 1)
+        with Pretend():
+            found = ssim(images.to(device), originals.to(device)).cpu()
+        return difference(found, ssim(images, originals))
+
+    yield "metric: ssim", score
+
+
+def attack_cases(device: torch.device) -> Iterator[tuple[str, Work]]:
+    """Every attack on every setting, cut short: float32 iterations are not compared."""
+
+    def invert(case: Case) -> None:
+        target, truth = SETTINGS[case.setting]()
+        with Pretend():
+            found = run_case(case, (target, truth), device)
+        if not bool(getattr(found.images, "held", found.images).isfinite().all()):
+            raise ValueError("not finite")
+
+    for case in CASES:
+        yield f"attack: {case}", lambda case=case: invert(shortened(case))
+
+
+def shortened(case: Case) -> Case:
+    """The same with few iterations."""
+    changes = dict(case.changes)
+    attack = get_attack(case.attack)
+    if issubclass(attack, OptimizationAttack):
+        changes |= {"iterations": 3, "warmup": 1}
+        if "combine_every" in changes:
+            changes["combine_every"] = 1
+        if attack.published.optimizer == "LBFGS":
+            changes["iterations"] = 1
+    if isinstance(config := changes.get("config"), EnsembleConfig):
+        changes["config"] = dataclasses.replace(config, iterations=3)
+    return dataclasses.replace(case, changes=changes)
+
+
+def command_cases(device: torch.device, folder: Path) -> Iterator[tuple[str, Work]]:
+    """The three stages by their commands."""
+
+    def run(main: Callable[[list[str]], Any], words: str) -> None:
+        errors = io.StringIO()
+        with Pretend(), contextlib.redirect_stdout(errors), contextlib.redirect_stderr(errors):
+            status = main(words.split())
+        if status not in (None, 0):
+            raise RuntimeError(errors.getvalue()[-300:])
+
+    def share_and_invert(name: str, more: str) -> None:
+        place = folder / name.replace(" ", "_").replace(":", "_")
+        n = 1 if "soteria" in name else 2
+        run(
+            gradients.command.main,
+            f"--data photo-patches {SMALL} --batch-size {n} {more} --results {place}",
+        )
+        (file,) = place.rglob("*.tar")
+        run(
+            attack.command.main,
+            f"--checkpoint {file} --root {place} --attack spectral --adaptive --epochs 4 --quiet "
+            "--metric --pseudo-label-init known",
+        )
+
+    for name, more in SHARED.items():
+        yield f"stages 2 and 3: {name}", lambda n=name, m=more: share_and_invert(n, m)
+    for name, more in TRAINED.items():
+        words = f"--data photo-patches {SMALL} --epochs 1 -b 256 -j 0 --no-tensorboard {more}"
+        yield (
+            f"stage 1: {name}",
+            lambda n=name, w=words: run(
+                training.main_pytorch.main, f"{w} --result-root {folder / n}"
+            ),
+        )
+
+
+def main(folder: Path) -> None:
+    """Run all cases."""
+    device = install()
+    torch.set_num_threads(1)
+    # What the commands compute on, and how much memory it has.
+    distributed._device = lambda args, rank: device  # type: ignore[assignment]
+    torch.cuda.mem_get_info = lambda device=None: (10**9, 10**10)  # type: ignore[assignment]
+    cases = [
+        *rule_cases(device),
+        *engine_cases(device),
+        *metric_cases(device),
+        *attack_cases(device),
+        *command_cases(device, folder),
+    ]
+    for name, work in cases:
+        line: dict[str, Any] = {"case": name}
+        try:
+            line["difference"] = work()
+        except Exception as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            where = [f"{Path(f.filename).name}:{f.lineno}" for f in frames][-6:]
+            line["error"] = f"{type(error).__name__}: {str(error)[:300]} ({' '.join(where)})"
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

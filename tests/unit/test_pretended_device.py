@@ -1,0 +1,57 @@
+"""What would fail on a GPU, seen without one: see `tests.pretended_device`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.utils import backend_registration
+
+from tests.attack_targets import CASES
+from tests.on_pretended_device import ENGINE, SHARED, TRAINED
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this torch registers no device from Python",
+)
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What became of every case, in a process whose torch knows the device."""
+    folder = tmp_path_factory.mktemp("pretended")
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.on_pretended_device", str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    return {line.pop("case"): line for line in lines}
+
+
+def test_nothing_mixes_devices(cases: dict[str, Any]) -> None:
+    assert {name: case["error"] for name, case in cases.items() if "error" in case} == {}
+
+
+def test_all_is_tried(cases: dict[str, Any]) -> None:
+    kinds = [name.split(":")[0] for name in cases]
+    assert kinds.count("refused") == kinds.count("allowed") == 5
+    assert kinds.count("engine") == len(ENGINE)
+    assert kinds.count("attack") == len(CASES)
+    assert kinds.count("stages 2 and 3") == len(SHARED)
+    assert kinds.count("stage 1") == len(TRAINED)
+
+
+def test_branches_for_a_gpu_give_the_same_images(cases: dict[str, Any]) -> None:
+    compared = {name: case.get("difference") for name, case in cases.items()}
+    compared = {name: d for name, d in compared.items() if d is not None}
+    assert len(compared) == len(ENGINE) + 1
+    assert all(d < 1e-5 for d in compared.values()), compared
