@@ -28,7 +28,10 @@ from attack.ensemble import EnsembleConfig
 from attack.inversion import Inversion
 from attack.metrics import ssim
 from attack.settings import InversionConfig
+from federated.inversion import invert_update
+from federated.settings import InversionSettings
 from tests.attack_targets import CASES, SETTINGS, Case, run_case
+from tests.federated.sites import update_of, victims
 from tests.pretended_device import Pretend, install
 from tests.targets import make_target, smooth_images
 from training import distributed
@@ -157,6 +160,23 @@ def metric_cases(device: torch.device) -> Iterator[tuple[str, Work]]:
     yield "metric: ssim", score
 
 
+def federated_cases(device: torch.device) -> Iterator[tuple[str, Work]]:
+    """The inversion of a site's update."""
+    public = victims().public
+
+    def invert(method: str, n: int, epochs: int) -> float:
+        update = update_of(n, n, epochs)
+        settings = InversionSettings(iterations=4, method=method)
+        asked: dict[str, Any] = {"prior": public.mean(0), "public": public}
+        expected = invert_update(update, settings, **asked).images
+        with Pretend():
+            found = invert_update(update, settings, **asked, device=device).images
+        return difference(found, expected)
+
+    for method, n, epochs in (("full", 1, 2), ("full", 4, 1), ("bn", 4, 1), ("published", 1, 1)):
+        yield f"federated: {method}, {n}", lambda m=method, n=n, e=epochs: invert(m, n, e)
+
+
 def attack_cases(device: torch.device) -> Iterator[tuple[str, Work]]:
     """Every attack on every setting, cut short: float32 iterations are not compared."""
 
@@ -233,6 +253,7 @@ def main(folder: Path) -> None:
         *rule_cases(device),
         *engine_cases(device),
         *metric_cases(device),
+        *federated_cases(device),
         *attack_cases(device),
         *command_cases(device, folder),
     ]
