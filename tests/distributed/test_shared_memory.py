@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -131,6 +132,24 @@ def test_without_room_sums_go_through_sockets(tmp_path: Path) -> None:
         assert torch.equal(large, torch.full((1_000_000,), 2.0))
         assert rows.shape == (2, 1_000_000)
         assert torch.equal(small, after)
+
+
+def refused_often(process: Process, args: argparse.Namespace) -> list[int]:
+    distributed.all_reduce(torch.ones(3))
+    shared = distributed._shared_memory(torch.ones(3))
+    assert shared is not None
+    full = mock.patch.object(shared_memory, "_allocated", return_value=None)
+    opened = []
+    for _ in range(3):
+        with full if process.rank == 0 else contextlib.nullcontext():
+            assert not shared.grow(1 << 20)
+        opened.append(len(os.listdir("/proc/self/fd")))
+    return opened
+
+
+def test_what_was_refused_leaves_no_open_files(tmp_path: Path) -> None:
+    for opened in run(refused_often, 2, tmp_path):
+        assert len(set(opened)) == 1
 
 
 def left_alone(process: Process, args: argparse.Namespace) -> str:
