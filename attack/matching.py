@@ -528,6 +528,9 @@ class GradientMatcher:
         replica = self.replica
         worth = functools.partial(saves_sweeps, sizes=replica.sizes)
         layers = find_layers(replica.model, replica.parameters, shape, worth)
+        if len(layers) == len(replica.parameters):
+            # Some gradient is written out, so that no sum is over nothing.
+            layers = layers[1:]
         if not layers:
             return None
         models, goal = (replica.parameters, self._moved), replica.target_gradient

@@ -1,5 +1,7 @@
 """Gradients kept as products against gradients written out."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -53,6 +55,20 @@ def test_products_change_nothing(name, train_mode, objective):
         assert float(ratio) == pytest.approx(1, abs=1e-4)
     assert factored._factored is not None, "no layer was factored: nothing was compared"
     assert plain._factored is None
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_clients_that_share_such_weights_alone(n):
+    target, inputs, labels = problem("resnet")
+    late = [name for name in target.gradient if name.startswith("layer4") and "conv" in name][:n]
+    target = dataclasses.replace(target, gradient={k: target.gradient[k] for k in late})
+    expected = matcher(target, Cosine(), False)(inputs, labels)
+    factored = matcher(target, Cosine(), True)
+    found = factored(inputs, labels)
+    torch.testing.assert_close(found.value, expected.value, rtol=1e-9, atol=0)
+    assert cosine(found.input_gradient, expected.input_gradient) > 1 - 1e-8
+    kept = [] if factored._factored is None else factored._factored._layers
+    assert len(kept) == n - 1
 
 
 def test_fully_connected_giants_in_float32():
