@@ -178,7 +178,8 @@ class GradientMatcher:
         self._factored: Factored | None = None
         self._near = 0
         self._target_squared = float(squared_norm(replica.target_gradient))
-        self._theta_norm = float(squared_norm(_detached(replica.parameters)).sqrt())
+        # Parameters may all be zero yet, as biases are.
+        self._theta_norm = float(squared_norm(_detached(replica.parameters)).sqrt()) or 1.0
         if replica.local.steps > 1:
             self._require_one_process()
             self.hvp, self.step = "exact", None

@@ -351,6 +351,16 @@ def test_zero_target_gradient_is_no_division_by_zero():
     assert torch.isfinite(seed[0]).all()
 
 
+def test_shared_parameters_that_are_zero_yet_are_moved_all_the_same():
+    target, truth = make_target(MODELS["vit"], 3)
+    target = dataclasses.replace(target, gradient={"class_token": target.gradient["class_token"]})
+    assert not target.state_dict["class_token"].any()
+    inputs = candidate(target)
+    exact = match(target, inputs, truth.labels, "exact", torch.float64)
+    difference = match(target, inputs, truth.labels, "difference", torch.float64)
+    assert cosine(difference.input_gradient, exact.input_gradient) > 1 - 1e-6
+
+
 def test_millions_of_entries_keep_their_digits():
     entries = torch.randn(3_000_000, generator=torch.Generator().manual_seed(0))
     expected = float(entries.double().square().sum())
