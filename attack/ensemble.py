@@ -45,7 +45,7 @@ from training.storage import load_checkpoint, save_checkpoint
 logger = logging.getLogger(__name__)
 
 # Changes whenever what it runs, or how it divides a budget, changes.
-VERSION = "auto-v1"
+VERSION = "auto-v2"
 # Gradient evaluations of one iteration of L-BFGS.
 LBFGS_COST = 20
 # Evaluations below which a further restart is worth less than a longer run.
@@ -54,6 +54,10 @@ SHARE_FOR_LABELS = 0.1
 SHARE_FOR_FINAL = 0.5
 SHARE_FOR_CLOSED_FORMS = 0.2
 STATISTICS_STEP = 0.5
+# Of the loss of those who do not adapt to a defense, where members are compared to be dropped.
+# They descend on another loss than the common one: in short runs they can be level with those
+# who do adapt, in long ones (signs) far behind.
+UNAWARE_HANDICAP = 1.05
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,11 @@ class Member:
             "evaluations": self.evaluations,
             "seconds": seconds,
         }
+
+
+def _standing(member: Member) -> float:
+    unaware = member.changes.get("adaptive") is False
+    return member.loss * (UNAWARE_HANDICAP if unaware else 1.0)
 
 
 class Ensemble:
@@ -326,7 +335,7 @@ class Ensemble:
                 setting = self._setting(member, budget)
                 self._attempt(member, attack(setting), labels, budget)
             # A failure has no result to be kept for.
-            field = sorted((m for m in field if m.result is not None), key=lambda m: m.loss)
+            field = sorted((m for m in field if m.result is not None), key=_standing)
             if not last:
                 for member in field[math.ceil(len(field) / 2) :]:
                     member.status = "dropped"

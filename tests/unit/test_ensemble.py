@@ -16,7 +16,7 @@ from attack.attacks import Attack, Spectral, get_attack
 from attack.attacks.auto import Auto, ensemble_members
 from attack.attacks.base import _ATTACKS, register_attack
 from attack.command import main
-from attack.ensemble import VERSION, Ensemble, EnsembleConfig
+from attack.ensemble import VERSION, Ensemble, EnsembleConfig, Member, _standing
 from attack.hypotheses import arrange_labels, arrangements, iterations_for, label_candidates
 from attack.metrics import evaluate
 from attack.metrics.worst_case import worst_case
@@ -69,6 +69,14 @@ def test_the_same_budget_gives_the_same_result() -> None:
     first, second = (run(lenet()[0]) for _ in range(2))
     assert torch.equal(first.images, second.images)
     assert first.details["chosen"] == second.details["chosen"]
+
+
+@pytest.mark.parametrize(("loss", "goes_on"), [(0.97, "told"), (0.9, "unaware")])
+def test_of_two_that_are_level_the_one_that_adapts_goes_on(loss: float, goes_on: str) -> None:
+    attack = get_attack("spectral")
+    told = Member("told", attack, loss=1.0)
+    unaware = Member("unaware", attack, {"adaptive": False}, loss=loss)
+    assert min([unaware, told], key=_standing).name == goes_on
 
 
 def test_what_the_threat_model_withholds_is_not_run() -> None:
