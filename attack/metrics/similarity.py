@@ -141,10 +141,10 @@ def _sums_of_interleaved_planes(x: torch.Tensor, y: torch.Tensor, window: _Windo
     for first in range(0, planes, groups * _LANES):
         chosen = slice(first, first + groups * _LANES)
         for row in range(0, height - margin, rows):
-            a, b = (v[chosen, row : row + rows + margin].unflatten(0, (-1, _LANES)) for v in (x, y))
-            moments = x.new_empty(4, len(a), *a.shape[2:], _LANES)
-            moments[0].copy_(a.permute(0, 2, 3, 1))
-            moments[1].copy_(b.permute(0, 2, 3, 1))
+            a, b = (v[chosen, row : row + rows + margin] for v in (x, y))
+            moments = x.new_empty(4, len(a) // _LANES, *a.shape[1:], _LANES)
+            _interleave(a, moments[0])
+            _interleave(b, moments[1])
             torch.mul(moments[0], moments[0], out=moments[2]).addcmul_(moments[1], moments[1])
             torch.mul(moments[0], moments[1], out=moments[3])
             means = F.conv2d(moments.flatten(0, 1).permute(0, 3, 1, 2), vertical, groups=_LANES)
@@ -152,6 +152,17 @@ def _sums_of_interleaved_planes(x: torch.Tensor, y: torch.Tensor, window: _Windo
             means = means.permute(0, 2, 3, 1).unflatten(0, (4, -1)).flatten(2, 3)
             sums[chosen] += _similarities(means, window.unbiased).sum(1).flatten()
     return sums
+
+
+def _interleave(planes: torch.Tensor, out: torch.Tensor) -> None:
+    """Planes (n x rows x columns) pixel by pixel: n / L x rows x columns x L, L = `_LANES`."""
+    n, rows, columns = planes.shape
+    size = rows * columns
+    # Planes at distances of powers of two fall on the same few lines of the cache, and would
+    # push each other out: first they are laid a little further apart.
+    apart = planes.new_empty(n, size + _LANES)[:, :size]
+    apart.unflatten(1, (rows, columns)).copy_(planes)
+    out.view(-1, size, _LANES).copy_(apart.unflatten(0, (-1, _LANES)).transpose(1, 2))
 
 
 def _similarities(moments: torch.Tensor, unbiased: float) -> torch.Tensor:
