@@ -99,11 +99,13 @@ class _Window:
 
 
 def _convolves_lanes(planes: torch.Tensor) -> bool:
-    # Elsewhere sums of shifted copies: on a GPU a convolution would round to TF32, and the
-    # variances, small differences of large numbers, would be lost; without oneDNN it is slow.
+    # Elsewhere sums of shifted copies: on a GPU a convolution would round to TF32, under autocast
+    # to bf16, and the variances, small differences of large numbers, would be lost; without
+    # oneDNN it is slow.
     return (
         planes.device.type == "cpu"
         and planes.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.is_available()
     )
 

@@ -161,6 +161,13 @@ class TestSsim:
         )
         torch.testing.assert_close(one_by_one, expected, rtol=0, atol=1e-5)
 
+    def test_autocast_does_not_round_it(self) -> None:
+        originals = pictures(16)
+        images = noisy(originals, 0.01)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = ssim(images, originals)
+        torch.testing.assert_close(found, ssim(images, originals), rtol=0, atol=1e-5)
+
     @pytest.mark.parametrize("side", [1, 2, 4, 6, 8, 10])
     @pytest.mark.parametrize("variant", ["gaussian", "uniform"])
     def test_images_smaller_than_the_window(self, side: int, variant: str) -> None:
