@@ -54,4 +54,6 @@ def test_branches_for_a_gpu_give_the_same_images(cases: dict[str, Any]) -> None:
     compared = {name: case.get("difference") for name, case in cases.items()}
     compared = {name: d for name, d in compared.items() if d is not None}
     assert len(compared) == len(ENGINE) + len(["ssim", "full", "full", "bn", "published"])
-    assert all(d < 1e-5 for d in compared.values()), compared
+    # The federated inversion is in float32, where iterations magnify rounding.
+    bounds = {name: 1e-3 if name.startswith("federated") else 1e-5 for name in compared}
+    assert all(d < bounds[name] for name, d in compared.items()), compared
