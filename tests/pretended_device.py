@@ -19,16 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 NAME = "pretended"
+# Their result is their first argument, whatever the others are.
+IN_PLACE = {"aten::copy_", "aten::index_put_", "aten::_index_put_impl_"}
 # These take tensors of both devices: copies, indices, and values that become Python's.
-MIXED = {
-    "aten::_to_copy",
-    "aten::copy_",
-    "aten::_local_scalar_dense",
-    "aten::index",
-    "aten::index_put_",
-    "aten::_index_put_impl_",
-}
-IN_PLACE = MIXED & {"aten::copy_", "aten::index_put_", "aten::_index_put_impl_"}
+MIXED = IN_PLACE | {"aten::_to_copy", "aten::_local_scalar_dense", "aten::index"}
 LAZY_VIEWS = {"aten::_conj": torch.conj_physical, "aten::_neg_view": torch.neg}
 
 _CpuGenerator = torch.Generator

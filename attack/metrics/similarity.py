@@ -134,9 +134,9 @@ def _sums_of_interleaved_planes(x: torch.Tensor, y: torch.Tensor, window: _Windo
     planes, height, width = x.shape
     margin = len(window.rows) - 1
     # A piece is some rows of one group of planes, or all rows of several groups.
-    rows = max(_ELEMENTS_PER_PIECE * 2 // (_LANES * width) - margin, 1)
-    rows = min(rows, height - margin)
-    groups = max(1, _ELEMENTS_PER_PIECE * 2 // (_LANES * width * (rows + margin)))
+    lines = 2 * _ELEMENTS_PER_PIECE // (_LANES * width)
+    rows = min(max(1, lines - margin), height - margin)
+    groups = max(1, lines // (rows + margin))
     vertical = x.new_tensor(window.rows).view(1, 1, -1, 1).expand(_LANES, 1, -1, 1)
     horizontal = x.new_tensor(window.columns).view(1, 1, 1, -1).expand(_LANES, 1, 1, -1)
     sums = x.new_zeros(planes)
