@@ -253,7 +253,8 @@ class SiteTraining:
                 if stopped():
                     raise TrainingStopped
                 optimizer.zero_grad()
-                self._loss(inputs.to(self.device), labels.to(self.device), fixed).backward()
+                inputs = inputs.to(next(self.model.parameters()))
+                self._loss(inputs, labels.to(self.device), fixed).backward()
                 optimizer.step()
         change = {name: np.asarray(v - before[name]) for name, v in self.weights().items()}
         broken = [name for name, value in change.items() if not np.isfinite(value).all()]

@@ -6,10 +6,11 @@ python training/main_pytorch.py --scheme GH --data photo-patches --result-root r
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -374,18 +375,34 @@ def _remove_unfinished_files(root: Path) -> None:
 
 def work(process: Process, args: argparse.Namespace) -> None:
     """What every process does."""
-    import torch
-
-    from training.data import load_data
-    from training.distributed import barrier
-    from training.trainer import Trainer
-
     import_plugin(args.plugin)
     logging.basicConfig(
         level=logging.INFO if process.is_main else logging.ERROR, format="%(message)s"
     )
-    torch.set_float32_matmul_precision("highest" if args.no_tf32 else "high")
-    torch.backends.cudnn.allow_tf32 = not args.no_tf32
+    with _product_precision(tf32=not args.no_tf32):
+        _train(process, args)
+
+
+@contextlib.contextmanager
+def _product_precision(*, tf32: bool) -> Iterator[None]:
+    """Within the block, float32 products may use TF32; whoever called gets its setting back."""
+    import torch
+
+    held = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(held[0])
+        torch.backends.cudnn.allow_tf32 = held[1]
+
+
+def _train(process: Process, args: argparse.Namespace) -> None:
+    from training.data import load_data
+    from training.distributed import barrier
+    from training.trainer import Trainer
+
     data = load_data(
         args.data,
         image_size=args.image_size,

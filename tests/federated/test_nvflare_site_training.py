@@ -58,19 +58,25 @@ def test_the_update_is_that_of_plain_sgd(phantoms: Path) -> None:
 
 
 def test_the_simulated_local_training_explains_the_update(phantoms: Path) -> None:
-    """What the inverter is told is what happened: the true images explain the update."""
+    """What the inverter is told is what happened: the true images explain the update.
+
+    Trained and simulated in float64: in float32 rounding tips single ReLUs, by how much of
+    the update depends on the weights and on the processor (3 % were seen).
+    """
     from federated.simulation import LocalSimulation
 
+    torch.manual_seed(0)
     local = site(phantoms, aggregation_epochs=2)
+    local.model.double()
     start = local.weights()
     update = local.local_update(local.train(start, 1), start, 1)
-    simulated = LocalSimulation(update, torch.device("cpu"))(
-        local.data.normalize(local.train_images.images()), local.train_images.labels()
+    simulated = LocalSimulation(update, torch.device("cpu"), torch.float64)(
+        local.data.normalize(local.train_images.images()).double(), local.train_images.labels()
     )
-    # Rounding tips single ReLUs, which moves the update by up to 1e-3 of its norm.
     found = torch.cat([g.detach().flatten() for g in simulated.gradient])
     expected = torch.cat([g.flatten() for g in update.gradient.values()])
-    assert (found - expected).norm() < 0.01 * expected.norm()
+    # The update is handed on in float32, as differences of weights over the learning rate.
+    assert (found - expected).norm() < 1e-4 * expected.norm()
 
 
 def test_the_inverter_is_told_of_fedprox(phantoms: Path) -> None:
