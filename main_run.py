@@ -3,7 +3,7 @@
 import sys
 
 from attack.command import main
-from training.errors import exit_status
+from core.errors import exit_status
 
 if __name__ == "__main__":
     sys.exit(exit_status(main))

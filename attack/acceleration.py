@@ -46,8 +46,8 @@ from attack.matching import (
 )
 from attack.objectives import Objective
 from attack.replica import Replica, laid_out_as
-from training import distributed
-from training.errors import InputError
+from core.errors import InputError
+from core.processes import distributed
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from attack.clipping import SampleClipping
 from attack.objectives import Objective, Tensors
 from attack.replica import Replica
 from attack.settings import InversionConfig
-from gradients.checkpoint import Target
+from core.target import Target
 
 # Share of kept elements from which on the bounds on pruned ones count in full.
 FEW_KEPT = 0.1
@@ -350,7 +350,7 @@ def _soteria(adaptation: Adaptation, target: Target, values: list[float]) -> Non
     Source: Balunovic et al., Bayesian Framework for Gradient Leakage, ICLR 2022,
     https://arxiv.org/abs/2111.04706, who leave out the whole layer.
     """
-    from training.models import last_linear
+    from core.models.building import last_linear
 
     name, _ = last_linear(target.build_model())
     masks = [torch.ones((), dtype=torch.bool, device=g.device) for g in _tensors(target)]

@@ -11,8 +11,8 @@ from attack.matching import GradientMatcher
 from attack.objectives import Cosine
 from attack.reconstruction import Reconstruction
 from attack.replica import Replica
-from gradients.checkpoint import Target
-from training import distributed
+from core.processes import distributed
+from core.target import Target
 
 
 def gradient_loss(

@@ -11,9 +11,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from training.errors import InputError
-from training.launch_arguments import add_launch_arguments
-from training.plugins import import_plugin
+from core.errors import InputError
+from core.launch_arguments import add_launch_arguments
+from core.plugins import import_plugin
 
 # Flag (as argparse names it) -> field of InversionConfig.
 FIELDS = {
@@ -291,7 +291,7 @@ def main(argv: list[str] | None = None) -> None:
     _take_label_rule(args)
     _check(args)
 
-    from training.distributed import launch
+    from core.processes.distributed import launch
 
     if args.superparameters_search:
         _search(args)
@@ -319,8 +319,8 @@ def _check(args: argparse.Namespace) -> None:
     """Refuse what cannot work before any work is done."""
     from attack.labels import rule_names
     from attack.requirements import check_run
+    from core.processes.distributed import check_launch_arguments
     from gradients.checkpoint import load_target
-    from training.distributed import check_launch_arguments
 
     check_launch_arguments(args)
     _check_places(args)
@@ -414,7 +414,7 @@ def run(process: Any, args: argparse.Namespace) -> None:
     """Invert and measure, on one of the processes.
 
     Args:
-        process: `training.distributed.Process`.
+        process: `core.processes.distributed.Process`.
         args: The command line.
     """
     import functools
@@ -422,8 +422,8 @@ def run(process: Any, args: argparse.Namespace) -> None:
     from attack.allocation import keep_freed_memory
     from attack.spreading import reconstruct_spread
     from attack.threat import find_threat
+    from core.processes.distributed import barrier, broadcast_object
     from gradients.checkpoint import load_target
-    from training.distributed import barrier, broadcast_object
 
     import_plugin(args.plugin)
     keep_freed_memory()
@@ -499,7 +499,7 @@ def _labels(args: argparse.Namespace, target: Any, truth: Any, attack: Any) -> A
 
 def _prior(args: argparse.Namespace, target: Any) -> Any:
     """The prior image for every image of the batch."""
-    from attack.pictures import read_image
+    from core.pictures import read_image
 
     image = read_image(args.prior, tuple(target.data.shape), "--prior")
     return image.expand(target.batch_size, *image.shape)
@@ -570,8 +570,8 @@ class _Curve:
 
     def __call__(self, iteration: int, images: Any) -> None:
         from attack.metrics import assign, psnr
-        from attack.pictures import save_images
-        from training.storage import write_json
+        from core.pictures import save_images
+        from core.storage import write_json
 
         if self.truth is not None:
             ordered = images[assign(images, self.truth.images)]

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from training.errors import InputError
+from core.errors import InputError
 
 
 class Coordinates(abc.ABC):

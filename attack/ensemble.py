@@ -37,10 +37,10 @@ from attack.reconstruction import Reconstruction
 from attack.replica import Replica
 from attack.settings import InversionConfig
 from attack.threat import Capability
-from gradients.checkpoint import Target
-from training import distributed
-from training.errors import InputError
-from training.storage import load_checkpoint, save_checkpoint
+from core.errors import InputError
+from core.processes import distributed
+from core.storage import load_checkpoint, save_checkpoint
+from core.target import Target
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from attack.problem import InversionProblem
 from attack.regularizers import GroupConsistency, ModelPenalty, Regularizer, weighted_penalty
 from attack.restarts import Restart
 from attack.terms import make_penalties, make_regularizers
-from training import distributed
+from core.processes import distributed
 
 logger = logging.getLogger(__name__)
 

@@ -42,7 +42,7 @@ from torch.overrides import TorchFunctionMode
 
 from attack.activations import RecordActivations
 from attack.packed import FixedConv2d, as_pair
-from training import distributed
+from core.processes import distributed
 
 Tensors = list[torch.Tensor]
 # By the identity of their weights.

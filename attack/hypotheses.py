@@ -19,9 +19,9 @@ import torch
 from attack.inversion import Inversion
 from attack.labels import recover_labels, rule_names
 from attack.settings import InversionConfig
-from gradients.checkpoint import Target
-from training.distributed import shard_sizes
-from training.errors import InputError
+from core.errors import InputError
+from core.processes.distributed import shard_sizes
+from core.target import Target
 
 MAX_ARRANGEMENTS = 24
 FIRST_ITERATIONS = 100

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from gradients.checkpoint import Target, Truth
+from core.target import Target, Truth
 
 if TYPE_CHECKING:
     from prettytable import PrettyTable

@@ -48,9 +48,9 @@ from attack.state import Progress, StateFile
 from attack.stepping import Stepper, scheduled_rate
 from attack.stopping import Stopping
 from attack.terms import make_objective, running_statistics
-from gradients.checkpoint import Target
-from training import distributed
-from training.errors import InputError
+from core.errors import InputError
+from core.processes import distributed
+from core.target import Target
 
 __all__ = [
     "Inversion",

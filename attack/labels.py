@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from attack.threat import Capability
-from gradients.checkpoint import LocalTraining, Target
-from training.data import DataSpec
-from training.errors import InputError
-from training.models import ModelSpec, last_linear
+from core.data.specs import DataSpec
+from core.errors import InputError
+from core.models.building import ModelSpec, last_linear
+from core.target import LocalTraining, Target
 
 # Below this, a bias gradient is rounding and no divisor.
 _NO_GRADIENT = 1e-12

@@ -44,9 +44,9 @@ from attack.objectives import (
     squared_norm,
 )
 from attack.replica import Replica, laid_out_as
+from core.errors import InputError
+from core.processes import distributed
 from gradients.local_update import unrolled_update
-from training import distributed
-from training.errors import InputError
 
 logger = logging.getLogger(__name__)
 

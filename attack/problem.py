@@ -10,8 +10,8 @@ from attack.coordinates import Coordinates
 from attack.replica import Replica
 from attack.restarts import Restart
 from attack.settings import InversionConfig
-from gradients.checkpoint import Target
-from training import distributed
+from core.processes import distributed
+from core.target import Target
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 import torch.nn.functional as F
 
-from gradients.checkpoint import BatchStatistics, Target
-from training import distributed
-from training.errors import InputError
-from training.models import last_linear
+from core.errors import InputError
+from core.models.building import last_linear
+from core.processes import distributed
+from core.target import BatchStatistics, Target
 
 # Under the square root of isotropic variants: its slope at 0 is infinite.
 SMOOTHING = 1e-8
@@ -274,7 +274,7 @@ class BatchNormPenalty:
     def _moments(self, x: torch.Tensor, dims: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.synchronized or distributed.world_size() == 1:
             return x.mean(dims), x.var(dims, unbiased=False)
-        from training.batch_norm import batch_moments
+        from core.models.batch_norm import batch_moments
 
         whole = batch_moments(x)
         return whole.mean, whole.var

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gradients.checkpoint import Target
+from core.errors import InputError
+from core.processes import distributed
+from core.target import Target
 from gradients.local_update import Placement
-from training import distributed
-from training.errors import InputError
 
 Tensors = list[torch.Tensor]
 Classifier = Callable[[torch.Tensor], torch.Tensor]
@@ -139,7 +139,7 @@ def _convert_batch_norm(target: Target, groups: list[int] | None) -> nn.Module:
     # Unrolled local steps run each shard through plain BatchNorm by itself.
     if not target.train_mode or alone or target.local.steps > 1:
         return model
-    from training.batch_norm import convert_batch_norm
+    from core.models.batch_norm import convert_batch_norm
 
     if groups is not None:
         return convert_batch_norm(model, "grouped", groups=groups)

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attack.requirements import threat_record
-from gradients.checkpoint import Target, Truth
-from training.records import provenance
-from training.storage import save_checkpoint, write_json, write_text
+from core.records import provenance
+from core.storage import save_checkpoint, write_json, write_text
+from core.target import Target, Truth
 
 if TYPE_CHECKING:
     from attack.attacks.base import Attack
     from attack.reconstruction import Reconstruction
-    from training.distributed import Process
+    from core.processes.distributed import Process
 
 
 def write_results(
@@ -74,7 +74,7 @@ def write_results(
     if truth is not None and args.metric:
         _measure(args, folder, attack, target, truth, reconstruction, record, tables)
     else:
-        from attack.pictures import save_images
+        from core.pictures import save_images
 
         save_images(folder / "reconstruction.png", reconstruction.images, title=attack.name)
         record["pictures"].append("reconstruction.png")
@@ -168,7 +168,7 @@ def _measure(
 ) -> None:
     from attack.labels import label_accuracy
     from attack.metrics import evaluate
-    from attack.pictures import save_comparison
+    from core.pictures import save_comparison
 
     evaluation = evaluate(
         reconstruction.images,
@@ -206,7 +206,7 @@ def _measure_worst_case(
     """Every member against the truth; which the ensemble's own choice never saw."""
     from attack.metrics import evaluate
     from attack.metrics.worst_case import worst_case
-    from attack.pictures import save_comparison
+    from core.pictures import save_comparison
 
     evaluations = {
         name: evaluate(
@@ -234,7 +234,7 @@ def _measure_worst_case(
 
 
 def _draw_curve(folder: Path, attack: Attack, record: dict[str, Any]) -> None:
-    from attack.pictures import save_curve
+    from core.pictures import save_curve
 
     if not record["trace"]:
         return

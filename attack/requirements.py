@@ -9,7 +9,7 @@ from typing import Any
 from attack.labels import rule_requires
 from attack.settings import InversionConfig
 from attack.threat import CUSTOM, Capabilities, Capability, check_capabilities, find_threat
-from gradients.checkpoint import Target
+from core.target import Target
 
 # What the flags can neither ask for nor refuse: granted where no threat model is named.
 _UNSAID = frozenset(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from training.errors import InputError
+from core.errors import InputError
 
 SCHEDULES = ("cosine", "step", "constant")
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.errors import InputError
+from core.errors import InputError
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from attack.matching import HVP_MODES
 from attack.objectives import OBJECTIVES, layer_weights
 from attack.regularizers import TOTAL_VARIATIONS
 from attack.schedules import SCHEDULES
-from training.errors import InputError
+from core.errors import InputError
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "Adam": torch.optim.Adam,

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import torch
 
+from core.errors import InputError
+from core.models.building import skeleton_of
+from core.target import BatchStatistics, Target
 from gradients.batch_statistics import (
     batch_norm_layers,
     statistics_from_running,
     values_per_channel,
 )
-from gradients.checkpoint import BatchStatistics, Target, skeleton_of
-from training.errors import InputError
 
 
 def layer_momentum(target: Target) -> dict[str, float]:

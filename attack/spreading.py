@@ -10,9 +10,9 @@ import torch.distributed as dist
 
 from attack.attacks.base import Attack, OptimizationAttack
 from attack.reconstruction import Reconstruction
-from gradients.checkpoint import Target
-from training import distributed
-from training.errors import InputError
+from core.errors import InputError
+from core.processes import distributed
+from core.target import Target
 
 
 def check_spreadable(attack: Attack) -> None:

@@ -11,8 +11,8 @@ import torch
 from attack.matching import GradientMatcher
 from attack.problem import InversionProblem
 from attack.restarts import Restart, Starter
-from training import distributed
-from training.storage import load_checkpoint, save_checkpoint
+from core.processes import distributed
+from core.storage import load_checkpoint, save_checkpoint
 
 
 @dataclass

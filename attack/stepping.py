@@ -14,7 +14,7 @@ from attack.restarts import Restart, Starter
 from attack.schedules import learning_rate, staged_learning_rate
 from attack.settings import InversionConfig
 from attack.state import Progress
-from training import distributed
+from core.processes import distributed
 
 
 def scheduled_rate(config: InversionConfig, iteration: int) -> float:

@@ -10,7 +10,7 @@ from attack.problem import InversionProblem
 from attack.regularizers import AnisotropicTV
 from attack.restarts import Restart
 from attack.state import Progress
-from training import distributed
+from core.processes import distributed
 
 
 class Stopping:

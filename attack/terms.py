@@ -20,9 +20,9 @@ from attack.regularizers import (
 )
 from attack.settings import InversionConfig
 from attack.shared_statistics import layer_momentum, recovered_statistics
-from gradients.checkpoint import BatchStatistics
-from training import distributed
-from training.errors import InputError
+from core.errors import InputError
+from core.processes import distributed
+from core.target import BatchStatistics
 
 
 def make_objective(config: InversionConfig, n_parameters: int) -> Objective:

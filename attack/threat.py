@@ -12,8 +12,8 @@ import enum
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from gradients.checkpoint import Target
-from training.errors import InputError
+from core.errors import InputError
+from core.target import Target
 
 
 class Capability(enum.Enum):

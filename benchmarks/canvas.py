@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.storage import atomic_file
+from core.storage import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

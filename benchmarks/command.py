@@ -20,8 +20,8 @@ from benchmarks.results import DEFAULT_STORE, TableResult, collect
 from benchmarks.stages import STAGES
 from benchmarks.store import Store
 from benchmarks.tables import PRESETS, Table, find_table, load_table, table_files
-from training.errors import InputError, exit_status
-from training.storage import write_json, write_text
+from core.errors import InputError, exit_status
+from core.storage import write_json, write_text
 
 # Some cells failed; the table shows which.
 INCOMPLETE = 1
@@ -130,7 +130,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _check_data(data: str) -> None:
     """Or every cell would fail, one after the other."""
-    from training.data import BUILT_IN
+    from core.data.data_sets import BUILT_IN
 
     if data not in BUILT_IN and not Path(data).exists():
         raise InputError(f"--data: there is no {data} (built-in names: {', '.join(BUILT_IN)})")

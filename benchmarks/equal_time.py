@@ -30,10 +30,11 @@ from attack.attacks import OptimizationAttack, get_attack
 from attack.metrics import evaluate
 from attack.report import describe
 from benchmarks.equal_time_report import draw, reconstruction_file, render, render_summary
-from gradients.checkpoint import Target, Truth, load_target
-from training.errors import InputError, exit_status
-from training.records import provenance
-from training.storage import save_checkpoint, write_json, write_text
+from core.errors import InputError, exit_status
+from core.records import provenance
+from core.storage import save_checkpoint, write_json, write_text
+from core.target import Target, Truth
+from gradients.checkpoint import load_target
 
 CPU = torch.device("cpu")
 DEFAULT_ATTACKS = "spectral,inverting-gradients"

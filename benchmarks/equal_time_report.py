@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from attack.pictures import caption, save_gallery
-from training.storage import load_checkpoint
+from core.pictures import caption, save_gallery
+from core.storage import load_checkpoint
 
 RECONSTRUCTIONS = "reconstructions"
 ORIGINAL = "original"

@@ -18,7 +18,7 @@ from benchmarks.columns import dig
 from benchmarks.report import Picture
 from benchmarks.results import RowResult, TableResult
 from benchmarks.store import Store
-from training.storage import load_checkpoint
+from core.storage import load_checkpoint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -26,8 +26,8 @@ from benchmarks.columns import dig
 from benchmarks.render import TextTable, to_markdown, to_terminal
 from benchmarks.results import DEFAULT_STORE, RowResult, TableResult, collect
 from benchmarks.statistics import Summary, summarize
-from training.errors import InputError, exit_status
-from training.storage import write_json, write_text
+from core.errors import InputError, exit_status
+from core.storage import write_json, write_text
 
 if TYPE_CHECKING:
     from benchmarks.store import Store
@@ -240,8 +240,8 @@ def _ensemble_table(args: argparse.Namespace) -> Table:
     """The leaderboard's table with this defense as its only row."""
     from attack.threat import find_threat
     from benchmarks.tables import find_table, load_table
+    from core.plugins import import_plugin
     from gradients.defenses import parse_defenses
-    from training.plugins import import_plugin
 
     import_plugin(args.plugin)
     find_threat(args.threat)

@@ -18,9 +18,9 @@ from benchmarks import ray_worker
 from benchmarks.cells import ROOT
 from benchmarks.executor import Job, Outcome, describe_failure, processes_of
 from benchmarks.ray_worker import HERE, Mailbox, pack, run_cell, unpack
-from training.errors import InputError
+from core.errors import InputError
 
-CODE = ("training", "gradients", "attack", "federated", "main_run.py")
+CODE = ("core", "training", "gradients", "attack", "federated", "main_run.py")
 LOST_WORKER_RETRIES = 3
 
 

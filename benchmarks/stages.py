@@ -115,7 +115,10 @@ STAGES: dict[str, Stage] = {
         Stage(
             name="train",
             script=("training/main_pytorch.py",),
-            rooms=("training",),
+            rooms=(
+                "core",
+                "training",
+            ),
             # An interrupted training continues from its latest checkpoint.
             outputs=lambda folder: {"result-root": str(folder), "resume": "auto"},
             record="record.json",
@@ -124,7 +127,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             name="extract",
             script=("training/get_gradients.py",),
-            rooms=("training", "gradients"),
+            rooms=("core", "training", "gradients"),
             outputs=lambda folder: {"results": str(folder), "id": "cell"},
             record="*.json",
             parser=_parser_of("gradients.command"),
@@ -132,7 +135,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             name="attack",
             script=("main_run.py",),
-            rooms=("training", "gradients", "attack", "main_run.py"),
+            rooms=("core", "training", "gradients", "attack", "main_run.py"),
             outputs=lambda folder: {"root": str(folder), "id": "cell"},
             record="record.json",
             parser=_parser_of("attack.command"),
@@ -140,7 +143,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             name="federated",
             script=("-m", "federated.recipe"),
-            rooms=("training", "gradients", "attack", "federated"),
+            rooms=("core", "training", "gradients", "attack", "federated"),
             outputs=lambda folder: {"workspace": str(folder)},
             record="run.json",
             parser=_parser_of("federated.recipe"),

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cells import Cell
-from training.errors import InputError
-from training.storage import write_json
+from core.errors import InputError
+from core.storage import write_json
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from typing import Any
 from benchmarks.cells import Cell, Input, hash_json
 from benchmarks.stages import PROCESSES, STAGES, Stage, make_cell
 from benchmarks.yaml_lines import Document, read_yaml
-from training.errors import InputError
+from core.errors import InputError
 
 TABLES = Path(__file__).resolve().parent / "tables"
 PRESETS = ("embedded", "small", "paper")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from training.errors import InputError
+from core.errors import InputError
 
 Place = tuple[Hashable, ...]
 

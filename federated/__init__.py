@@ -36,7 +36,7 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "nvflare":
             raise
-        from training.errors import InputError
+        from core.errors import InputError
 
         raise InputError(
             f"federated.{name} needs NVFlare: pip install 'gradinvbench[federated]'"

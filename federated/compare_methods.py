@@ -16,13 +16,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.errors import InputError, exit_status
+from core.errors import InputError, exit_status
 
 if TYPE_CHECKING:
     import torch
 
+    from core.data.specs import DataSpec
     from federated.updates import LocalUpdate
-    from training.data import DataSpec
 
 METHODS = ("published", "bn", "full")
 N_PUBLIC = 200
@@ -94,9 +94,9 @@ def train_locally(
     """
     import torch
 
+    from core.models.building import build_model
     from federated.networks import network_spec
     from federated.updates import LocalUpdate
-    from training.models import build_model
 
     spec = network_spec(model_name, victims.data.n_classes, victims.data.shape[1])
     with torch.random.fork_rng(devices=[]):
@@ -129,8 +129,8 @@ def train_locally(
 
 def phantom_victims(size: int, seed: int = 0) -> Victims:
     """Site 2 of the embedded phantoms, starting elsewhere for every seed."""
-    from federated.datalists import load_datalist
-    from federated.images import ImageListDataset, chest_spec
+    from core.data.list_files import load_datalist
+    from core.data.listed_images import ImageListDataset, chest_spec
     from federated.phantoms import LIST_PREFIX, cached_phantoms
 
     root, data = cached_phantoms(scale=0.1, size=size), chest_spec(size)
@@ -148,7 +148,7 @@ def folder_victims(folder: str | Path, size: int, seed: int = 0) -> Victims:
     """
     import torch
 
-    from federated.images import chest_spec, load_image
+    from core.data.listed_images import chest_spec, load_image
 
     classes = sorted(path for path in Path(folder).glob("*") if path.is_dir())
     if len(classes) < 2:
@@ -263,8 +263,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     import torch
 
-    from training.records import provenance
-    from training.storage import write_json
+    from core.records import provenance
+    from core.storage import write_json
 
     results: list[dict[str, Any]] = []
     rows: list[tuple[str, torch.Tensor]] = []
@@ -322,7 +322,7 @@ def _draw(rows: Sequence[tuple[str, torch.Tensor]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from training.storage import atomic_file
+    from core.storage import atomic_file
 
     columns = max(len(images) for _, images in rows)
     figure = Figure(figsize=(1.0 * columns + 2.4, 1.05 * len(rows)))

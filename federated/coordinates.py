@@ -8,7 +8,7 @@ import torch
 
 from attack.coordinates import Coordinates
 from attack.regularizers import Regularizer
-from training.data import DataSpec
+from core.data.specs import DataSpec
 
 # Smallest standard deviation of a direction, in units of the network input: what public
 # images do not show can still be in a patient's.

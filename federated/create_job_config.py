@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.errors import InputError, exit_status
+from core.errors import InputError, exit_status
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "jobs" / "app_template"
 HIGH_RISK_CLIENT = 9
@@ -387,7 +387,7 @@ def fill(template: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_app(folder: Path, files: dict[str, dict[str, Any]]) -> None:
-    from training.storage import write_text
+    from core.storage import write_text
 
     for name, content in files.items():
         _write(folder / "config" / name, content)
@@ -395,7 +395,7 @@ def _write_app(folder: Path, files: dict[str, dict[str, Any]]) -> None:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    from training.storage import write_text
+    from core.storage import write_text
 
     # Keys in the template's order: variables stand before what refers to them.
     write_text(path, json.dumps(content, indent=4) + "\n")
@@ -409,8 +409,8 @@ def write_prior(args: argparse.Namespace, client: Client, data: JobData) -> None
     """
     from torchvision.utils import save_image
 
-    from federated.datalists import load_datalist
-    from federated.images import ImageListDataset
+    from core.data.list_files import load_datalist
+    from core.data.listed_images import ImageListDataset
 
     if data.prior.is_file():
         return

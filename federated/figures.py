@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from core.errors import InputError
+from core.storage import atomic_file
 from federated.leakage import LeakageRecord
 from federated.runs import Run
-from training.errors import InputError
-from training.storage import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

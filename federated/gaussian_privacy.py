@@ -10,8 +10,8 @@ import torch
 from nvflare.apis.dxo import DXO
 from nvflare.apis.fl_context import FLContext
 
+from core.errors import InputError
 from federated.withholding import FailClosedFilter, WithheldError
-from training.errors import InputError
 
 
 class GaussianPrivacy(FailClosedFilter):

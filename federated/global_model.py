@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from core.models.building import build_model
 from federated.networks import network_spec
-from training.models import build_model
 
 
 def global_model(

@@ -34,14 +34,14 @@ from attack.objectives import OBJECTIVES, Objective
 from attack.problem import InversionProblem
 from attack.restarts import Starter
 from attack.settings import InversionConfig
+from core.errors import InputError
+from core.target import BatchStatistics, Target
 from federated.coordinates import PRINCIPAL_STEP, Grey, Principal, PriorDistance
 from federated.published import PublishedAttack
 from federated.settings import InversionSettings, load_inversion_settings
 from federated.simulation import LocalSimulation
 from federated.smoothing import width_at
 from federated.updates import LocalUpdate, target_from_update
-from gradients.checkpoint import BatchStatistics, Target
-from training.errors import InputError
 
 __all__ = [
     "InversionSettings",

@@ -16,12 +16,12 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 from torchvision.utils import save_image
 
-from federated.images import load_image
+from core.data.listed_images import load_image
+from core.errors import InputError
 from federated.inversion import UpdateReconstruction, invert_update
 from federated.settings import InversionSettings, load_inversion_settings
 from federated.updates import LocalUpdate
 from federated.withholding import GLOBAL_WEIGHTS, current_round
-from training.errors import InputError
 
 
 class Inverter(FLComponent, ABC):

@@ -14,6 +14,8 @@ from nvflare.apis.signal import Signal
 from nvflare.app_common.abstract.learner_spec import Learner
 from nvflare.app_common.app_constant import AppConstants, ModelName, ValidateType
 
+from core.errors import InputError
+from core.storage import load_checkpoint, save_checkpoint
 from federated.site_training import (
     Scores,
     SiteSettings,
@@ -23,8 +25,6 @@ from federated.site_training import (
 )
 from federated.updates import LocalUpdate
 from federated.withholding import WITHHELD, diverged_meta
-from training.errors import InputError
-from training.storage import load_checkpoint, save_checkpoint
 
 
 class CXRLearner(Learner):

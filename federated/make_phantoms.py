@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from training.errors import exit_status
+from core.errors import exit_status
 
 
 def build_parser() -> argparse.ArgumentParser:

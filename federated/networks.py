@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from training.errors import InputError
-from training.models import ModelSpec, default_stem, model_names
+from core.errors import InputError
+from core.models.building import ModelSpec, default_stem, model_names
 
 # The embedded victim: small enough to be inverted on a processor in seconds.
 DEFAULT_MODEL = "cnn"
@@ -12,7 +12,7 @@ GPU_MODEL, GPU_IMAGE_SIZE = "resnet18", 224
 
 
 def network_spec(model_name: str, num_class: int, image_size: int) -> ModelSpec:
-    """What `training.models.build_model` needs to build a job's network.
+    """What `core.models.building.build_model` needs to build a job's network.
 
     A torchvision network keeps torchvision's names in its `state_dict`, so that its
     parameters can be exchanged with other federations. Small images get the stem that
@@ -20,7 +20,7 @@ def network_spec(model_name: str, num_class: int, image_size: int) -> ModelSpec:
 
     Args:
         model_name: "cnn" (four convolutions with BatchNorm, for 32 or 64 px), "resnet18"
-            (for 224 px on a GPU) or any other name of `training.models.model_names`.
+            (for 224 px on a GPU) or any other name of `core.models.building.model_names`.
         num_class: Number of classes.
         image_size: Side of the images in pixels.
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from training.errors import exit_status
+from core.errors import exit_status
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -27,11 +27,11 @@ from torch import nn
 from tqdm import tqdm
 
 from attack.schedules import learning_rate
+from core.models.building import build_model
+from core.target import BatchStatistics
 from federated.settings import InversionSettings
 from federated.updates import LocalUpdate
 from gradients.batch_statistics import batch_norm_layers, statistics_from_running
-from gradients.checkpoint import BatchStatistics
-from training.models import build_model
 
 BETAS = (0.9, 0.9)
 WARMUP = 100

@@ -11,15 +11,15 @@ from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 
-from federated.datalists import load_datalist
-from federated.images import ImageListDataset, load_image
+from core.data.list_files import load_datalist
+from core.data.listed_images import ImageListDataset, load_image
+from core.errors import InputError
+from core.records import provenance
 from federated.inversion import UpdateReconstruction
 from federated.inverter import Inverter
 from federated.leakage import LeakageReport, measure_leakage, write_leakage
 from federated.similarity import SimMetric
 from federated.withholding import FailClosedFilter, WithheldError, current_round
-from training.errors import InputError
-from training.records import provenance
 
 TRAIN_SET = "training"
 # Other patients come from the first of these that a list has. The attack may know the

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from core.errors import exit_status
 from federated import simulate
 from federated.create_job_config import (
     Client,
@@ -27,7 +28,6 @@ from federated.create_job_config import (
     inversion,
     write_prior,
 )
-from training.errors import exit_status
 
 if TYPE_CHECKING:
     from nvflare.job_config.api import FedJob
@@ -122,8 +122,8 @@ class Experiment:
 
     def test_accuracy(self, checkpoint: Path) -> float | None:
         """Of the final global model on the test images; None if there are none."""
+        from core.storage import load_checkpoint
         from federated.site_training import SiteTraining
-        from training.storage import load_checkpoint
 
         site = SiteTraining(self._site(self.clients[0]))
         if not len(site.test_images):

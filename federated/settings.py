@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.errors import InputError
+from core.errors import InputError
 
 OWN_METHODS = ("full", "bn", "published")
 LABEL_RULES = ("auto", "recovered", "joint")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from training.errors import InputError
+from core.errors import InputError
 
 # The published filter's range for grey values 0..255.
 DATA_RANGE = 256.0

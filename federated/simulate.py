@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.errors import InputError, exit_status
+from core.errors import InputError, exit_status
 
 WORKSPACES = Path("results") / "federated"
 RUN_NAME = "simulate_job"
@@ -247,8 +247,8 @@ def prepare(job: Job, target: Path) -> Path:
     Returns:
         `target`.
     """
+    from core.storage import write_text
     from federated.create_job_config import CUSTOM_NOTE
-    from training.storage import write_text
 
     shutil.copytree(job.folder, target)
     for app in {path.name for path in job.apps.values()}:
@@ -370,9 +370,9 @@ def write_run(job: Job, workspace: Path, **details: Any) -> Path:
     """
     import torch
 
+    from core.records import provenance
+    from core.storage import write_json
     from federated.runs import RUN_FILE, configured_noise
-    from training.records import provenance
-    from training.storage import write_json
 
     config = job.apps[job.sites[0]] / "config" / "config_fed_client.json"
     device = torch.device("cuda" if count_gpus() and torch.cuda.is_available() else "cpu")

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from core.models.building import build_model
+from core.target import BatchStatistics
 from federated.smoothing import SmoothReLU
 from federated.updates import LocalUpdate
 from gradients.batch_statistics import batch_norm_layers
-from gradients.checkpoint import BatchStatistics
 from gradients.local_update import Parameters, local_sgd, trainable_parameters
-from training.models import build_model
 
 # Per local step and BatchNorm layer: mean and unbiased variance of the batch.
 StepStatistics = list[BatchStatistics]

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from nvflare.apis.fl_component import FLComponent
 
+from core.errors import InputError
 from federated.site_training import SiteSettings, SiteTraining
 from federated.updates import LocalUpdate
-from training.errors import InputError
 
 
 class SiteDescription(FLComponent):

@@ -9,12 +9,12 @@ from functools import cached_property
 
 import torch
 
+from core.data.specs import DataSpec
+from core.errors import InputError
+from core.models.building import ModelSpec, skeleton_of
+from core.processes.distributed import shard_sizes
+from core.target import BatchStatistics, LocalTraining, Target
 from gradients.batch_statistics import statistics_from_running, values_per_channel
-from gradients.checkpoint import BatchStatistics, LocalTraining, Target, skeleton_of
-from training.data import DataSpec
-from training.distributed import shard_sizes
-from training.errors import InputError
-from training.models import ModelSpec
 
 
 @dataclass(frozen=True)

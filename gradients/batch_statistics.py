@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from gradients.checkpoint import BatchStatistics
+from core.target import BatchStatistics
 
 
 def batch_norm_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -11,129 +11,22 @@ import argparse
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from training.data import DataSpec
-from training.distributed import shard_sizes
-from training.errors import InputError
-from training.models import ModelSpec, build_model, default_stem, load_parameters
-from training.storage import load_checkpoint, save_checkpoint
+from core.data.specs import DataSpec
+from core.errors import InputError
+from core.models.building import ModelSpec, default_stem, skeleton_of
+from core.processes.distributed import shard_sizes
+from core.storage import load_checkpoint, save_checkpoint
+from core.target import RUNNING_STATISTICS, BatchStatistics, LocalTraining, Target, Truth
 
 FORMAT_VERSION = 1
 # The original tools' word for "no layer is frozen".
 ALL_LAYERS = "all"
 MAX_BATCH_SIZE = 1_000_000
-# How the names of BatchNorm's running statistics end.
-RUNNING_STATISTICS = ("running_mean", "running_var")
-
-# Mean and (biased) variance of one batch at every BatchNorm layer, by module name.
-BatchStatistics = dict[str, tuple[torch.Tensor, torch.Tensor]]
-
-
-@dataclass(frozen=True)
-class LocalTraining:
-    """The client's local SGD between receiving the model and sharing its update.
-
-    Attributes:
-        epochs: Passes over the local data ("local iterations" where there is one batch).
-        batches: Batches per epoch; the images are split in order into this many.
-        lr: Learning rate.
-        momentum: SGD momentum.
-        weight_decay: L2 penalty.
-    """
-
-    epochs: int = 1
-    batches: int = 1
-    lr: float = 0.1
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-
-    @property
-    def steps(self) -> int:
-        """Number of SGD steps K; the shared gradient is (theta_0 - theta_K) / (lr K)."""
-        return self.epochs * self.batches
-
-
-@dataclass(frozen=True)
-class Target:
-    """All that an attacker sees.
-
-    Attributes:
-        model: The architecture.
-        data: Shape, normalisation and classes of the images.
-        state_dict: Parameters and buffers before the client's update.
-        gradient: Shared gradient by parameter name, in parameter order; parameters
-            the client keeps to itself (frozen layers) are absent. After several
-            local steps: (theta_0 - theta_K) / (lr K).
-        train_mode: Whether the client ran the model in train mode (batch statistics
-            in BatchNorm, active dropout).
-        batch_size: Number of images behind the gradient.
-        local: The client's local SGD.
-        shards: Images per process of the client; BatchNorm statistics are each
-            shard's own unless `synchronized`. Sums to `batch_size`.
-        synchronized: Whether BatchNorm statistics are those of the whole batch.
-        bn_statistics: Exact batch statistics, if shared: one entry for the whole
-            batch (synchronized) or one per shard; None where unknown.
-        defenses: What the client says it did to the gradient, as `name:param` words.
-        dropout_seed: Seed of the client's dropout masks, where there was dropout.
-        running_after: BatchNorm's running statistics after the client's local training,
-            by their names in `state_dict` (those of its first process, where statistics
-            are asynchronous), as a client shares them that shares its whole state; None
-            where it keeps them.
-    """
-
-    model: ModelSpec
-    data: DataSpec
-    state_dict: dict[str, torch.Tensor]
-    gradient: dict[str, torch.Tensor]
-    train_mode: bool
-    batch_size: int
-    local: LocalTraining = field(default_factory=LocalTraining)
-    shards: tuple[int, ...] = ()
-    synchronized: bool = True
-    bn_statistics: tuple[BatchStatistics, ...] | None = None
-    defenses: tuple[str, ...] = ()
-    dropout_seed: int | None = None
-    running_after: dict[str, torch.Tensor] | None = None
-
-    def __post_init__(self) -> None:
-        if not self.shards:
-            object.__setattr__(self, "shards", (self.batch_size,))
-
-    def build_model(self) -> torch.nn.Module:
-        """The shared model with its parameters, in the mode the client used."""
-        model = build_model(self.model)
-        try:
-            load_parameters(model, self.state_dict)
-        except RuntimeError as error:
-            raise InputError(
-                f"the checkpoint's parameters do not fit {self.model.arch} with "
-                f"{self.model.n_classes} classes: {str(error).splitlines()[-1].strip()}"
-            ) from None
-        return model.train(self.train_mode)
-
-
-@dataclass(frozen=True)
-class Truth:
-    """What the client meant to keep private; no attack ever receives it.
-
-    Attributes:
-        images: N x C x H x W in [0, 1].
-        labels: N class indices.
-        mean_image: Mean of images that are not the client's (C x H x W in [0, 1]): what
-            one would guess without any gradient. None where unknown.
-        nearest_images: For each image the most similar one that is not the client's
-            (N x C x H x W in [0, 1]): the best guess among known images. None where unknown.
-    """
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    mean_image: torch.Tensor | None = None
-    nearest_images: torch.Tensor | None = None
 
 
 def save_target(
@@ -210,37 +103,6 @@ def _free_layers(target: Target) -> list[str]:
     """The parameters that are trained, or "all", as the original tools list them."""
     n_parameters = len(dict(skeleton_of(target.model).named_parameters()))
     return [ALL_LAYERS] if len(target.gradient) == n_parameters else list(target.gradient)
-
-
-def skeleton_of(model: ModelSpec) -> torch.nn.Module:
-    """The architecture without memory for its parameters, where it can be built so.
-
-    It says which names and shapes belong to it, costs little, and leaves the random
-    numbers alone.
-
-    Raises:
-        InputError: There is no such architecture, or not with these settings.
-    """
-    try:
-        with torch.device("meta"):
-            return build_model(model)
-    except RuntimeError:
-        # Some constructors compute with tensors (RegNet's widths).
-        return _built_quietly(model)
-    except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
-        raise _cannot_build(model, error) from None
-
-
-def _built_quietly(model: ModelSpec) -> torch.nn.Module:
-    try:
-        with torch.random.fork_rng(devices=[]):
-            return build_model(model)
-    except (RuntimeError, MemoryError) as error:
-        raise _cannot_build(model, error) from None
-
-
-def _cannot_build(model: ModelSpec, error: BaseException) -> InputError:
-    return InputError(f"the model {model.arch} cannot be built ({str(error).splitlines()[0]})")
 
 
 def load_target(path: str | Path, flag: str = "--checkpoint") -> tuple[Target, Truth | None]:

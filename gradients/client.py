@@ -12,12 +12,18 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
+from core.data.data_sets import derived_seed
+from core.data.specs import DataSpec
+from core.errors import InputError
+from core.models.batch_norm import convert_batch_norm, explain_single_values
+from core.models.building import ModelSpec
+from core.processes.distributed import Process, shard_sizes
+from core.target import RUNNING_STATISTICS, BatchStatistics, LocalTraining, Target
 from gradients.batch_statistics import (
     batch_norm_layers,
     collect_batch_statistics,
     merge_batch_statistics,
 )
-from gradients.checkpoint import RUNNING_STATISTICS, BatchStatistics, LocalTraining, Target
 from gradients.defenses import ClientView, Defense, apply_defenses
 from gradients.local_update import (
     Parameters,
@@ -29,11 +35,6 @@ from gradients.local_update import (
     trainable_parameters,
 )
 from gradients.private_gradient import PrivacySettings, private_gradient
-from training.batch_norm import convert_batch_norm, explain_single_values
-from training.data import DataSpec, derived_seed
-from training.distributed import Process, shard_sizes
-from training.errors import InputError
-from training.models import ModelSpec
 from training.privacy import sum_over_processes
 
 # Streams of random numbers that must not depend on each other.

@@ -8,8 +8,8 @@ from functools import partial
 
 import torch
 
-from training.data import DataSets, derived_seed, take_samples
-from training.errors import InputError
+from core.data.data_sets import DataSets, derived_seed, take_samples
+from core.errors import InputError
 
 
 def batch_indices(n: int, batch_size: int, index: int, seed: int) -> list[int]:

@@ -10,19 +10,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.errors import InputError, exit_status
-from training.launch_arguments import add_launch_arguments
+from core.errors import InputError, exit_status
+from core.launch_arguments import add_launch_arguments
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from gradients.checkpoint import Target
+    from core.data.data_sets import DataSets
+    from core.data.specs import DataSpec
+    from core.models.building import ModelSpec
+    from core.processes.distributed import Process
+    from core.target import Target
     from gradients.client import ClientSettings
     from gradients.rank_analysis import LayerRank
     from gradients.received_model import Pretrained
-    from training.data import DataSets, DataSpec
-    from training.distributed import Process
-    from training.models import ModelSpec
 
 DEFAULT_RESULTS = "results/gradients"
 LABEL_DUPLICATES = 4
@@ -140,13 +141,13 @@ def run(argv: Sequence[str] | None = None) -> None:
     _import_plugin(args)
     check_arguments(args)
 
-    from training.distributed import launch
+    from core.processes.distributed import launch
 
     launch(work, args)
 
 
 def _import_plugin(args: argparse.Namespace) -> None:
-    from training.plugins import import_plugin
+    from core.plugins import import_plugin
 
     import_plugin(args.plugin)
 
@@ -194,13 +195,13 @@ def work(process: Process, args: argparse.Namespace) -> Path | None:
     """
     import torch
 
-    from gradients.checkpoint import Truth
+    from core.models.malicious import parse_malice
+    from core.target import Truth
     from gradients.client import share_update
     from gradients.client_batch import load_batch, public_samples, validation_guesses
     from gradients.malicious_server import tamper
     from gradients.output import peak_memory, write_results
     from gradients.received_model import build_received_model, read_pretrained
-    from training.malicious import parse_malice
 
     _import_plugin(args)
     began = time.perf_counter()
@@ -253,7 +254,7 @@ def _check_finite(target: Target, args: argparse.Namespace) -> None:
 
 
 def _client_settings(args: argparse.Namespace) -> ClientSettings:
-    from gradients.checkpoint import LocalTraining
+    from core.target import LocalTraining
     from gradients.client import ClientSettings
     from gradients.defenses import parse_defenses
     from gradients.private_gradient import PrivacySettings
@@ -296,7 +297,7 @@ def _load_data(
     args: argparse.Namespace, pretrained: Pretrained | None
 ) -> tuple[DataSets, DataSpec]:
     """The data set, and its description with the normalisation that the model expects."""
-    from training.data import load_data
+    from core.data.data_sets import load_data
 
     described = None if pretrained is None else pretrained.model
     size = args.image_size or (None if described is None else described.image_size)
@@ -318,7 +319,7 @@ def _model_spec(
     args: argparse.Namespace, pretrained: Pretrained | None, data: DataSpec
 ) -> ModelSpec:
     """The architecture: as the checkpoint says, else as the flags say."""
-    from training.models import DEFAULT_POOL_KERNEL, ModelSpec, default_stem
+    from core.models.building import DEFAULT_POOL_KERNEL, ModelSpec, default_stem
 
     size = data.shape[1]
     kernel = args.kernel_size_of_maxpool
@@ -364,8 +365,8 @@ def _suit_privacy(
     An initial model gets GroupNorm, as in training with DP-SGD. Given parameters
     belong to BatchNorm, which then runs with its running statistics.
     """
+    from core.models.building import skeleton_of
     from gradients.batch_statistics import batch_norm_layers
-    from gradients.checkpoint import skeleton_of
     from gradients.private_gradient import PER_SAMPLE
 
     privacy = settings.privacy

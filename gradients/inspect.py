@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.errors import exit_status
+from core.errors import exit_status
 
 if TYPE_CHECKING:
-    from gradients.checkpoint import Target, Truth
+    from core.target import Target, Truth
 
 
 def build_parser() -> argparse.ArgumentParser:

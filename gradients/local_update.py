@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gradients.checkpoint import LocalTraining
-from training.distributed import shard_sizes, shard_slice
-from training.errors import InputError
+from core.errors import InputError
+from core.processes.distributed import shard_sizes, shard_slice
+from core.target import LocalTraining
 
 Parameters = dict[str, torch.Tensor]
 # Gradient of one local step at the given parameters, in their order.

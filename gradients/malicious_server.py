@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from training.errors import InputError
-from training.malicious import Imprinted, Malice, parse_malice
-from training.models import ModelSpec, last_linear
+from core.errors import InputError
+from core.models.building import ModelSpec, last_linear
+from core.models.malicious import Imprinted, Malice, parse_malice
 
 # So far below the darkest image that none falls out of the first bin.
 MARGIN = 10.0

@@ -13,12 +13,13 @@ import torch
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from gradients.checkpoint import Target, Truth, save_target
+from core.records import provenance
+from core.storage import atomic_file, save_checkpoint, write_json
+from core.target import Target, Truth
+from gradients.checkpoint import save_target
 from gradients.inspect import describe
 from gradients.private_gradient import PER_SAMPLE, gaussian_epsilon
 from gradients.rank_analysis import LayerRank, ra_index
-from training.records import provenance
-from training.storage import atomic_file, save_checkpoint, write_json
 
 # Larger values of epsilon promise nothing that anybody would notice.
 MEANINGLESS_EPSILON = 100

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gradients.checkpoint import LocalTraining
+from core.errors import InputError
+from core.target import LocalTraining
 from gradients.local_update import (
     ONE_PROCESS,
     Parameters,
@@ -21,7 +22,6 @@ from gradients.local_update import (
     own_parts,
     step_slices,
 )
-from training.errors import InputError
 
 PER_SAMPLE, BATCH = "per-sample", "batch"
 # Per-sample gradients held at a time: their memory is this many copies of the model.

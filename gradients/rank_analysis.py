@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from training.errors import InputError
+from core.errors import InputError
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)

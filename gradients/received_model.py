@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from training.data import DataSpec
-from training.errors import InputError
-from training.models import ModelSpec, build_model, last_linear, load_parameters
-from training.storage import load_checkpoint
+from core.data.specs import DataSpec
+from core.errors import InputError
+from core.models.building import ModelSpec, build_model, last_linear, load_parameters
+from core.storage import load_checkpoint
 
 log = logging.getLogger(__name__)
 

@@ -22,12 +22,12 @@ from attack.labels import recover_labels
 from attack.metrics import assign, psnr
 from attack.reconstruction import Reconstruction
 from attack.threat import Capability
-from gradients.checkpoint import LocalTraining, Target, Truth
+from core.models.building import ModelSpec
+from core.target import LocalTraining, Target, Truth
 from gradients.client import ClientSettings, share_update
 from gradients.malicious_server import tamper
 from gradients.received_model import build_received_model
 from tests.targets import data_spec, make_target, smooth_images
-from training.models import ModelSpec
 
 Made = tuple[Target, Truth]
 

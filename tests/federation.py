@@ -41,7 +41,7 @@ class Finished:
 
     def global_model(self) -> dict[str, Any]:
         """The final global model's variables."""
-        from training.storage import load_checkpoint
+        from core.storage import load_checkpoint
 
         path = simulate.app_folder(self.workspace, "server") / simulate.FINAL_MODEL
         return load_checkpoint(path)["model"]

@@ -28,14 +28,14 @@ from attack.ensemble import EnsembleConfig
 from attack.inversion import Inversion
 from attack.metrics import ssim
 from attack.settings import InversionConfig
+from core.models.building import ModelSpec
+from core.processes import distributed
 from federated.inversion import invert_update
 from federated.settings import InversionSettings
 from tests.attack_targets import CASES, SETTINGS, Case, run_case
 from tests.federated.sites import update_of, victims
 from tests.pretended_device import Pretend, install
 from tests.targets import make_target, smooth_images
-from training import distributed
-from training.models import ModelSpec
 
 CPU = torch.device("cpu")
 EXACT = InversionConfig(

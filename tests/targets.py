@@ -7,11 +7,11 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
+from core.data.specs import DataSpec
+from core.models.building import ModelSpec, build_model
+from core.target import LocalTraining, Target, Truth
 from gradients.batch_statistics import collect_batch_statistics
-from gradients.checkpoint import LocalTraining, Target, Truth
 from gradients.local_update import unrolled_update
-from training.data import DataSpec
-from training.models import ModelSpec, build_model
 
 
 def data_spec(size: int, n_classes: int = 10) -> DataSpec:

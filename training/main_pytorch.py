@@ -18,21 +18,21 @@ if __name__ == "__main__":
     # As a script, Python puts this file's folder first; the rooms lie one above.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from training.errors import InputError, exit_status
-from training.plugins import import_plugin
+from core.errors import InputError, exit_status
+from core.plugins import import_plugin
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from training.data import DataSets
-    from training.distributed import Process
-    from training.models import ModelSpec
+    from core.data.data_sets import DataSets
+    from core.models.building import ModelSpec
+    from core.processes.distributed import Process
     from training.trainer import Trainer, TrainingConfig
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line; defaults are the published ones."""
-    from training.launch_arguments import add_launch_arguments
+    from core.launch_arguments import add_launch_arguments
     from training.schemes import CUSTOM
 
     parser = argparse.ArgumentParser(
@@ -176,7 +176,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         InputError: With the flag to change.
     """
-    from training.models import model_names
+    from core.models.building import model_names
 
     if args.arch not in model_names():
         raise InputError(f"--arch {args.arch}: unknown architecture (see torchvision.models)")
@@ -206,7 +206,7 @@ def _flag(name: str) -> str:
 
 def model_spec(args: argparse.Namespace, data: DataSets) -> ModelSpec:
     """The architecture that the flags and the data ask for."""
-    from training.models import ModelSpec, default_stem
+    from core.models.building import ModelSpec, default_stem
 
     size = data.spec.shape[1]
     per_sample = args.enable_dp and args.dp_clipping == "sample"
@@ -256,8 +256,8 @@ def build_client_model(args: argparse.Namespace, spec: ModelSpec, process: Proce
     """The model of one process: initialised, BatchNorm converted, on its device."""
     import torch
 
-    from training.batch_norm import convert_batch_norm
-    from training.models import build_model
+    from core.models.batch_norm import convert_batch_norm
+    from core.models.building import build_model
 
     # Every process draws the same initial parameters.
     model = build_model(spec)
@@ -272,7 +272,7 @@ def build_client_model(args: argparse.Namespace, spec: ModelSpec, process: Proce
 def _synchronized(model: nn.Module, backend: str, process: Process) -> nn.Module:
     import torch
 
-    from training.batch_norm import convert_batch_norm
+    from core.models.batch_norm import convert_batch_norm
 
     nccl = torch.distributed.get_backend() == "nccl"
     if backend == "torch" and process.device.type != "cuda":
@@ -300,8 +300,8 @@ def load_pretrained(model: nn.Module, args: argparse.Namespace) -> None:
     Raises:
         InputError: They cannot be had, or do not fit.
     """
-    from training.models import counts_batches, load_parameters
-    from training.storage import load_checkpoint
+    from core.models.building import counts_batches, load_parameters
+    from core.storage import load_checkpoint
 
     if args.pretrained == "torchvision":
         state = _torchvision_weights(args.arch)
@@ -399,8 +399,8 @@ def _product_precision(*, tf32: bool) -> Iterator[None]:
 
 
 def _train(process: Process, args: argparse.Namespace) -> None:
-    from training.data import load_data
-    from training.distributed import barrier
+    from core.data.data_sets import load_data
+    from core.processes.distributed import barrier
     from training.trainer import Trainer
 
     data = load_data(
@@ -433,7 +433,7 @@ def _train(process: Process, args: argparse.Namespace) -> None:
 
 def _agreed(checkpoint: Path | None) -> Path | None:
     """Rank 0's choice on every process: the others must not look at a changing folder."""
-    from training.distributed import broadcast_object
+    from core.processes.distributed import broadcast_object
 
     chosen = broadcast_object(None if checkpoint is None else str(checkpoint))
     return None if chosen is None else Path(chosen)
@@ -518,7 +518,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     """Parse, check, launch."""
     args = parse_args(argv)
     check_arguments(args)
-    from training.distributed import launch
+    from core.processes.distributed import launch
 
     launch(work, args)
 

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from training.distributed import all_reduce, derived_seed
-from training.errors import InputError
+from core.errors import InputError
+from core.processes.distributed import all_reduce, derived_seed
 
 NOISE = 2  # domain of derived seeds
 # Above this the PRV accountant needs gigabytes for a number without meaning.

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from training.errors import InputError, exit_status
-from training.storage import atomic_file, write_text
+from core.errors import InputError, exit_status
+from core.storage import atomic_file, write_text
 
 Record = Mapping[str, Any]
 

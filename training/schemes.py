@@ -13,9 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from training.errors import InputError
-
-DEFAULT_POOL_KERNEL = 3  # Of torchvision's ResNets.
+from core.errors import InputError
+from core.models.building import DEFAULT_POOL_KERNEL
 
 CUSTOM = "None"
 BATCH_NORMS = ("synchronized", "asynchronous")

@@ -22,16 +22,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from training.batch_norm import (
+from core.data.data_sets import DataSets
+from core.data.loaders import ShardedBatches, ValidationShard, check_batches, make_loader
+from core.errors import InputError
+from core.models.batch_norm import (
     average_running_statistics,
     explain_single_values,
     leave_synchronization_to_python,
 )
-from training.data import DataSets
-from training.distributed import Process, all_reduce, barrier, derived_seed, seed_everything
-from training.errors import InputError
-from training.loader import ShardedBatches, ValidationShard, check_batches, make_loader
-from training.models import ModelSpec, load_parameters
+from core.models.building import ModelSpec, load_parameters
+from core.processes.distributed import Process, all_reduce, barrier, derived_seed, seed_everything
+from core.records import provenance
+from core.storage import load_checkpoint, save_checkpoint, write_json
 from training.privacy import (
     Accountant,
     PerSampleClipping,
@@ -39,9 +41,7 @@ from training.privacy import (
     noise_generator,
     sum_over_processes,
 )
-from training.records import provenance
 from training.reports import ScalarLog, plot_curves, write_metrics_csv
-from training.storage import load_checkpoint, save_checkpoint, write_json
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from attack.attacks.base import Attack, register_attack
 from attack.closed_form import closed_form_reconstruction
 from attack.first_layer import FirstLayer, first_layer
 from attack.reconstruction import Reconstruction
-from gradients.checkpoint import Target
+from core.target import Target
 
 # Rows whose quotients agree to this relative precision see the same single image.
 SAME_IMAGE = {torch.float64: 1e-6, torch.float32: 1e-3}

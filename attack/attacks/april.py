@@ -12,8 +12,8 @@ from torch import nn
 from attack.attacks.base import Attack, register_attack
 from attack.closed_form import closed_form_reconstruction
 from attack.reconstruction import Reconstruction
-from gradients.checkpoint import Target
-from training.errors import InputError
+from core.errors import InputError
+from core.target import Target
 
 PROJECTION = "conv_proj"
 POSITIONS = "encoder.pos_embedding"

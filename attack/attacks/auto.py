@@ -11,7 +11,7 @@ from attack.attacks.base import Attack, attack_names, register_attack
 from attack.ensemble import Ensemble, EnsembleConfig
 from attack.reconstruction import Reconstruction
 from attack.threat import Capability
-from gradients.checkpoint import Target
+from core.target import Target
 
 
 @register_attack

@@ -11,8 +11,8 @@ from attack.inversion import Inversion
 from attack.reconstruction import Reconstruction
 from attack.settings import InversionConfig
 from attack.threat import Capability
-from gradients.checkpoint import Target
-from training.errors import InputError
+from core.errors import InputError
+from core.target import Target
 
 
 class Attack(abc.ABC):

@@ -12,8 +12,8 @@ from attack.reconstruction import Reconstruction
 from attack.regularizers import EpochOrderPrior
 from attack.settings import InversionConfig
 from attack.threat import Capability
-from gradients.checkpoint import Target
-from training.errors import InputError
+from core.errors import InputError
+from core.target import Target
 
 
 @register_attack

@@ -13,10 +13,10 @@ from attack.attacks.spectral import Spectral
 from attack.inversion import Snapshot
 from attack.reconstruction import Reconstruction
 from attack.threat import Capability
-from gradients.checkpoint import Target
-from training.errors import InputError
-from training.malicious import parse_malice
-from training.models import last_linear
+from core.errors import InputError
+from core.models.building import last_linear
+from core.models.malicious import parse_malice
+from core.target import Target
 
 # Features' gradients below this share of the largest come from the drowned classes.
 SILENCE = 1e-20

@@ -9,7 +9,7 @@ from attack.attacks.base import OptimizationAttack, register_attack
 from attack.reconstruction import Reconstruction
 from attack.settings import InversionConfig
 from attack.threat import Capability
-from gradients.checkpoint import Target
+from core.target import Target
 
 
 @register_attack

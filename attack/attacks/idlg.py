@@ -9,8 +9,8 @@ from attack.attacks.base import OptimizationAttack, register_attack
 from attack.attacks.dlg import DLG
 from attack.reconstruction import Reconstruction
 from attack.threat import Capability
-from gradients.checkpoint import Target
-from training.errors import InputError
+from core.errors import InputError
+from core.target import Target
 
 
 @register_attack

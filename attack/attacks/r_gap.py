@@ -14,9 +14,9 @@ from torch import nn
 from attack.attacks.base import Attack, register_attack
 from attack.closed_form import closed_form_reconstruction
 from attack.reconstruction import Reconstruction
-from gradients.checkpoint import Target
+from core.errors import InputError
+from core.target import Target
 from gradients.rank_analysis import ra_index, rank_analysis
-from training.errors import InputError
 
 # Outputs of a ReLU below this share of the largest are taken for zero.
 OFF = 1e-10

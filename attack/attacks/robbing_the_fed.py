@@ -12,8 +12,8 @@ from attack.closed_form import closed_form_reconstruction
 from attack.first_layer import FirstLayer, first_layer
 from attack.reconstruction import Reconstruction
 from attack.threat import Capability
-from gradients.checkpoint import Target
-from training.errors import InputError
+from core.errors import InputError
+from core.target import Target
 
 # A bin whose bias gradient is below this share of the largest is empty.
 EMPTY = {torch.float64: 1e-10, torch.float32: 1e-4}

@@ -16,8 +16,8 @@ from attack.attacks.base import Attack, register_attack
 from attack.closed_form import closed_form_reconstruction
 from attack.first_layer import FirstLayer, first_layer
 from attack.reconstruction import Reconstruction
-from gradients.checkpoint import Target
-from training.errors import InputError
+from core.errors import InputError
+from core.target import Target
 
 # Singular values below this share of the largest are rounding of the shared gradient.
 ROUNDING = {torch.float64: 1e-11, torch.float32: 1e-5}

@@ -15,8 +15,8 @@ from attack.metrics.identification import iip, rdlv
 from attack.metrics.perceptual import load_lpips
 from attack.metrics.pixels import PSNR_CAP, is_exact, mse, psnr
 from attack.metrics.similarity import cw_ssim, ssim
-from gradients.checkpoint import Truth
-from training.errors import InputError
+from core.errors import InputError
+from core.target import Truth
 
 if TYPE_CHECKING:
     from prettytable import PrettyTable

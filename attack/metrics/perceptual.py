@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from training.errors import InputError
-from training.storage import load_checkpoint
+from core.errors import InputError
+from core.storage import load_checkpoint
 
 # Per backbone: torchvision builder, file of its ImageNet weights, layers of `features`
 # after which activations are compared, and the smallest image they leave something of.

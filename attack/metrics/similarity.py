@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from training.errors import InputError
+from core.errors import InputError
 
 # Images are taken in pieces that stay in the processor's cache: three times faster.
 _ELEMENTS_PER_PIECE = 1 << 17

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.errors import InputError, exit_status
+from core.errors import InputError, exit_status
 
 if TYPE_CHECKING:
     from benchmarks.speed.cases import Case
@@ -90,7 +90,7 @@ def _run_section(name: str, args: argparse.Namespace) -> None:
 
     from benchmarks.speed.pages import read_records
     from benchmarks.speed.render import render
-    from training.storage import write_json, write_text
+    from core.storage import write_json, write_text
 
     folder, made = Path(args.output), _provenance(args)
     rows: list[dict[str, Any]] = []
@@ -106,7 +106,7 @@ def _provenance(args: argparse.Namespace) -> dict[str, Any]:
 
     import torch
 
-    from training.records import provenance
+    from core.records import provenance
 
     return {
         **provenance(torch.device(args.device), args.seed),

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from gradients.checkpoint import Target
-from training.data import DataSpec
-from training.models import ModelSpec, build_model
+from core.data.specs import DataSpec
+from core.models.building import ModelSpec, build_model
+from core.target import Target
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.errors import InputError, exit_status
+from core.errors import InputError, exit_status
 
 if TYPE_CHECKING:
     import torch
 
-    from gradients.checkpoint import Target, Truth
+    from core.target import Target, Truth
 
 FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -57,8 +57,8 @@ def main(argv: list[str] | None = None) -> None:
     batches = _batches(args.batches)
     import torch
 
-    from training.records import provenance
-    from training.storage import write_json
+    from core.records import provenance
+    from core.storage import write_json
 
     device = torch.device(args.device)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -88,7 +88,7 @@ def _batches(text: str) -> list[int]:
 
 def _sources(args: argparse.Namespace) -> dict[str, list[Path]]:
     """Image files by where they come from."""
-    from training.embedded import photograph_files
+    from core.data.embedded import photograph_files
 
     sources: dict[str, list[Path]] = {}
     if args.images is not None:
@@ -113,7 +113,7 @@ def _measure(
 
     from attack.attacks import OptimizationAttack, get_attack
     from attack.metrics import evaluate
-    from attack.pictures import save_comparison
+    from core.pictures import save_comparison
 
     target, truth = _share(args, files)
     attack = get_attack(args.attack)
@@ -164,11 +164,11 @@ def _share(args: argparse.Namespace, files: list[Path]) -> tuple[Target, Truth]:
     import torch
     import torch.nn.functional as F
 
-    from attack.pictures import read_image
-    from gradients.checkpoint import Target, Truth
-    from training.data import DataSpec
-    from training.models import ModelSpec, build_model
-    from training.storage import load_checkpoint
+    from core.data.specs import DataSpec
+    from core.models.building import ModelSpec, build_model
+    from core.pictures import read_image
+    from core.storage import load_checkpoint
+    from core.target import Target, Truth
 
     torch.manual_seed(args.seed)
     size = args.image_size

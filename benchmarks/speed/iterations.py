@@ -22,8 +22,9 @@ from benchmarks.speed import references
 from benchmarks.speed.cases import CASES, Case, Problem, make_problem
 from benchmarks.speed.timing import interleaved, matrix_rate, medians, paired_ratio
 from benchmarks.speed.workers import Job, take_turns
-from training import batch_norm, distributed
-from training.errors import InputError
+from core.errors import InputError
+from core.models import batch_norm
+from core.processes import distributed
 
 # An iteration needs a forward pass (1), a backward pass (2) and their derivative (4).
 PASSES = 7

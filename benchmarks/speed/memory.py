@@ -15,7 +15,7 @@ from attack.allocation import keep_freed_memory
 from benchmarks.speed.cases import CASES, make_problem
 from benchmarks.speed.iterations import METHODS, OURS
 from benchmarks.speed.timing import forget_peak, peak_bytes, resident_bytes
-from training.errors import exit_status
+from core.errors import exit_status
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -15,9 +15,9 @@ import torch
 
 from attack.allocation import keep_freed_memory
 from attack.metrics import mse, psnr, ssim
-from training.errors import InputError, exit_status
-from training.records import provenance
-from training.storage import write_json
+from core.errors import InputError, exit_status
+from core.records import provenance
+from core.storage import write_json
 
 Scores = dict[str, torch.Tensor]
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from training.errors import InputError, exit_status
+from core.errors import InputError, exit_status
 
 Record = dict[str, Any]
 # What the front page shows of the table.
@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Write table.md, and put tables into the two pages."""
     from benchmarks.speed.render import render
-    from training.storage import write_text
+    from core.storage import write_text
 
     args = build_parser().parse_args(argv)
     records = read_records(Path(args.records))

@@ -19,7 +19,7 @@ from benchmarks.executor import Job, LocalExecutor
 from benchmarks.speed import metrics
 from benchmarks.speed.timing import interleaved, medians
 from benchmarks.stages import Stage
-from training.models import ModelSpec, build_model
+from core.models.building import ModelSpec, build_model
 from training.privacy import PerSampleClipping
 
 Row = dict[str, Any]
@@ -141,7 +141,7 @@ def _stage_two(quick: bool) -> Iterator[Row]:
 
 def _harness(repeats: int) -> Row:
     """What the harness adds to a command that does nothing, per cell of a minute."""
-    stage = Stage("nothing", ("-c", "pass"), ("training",), lambda folder: {}, "none.json")
+    stage = Stage("nothing", ("-c", "pass"), ("core",), lambda folder: {}, "none.json")
     with tempfile.TemporaryDirectory() as folder:
         times = interleaved(
             {

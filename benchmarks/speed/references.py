@@ -20,7 +20,7 @@ from attack.matching import GradientMatcher
 from attack.objectives import Cosine
 from attack.replica import Replica
 from benchmarks.speed.cases import Problem
-from training.errors import InputError
+from core.errors import InputError
 
 CPU = torch.device("cpu")
 Iteration = Callable[[], torch.Tensor]

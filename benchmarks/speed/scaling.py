@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from training.errors import InputError, exit_status
+from core.errors import InputError, exit_status
 
 Row = dict[str, Any]
 # A difference of first-order passes: forward 1, backward 2, forward 1, backward in x 1.
@@ -125,7 +125,7 @@ class ModelSize:
     def traffic(self, batch: int, gpus: int) -> Traffic:
         """Bytes of an iteration on so many GPUs, by the rule that holds on CPUs."""
         from attack.factored import saves_sweeps
-        from training.distributed import shard_sizes
+        from core.processes.distributed import shard_sizes
 
         sizes = shard_sizes(batch, min(batch, gpus))
         kept = [
@@ -161,7 +161,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Write scaling.json; `python -m benchmarks.speed.pages` shows it."""
-    from training.storage import write_json
+    from core.storage import write_json
 
     args = build_parser().parse_args(argv)
     machine = Machine(**{name: getattr(args, name) for name in asdict(Machine())})
@@ -200,7 +200,7 @@ def measure_model(name: str) -> ModelSize:
     from torch import nn
     from torch.utils.flop_counter import FlopCounterMode
 
-    from training.models import ModelSpec, build_model
+    from core.models.building import ModelSpec, build_model
 
     arch, n_classes, size, stem = MODELS[name]
     layers: list[LayerSize] = []

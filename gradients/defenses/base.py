@@ -12,7 +12,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import nn
 
-from training.errors import InputError
+from core.errors import InputError
 
 Gradient = dict[str, torch.Tensor]
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from core.errors import InputError
 from gradients.defenses.base import ClientView, Defense, Gradient, register_defense
-from training.errors import InputError
 
 
 @register_defense("freeze")

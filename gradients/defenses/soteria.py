@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from core.models.building import last_linear
 from gradients.defenses.base import ClientView, Defense, Gradient, register_defense, require
-from training.models import last_linear
 
 
 @register_defense("soteria")

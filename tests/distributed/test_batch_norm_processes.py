@@ -10,12 +10,18 @@ import pytest
 import torch
 from torch import nn
 
-from training.batch_norm import (
+from core.models.batch_norm import (
     average_running_statistics,
     convert_batch_norm,
     leave_synchronization_to_python,
 )
-from training.distributed import Process, add_launch_arguments, all_reduce, launch, shard_slice
+from core.processes.distributed import (
+    Process,
+    add_launch_arguments,
+    all_reduce,
+    launch,
+    shard_slice,
+)
 
 BATCH, CHANNELS, SIDE, CLASSES = 9, 3, 6, 4
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from gradients.checkpoint import Target, load_target
+from core.target import Target
+from gradients.checkpoint import load_target
 from gradients.command import main
 
 ROOT = Path(__file__).resolve().parents[2]

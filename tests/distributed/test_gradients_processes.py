@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradients.checkpoint import LocalTraining, Target, save_target
+from core.data.specs import DataSpec
+from core.models.building import ModelSpec, build_model
+from core.processes.distributed import Process, launch
+from core.target import LocalTraining, Target
 from gradients.checkpoint import load_target as load
+from gradients.checkpoint import save_target
 from gradients.client import ClientSettings, share_update
 from gradients.private_gradient import PrivacySettings
-from training.data import DataSpec
-from training.distributed import Process, launch
-from training.models import ModelSpec, build_model
 
 SMALL = ModelSpec("cnn", n_classes=5, image_size=12, width=4)
 RESIDUAL = ModelSpec("resnet18", n_classes=5, image_size=16, stem="cifar", width=4)

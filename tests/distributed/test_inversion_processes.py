@@ -11,11 +11,11 @@ import torch
 
 from attack.inversion import Inversion
 from attack.settings import InversionConfig
-from gradients.checkpoint import Target, Truth
+from core.models.building import ModelSpec
+from core.processes.distributed import Process, launch
+from core.storage import load_checkpoint, save_checkpoint
+from core.target import Target, Truth
 from tests.targets import make_target
-from training.distributed import Process, launch
-from training.models import ModelSpec
-from training.storage import load_checkpoint, save_checkpoint
 
 CNN = ModelSpec("cnn", 10, 8, width=4)
 RESIDUAL = ModelSpec("resnet18", 10, 8, "cifar", width=8)

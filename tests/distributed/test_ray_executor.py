@@ -13,8 +13,8 @@ from benchmarks.executor import Outcome
 from benchmarks.grid import Status
 from benchmarks.results import load_results
 from benchmarks.store import Store
+from core.errors import InputError
 from tests.toy_grid import TOY, grid, toy
-from training.errors import InputError
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from training import distributed, shared_memory
-from training.distributed import Process, add_launch_arguments, launch
+from core.processes import distributed, shared_memory
+from core.processes.distributed import Process, add_launch_arguments, launch
 
 Work = Callable[[Process, argparse.Namespace], Any]
 # Of one value, of a table of BatchNorm, above what everyone sums alone, and far above.

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
+from core.processes.distributed import Process, launch, seed_everything
+from core.storage import load_checkpoint
 from tests.image_folders import write_tree
-from training.distributed import Process, launch, seed_everything
 from training.main_pytorch import parse_args, run, work
-from training.storage import load_checkpoint
 from training.trainer import latest_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -193,7 +193,7 @@ def test_a_failing_rank_shows_its_own_error(
     """The peers' lost connections must not hide it."""
     (tmp_path / "ill.py").write_text(
         "from training import trainer\n"
-        "from training.errors import InputError\n"
+        "from core.errors import InputError\n"
         "def fail(self, epoch):\n"
         f"    if self.process.rank == {rank}:\n"
         f"        raise {error}\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.errors import exit_status
+from core.errors import exit_status
 
 
 def train(words: list[str]) -> int:

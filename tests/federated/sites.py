@@ -6,9 +6,9 @@ import functools
 
 import torch
 
+from core.data.listed_images import chest_spec
 from federated.anatomy import chest_radiograph
 from federated.compare_methods import Case, Victims, train_locally
-from federated.images import chest_spec
 from federated.updates import LocalUpdate
 
 

@@ -11,9 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+from core.data.list_files import Sample, load_datalist, write_datalist
+from core.data.listed_images import ImageListDataset, chest_spec, load_image
+from core.errors import InputError
+from core.models.building import build_model
 from federated.anatomy import chest_radiograph
-from federated.datalists import Sample, load_datalist, write_datalist
-from federated.images import ImageListDataset, chest_spec, load_image
 from federated.make_phantoms import main as make_phantoms_command
 from federated.networks import network_spec
 from federated.phantoms import (
@@ -23,8 +25,6 @@ from federated.phantoms import (
     make_phantoms,
     phantom_sizes,
 )
-from training.errors import InputError
-from training.models import build_model
 
 
 def test_list_is_read_as_it_was_written(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from attack.coordinates import Coordinates
+from core.errors import InputError
 from federated.compare_methods import Case, compare, phantom_victims, train_locally
 from federated.compare_methods import main as compare_command
 from federated.coordinates import Grey, Principal
@@ -23,7 +24,6 @@ from federated.inversion import (
 from federated.settings import settings_from_dict
 from federated.smoothing import SmoothReLU, width_at
 from tests.federated.sites import update_of, victims
-from training.errors import InputError
 
 
 def invert(update: LocalUpdate, **settings: object) -> UpdateReconstruction:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from core.errors import InputError
 from federated.leakage import (
     PRIOR_FLOOR,
     failed_report,
@@ -18,7 +19,6 @@ from federated.leakage import (
     write_leakage,
 )
 from federated.similarity import ImageSimMetric, SimMetric
-from training.errors import InputError
 
 
 class Closeness(SimMetric):

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from attack.inversion import running_statistics
+from core.errors import InputError
+from core.models.building import build_model
 from federated.inversion import granted_to_the_auditor
 from federated.simulation import LocalSimulation
 from federated.updates import LocalUpdate, target_from_update
 from gradients.batch_statistics import collect_batch_statistics
 from tests.federated.sites import update_of, victims
-from training.errors import InputError
-from training.models import build_model
 
 CPU = torch.device("cpu")
 

@@ -20,6 +20,7 @@ from nvflare.app_common.app_constant import AppConstants
 
 import federated
 import nvflare_gradinv
+from core.errors import InputError
 from federated.gaussian_privacy import GaussianPrivacy, percentile_of_nonzero
 from federated.inverter import Inverter
 from federated.phantoms import LIST_PREFIX, make_phantoms
@@ -27,7 +28,6 @@ from federated.rdlv_filter import RelativeDataLeakageValueFilter
 from federated.similarity import ImageSimMetric
 from federated.taps import GlobalModelTap
 from federated.withholding import DIVERGED, GLOBAL_WEIGHTS, ROUND, VANISHING_WEIGHT
-from training.errors import InputError
 
 
 class Site:
@@ -227,8 +227,8 @@ def leakage_filter(phantoms: Path, **more: Any) -> RelativeDataLeakageValueFilte
 
 
 def training_image(phantoms: Path) -> torch.Tensor:
-    from federated.datalists import load_datalist
-    from federated.images import ImageListDataset
+    from core.data.list_files import load_datalist
+    from core.data.listed_images import ImageListDataset
 
     samples = load_datalist(phantoms / f"{LIST_PREFIX}9.json", "training")
     return ImageListDataset(phantoms, samples, 32).images()
@@ -254,7 +254,7 @@ def test_above_the_threshold_the_update_is_withheld(
 def test_rdlv_is_relative_to_the_prior(phantoms: Path, tmp_path: Path) -> None:
     from skimage.metrics import structural_similarity
 
-    from federated.images import load_image
+    from core.data.listed_images import load_image
 
     copying = Copying(training_image(phantoms), 0.7)
     site = Site(tmp_path, grad_inverter=copying, sim_metric=ImageSimMetric())

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from core.data.list_files import Sample, write_datalist
+from core.errors import InputError
 from federated import create_job_config, recipe, simulate
-from federated.datalists import Sample, write_datalist
 from federated.phantoms import BATCH_SIZES, CACHE_VARIABLE
-from training.errors import InputError
 
 
 @pytest.fixture(autouse=True)

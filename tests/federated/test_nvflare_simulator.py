@@ -116,7 +116,7 @@ def test_a_recipe_whose_only_site_withholds_keeps_its_global_model(tmp_path: Pat
         for name in ("leakage_round0.json", "leakage_round1.json")
     ]
     assert [record["decision"] for record in records] == ["withhold"] * 2
-    from training.storage import load_checkpoint
+    from core.storage import load_checkpoint
 
     path = simulate.app_folder(workspace, "server") / simulate.FINAL_MODEL
     assert same_as_at_the_start(load_checkpoint(path)["model"])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from core.errors import InputError
 from federated.phantoms import LIST_PREFIX, make_phantoms
 from federated.site_training import (
     SiteSettings,
@@ -18,7 +19,6 @@ from federated.site_training import (
     TrainingStopped,
     scores,
 )
-from training.errors import InputError
 
 
 @pytest.fixture(scope="module")

@@ -25,10 +25,10 @@ from attack.matching import GradientMatcher, cosine_of_images
 from attack.objectives import Cosine
 from attack.replica import Replica
 from attack.settings import InversionConfig
-from gradients.checkpoint import LocalTraining, Target
+from core.errors import InputError
+from core.models.building import ModelSpec
+from core.target import LocalTraining, Target
 from tests.targets import make_target
-from training.errors import InputError
-from training.models import ModelSpec
 
 CPU = torch.device("cpu")
 LENET = ModelSpec("lenet", 10, 8, width=8)

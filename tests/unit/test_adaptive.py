@@ -17,12 +17,12 @@ from attack.metrics import assign, psnr
 from attack.objectives import L2, Cosine
 from attack.replica import Replica
 from attack.settings import InversionConfig
-from gradients.checkpoint import LocalTraining, Target, Truth
+from core.models.building import ModelSpec, build_model, last_linear
+from core.target import LocalTraining, Target, Truth
 from gradients.client import ClientSettings, share_update
 from gradients.defenses import ClientView, apply_defenses, defense_names, parse_defenses
 from gradients.private_gradient import PrivacySettings
 from tests.targets import data_spec, make_target, smooth_images
-from training.models import ModelSpec, build_model, last_linear
 
 CPU = torch.device("cpu")
 

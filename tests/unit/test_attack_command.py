@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from attack.command import main
-from gradients.checkpoint import Truth, load_target, save_target
+from core.errors import exit_status
+from core.models.building import ModelSpec
+from core.target import Truth
+from gradients.checkpoint import load_target, save_target
 from tests.targets import make_target
-from training.errors import exit_status
-from training.models import ModelSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["--epochs", "12", "--pseudo-label-init", "from_grads", "--quiet", "--cpu", "--double"]

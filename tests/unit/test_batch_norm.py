@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from training.batch_norm import (
+from core.errors import InputError
+from core.models.batch_norm import (
     GroupedBatchNorm,
     SynchronizedBatchNorm,
     average_running_statistics,
     convert_batch_norm,
     group_sizes,
 )
-from training.errors import InputError
-from training.models import ModelSpec, build_model
+from core.models.building import ModelSpec, build_model
 
 
 def batch(n: int = 8, *shape: int) -> torch.Tensor:

@@ -20,8 +20,8 @@ from benchmarks.leaderboard import (
     rank,
     threat_model,
 )
+from core.errors import InputError
 from tests.example_results import example
-from training.errors import InputError
 
 
 @pytest.fixture

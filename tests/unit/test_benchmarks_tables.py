@@ -11,8 +11,8 @@ import pytest
 from benchmarks.cells import in_order
 from benchmarks.stages import STAGES
 from benchmarks.tables import PRESETS, find_table, load_table, table_files
+from core.errors import InputError
 from tests.example_results import ANY_FLAG, TABLE, load, write_table
-from training.errors import InputError
 
 
 def test_every_combination_is_a_row_and_shared_cells_are_one(tmp_path: Path) -> None:

@@ -15,18 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from gradients.checkpoint import (
-    LocalTraining,
-    Target,
-    Truth,
-    load_target,
-    save_target,
-    skeleton_of,
-)
+from core.data.specs import DataSpec
+from core.errors import InputError
+from core.models.building import ModelSpec, build_model, model_names, skeleton_of
+from core.target import LocalTraining, Target, Truth
+from gradients.checkpoint import load_target, save_target
 from gradients.client import ClientSettings, share_update
-from training.data import DataSpec
-from training.errors import InputError
-from training.models import ModelSpec, build_model, model_names
 
 MODEL = ModelSpec("cnn", n_classes=5, image_size=12, width=3)
 DATA = DataSpec("noise", (3, 12, 12), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), 5, ("a",) * 5)

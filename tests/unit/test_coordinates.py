@@ -8,7 +8,7 @@ import torch
 
 from attack.coordinates import Coordinates, Cosines, make_coordinates
 from attack.schedules import learning_rate
-from training.errors import InputError
+from core.errors import InputError
 
 CPU = torch.device("cpu")
 NAMES = ["pixels", "dct", "dct:0", "dct:1.7"]

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from core.data.data_sets import load_data, take_samples
+from core.data.sources import FileSource
+from core.data.specs import DataSpec
+from core.errors import InputError
 from tests.image_folders import write_image, write_tree
-from training.data import DataSpec, load_data, take_samples
-from training.errors import InputError
-from training.sources import FileSource
 
 
 def test_train_and_val_folders(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training.embedded import CONTRAST_FLOOR, PHOTOGRAPHS, RECIPES, Patch, photo_patches
+from core.data.embedded import CONTRAST_FLOOR, PHOTOGRAPHS, RECIPES, Patch, photo_patches
 
 pytest.importorskip("skimage")
 pytest.importorskip("sklearn")

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from core.errors import InputError
 from gradients.defenses import (
     ClientView,
     Defense,
@@ -20,7 +21,6 @@ from gradients.defenses import (
     register_defense,
 )
 from gradients.defenses.soteria import feature_sensitivity
-from training.errors import InputError
 
 
 def _client(seed: int = 0, model: nn.Module | None = None) -> ClientView:

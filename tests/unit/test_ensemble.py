@@ -22,10 +22,11 @@ from attack.metrics import evaluate
 from attack.metrics.worst_case import worst_case
 from attack.reconstruction import Reconstruction
 from attack.threat import Capability, find_threat
-from gradients.checkpoint import Target, Truth, save_target
+from core.errors import InputError, exit_status
+from core.models.building import ModelSpec
+from core.target import Target, Truth
+from gradients.checkpoint import save_target
 from tests.targets import make_target
-from training.errors import InputError, exit_status
-from training.models import ModelSpec
 
 CPU = torch.device("cpu")
 MEMBERS = ("spectral", "inverting-gradients", "analytic")

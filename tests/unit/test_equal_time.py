@@ -10,10 +10,10 @@ from PIL import Image
 from benchmarks import equal_time
 from benchmarks.equal_time import main, recorded_rows
 from benchmarks.equal_time_report import render_summary
+from core.errors import InputError
+from core.models.building import ModelSpec
 from gradients.checkpoint import save_target
 from tests.targets import make_target
-from training.errors import InputError
-from training.models import ModelSpec
 
 
 @pytest.fixture

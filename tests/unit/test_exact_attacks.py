@@ -18,11 +18,12 @@ from attack.command import main
 from attack.first_layer import first_layer
 from attack.metrics import assign, psnr
 from attack.reconstruction import Reconstruction
-from gradients.checkpoint import LocalTraining, Target, Truth, save_target
+from core.errors import InputError, exit_status
+from core.models.building import ModelSpec, register_model
+from core.target import LocalTraining, Target, Truth
+from gradients.checkpoint import save_target
 from tests.attack_targets import CNN, LENET, malicious_target
 from tests.targets import make_target
-from training.errors import InputError, exit_status
-from training.models import ModelSpec, register_model
 
 CPU = torch.device("cpu")
 MLP = ModelSpec("mlp", 10, 8, width=128)
@@ -361,7 +362,7 @@ def test_the_malicious_model_travels_with_the_checkpoint(tmp_path: Path) -> None
     ],
 )
 def test_malicious_flag_is_checked(text: str) -> None:
-    from training.malicious import parse_malice
+    from core.models.malicious import parse_malice
 
     with pytest.raises(InputError, match="--malicious"):
         parse_malice(text, 10)

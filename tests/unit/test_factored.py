@@ -12,8 +12,8 @@ from attack.matching import GradientMatcher
 from attack.objectives import L2, Cosine, LayerMeanCosine
 from attack.packed import FixedConv2d
 from attack.replica import Replica
+from core.models.building import ModelSpec
 from tests.targets import make_target
-from training.models import ModelSpec
 
 CPU = torch.device("cpu")
 MODELS = {
@@ -131,7 +131,7 @@ def test_few_rows_are_worth_it():
 def test_what_need_not_travel_is_worth_more_and_all_processes_agree(monkeypatch):
     assert not saves_sweeps(256, 4608, 512, [8])
     for rank, images in enumerate((5, 3)):
-        monkeypatch.setattr("training.distributed.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("core.processes.distributed.rank", lambda rank=rank: rank)
         assert saves_sweeps(images * 32, 4608, 512, [5, 3])
         assert not saves_sweeps(images * 128, 4608, 512, [5, 3])
 

@@ -19,12 +19,12 @@ from attack.metrics import evaluate
 from attack.objectives import Cosine
 from attack.replica import Replica
 from attack.settings import InversionConfig
+from core.errors import exit_status
+from core.models.building import ModelSpec
+from core.processes.distributed import Process, launch
+from core.storage import load_checkpoint, save_checkpoint
 from gradients.checkpoint import load_target, save_target
 from tests.targets import make_target
-from training.distributed import Process, launch
-from training.errors import exit_status
-from training.models import ModelSpec
-from training.storage import load_checkpoint, save_checkpoint
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+from core.models.building import ModelSpec, build_model
 from gradients.batch_statistics import (
     collect_batch_statistics,
     merge_batch_statistics,
     statistics_from_running,
     values_per_channel,
 )
-from training.models import ModelSpec, build_model
 
 
 def _model() -> nn.Module:

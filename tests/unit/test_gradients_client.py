@@ -7,15 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gradients.checkpoint import LocalTraining, Target, Truth
+from core.data.data_sets import DataSets
+from core.data.specs import DataSpec
+from core.errors import InputError
+from core.models.batch_norm import convert_batch_norm
+from core.models.building import ModelSpec, build_model
+from core.target import LocalTraining, Target, Truth
 from gradients.client import ClientSettings, has_active_dropout, resolve_shards, share_update
 from gradients.client_batch import batch_indices, duplicate_label_indices, validation_guesses
 from gradients.defenses import parse_defenses
 from gradients.local_update import Placement, unrolled_update
-from training.batch_norm import convert_batch_norm
-from training.data import DataSets, DataSpec
-from training.errors import InputError
-from training.models import ModelSpec, build_model
 
 CNN = ModelSpec("cnn", n_classes=5, image_size=32, width=4)
 DROPOUT = ModelSpec("mobilenet_v2", n_classes=5, image_size=32)

@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from gradients.checkpoint import Target, Truth, load_target
+from core.data.specs import DataSpec
+from core.models.building import ModelSpec, build_model
+from core.target import Target, Truth
+from gradients.checkpoint import load_target
 from gradients.command import build_parser, main
 from gradients.defenses import defense_names, parse_defenses
 from gradients.inspect import main as inspect
-from training.data import DataSpec
-from training.models import ModelSpec, build_model
 
 CLASSES, PER_CLASS, SIDE = 8, 6, 16
 SMALL = ["--arch", "cnn", "--width", "4"]

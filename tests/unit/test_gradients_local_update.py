@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gradients.checkpoint import LocalTraining
+from core.errors import InputError
+from core.models.batch_norm import convert_batch_norm
+from core.models.building import ModelSpec, build_model
+from core.target import LocalTraining
 from gradients.local_update import Placement, local_sgd, step_slices, unrolled_update
-from training.batch_norm import convert_batch_norm
-from training.errors import InputError
-from training.models import ModelSpec, build_model
 
 
 def _model(arch: str = "cnn", dtype: torch.dtype = torch.float64) -> nn.Module:

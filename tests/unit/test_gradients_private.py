@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gradients.checkpoint import LocalTraining
+from core.errors import InputError
+from core.models.building import ModelSpec, build_model
+from core.target import LocalTraining
 from gradients.local_update import Placement, local_sgd, trainable_parameters
 from gradients.private_gradient import (
     PrivacySettings,
@@ -17,8 +19,6 @@ from gradients.private_gradient import (
     gaussian_epsilon,
     private_gradient,
 )
-from training.errors import InputError
-from training.models import ModelSpec, build_model
 
 
 def _model(norm: str = "group") -> nn.Module:

@@ -16,10 +16,10 @@ from attack.matching import Match
 from attack.metrics import psnr
 from attack.reconstruction import Reconstruction
 from attack.settings import InversionConfig
-from gradients.checkpoint import Target, Truth
+from core.errors import InputError
+from core.models.building import ModelSpec
+from core.target import Target, Truth
 from tests.targets import make_target
-from training.errors import InputError
-from training.models import ModelSpec
 
 CPU = torch.device("cpu")
 LENET = ModelSpec("lenet", 10, 8, width=8)

@@ -17,10 +17,10 @@ from attack.labels import (
     rule_requires,
 )
 from attack.threat import Capability
-from gradients.checkpoint import LocalTraining, Target
-from training.data import DataSpec
-from training.errors import InputError
-from training.models import ModelSpec, build_model, last_linear
+from core.data.specs import DataSpec
+from core.errors import InputError
+from core.models.building import ModelSpec, build_model, last_linear
+from core.target import LocalTraining, Target
 
 CLASSES = 10
 DATA = DataSpec("noise", (3, 8, 8), (0.5,) * 3, (0.25,) * 3, CLASSES)

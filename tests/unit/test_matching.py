@@ -24,10 +24,10 @@ from attack.objectives import (
 )
 from attack.regularizers import BatchNormPenalty
 from attack.replica import Replica
-from gradients.checkpoint import LocalTraining, Target
+from core.models.building import ModelSpec, register_model
+from core.target import LocalTraining, Target
 from gradients.local_update import unrolled_update
 from tests.targets import make_target
-from training.models import ModelSpec, register_model
 
 CPU = torch.device("cpu")
 RESNET = ModelSpec("resnet18", 10, 16, "cifar", width=8)

@@ -23,8 +23,8 @@ from attack.metrics import (
     rdlv,
     ssim,
 )
-from gradients.checkpoint import Truth
-from training.errors import InputError
+from core.errors import InputError
+from core.target import Truth
 
 
 def pictures(n: int = 4, side: int = 24, channels: int = 3, seed: int = 0) -> torch.Tensor:

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from attack.information_ratio import GradientInformation, gradient_information
-from gradients.checkpoint import Target, Truth
-from training.data import DataSpec
-from training.models import ModelSpec, build_model
+from core.data.specs import DataSpec
+from core.models.building import ModelSpec, build_model
+from core.target import Target, Truth
 
 DATA = DataSpec("noise", (3, 8, 8), (0.4, 0.5, 0.6), (0.2,) * 3, 5)
 

@@ -10,8 +10,8 @@ import torchvision
 
 from attack.metrics import LpipsDistance, evaluate, load_lpips
 from attack.metrics.perceptual import _BACKBONES
-from gradients.checkpoint import Truth
-from training.errors import InputError
+from core.errors import InputError
+from core.target import Truth
 
 BACKBONES = ["alex", "vgg"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from training.cifar_resnet import BLOCKS
-from training.errors import InputError
-from training.models import ModelSpec, build_model, load_parameters
+from core.errors import InputError
+from core.models.building import ModelSpec, build_model, load_parameters
+from core.models.cifar_resnet import BLOCKS
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from attack.metrics import evaluate
-from attack.pictures import save_comparison, save_curve, save_gallery, save_images
-from gradients.checkpoint import Truth
-from training.errors import InputError
+from core.errors import InputError
+from core.pictures import save_comparison, save_curve, save_gallery, save_images
+from core.target import Truth
 
 
 def pixels(path: Path) -> np.ndarray:

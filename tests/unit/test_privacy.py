@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from training.errors import InputError
-from training.models import ModelSpec, build_model
+from core.errors import InputError
+from core.models.building import ModelSpec, build_model
 from training.privacy import (
     Accountant,
     Epsilon,

@@ -13,14 +13,14 @@ from attack.attacks.fedavg import average_of_epochs, one_long_epoch
 from attack.combination import group_target
 from attack.inversion import Inversion
 from attack.objectives import LayerNorms, layer_weights
-from attack.pictures import read_image
 from attack.schedules import staged_learning_rate
 from attack.settings import InversionConfig
-from gradients.checkpoint import LocalTraining, Target, Truth
+from core.errors import InputError
+from core.models.building import ModelSpec
+from core.pictures import read_image
+from core.target import LocalTraining, Target, Truth
 from gradients.local_update import unrolled_update
 from tests.targets import make_target, smooth_images
-from training.errors import InputError
-from training.models import ModelSpec
 
 CPU = torch.device("cpu")
 LENET = ModelSpec("lenet", 10, 8, width=4)

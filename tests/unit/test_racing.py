@@ -10,8 +10,8 @@ from attack.inversion import Inversion
 from attack.racing import plan_race
 from attack.restarts import thin_out
 from attack.settings import InversionConfig
+from core.models.building import ModelSpec
 from tests.targets import make_target
-from training.models import ModelSpec
 
 CPU = torch.device("cpu")
 

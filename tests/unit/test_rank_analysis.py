@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from gradients.checkpoint import skeleton_of
+from core.errors import InputError
+from core.models.building import ModelSpec, build_model, skeleton_of
 from gradients.rank_analysis import format_table, ra_index, rank_analysis
-from training.errors import InputError
-from training.models import ModelSpec, build_model
 
 
 def _rows(model: nn.Module, shape: tuple[int, int, int], batch: int) -> list[tuple[int, ...]]:

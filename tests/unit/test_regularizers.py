@@ -23,8 +23,8 @@ from attack.regularizers import (
     shared_features,
     weighted_penalty,
 )
+from core.models.building import ModelSpec
 from tests.targets import make_target
-from training.models import ModelSpec
 
 SMOOTH_AT_0 = 1e-3  # The isotropic variants are smoothed under the root by 1e-8.
 

@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
+from core.errors import InputError
 from training import schemes
-from training.errors import InputError
 from training.schemes import Scheme, get_scheme, register_scheme, scheme_names
 
 

@@ -18,7 +18,7 @@ from attack.search import (
     published_space,
     search,
 )
-from training.errors import InputError
+from core.errors import InputError
 
 
 def bowl(config: dict[str, Any], report: Report) -> None:

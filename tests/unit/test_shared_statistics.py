@@ -14,13 +14,14 @@ from attack.replica import Replica
 from attack.settings import InversionConfig
 from attack.shared_statistics import layer_momentum, recovered_statistics
 from attack.terms import batch_norm_penalty
+from core.errors import InputError
+from core.models.building import ModelSpec, build_model
+from core.target import LocalTraining, Target, Truth
 from gradients.batch_statistics import collect_batch_statistics
-from gradients.checkpoint import LocalTraining, Target, Truth, load_target, save_target
+from gradients.checkpoint import load_target, save_target
 from gradients.client import ClientSettings, share_update
 from gradients.local_update import Placement, unrolled_update
 from tests.targets import data_spec, smooth_images
-from training.errors import InputError
-from training.models import ModelSpec, build_model
 
 CPU = torch.device("cpu")
 CNN = ModelSpec("cnn", 10, 16, width=4)

@@ -18,7 +18,7 @@ from benchmarks.speed.pages import renew
 from benchmarks.speed.render import render
 from benchmarks.speed.scaling import LayerSize, Machine, ModelSize, Traffic
 from benchmarks.speed.timing import interleaved, paired_ratio
-from training.errors import InputError
+from core.errors import InputError
 
 PROBLEM = make_problem(SMALL_CASE)
 # Levers that change the last digits, or the whole process.

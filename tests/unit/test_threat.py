@@ -17,10 +17,10 @@ from attack.threat import (
     register_threat_model,
     threat_names,
 )
-from gradients.checkpoint import LocalTraining, Target
+from core.errors import InputError
+from core.models.building import ModelSpec
+from core.target import LocalTraining, Target
 from tests.targets import make_target
-from training.errors import InputError
-from training.models import ModelSpec
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+from core.models.building import ModelSpec, build_model
+from core.storage import load_checkpoint
 from tests.image_folders import write_tree
 from training import schemes, trainer
 from training.main_pytorch import build_parser, main, parse_args, run
-from training.models import ModelSpec, build_model
-from training.storage import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -414,8 +414,8 @@ def test_learning_rate_schedules() -> None:
 
 
 def test_comparison_picture(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from core.errors import exit_status
     from training import reports
-    from training.errors import exit_status
 
     run(flags(data, tmp_path / "out", "--epochs", "1"))
     picture = tmp_path / "comparison.png"

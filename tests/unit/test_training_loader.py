@@ -8,11 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.image_folders import write_tree
-from training.data import load_data
-from training.distributed import Process
-from training.errors import InputError
-from training.loader import (
+from core.data.data_sets import load_data
+from core.data.loaders import (
     ShardedBatches,
     ValidationShard,
     check_batches,
@@ -20,6 +17,9 @@ from training.loader import (
     poisson_batches,
     shuffled_batches,
 )
+from core.errors import InputError
+from core.processes.distributed import Process
+from tests.image_folders import write_tree
 
 
 @pytest.mark.parametrize(("n", "batch_size"), [(100, 32), (33, 32), (7, 32), (64, 32), (5, 1)])

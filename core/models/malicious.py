@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from training.errors import InputError
+from core.errors import InputError
 
 if TYPE_CHECKING:
-    from training.models import ModelSpec
+    from core.models.building import ModelSpec
 
 # What the number after the kind is, and how many words may follow the kind.
 KINDS = {

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from training.data import LabelledImages
-from training.distributed import Process, derived_seed, shard_sizes, shard_slice
-from training.errors import InputError
+from core.data.data_sets import LabelledImages
+from core.errors import InputError
+from core.processes.distributed import Process, derived_seed, shard_sizes, shard_slice
 
 SHUFFLE, POISSON = 0, 1  # domains of derived seeds
 Key = tuple[int, int]

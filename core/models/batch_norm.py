@@ -21,8 +21,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from training.distributed import all_reduce, shard_sizes, world_size
-from training.errors import InputError
+from core.errors import InputError
+from core.processes.distributed import all_reduce, shard_sizes, world_size
 
 
 def _summed(tensor: torch.Tensor, group: Any) -> torch.Tensor:

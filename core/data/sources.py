@@ -1,7 +1,7 @@
 """Where labelled images come from: folders, lists of files, torchvision, wheels.
 
 A source knows every label without decoding an image. What is done to the images is
-decided in `training.data`.
+decided in `core.data.data_sets`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from training.distributed import derived_seed
-from training.errors import InputError
+from core.errors import InputError
+from core.processes.distributed import derived_seed
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 VALIDATION_FOLDERS = ("val", "valid", "validation", "test")
@@ -160,7 +160,7 @@ def load_sources(
 
 
 def _embedded(name: str) -> Sources:
-    from training.embedded import PHOTOGRAPHS, photo_patches
+    from core.data.embedded import PHOTOGRAPHS, photo_patches
 
     made = photo_patches(name)
     images, labels = torch.from_numpy(made.images), torch.from_numpy(made.labels)

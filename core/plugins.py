@@ -6,7 +6,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from training.errors import InputError
+from core.errors import InputError
 
 
 def import_plugin(name: str | None) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from training.errors import InputError
+from core.errors import InputError
 
 # The published checkpoints carry their command line as a Namespace; it is a
 # plain bag of attributes and its constructor runs no code of the file's.

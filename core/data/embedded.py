@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from training.errors import InputError
+from core.errors import InputError
 
 # Class name: package, file in its wheel. All are CC0 or public domain, but for
 # `motorcycle` (Middlebury stereo 2014, no licence stated) and `china` and `flower`

@@ -10,9 +10,9 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 
-from federated.datalists import Sample
-from training.data import DataSpec
-from training.errors import InputError
+from core.data.list_files import Sample
+from core.data.specs import DataSpec
+from core.errors import InputError
 
 # The normalisation of the published job, torchvision's.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -31,9 +31,9 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessException
 
-from training.errors import InputError, is_write_failure, write_failure
-from training.launch_arguments import add_launch_arguments as add_launch_arguments
-from training.shared_memory import SharedMemory, connect
+from core.errors import InputError, is_write_failure, write_failure
+from core.launch_arguments import add_launch_arguments as add_launch_arguments
+from core.processes.shared_memory import SharedMemory, connect
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.errors import InputError
-from training.storage import write_text
+from core.errors import InputError
+from core.storage import write_text
 
 SECTIONS = ("training", "validation", "testing")
 

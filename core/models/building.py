@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from training.cifar_resnet import BLOCKS, WIDTH, CifarResNet
-from training.errors import InputError
-from training.schemes import DEFAULT_POOL_KERNEL
+from core.errors import InputError
+from core.models.cifar_resnet import BLOCKS, WIDTH, CifarResNet
 
+DEFAULT_POOL_KERNEL = 3  # Of torchvision's ResNets.
 # Side of torchvision's feature map in front of the pooling layer at 224 px, for
 # which the rank-analysis defense states its kernel of 19.
 REFERENCE_POOL_INPUT = 112
@@ -39,7 +39,7 @@ class ModelSpec:
         width: Channels of the first stage; None for the architecture's own.
         pool_kernel: Kernel of the first max-pooling layer, as at 224 px.
         norm: "batch", or "group" where every BatchNorm is replaced by GroupNorm.
-        malicious: What a malicious server does to it, see `training.malicious`; empty for
+        malicious: What a malicious server does to it, see `core.models.malicious`; empty for
             an honest one.
     """
 
@@ -124,13 +124,44 @@ def build_model(spec: ModelSpec) -> nn.Module:
     if spec.norm == "group":
         model = replace_batch_norm_by_group_norm(model)
     if spec.malicious:
-        from training.malicious import add_malicious_layers
+        from core.models.malicious import add_malicious_layers
 
         model = add_malicious_layers(model, spec)
     return model
 
 
 @torch.no_grad()
+def skeleton_of(model: ModelSpec) -> torch.nn.Module:
+    """The architecture without memory for its parameters, where it can be built so.
+
+    It says which names and shapes belong to it, costs little, and leaves the random
+    numbers alone.
+
+    Raises:
+        InputError: There is no such architecture, or not with these settings.
+    """
+    try:
+        with torch.device("meta"):
+            return build_model(model)
+    except RuntimeError:
+        # Some constructors compute with tensors (RegNet's widths).
+        return _built_quietly(model)
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+        raise _cannot_build(model, error) from None
+
+
+def _built_quietly(model: ModelSpec) -> torch.nn.Module:
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return build_model(model)
+    except (RuntimeError, MemoryError) as error:
+        raise _cannot_build(model, error) from None
+
+
+def _cannot_build(model: ModelSpec, error: BaseException) -> InputError:
+    return InputError(f"the model {model.arch} cannot be built ({str(error).splitlines()[0]})")
+
+
 def _check_takes_images(model: nn.Module, spec: ModelSpec) -> None:
     """Refuse images that vanish in a model's pooling, or do not divide into its patches."""
     parameter = next(model.parameters(), None)

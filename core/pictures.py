@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from training.errors import InputError
-from training.storage import atomic_file
+from core.errors import InputError
+from core.storage import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

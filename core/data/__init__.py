@@ -1,0 +1,1 @@
+"""Images and their descriptions: data sets, folders, list files, the embedded photographs."""

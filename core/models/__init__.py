@@ -1,0 +1,1 @@
+"""Building networks: architectures, BatchNorm over processes, layers of a malicious server."""

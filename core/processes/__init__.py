@@ -1,0 +1,1 @@
+"""Processes that compute together: groups, ranks, shards, exact sums, shared memory."""
