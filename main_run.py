@@ -2,7 +2,7 @@
 
 import sys
 
-from attack.command import main
+from attack.cli.command import main
 from core.errors import exit_status
 
 if __name__ == "__main__":

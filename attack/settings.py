@@ -8,12 +8,12 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from attack.acceleration import PRECISIONS, Acceleration
-from attack.coordinates import make_coordinates
-from attack.matching import HVP_MODES
-from attack.objectives import OBJECTIVES, layer_weights
-from attack.regularizers import TOTAL_VARIATIONS
-from attack.schedules import SCHEDULES
+from attack.loop.schedules import SCHEDULES
+from attack.matching.acceleration import PRECISIONS, Acceleration
+from attack.matching.matcher import HVP_MODES
+from attack.matching.objectives import OBJECTIVES, layer_weights
+from attack.priors.coordinates import make_coordinates
+from attack.priors.regularizers import TOTAL_VARIATIONS
 from core.errors import InputError
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -61,20 +61,20 @@ class InversionConfig:
     """Everything that determines an inversion beside the target and the seed.
 
     Attributes:
-        objective: Name in `attack.objectives.OBJECTIVES`.
-        layers: Layer weights, see `attack.objectives.layer_weights`; None: all alike.
+        objective: Name in `attack.matching.objectives.OBJECTIVES`.
+        layers: Layer weights, see `attack.matching.objectives.layer_weights`; None: all alike.
         iterations: Of the whole attack.
         optimizer: Name in `OPTIMIZERS`.
         betas: Of Adam.
         lr: Largest learning rate.
         lr_min: Where the cosine schedule ends.
-        schedule: See `attack.schedules.learning_rate`.
+        schedule: See `attack.loop.schedules.learning_rate`.
         warmup: Iterations of linear growth of the learning rate.
         signed: Use the sign of the image gradient only.
         soft_sign: Use tanh(s g) / s of it instead, s falling linearly from 1 to 0.
         gradient_weight: Factor of the objective.
         tv: Factor of total variation.
-        tv_kind: Name in `attack.regularizers.TOTAL_VARIATIONS`.
+        tv_kind: Name in `attack.priors.regularizers.TOTAL_VARIATIONS`.
         bn: Factor of the BatchNorm penalty (with `balance`: relative length of its step).
         features: Factor of the distance from the deep features that the last layer's
             gradient gives away.
@@ -104,7 +104,7 @@ class InversionConfig:
         halving: Drop the worse half of the restarts at 1/8, 1/4 and 1/2 of the iterations; their
             races are shorter then.
         race: Number of starts that compete for the iterations of each restart, which are those
-            of all of them together, see `attack.racing`; below 2: one start, no race.
+            of all of them together, see `attack.loop.race`; below 2: one start, no race.
         combine: E2EGI's minimum-loss combinatorial optimisation of the restarts.
         combine_every: Iterations between two fusions in its middle stage (T-in).
         stages: Shares of E2EGI's initial, middle and final stage.
@@ -112,15 +112,16 @@ class InversionConfig:
         target_tv: Stop once the total variation of the inputs falls below; None: never.
         patience: Stop after so many iterations without improvement; 0: never.
         time_budget: Stop after so many seconds; None: never.
-        hvp: How to differentiate, see `attack.matching.GradientMatcher`.
+        hvp: How to differentiate, see `attack.matching.matcher.GradientMatcher`.
         polish: Iterations of L-BFGS on the best iterate at the end.
         joint_labels: Optimise label logits together with the images.
         exact_bn: Match the batch statistics of the target instead of running ones.
         bn_from_update: Match what the client's running statistics after its training
-            say about its batch, see `attack.shared_statistics`.
+            say about its batch, see `attack.priors.shared_statistics`.
         double: Compute in float64.
-        adaptive: Take the client's stated defenses into account, see `attack.adaptive`.
-        compile: Compile the passes of the difference, see `attack.acceleration`.
+        adaptive: Take the client's stated defenses into account, see
+            `attack.knowledge.known_defenses`.
+        compile: Compile the passes of the difference, see `attack.matching.acceleration`.
         cuda_graphs: Capture and replay them (CUDA only).
         precision: Of matrix products: "float32", "tf32" or "bf16".
         channels_last: Memory layout of images and convolutions.

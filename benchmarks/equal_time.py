@@ -27,8 +27,8 @@ import torch
 from tqdm import tqdm
 
 from attack.attacks import OptimizationAttack, get_attack
+from attack.cli.report import describe
 from attack.metrics import evaluate
-from attack.report import describe
 from benchmarks.equal_time_report import draw, reconstruction_file, render, render_summary
 from core.errors import InputError, exit_status
 from core.records import provenance

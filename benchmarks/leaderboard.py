@@ -238,7 +238,7 @@ def submit(args: argparse.Namespace) -> None:
 
 def _ensemble_table(args: argparse.Namespace) -> Table:
     """The leaderboard's table with this defense as its only row."""
-    from attack.threat import find_threat
+    from attack.knowledge.threat_models import find_threat
     from benchmarks.tables import find_table, load_table
     from core.plugins import import_plugin
     from gradients.defenses import parse_defenses

@@ -138,7 +138,7 @@ STAGES: dict[str, Stage] = {
             rooms=("core", "training", "gradients", "attack", "main_run.py"),
             outputs=lambda folder: {"root": str(folder), "id": "cell"},
             record="record.json",
-            parser=_parser_of("attack.command"),
+            parser=_parser_of("attack.cli.command"),
         ),
         Stage(
             name="federated",

@@ -1,6 +1,6 @@
 """From a site's update to its training images.
 
-The loop (restarts, optimizer, schedule, box, divergences) is that of `attack.inversion`.
+The loop (restarts, optimizer, schedule, box, divergences) is that of `attack.loop.inversion`.
 What differs is what a candidate is compared by: a federation's client sends its running
 BatchNorm statistics along with its weights, its batches are those of a data loader, and a
 radiograph is one grey value per pixel. `UpdateInversion` replaces these parts.
@@ -23,24 +23,24 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from attack.activations import TwiceDifferentiable
 from attack.attacks import get_attack
 from attack.attacks.base import OptimizationAttack
-from attack.coordinates import Coordinates
-from attack.inversion import Inversion
-from attack.labels import recover_labels
-from attack.matching import GradientMatcher, Match, Penalty
-from attack.objectives import OBJECTIVES, Objective
-from attack.problem import InversionProblem
-from attack.restarts import Starter
+from attack.knowledge.labels import recover_labels
+from attack.loop.inversion import Inversion
+from attack.loop.problem import InversionProblem
+from attack.loop.restarts import Starter
+from attack.matching.matcher import GradientMatcher, Match, Penalty
+from attack.matching.objectives import OBJECTIVES, Objective
+from attack.matching.smooth_relu import width_at
+from attack.matching.switches import TwiceDifferentiable
+from attack.priors.coordinates import Coordinates
+from attack.priors.public_images import PRINCIPAL_STEP, Grey, Principal, PriorDistance
 from attack.settings import InversionConfig
 from core.errors import InputError
 from core.target import BatchStatistics, Target
-from federated.coordinates import PRINCIPAL_STEP, Grey, Principal, PriorDistance
 from federated.published import PublishedAttack
 from federated.settings import InversionSettings, load_inversion_settings
 from federated.simulation import LocalSimulation
-from federated.smoothing import width_at
 from federated.updates import LocalUpdate, target_from_update
 
 __all__ = [
@@ -276,7 +276,7 @@ class NoisyStarter(Starter):
 
 
 class UpdateInversion(Inversion):
-    """`attack.inversion.Inversion` on a federation's update.
+    """`attack.loop.inversion.Inversion` on a federation's update.
 
     Args:
         update: What the site sent.

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from attack.schedules import learning_rate
+from attack.loop.schedules import learning_rate
 from core.models.building import build_model
 from core.target import BatchStatistics
 from federated.settings import InversionSettings

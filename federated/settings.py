@@ -39,14 +39,14 @@ class InversionSettings:
         iterations: Of the whole attack.
         learning_rate: The largest one; cosine after a linear warm-up.
         warmup: Iterations of linear growth of the learning rate.
-        objective: How the update is compared, a name in `attack.objectives`.
+        objective: How the update is compared, a name in `attack.matching.objectives`.
         gradient_weight: Factor of that comparison.
         bn_weight: Factor of the distance of BatchNorm statistics.
         tv_weight: Factor of total variation.
         prior_weight: Factor of the squared distance from the prior image (with public images:
             of their normal distribution); only where a site has several images.
         smoothing: Width of the softened ReLUs at the start, 0 for none; see
-            `federated.smoothing`.
+            `attack.matching.smooth_relu`.
         smoothing_end: The same at the end.
         labels: "recovered" from the update, optimised "joint"ly with the images, or
             "auto": recovered where they can be (one image, or one local step).
@@ -103,7 +103,7 @@ class InversionSettings:
             InputError: With the key to change.
         """
         from attack.attacks import attack_names
-        from attack.objectives import OBJECTIVES
+        from attack.matching.objectives import OBJECTIVES
 
         choices = {
             "method": (*OWN_METHODS, *attack_names()),

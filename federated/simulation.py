@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from attack.matching.smooth_relu import SmoothReLU
 from core.models.building import build_model
 from core.target import BatchStatistics
-from federated.smoothing import SmoothReLU
 from federated.updates import LocalUpdate
 from gradients.batch_statistics import batch_norm_layers
 from gradients.local_update import Parameters, local_sgd, trainable_parameters
@@ -49,7 +49,7 @@ class LocalSimulation:
         dtype: Precision of the computation.
 
     Attributes:
-        width: Of the softened ReLUs, see `federated.smoothing`; 0 for the network as it is.
+        width: Of the softened ReLUs, see `attack.matching.smooth_relu`; 0 for the network as it is.
     """
 
     def __init__(

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from attack.attacks import Attack, OptimizationAttack, get_attack
-from attack.ensemble import EnsembleConfig
-from attack.labels import recover_labels
+from attack.attacks.ensemble import EnsembleConfig
+from attack.knowledge.labels import recover_labels
+from attack.knowledge.threat_models import Capability
 from attack.metrics import assign, psnr
 from attack.reconstruction import Reconstruction
-from attack.threat import Capability
 from core.models.building import ModelSpec
 from core.target import LocalTraining, Target, Truth
 from gradients.client import ClientSettings, share_update
@@ -51,7 +51,7 @@ class Case:
         margin: Least gain in dB over the better guess; `FAILS` where it should not work.
         changes: Cuts of the published setting (fields of `InversionConfig`, or arguments
             of an attack without one); the fewer, the better.
-        labels: Rule of `attack.labels`, or "known"; None: the attack's own.
+        labels: Rule of `attack.knowledge.labels`, or "known"; None: the attack's own.
         why: Why it should fail, or what the row shows.
     """
 

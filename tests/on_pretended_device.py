@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-import attack.command
+import attack.cli.command
 import gradients.command
 import training.main_pytorch
 from attack.attacks import OptimizationAttack, get_attack
-from attack.ensemble import EnsembleConfig
-from attack.inversion import Inversion
+from attack.attacks.ensemble import EnsembleConfig
+from attack.loop.inversion import Inversion
 from attack.metrics import ssim
 from attack.settings import InversionConfig
 from core.models.building import ModelSpec
@@ -225,7 +225,7 @@ def command_cases(device: torch.device, folder: Path) -> Iterator[tuple[str, Wor
         )
         (file,) = place.rglob("*.tar")
         run(
-            attack.command.main,
+            attack.cli.command.main,
             f"--checkpoint {file} --root {place} --attack spectral --adaptive --epochs 4 --quiet "
             "--metric --pseudo-label-init known",
         )

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from attack.attacks.base import Attack, register_attack
-from attack.closed_form import closed_form_reconstruction
+from attack.attacks.parts.closed_form import closed_form_reconstruction
 from attack.reconstruction import Reconstruction
 from core.errors import InputError
 from core.target import Target

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 
 from attack.attacks.base import Attack, attack_names, register_attack
-from attack.ensemble import Ensemble, EnsembleConfig
+from attack.attacks.ensemble import Ensemble, EnsembleConfig
+from attack.knowledge.threat_models import Capability
 from attack.reconstruction import Reconstruction
-from attack.threat import Capability
 from core.target import Target
 
 

@@ -7,10 +7,10 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from attack.inversion import Inversion
+from attack.knowledge.threat_models import Capability
+from attack.loop.inversion import Inversion
 from attack.reconstruction import Reconstruction
 from attack.settings import InversionConfig
-from attack.threat import Capability
 from core.errors import InputError
 from core.target import Target
 
@@ -57,7 +57,7 @@ class OptimizationAttack(Attack):
 
     Attributes:
         published: The paper's hyper-parameters.
-        label_rule: How the paper gets labels, see `attack.labels`.
+        label_rule: How the paper gets labels, see `attack.knowledge.labels`.
 
     Args:
         config: Hyper-parameters; the published ones if None.

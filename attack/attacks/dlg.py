@@ -1,8 +1,8 @@
 """Deep Leakage from Gradients (Zhu et al. 2019)."""
 
 from attack.attacks.base import OptimizationAttack, register_attack
+from attack.knowledge.threat_models import Capability
 from attack.settings import InversionConfig
-from attack.threat import Capability
 
 
 @register_attack

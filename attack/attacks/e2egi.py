@@ -1,8 +1,8 @@
 """E2EGI, end-to-end gradient inversion (Li et al. 2022)."""
 
 from attack.attacks.base import OptimizationAttack, register_attack
+from attack.knowledge.threat_models import Capability
 from attack.settings import InversionConfig
-from attack.threat import Capability
 
 
 @register_attack

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 
 from attack.attacks.base import OptimizationAttack, register_attack
-from attack.inversion import Inversion
+from attack.knowledge.threat_models import Capability
+from attack.loop.inversion import Inversion
 from attack.metrics import assign
+from attack.priors.regularizers import EpochOrderPrior
 from attack.reconstruction import Reconstruction
-from attack.regularizers import EpochOrderPrior
 from attack.settings import InversionConfig
-from attack.threat import Capability
 from core.errors import InputError
 from core.target import Target
 

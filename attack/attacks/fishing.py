@@ -10,9 +10,9 @@ from torch import nn
 
 from attack.attacks.base import OptimizationAttack, register_attack
 from attack.attacks.spectral import Spectral
-from attack.inversion import Snapshot
+from attack.knowledge.threat_models import Capability
+from attack.loop.inversion import Snapshot
 from attack.reconstruction import Reconstruction
-from attack.threat import Capability
 from core.errors import InputError
 from core.models.building import last_linear
 from core.models.malicious import parse_malice

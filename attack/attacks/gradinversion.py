@@ -1,8 +1,8 @@
 """GradInversion (Yin et al. 2021)."""
 
 from attack.attacks.base import OptimizationAttack, register_attack
+from attack.knowledge.threat_models import Capability
 from attack.settings import InversionConfig
-from attack.threat import Capability
 
 
 @register_attack

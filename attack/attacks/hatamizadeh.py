@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from attack.attacks.base import OptimizationAttack, register_attack
+from attack.knowledge.threat_models import Capability
 from attack.reconstruction import Reconstruction
 from attack.settings import InversionConfig
-from attack.threat import Capability
 from core.target import Target
 
 

@@ -7,8 +7,8 @@ import torch
 
 from attack.attacks.base import OptimizationAttack, register_attack
 from attack.attacks.dlg import DLG
+from attack.knowledge.threat_models import Capability
 from attack.reconstruction import Reconstruction
-from attack.threat import Capability
 from core.errors import InputError
 from core.target import Target
 

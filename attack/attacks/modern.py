@@ -1,8 +1,8 @@
 """The "modern" recipe of Geiping's `breaching`: what later work added to Inverting Gradients."""
 
 from attack.attacks.base import OptimizationAttack, register_attack
+from attack.knowledge.threat_models import Capability
 from attack.settings import InversionConfig
-from attack.threat import Capability
 
 
 @register_attack

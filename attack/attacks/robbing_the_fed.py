@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 
 from attack.attacks.base import Attack, register_attack
-from attack.closed_form import closed_form_reconstruction
-from attack.first_layer import FirstLayer, first_layer
+from attack.attacks.parts.closed_form import closed_form_reconstruction
+from attack.attacks.parts.first_layer import FirstLayer, first_layer
+from attack.knowledge.threat_models import Capability
 from attack.reconstruction import Reconstruction
-from attack.threat import Capability
 from core.errors import InputError
 from core.target import Target
 

@@ -13,8 +13,8 @@ from torch import nn
 from tqdm import tqdm
 
 from attack.attacks.base import Attack, register_attack
-from attack.closed_form import closed_form_reconstruction
-from attack.first_layer import FirstLayer, first_layer
+from attack.attacks.parts.closed_form import closed_form_reconstruction
+from attack.attacks.parts.first_layer import FirstLayer, first_layer
 from attack.reconstruction import Reconstruction
 from core.errors import InputError
 from core.target import Target

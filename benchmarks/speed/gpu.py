@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from attack.acceleration import AcceleratedMatcher, Acceleration, product_precision
 from attack.attacks import InvertingGradients
-from attack.inversion import Inversion
+from attack.loop.inversion import Inversion
+from attack.matching.acceleration import AcceleratedMatcher, Acceleration, product_precision
+from attack.matching.objectives import Cosine
+from attack.matching.replica import Replica
 from attack.metrics import assign, psnr
-from attack.objectives import Cosine
-from attack.replica import Replica
 from benchmarks.speed import references
 from benchmarks.speed.cases import Case, Problem, make_problem, true_images
 from benchmarks.speed.iterations import accuracy

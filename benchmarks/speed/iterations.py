@@ -14,10 +14,10 @@ from unittest import mock
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from attack.allocation import keep_freed_memory
-from attack.matching import GradientMatcher
-from attack.objectives import Cosine
-from attack.replica import Replica
+from attack.matching.freed_memory import keep_freed_memory
+from attack.matching.matcher import GradientMatcher
+from attack.matching.objectives import Cosine
+from attack.matching.replica import Replica
 from benchmarks.speed import references
 from benchmarks.speed.cases import CASES, Case, Problem, make_problem
 from benchmarks.speed.timing import interleaved, matrix_rate, medians, paired_ratio

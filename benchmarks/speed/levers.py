@@ -9,12 +9,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from attack import activations
-from attack.acceleration import AcceleratedMatcher, Acceleration
-from attack.allocation import keep_freed_memory
-from attack.matching import GradientMatcher
-from attack.objectives import AffineSeed, Cosine, Products
-from attack.replica import Replica
+from attack.matching import switches as activations
+from attack.matching.acceleration import AcceleratedMatcher, Acceleration
+from attack.matching.freed_memory import keep_freed_memory
+from attack.matching.matcher import GradientMatcher
+from attack.matching.objectives import AffineSeed, Cosine, Products
+from attack.matching.replica import Replica
 from benchmarks.speed.cases import CASES, SMALL_CASE, Problem, make_problem
 from benchmarks.speed.iterations import accuracy
 from benchmarks.speed.references import CPU, Iteration, analytic_seed, ours, published_loop

@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from attack.allocation import keep_freed_memory
+from attack.matching.freed_memory import keep_freed_memory
 from benchmarks.speed.cases import CASES, make_problem
 from benchmarks.speed.iterations import METHODS, OURS
 from benchmarks.speed.timing import forget_peak, peak_bytes, resident_bytes

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from attack.allocation import keep_freed_memory
+from attack.matching.freed_memory import keep_freed_memory
 from attack.metrics import mse, psnr, ssim
 from core.errors import InputError, exit_status
 from core.records import provenance

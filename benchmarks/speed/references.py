@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from attack.attacks import InvertingGradients
-from attack.inversion import Inversion
-from attack.matching import GradientMatcher
-from attack.objectives import Cosine
-from attack.replica import Replica
+from attack.loop.inversion import Inversion
+from attack.matching.matcher import GradientMatcher
+from attack.matching.objectives import Cosine
+from attack.matching.replica import Replica
 from benchmarks.speed.cases import Problem
 from core.errors import InputError
 

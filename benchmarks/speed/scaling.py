@@ -84,7 +84,7 @@ class Traffic:
 
     Attributes:
         dense: Of the gradients that are written out: swept, and all-reduced.
-        factors: Of the others' factors, which are gathered (see `attack.factored`).
+        factors: Of the others' factors, which are gathered (see `attack.matching.late_layers`).
     """
 
     dense: float
@@ -124,7 +124,7 @@ class ModelSize:
 
     def traffic(self, batch: int, gpus: int) -> Traffic:
         """Bytes of an iteration on so many GPUs, by the rule that holds on CPUs."""
-        from attack.factored import saves_sweeps
+        from attack.matching.late_layers import saves_sweeps
         from core.processes.distributed import shard_sizes
 
         sizes = shard_sizes(batch, min(batch, gpus))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from attack.allocation import return_freed_memory
+from attack.matching.freed_memory import return_freed_memory
 
 
 def interleaved(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attack.inversion import Inversion
+from attack.loop.inversion import Inversion
 from attack.settings import InversionConfig
 from core.models.building import ModelSpec
 from core.processes.distributed import Process, launch

@@ -25,7 +25,7 @@ def extract(words: list[str]) -> int:
 
 
 def attack(words: list[str]) -> int:
-    from attack.command import main
+    from attack.cli.command import main
 
     return exit_status(functools.partial(main, words))
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from attack.coordinates import Coordinates
+from attack.matching.smooth_relu import SmoothReLU, width_at
+from attack.priors.coordinates import Coordinates
+from attack.priors.public_images import Grey, Principal
 from core.errors import InputError
 from federated.compare_methods import Case, compare, phantom_victims, train_locally
 from federated.compare_methods import main as compare_command
-from federated.coordinates import Grey, Principal
 from federated.inversion import (
     InversionSettings,
     LocalUpdate,
@@ -22,7 +23,6 @@ from federated.inversion import (
     load_inversion_settings,
 )
 from federated.settings import settings_from_dict
-from federated.smoothing import SmoothReLU, width_at
 from tests.federated.sites import update_of, victims
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from attack.inversion import running_statistics
+from attack.loop.inversion import running_statistics
 from core.errors import InputError
 from core.models.building import build_model
 from federated.inversion import granted_to_the_auditor

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from attack.acceleration import (
+from attack.loop.inversion import Inversion
+from attack.matching.acceleration import (
     LOW_ACCEPTED_COSINE,
     AcceleratedMatcher,
     Acceleration,
@@ -20,10 +21,9 @@ from attack.acceleration import (
     lowered,
     product_precision,
 )
-from attack.inversion import Inversion
-from attack.matching import GradientMatcher, cosine_of_images
-from attack.objectives import Cosine
-from attack.replica import Replica
+from attack.matching.matcher import GradientMatcher, cosine_of_images
+from attack.matching.objectives import Cosine
+from attack.matching.replica import Replica
 from attack.settings import InversionConfig
 from core.errors import InputError
 from core.models.building import ModelSpec
@@ -223,7 +223,7 @@ def test_bf16_is_used_where_it_keeps_the_gradient_and_parameters_stay_float32() 
 
 
 def test_few_bits_are_given_up_where_they_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attack.acceleration.LOW_ACCEPTED_COSINE", 0.99999)
+    monkeypatch.setattr("attack.matching.acceleration.LOW_ACCEPTED_COSINE", 0.99999)
     target, truth = make_target(CNN, 2, double=False)
     config = dataclasses.replace(FAST, precision="bf16")
     found = Inversion(target, truth.labels, config, device=CPU).run()

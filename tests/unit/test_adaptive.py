@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from attack.adaptive import Adaptation, adapt, adapted_defenses
 from attack.attacks import Spectral
-from attack.inversion import Inversion
-from attack.matching import GradientMatcher
+from attack.knowledge.known_defenses import Adaptation, adapt, adapted_defenses
+from attack.loop.inversion import Inversion
+from attack.matching.matcher import GradientMatcher
+from attack.matching.objectives import L2, Cosine
+from attack.matching.replica import Replica
 from attack.metrics import assign, psnr
-from attack.objectives import L2, Cosine
-from attack.replica import Replica
 from attack.settings import InversionConfig
 from core.models.building import ModelSpec, build_model, last_linear
 from core.target import LocalTraining, Target, Truth

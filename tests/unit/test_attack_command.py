@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attack.command import main
+from attack.cli.command import main
 from core.errors import exit_status
 from core.models.building import ModelSpec
 from core.target import Truth
@@ -160,7 +160,7 @@ def test_more_processes_than_images(files: Path, tmp_path: Path) -> None:
 
 def test_help_imports_no_torch() -> None:
     script = (
-        "import sys\nfrom attack.command import build_parser\nbuild_parser().format_help()\n"
+        "import sys\nfrom attack.cli.command import build_parser\nbuild_parser().format_help()\n"
         "assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment(), check=False)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from attack.combination import align_repeated_labels, combine, group_target, one_by_one, register
+from attack.loop.fusion import align_repeated_labels, combine, group_target, one_by_one, register
 
 
 def pieces(

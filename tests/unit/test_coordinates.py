@@ -6,8 +6,8 @@ import pytest
 import scipy.fft
 import torch
 
-from attack.coordinates import Coordinates, Cosines, make_coordinates
-from attack.schedules import learning_rate
+from attack.loop.schedules import learning_rate
+from attack.priors.coordinates import Coordinates, Cosines, make_coordinates
 from core.errors import InputError
 
 CPU = torch.device("cpu")

@@ -15,13 +15,18 @@ import torch
 from attack.attacks import Attack, Spectral, get_attack
 from attack.attacks.auto import Auto, ensemble_members
 from attack.attacks.base import _ATTACKS, register_attack
-from attack.command import main
-from attack.ensemble import VERSION, Ensemble, EnsembleConfig, Member, _standing
-from attack.hypotheses import arrange_labels, arrangements, iterations_for, label_candidates
+from attack.attacks.ensemble import VERSION, Ensemble, EnsembleConfig, Member, _standing
+from attack.cli.command import main
+from attack.knowledge.label_search import (
+    arrange_labels,
+    arrangements,
+    iterations_for,
+    label_candidates,
+)
+from attack.knowledge.threat_models import Capability, find_threat
 from attack.metrics import evaluate
 from attack.metrics.worst_case import worst_case
 from attack.reconstruction import Reconstruction
-from attack.threat import Capability, find_threat
 from core.errors import InputError, exit_status
 from core.models.building import ModelSpec
 from core.target import Target, Truth

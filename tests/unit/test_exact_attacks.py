@@ -13,9 +13,9 @@ from torch import nn
 
 from attack.attacks import get_attack
 from attack.attacks.fishing import fished_target
+from attack.attacks.parts.first_layer import first_layer
 from attack.attacks.spear import Pool, Spear, SpearDescent, factorize, rest_of_space, trim
-from attack.command import main
-from attack.first_layer import first_layer
+from attack.cli.command import main
 from attack.metrics import assign, psnr
 from attack.reconstruction import Reconstruction
 from core.errors import InputError, exit_status

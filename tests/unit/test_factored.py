@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attack.factored import find_layers, saves_sweeps
-from attack.matching import GradientMatcher
-from attack.objectives import L2, Cosine, LayerMeanCosine
-from attack.packed import FixedConv2d
-from attack.replica import Replica
+from attack.matching.fixed_convolutions import FixedConv2d
+from attack.matching.late_layers import find_layers, saves_sweeps
+from attack.matching.matcher import GradientMatcher
+from attack.matching.objectives import L2, Cosine, LayerMeanCosine
+from attack.matching.replica import Replica
 from core.models.building import ModelSpec
 from tests.targets import make_target
 

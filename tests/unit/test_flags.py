@@ -146,7 +146,7 @@ def extract_parser() -> argparse.ArgumentParser:
 
 
 def attack_parser() -> argparse.ArgumentParser:
-    from attack.command import build_parser
+    from attack.cli.command import build_parser
 
     return build_parser()
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from attack import folded
-from attack.activations import RecordActivations, ReplayActivations
-from attack.factored import Geometry, Windows
-from attack.folded import convolve
+from attack.matching.late_layers import Geometry, Windows
+from attack.matching import strided_convolutions as folded
+from attack.matching.strided_convolutions import convolve
+from attack.matching.switches import RecordActivations, ReplayActivations
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from attack.acceleration import AcceleratedMatcher, Acceleration, product_precision
-from attack.inversion import Inversion
-from attack.matching import GradientMatcher, cosine_of_images
+from attack.loop.inversion import Inversion
+from attack.matching.acceleration import AcceleratedMatcher, Acceleration, product_precision
+from attack.matching.matcher import GradientMatcher, cosine_of_images
+from attack.matching.objectives import Cosine
+from attack.matching.replica import Replica
 from attack.metrics import evaluate
-from attack.objectives import Cosine
-from attack.replica import Replica
 from attack.settings import InversionConfig
 from core.errors import exit_status
 from core.models.building import ModelSpec
@@ -216,7 +216,7 @@ def test_stage_two_shares_the_same_gradient_from_both_devices(arch: str, tmp_pat
     ids=" ".join,
 )
 def test_the_command_records_what_ran(more: list[str], tmp_path: Path) -> None:
-    from attack.command import main
+    from attack.cli.command import main
 
     target, truth = make_target(CNN, 2, double=False)
     save_target(tmp_path / "target.tar", target, truth)

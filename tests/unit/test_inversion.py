@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from attack.inversion import Inversion, Restart
-from attack.matching import Match
+from attack.loop.inversion import Inversion, Restart
+from attack.matching.matcher import Match
 from attack.metrics import psnr
 from attack.reconstruction import Reconstruction
 from attack.settings import InversionConfig

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from attack.labels import (
+from attack.knowledge.labels import (
     accuracy_table,
     label_accuracy,
     recover_labels,
@@ -16,7 +16,7 @@ from attack.labels import (
     rule_names,
     rule_requires,
 )
-from attack.threat import Capability
+from attack.knowledge.threat_models import Capability
 from core.data.specs import DataSpec
 from core.errors import InputError
 from core.models.building import ModelSpec, build_model, last_linear

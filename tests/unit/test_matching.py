@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from attack import activations
-from attack.matching import GradientMatcher, Match
-from attack.objectives import (
+from attack.matching import switches as activations
+from attack.matching.matcher import GradientMatcher, Match
+from attack.matching.objectives import (
     L2,
     Cosine,
     LayerMeanCosine,
@@ -22,8 +22,8 @@ from attack.objectives import (
     products_with,
     squared_norm,
 )
-from attack.regularizers import BatchNormPenalty
-from attack.replica import Replica
+from attack.matching.replica import Replica
+from attack.priors.regularizers import BatchNormPenalty
 from core.models.building import ModelSpec, register_model
 from core.target import LocalTraining, Target
 from gradients.local_update import unrolled_update
@@ -209,7 +209,7 @@ def test_auto_checks_itself_and_falls_back():
 def test_large_batches_are_checked_on_few_images(monkeypatch):
     target, truth = make_target(MODELS["resnet"], 4, train_mode=True)
     per_image = candidate(target)[0].numel()
-    monkeypatch.setattr("attack.matching.CALIBRATED_VALUES", 3 * per_image)
+    monkeypatch.setattr("attack.matching.matcher.CALIBRATED_VALUES", 3 * per_image)
     matcher = GradientMatcher(Replica(target, CPU, torch.float64), Cosine(), "auto")
     sizes = []
     exact = matcher._exact

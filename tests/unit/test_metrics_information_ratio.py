@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from attack.information_ratio import GradientInformation, gradient_information
+from attack.metrics.information_ratio import GradientInformation, gradient_information
 from core.data.specs import DataSpec
 from core.models.building import ModelSpec, build_model
 from core.target import Target, Truth

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from attack.attacks.fedavg import average_of_epochs, one_long_epoch
-from attack.combination import group_target
-from attack.inversion import Inversion
-from attack.objectives import LayerNorms, layer_weights
-from attack.schedules import staged_learning_rate
+from attack.loop.fusion import group_target
+from attack.loop.inversion import Inversion
+from attack.loop.schedules import staged_learning_rate
+from attack.matching.objectives import LayerNorms, layer_weights
 from attack.settings import InversionConfig
 from core.errors import InputError
 from core.models.building import ModelSpec

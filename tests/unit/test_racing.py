@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from attack.attacks import get_attack
-from attack.inversion import Inversion
-from attack.racing import plan_race
-from attack.restarts import thin_out
+from attack.loop.inversion import Inversion
+from attack.loop.race import plan_race
+from attack.loop.restarts import thin_out
 from attack.settings import InversionConfig
 from core.models.building import ModelSpec
 from tests.targets import make_target

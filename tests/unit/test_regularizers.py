@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from attack.regularizers import (
+from attack.priors.regularizers import (
     TOTAL_VARIATIONS,
     AnisotropicTV,
     BatchNormPenalty,

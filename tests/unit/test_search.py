@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from attack.search import (
+from attack.cli.search import (
     PUBLISHED_SPACE,
     Range,
     Report,

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from attack.inversion import Inversion
-from attack.regularizers import MovingAveragePenalty
-from attack.replica import Replica
+from attack.loop.inversion import Inversion
+from attack.loop.loss_terms import batch_norm_penalty
+from attack.matching.replica import Replica
+from attack.priors.regularizers import MovingAveragePenalty
+from attack.priors.shared_statistics import layer_momentum, recovered_statistics
 from attack.settings import InversionConfig
-from attack.shared_statistics import layer_momentum, recovered_statistics
-from attack.terms import batch_norm_penalty
 from core.errors import InputError
 from core.models.building import ModelSpec, build_model
 from core.target import LocalTraining, Target, Truth

@@ -95,9 +95,9 @@ def test_workers_write_a_record(tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_difference_on_a_gpu_agrees_with_the_cpu() -> None:
-    from attack.matching import GradientMatcher
-    from attack.objectives import Cosine
-    from attack.replica import Replica
+    from attack.matching.matcher import GradientMatcher
+    from attack.matching.objectives import Cosine
+    from attack.matching.replica import Replica
 
     device = torch.device("cuda")
     matcher = GradientMatcher(Replica(PROBLEM.target, device), Cosine(), "difference")

@@ -8,9 +8,9 @@ import itertools
 
 import pytest
 
-from attack.command import build_parser, make_attack
-from attack.requirements import check_run, granted_capabilities, threat_record
-from attack.threat import (
+from attack.cli.command import build_parser, make_attack
+from attack.cli.requirements import check_run, granted_capabilities, threat_record
+from attack.knowledge.threat_models import (
     Capability,
     check_capabilities,
     find_threat,

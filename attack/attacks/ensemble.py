@@ -22,21 +22,21 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from attack.adaptive import Adaptation, adapt
 from attack.attacks.base import Attack, OptimizationAttack, get_attack
-from attack.hypotheses import (
+from attack.knowledge.known_defenses import Adaptation, adapt
+from attack.knowledge.label_search import (
     arrangements,
     choose_labels,
     iterations_for,
     label_candidates,
     parts_of,
 )
-from attack.matching import GradientMatcher
-from attack.objectives import Cosine
+from attack.knowledge.threat_models import Capability
+from attack.matching.matcher import GradientMatcher
+from attack.matching.objectives import Cosine
+from attack.matching.replica import Replica
 from attack.reconstruction import Reconstruction
-from attack.replica import Replica
 from attack.settings import InversionConfig
-from attack.threat import Capability
 from core.errors import InputError
 from core.processes import distributed
 from core.storage import load_checkpoint, save_checkpoint

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from attack.packed import as_pair
+from attack.matching.fixed_convolutions import as_pair
 
 FEW_CHANNELS = 4
 # Smaller ones lose more by the padding of the kernel than they gain.

@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from attack.coordinates import Coordinates
-from attack.regularizers import Regularizer
+from attack.priors.coordinates import Coordinates
+from attack.priors.regularizers import Regularizer
 from core.data.specs import DataSpec
 
 # Smallest standard deviation of a direction, in units of the network input: what public

@@ -40,8 +40,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from attack.activations import RecordActivations
-from attack.packed import FixedConv2d, as_pair
+from attack.matching.fixed_convolutions import FixedConv2d, as_pair
+from attack.matching.switches import RecordActivations
 from core.processes import distributed
 
 Tensors = list[torch.Tensor]

@@ -317,8 +317,8 @@ def _take_label_rule(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse what cannot work before any work is done."""
-    from attack.labels import rule_names
-    from attack.requirements import check_run
+    from attack.cli.requirements import check_run
+    from attack.knowledge.labels import rule_names
     from core.processes.distributed import check_launch_arguments
     from gradients.checkpoint import load_target
 
@@ -333,7 +333,7 @@ def _check(args: argparse.Namespace) -> None:
     attack = make_attack(args)
     _check_device(args, attack)
     if args.spread == "restarts":
-        from attack.spreading import check_spreadable
+        from attack.attacks.restarts_over_processes import check_spreadable
 
         check_spreadable(attack)
     target, truth = load_target(args.checkpoint)
@@ -386,7 +386,7 @@ def make_attack(args: argparse.Namespace) -> Any:
     otherwise all flags with their published defaults.
     """
     from attack.attacks import OptimizationAttack, get_attack
-    from attack.requirements import adapts, granted_capabilities
+    from attack.cli.requirements import adapts, granted_capabilities
     from attack.settings import InversionConfig
 
     values = {field: getattr(args, flag) for flag, field in FIELDS.items()}
@@ -419,9 +419,9 @@ def run(process: Any, args: argparse.Namespace) -> None:
     """
     import functools
 
-    from attack.allocation import keep_freed_memory
-    from attack.spreading import reconstruct_spread
-    from attack.threat import find_threat
+    from attack.attacks.restarts_over_processes import reconstruct_spread
+    from attack.knowledge.threat_models import find_threat
+    from attack.matching.freed_memory import keep_freed_memory
     from core.processes.distributed import barrier, broadcast_object
     from gradients.checkpoint import load_target
 
@@ -443,7 +443,7 @@ def run(process: Any, args: argparse.Namespace) -> None:
         return
     if args.labels_only:
         if process.is_main and truth is not None:
-            from attack.report import write_label_results
+            from attack.cli.report import write_label_results
 
             write_label_results(args, folder, key, target, truth, process)
         return
@@ -471,7 +471,7 @@ def run(process: Any, args: argparse.Namespace) -> None:
         save_every=args.state_every,
     )
     if process.is_main:
-        from attack.report import write_results
+        from attack.cli.report import write_results
 
         write_results(args, folder, key, attack, target, truth, reconstruction, curve, process)
     barrier()
@@ -486,9 +486,9 @@ def _state_file(folder: Path, key: str, rank: int | None) -> Path:
 
 def _labels(args: argparse.Namespace, target: Any, truth: Any, attack: Any) -> Any:
     """The labels that the attack is given; None where it recovers them itself."""
-    from attack.labels import recover_labels
-    from attack.requirements import granted_capabilities, labels_are_left_to
-    from attack.threat import Capability
+    from attack.cli.requirements import granted_capabilities, labels_are_left_to
+    from attack.knowledge.labels import recover_labels
+    from attack.knowledge.threat_models import Capability
 
     if labels_are_left_to(attack, args):
         known = Capability.LABELS in granted_capabilities(args) and truth is not None
@@ -507,7 +507,7 @@ def _prior(args: argparse.Namespace, target: Any) -> Any:
 
 def _arranged(labels: Any, target: Any, attack: Any, device: Any, seed: int) -> Any:
     """Recovered labels where they belong, for attacks that can tell by trying."""
-    from attack.hypotheses import arrange_labels
+    from attack.knowledge.label_search import arrange_labels
     from attack.settings import InversionConfig
 
     config = getattr(attack, "config", None)
@@ -518,7 +518,7 @@ def _arranged(labels: Any, target: Any, attack: Any, device: Any, seed: int) -> 
 
 def _run_key(args: argparse.Namespace, attack: Any) -> str:
     """Identifies a run: what decides its numbers."""
-    from attack.requirements import threat_record
+    from attack.cli.requirements import threat_record
 
     config = getattr(attack, "config", None)
     decisive = {
@@ -612,7 +612,7 @@ def _search(args: argparse.Namespace) -> None:
     """Find hyper-parameters on the simulated checkpoint and put them into `args`."""
     import functools
 
-    from attack.search import published_space, search
+    from attack.cli.search import published_space, search
 
     names = [name for name in TUNABLE if getattr(args, f"{name}_tune")]
     result = search(

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from attack.folded import convolve
+from attack.matching.strided_convolutions import convolve
 
 Tensors = tuple[torch.Tensor, ...]
 # What a recorded layer does to a new input, given the tensors that it remembered.

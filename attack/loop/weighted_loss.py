@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import torch
 
-from attack.matching import GradientMatcher, Match
-from attack.problem import InversionProblem
-from attack.regularizers import GroupConsistency, ModelPenalty, Regularizer, weighted_penalty
-from attack.restarts import Restart
-from attack.terms import make_penalties, make_regularizers
+from attack.loop.loss_terms import make_penalties, make_regularizers
+from attack.loop.problem import InversionProblem
+from attack.loop.restarts import Restart
+from attack.matching.matcher import GradientMatcher, Match
+from attack.priors.regularizers import GroupConsistency, ModelPenalty, Regularizer, weighted_penalty
 from core.processes import distributed
 
 logger = logging.getLogger(__name__)

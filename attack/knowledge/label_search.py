@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from attack.inversion import Inversion
-from attack.labels import recover_labels, rule_names
+from attack.knowledge.labels import recover_labels, rule_names
+from attack.loop.inversion import Inversion
 from attack.settings import InversionConfig
 from core.errors import InputError
 from core.processes.distributed import shard_sizes

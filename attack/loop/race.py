@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from attack.restarts import Restart, by_objective
+from attack.loop.restarts import Restart, by_objective
 
 # Iterations between two halvings, and the largest share of all iterations that may be spent on
 # starts that are dropped.

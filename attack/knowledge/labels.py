@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from attack.threat import Capability
+from attack.knowledge.threat_models import Capability
 from core.data.specs import DataSpec
 from core.errors import InputError
 from core.models.building import ModelSpec, last_linear

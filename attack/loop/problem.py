@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from attack.coordinates import Coordinates
-from attack.replica import Replica
-from attack.restarts import Restart
+from attack.loop.restarts import Restart
+from attack.matching.replica import Replica
+from attack.priors.coordinates import Coordinates
 from attack.settings import InversionConfig
 from core.processes import distributed
 from core.target import Target

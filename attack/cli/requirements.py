@@ -6,9 +6,15 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from attack.labels import rule_requires
+from attack.knowledge.labels import rule_requires
+from attack.knowledge.threat_models import (
+    CUSTOM,
+    Capabilities,
+    Capability,
+    check_capabilities,
+    find_threat,
+)
 from attack.settings import InversionConfig
-from attack.threat import CUSTOM, Capabilities, Capability, check_capabilities, find_threat
 from core.target import Target
 
 # What the flags can neither ask for nor refuse: granted where no threat model is named.

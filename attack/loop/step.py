@@ -6,14 +6,14 @@ import math
 
 import torch
 
-from attack.evaluation import Evaluation
-from attack.fusion import fusions
-from attack.matching import Match
-from attack.problem import InversionProblem
-from attack.restarts import Restart, Starter
-from attack.schedules import learning_rate, staged_learning_rate
+from attack.loop.consensus import fusions
+from attack.loop.problem import InversionProblem
+from attack.loop.restarts import Restart, Starter
+from attack.loop.schedules import learning_rate, staged_learning_rate
+from attack.loop.state import Progress
+from attack.loop.weighted_loss import Evaluation
+from attack.matching.matcher import Match
 from attack.settings import InversionConfig
-from attack.state import Progress
 from core.processes import distributed
 
 

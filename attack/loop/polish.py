@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from attack.matching import GradientMatcher
-from attack.problem import InversionProblem
-from attack.restarts import Restart
+from attack.loop.problem import InversionProblem
+from attack.loop.restarts import Restart
+from attack.matching.matcher import GradientMatcher
 
 
 def polish(

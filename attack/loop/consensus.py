@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from attack.combination import combine, group_target
-from attack.matching import GradientMatcher
-from attack.problem import InversionProblem
-from attack.restarts import Restart, Starter
+from attack.loop.fusion import combine, group_target
+from attack.loop.problem import InversionProblem
+from attack.loop.restarts import Restart, Starter
+from attack.loop.state import Progress
+from attack.matching.matcher import GradientMatcher
 from attack.settings import InversionConfig
-from attack.state import Progress
 
 
 def fusions(config: InversionConfig) -> list[int]:

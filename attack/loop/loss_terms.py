@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from attack.objectives import OBJECTIVES, LayerWeighted, Objective, layer_weights
-from attack.problem import InversionProblem
-from attack.regularizers import (
+from attack.loop.problem import InversionProblem
+from attack.matching.objectives import OBJECTIVES, LayerWeighted, Objective, layer_weights
+from attack.priors.regularizers import (
     TOTAL_VARIATIONS,
     BatchNormPenalty,
     ColourPrior,
@@ -18,8 +18,8 @@ from attack.regularizers import (
     Regularizer,
     shared_features,
 )
+from attack.priors.shared_statistics import layer_momentum, recovered_statistics
 from attack.settings import InversionConfig
-from attack.shared_statistics import layer_momentum, recovered_statistics
 from core.errors import InputError
 from core.processes import distributed
 from core.target import BatchStatistics

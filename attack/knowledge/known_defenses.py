@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from attack.clipping import SampleClipping
-from attack.objectives import Objective, Tensors
-from attack.replica import Replica
+from attack.matching.clipping import SampleClipping
+from attack.matching.objectives import Objective, Tensors
+from attack.matching.replica import Replica
 from attack.settings import InversionConfig
 from core.target import Target
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from attack.problem import InversionProblem
-from attack.regularizers import AnisotropicTV
-from attack.restarts import Restart
-from attack.state import Progress
+from attack.loop.problem import InversionProblem
+from attack.loop.restarts import Restart
+from attack.loop.state import Progress
+from attack.priors.regularizers import AnisotropicTV
 from core.processes import distributed
 
 

@@ -9,7 +9,7 @@ target gradient, D the objective and v = dD/dg. Wanted is dD/dx, which is both
 
 The second form needs no double backward: grad_x L(theta) falls out of the pass
 that computes g, and the perturbed pass needs the gradient of the images only.
-Frozen activation switches (see `attack.activations`) make the difference that of
+Frozen activation switches (see `attack.matching.switches`) make the difference that of
 a smooth function.
 
 A batch may be spread over processes. Only parameter gradients travel, summed in
@@ -31,11 +31,10 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from attack.activations import RecordActivations, ReplayActivations, TwiceDifferentiable
-from attack.allocation import return_freed_memory
-from attack.clipping import SampleClipping
-from attack.factored import Factored, find_layers, saves_sweeps
-from attack.objectives import (
+from attack.matching.clipping import SampleClipping
+from attack.matching.freed_memory import return_freed_memory
+from attack.matching.late_layers import Factored, find_layers, saves_sweeps
+from attack.matching.objectives import (
     Objective,
     Products,
     inner_product,
@@ -43,7 +42,12 @@ from attack.objectives import (
     products_with,
     squared_norm,
 )
-from attack.replica import Replica, laid_out_as
+from attack.matching.replica import Replica, laid_out_as
+from attack.matching.switches import (
+    RecordActivations,
+    ReplayActivations,
+    TwiceDifferentiable,
+)
 from core.errors import InputError
 from core.processes import distributed
 from gradients.local_update import unrolled_update
@@ -137,7 +141,7 @@ class GradientMatcher:
         objective: Distance between gradients.
         hvp: "exact", "difference", or "auto": the difference while it agrees with
             the exact one, which is checked at the start and every `CHECK_EVERY` calls.
-        factor: Keep late layers' gradients as products (see `attack.factored`).
+        factor: Keep late layers' gradients as products (see `attack.matching.late_layers`).
         clipping: What the client's per-sample clipping does to a candidate; None: it
             does not clip.
 

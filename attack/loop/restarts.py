@@ -12,7 +12,7 @@ import torch
 from attack.settings import OPTIMIZERS, InversionConfig
 
 if TYPE_CHECKING:
-    from attack.problem import InversionProblem
+    from attack.loop.problem import InversionProblem
 
 MAX_DIVERGENCES = 5
 # Shares of the iterations at which successive halving drops the worse restarts.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attack.requirements import threat_record
+from attack.cli.requirements import threat_record
 from core.records import provenance
 from core.storage import save_checkpoint, write_json, write_text
 from core.target import Target, Truth
@@ -113,7 +113,7 @@ def write_label_results(
     """
     from prettytable import PrettyTable
 
-    from attack.labels import accuracy_by_rule
+    from attack.knowledge.labels import accuracy_by_rule
 
     began = time.perf_counter()
     rules = accuracy_by_rule(target, truth.labels)
@@ -166,7 +166,7 @@ def _measure(
     record: dict[str, Any],
     tables: list[str],
 ) -> None:
-    from attack.labels import label_accuracy
+    from attack.knowledge.labels import label_accuracy
     from attack.metrics import evaluate
     from core.pictures import save_comparison
 
@@ -244,7 +244,7 @@ def _draw_curve(folder: Path, attack: Attack, record: dict[str, Any]) -> None:
 
 
 def _information(target: Target, truth: Truth, record: dict[str, Any], tables: list[str]) -> None:
-    from attack.information_ratio import gradient_information
+    from attack.metrics.information_ratio import gradient_information
 
     information = gradient_information(target, truth)
     record["GInfoR"] = information.to_record()

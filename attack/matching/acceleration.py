@@ -11,10 +11,10 @@ Four choices, all off by default, because each moves the last digits of publishe
 - `precision`: "tf32" (matrix products with 10 bits of mantissa, on CUDA) or "bf16"
   (automatic mixed precision); parameters and what is done to them stay in float32.
 - `channels_last`: the memory layout that convolutions on tensor cores read directly; on a CPU
-  it is chosen without being asked for (see `attack.replica`).
+  it is chosen without being asked for (see `attack.matching.replica`).
 
 Every choice is held against the exact gradient in plain float32 by the calibration of
-`attack.matching`, and given up with a sentence in the log where the two part.
+`attack.matching.matcher`, and given up with a sentence in the log where the two part.
 
 Source: Reed et al., torch.fx: Practical Program Capture and Transformation for Deep Learning
 in Python, MLSys 2022, https://arxiv.org/abs/2112.08429; Micikevicius et al., Mixed Precision
@@ -33,8 +33,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from attack.activations import RecordActivations, ReplayActivations
-from attack.matching import (
+from attack.matching.matcher import (
     ACCEPTED_COSINE,
     STEP_SIZES,
     GradientMatcher,
@@ -44,8 +43,9 @@ from attack.matching import (
     filled,
     fresh_variables,
 )
-from attack.objectives import Objective
-from attack.replica import Replica, laid_out_as
+from attack.matching.objectives import Objective
+from attack.matching.replica import Replica, laid_out_as
+from attack.matching.switches import RecordActivations, ReplayActivations
 from core.errors import InputError
 from core.processes import distributed
 

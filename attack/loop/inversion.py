@@ -2,19 +2,19 @@
 
 All restarts advance together, one iteration at a time, so that they can be compared,
 thinned out and fused on the way. The loop is the same on one process and on many;
-each process holds its own images of the batch (see `attack.matching`).
+each process holds its own images of the batch (see `attack.matching.matcher`).
 
-    attack.problem      what all parts look at
-    attack.restarts     starts, their best iterates, divergences, successive halving
-    attack.racing       starts that compete for the iterations of one
-    attack.terms        objective, regularisers and penalties of a configuration
+    attack.loop.problem      what all parts look at
+    attack.loop.restarts     starts, their best iterates, divergences, successive halving
+    attack.loop.race       starts that compete for the iterations of one
+    attack.loop.loss_terms        objective, regularisers and penalties of a configuration
     attack.evaluation   their values and gradients, for one restart or several at once
-    attack.fusion       group consistency and E2EGI's stages
-    attack.acceleration faster passes, where asked for
-    attack.stepping     direction, learning rate, noise, box
-    attack.stopping     why it ends
-    attack.polishing    L-BFGS at the end
-    attack.state        saving and resuming
+    attack.loop.consensus       group consistency and E2EGI's stages
+    attack.matching.acceleration faster passes, where asked for
+    attack.loop.step     direction, learning rate, noise, box
+    attack.loop.stopping     why it ends
+    attack.loop.polish    L-BFGS at the end
+    attack.loop.state        saving and resuming
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from attack.acceleration import AcceleratedMatcher, Acceleration, product_precision
-from attack.adaptive import Adaptation, adapt
-from attack.clipping import CLIPPED_FROM
-from attack.coordinates import Coordinates, make_coordinates
-from attack.evaluation import Evaluation
-from attack.fusion import Consensus
-from attack.matching import GradientMatcher
-from attack.polishing import polish
-from attack.problem import InversionProblem
-from attack.racing import LARGEST_SHARE, SHARE_BESIDE_HALVING, plan_race
+from attack.knowledge.known_defenses import Adaptation, adapt
+from attack.loop.consensus import Consensus
+from attack.loop.loss_terms import make_objective, running_statistics
+from attack.loop.polish import polish
+from attack.loop.problem import InversionProblem
+from attack.loop.race import LARGEST_SHARE, SHARE_BESIDE_HALVING, plan_race
+from attack.loop.restarts import Restart, Starter, best_of, thin_out
+from attack.loop.state import Progress, StateFile
+from attack.loop.step import Stepper, scheduled_rate
+from attack.loop.stopping import Stopping
+from attack.loop.weighted_loss import Evaluation
+from attack.matching.acceleration import AcceleratedMatcher, Acceleration, product_precision
+from attack.matching.clipping import CLIPPED_FROM
+from attack.matching.matcher import GradientMatcher
+from attack.matching.replica import Replica
+from attack.priors.coordinates import Coordinates, make_coordinates
+from attack.priors.regularizers import Regularizer
 from attack.reconstruction import Reconstruction
-from attack.regularizers import Regularizer
-from attack.replica import Replica
-from attack.restarts import Restart, Starter, best_of, thin_out
 from attack.settings import RANDOM_STARTS, InversionConfig
-from attack.state import Progress, StateFile
-from attack.stepping import Stepper, scheduled_rate
-from attack.stopping import Stopping
-from attack.terms import make_objective, running_statistics
 from core.errors import InputError
 from core.processes import distributed
 from core.target import Target

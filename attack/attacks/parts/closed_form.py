@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from attack.matching import GradientMatcher
-from attack.objectives import Cosine
+from attack.matching.matcher import GradientMatcher
+from attack.matching.objectives import Cosine
+from attack.matching.replica import Replica
 from attack.reconstruction import Reconstruction
-from attack.replica import Replica
 from core.processes import distributed
 from core.target import Target
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from attack.matching import GradientMatcher
-from attack.problem import InversionProblem
-from attack.restarts import Restart, Starter
+from attack.loop.problem import InversionProblem
+from attack.loop.restarts import Restart, Starter
+from attack.matching.matcher import GradientMatcher
 from core.processes import distributed
 from core.storage import load_checkpoint, save_checkpoint
 

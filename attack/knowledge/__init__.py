@@ -1,0 +1,1 @@
+"""What the attacker knows or finds out: threat models, labels, the client's defenses."""

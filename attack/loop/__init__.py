@@ -1,0 +1,1 @@
+"""The optimisation: restarts, steps, schedules, races, fusion, stopping, saved states."""

@@ -1,0 +1,1 @@
+"""What is known of images before any gradient: regularisers, coordinates, batch statistics."""
