@@ -20,7 +20,7 @@ from benchmarks.executor import Job, Outcome, describe_failure, processes_of
 from benchmarks.ray_worker import HERE, Mailbox, pack, run_cell, unpack
 from core.errors import InputError
 
-CODE = ("core", "training", "gradients", "attack", "federated", "main_run.py")
+CODE = ("core", "training", "gradients", "attack", "audit", "federated", "main_run.py")
 LOST_WORKER_RETRIES = 3
 
 

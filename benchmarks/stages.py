@@ -143,7 +143,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             name="federated",
             script=("-m", "federated.recipe"),
-            rooms=("core", "training", "gradients", "attack", "federated"),
+            rooms=("core", "training", "gradients", "attack", "audit", "federated"),
             outputs=lambda folder: {"workspace": str(folder)},
             record="run.json",
             parser=_parser_of("federated.recipe"),

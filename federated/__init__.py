@@ -14,10 +14,10 @@ _COMPONENTS = {
     "CXRLearner": "federated.learner",
     "GaussianPrivacy": "federated.gaussian_privacy",
     "GradInversionInverter": "federated.inverter",
-    "ImageSimMetric": "federated.similarity",
+    "ImageSimMetric": "audit.similarity",
     "Inverter": "federated.inverter",
     "RelativeDataLeakageValueFilter": "federated.rdlv_filter",
-    "SimMetric": "federated.similarity",
+    "SimMetric": "audit.similarity",
 }
 
 __all__ = sorted(_COMPONENTS)

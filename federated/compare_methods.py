@@ -21,8 +21,8 @@ from core.errors import InputError, exit_status
 if TYPE_CHECKING:
     import torch
 
+    from audit.updates import LocalUpdate
     from core.data.specs import DataSpec
-    from federated.updates import LocalUpdate
 
 METHODS = ("published", "bn", "full")
 N_PUBLIC = 200
@@ -94,9 +94,9 @@ def train_locally(
     """
     import torch
 
+    from audit.updates import LocalUpdate
     from core.models.building import build_model
     from federated.networks import network_spec
-    from federated.updates import LocalUpdate
 
     spec = network_spec(model_name, victims.data.n_classes, victims.data.shape[1])
     with torch.random.fork_rng(devices=[]):
@@ -193,8 +193,8 @@ def compare(
         A result (plain values) and the reconstructions, one per original in its order.
     """
     from attack.metrics.assignment import assign
-    from federated.inversion import invert_update
-    from federated.settings import InversionSettings
+    from audit.inversion import invert_update
+    from audit.settings import InversionSettings
 
     update = train_locally(victims, case, seed=seed)
     originals, prior = victims.images[: case.n_images], victims.public.mean(0)
@@ -221,8 +221,8 @@ def compare(
 def _scores(
     originals: torch.Tensor, images: torch.Tensor, prior: torch.Tensor
 ) -> dict[str, float | list[float]]:
-    from federated.leakage import measure_leakage
-    from federated.similarity import ImageSimMetric
+    from audit.leakage import measure_leakage
+    from audit.similarity import ImageSimMetric
 
     report = measure_leakage(originals, images, prior, ImageSimMetric(), threshold=float("inf"))
     ssim = [image.similarity for image in report.images]

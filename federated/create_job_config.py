@@ -286,7 +286,7 @@ def _check_network(args: argparse.Namespace) -> None:
 
 
 def _check_inversion(content: dict[str, Any]) -> None:
-    from federated.settings import settings_from_dict
+    from audit.settings import settings_from_dict
 
     try:
         settings_from_dict(content)

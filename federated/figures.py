@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from audit.leakage import LeakageRecord
 from core.errors import InputError
 from core.storage import atomic_file
-from federated.leakage import LeakageRecord
 from federated.runs import Run
 
 if TYPE_CHECKING:

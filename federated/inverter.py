@@ -16,11 +16,11 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 from torchvision.utils import save_image
 
+from audit.inversion import UpdateReconstruction, invert_update
+from audit.settings import InversionSettings, load_inversion_settings
+from audit.updates import LocalUpdate
 from core.data.listed_images import load_image
 from core.errors import InputError
-from federated.inversion import UpdateReconstruction, invert_update
-from federated.settings import InversionSettings, load_inversion_settings
-from federated.updates import LocalUpdate
 from federated.withholding import GLOBAL_WEIGHTS, current_round
 
 
@@ -55,7 +55,7 @@ class KnowsTraining(Protocol):
 
 
 class GradInversionInverter(Inverter):
-    """Inverts the update with one of the methods of `federated.inversion`.
+    """Inverts the update with one of the methods of `audit.inversion`.
 
     Args:
         learner_name: Component that knows the local training.

@@ -14,6 +14,7 @@ from nvflare.apis.signal import Signal
 from nvflare.app_common.abstract.learner_spec import Learner
 from nvflare.app_common.app_constant import AppConstants, ModelName, ValidateType
 
+from audit.updates import LocalUpdate
 from core.errors import InputError
 from core.storage import load_checkpoint, save_checkpoint
 from federated.site_training import (
@@ -23,7 +24,6 @@ from federated.site_training import (
     TrainingDiverged,
     TrainingStopped,
 )
-from federated.updates import LocalUpdate
 from federated.withholding import WITHHELD, diverged_meta
 
 

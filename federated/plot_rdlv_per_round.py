@@ -31,8 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    from audit.leakage import read_leakage
     from federated.figures import rdlv_per_round
-    from federated.leakage import read_leakage
 
     records = read_leakage(args.workspace)
     output = Path(args.output or Path(args.workspace) / "rdlv_per_round.png")

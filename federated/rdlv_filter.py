@@ -11,14 +11,14 @@ from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 
+from audit.inversion import UpdateReconstruction
+from audit.leakage import LeakageReport, measure_leakage, write_leakage
+from audit.similarity import SimMetric
 from core.data.list_files import load_datalist
 from core.data.listed_images import ImageListDataset, load_image
 from core.errors import InputError
 from core.records import provenance
-from federated.inversion import UpdateReconstruction
 from federated.inverter import Inverter
-from federated.leakage import LeakageReport, measure_leakage, write_leakage
-from federated.similarity import SimMetric
 from federated.withholding import FailClosedFilter, WithheldError, current_round
 
 TRAIN_SET = "training"
@@ -39,7 +39,7 @@ class RelativeDataLeakageValueFilter(FailClosedFilter):
     Every `frequency`-th round from `start_round` on, an `Inverter` reconstructs images
     from the update as it would leave (put this filter after `GaussianPrivacy`), and the
     relative data leakage value (RDLV) compares them with the training images. Results are
-    written to the site's app folder; see `federated.leakage.write_leakage`.
+    written to the site's app folder; see `audit.leakage.write_leakage`.
 
     Source: Hatamizadeh et al., Do Gradient Inversion Attacks Make Federated Learning
         Unsafe?, 2022, https://arxiv.org/abs/2202.06924.

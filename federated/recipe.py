@@ -192,9 +192,9 @@ class Experiment:
             self._add_measurement(job, client, sent)
 
     def _add_measurement(self, job: FedJob, client: Client, sent: dict[str, Any]) -> None:
+        from audit.similarity import ImageSimMetric
         from federated.inverter import GradInversionInverter
         from federated.rdlv_filter import RelativeDataLeakageValueFilter
-        from federated.similarity import ImageSimMetric
         from federated.site_description import SiteDescription
 
         leakage = RelativeDataLeakageValueFilter(

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from audit.leakage import LeakageRecord, read_leakage
 from core.errors import InputError
-from federated.leakage import LeakageRecord, read_leakage
 
 RUN_FILE = "run.json"
 CLIENT_CONFIG = "config_fed_client.json"

@@ -392,7 +392,7 @@ def write_run(job: Job, workspace: Path, **details: Any) -> Path:
 
 def measured_leakage(workspace: Path) -> list[dict[str, Any]]:
     """What every site measured in every round, as far as tables need it."""
-    from federated.leakage import read_leakage
+    from audit.leakage import read_leakage
 
     try:
         records = read_leakage(workspace)
@@ -411,7 +411,7 @@ def _mean_accuracy(scores: Mapping[str, Any], model: str) -> float | None:
 
 def print_results(workspace: Path) -> None:
     """Print scores and leakage."""
-    from federated.leakage import read_leakage
+    from audit.leakage import read_leakage
 
     print("cross-site validation:")
     print(json.dumps(cross_validation(workspace), indent=2))

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from nvflare.apis.fl_component import FLComponent
 
+from audit.updates import LocalUpdate
 from core.errors import InputError
 from federated.site_training import SiteSettings, SiteTraining
-from federated.updates import LocalUpdate
 
 
 class SiteDescription(FLComponent):

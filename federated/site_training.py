@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
+from audit.updates import LocalUpdate
 from core.data.list_files import Sample, load_datalist
 from core.data.listed_images import ImageListDataset, chest_spec
 from core.errors import InputError
 from core.models.building import ModelSpec, build_model
 from federated.networks import network_spec
-from federated.updates import LocalUpdate
 
 Weights = Mapping[str, np.ndarray]
 # After this many local epochs the learning rate falls to a tenth, as published.

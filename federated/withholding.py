@@ -21,8 +21,8 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.app_common.app_constant import AppConstants
 
+from audit.leakage import failed_report, write_leakage
 from core.errors import InputError
-from federated.leakage import failed_report, write_leakage
 
 UPDATE_KINDS = [DataKind.WEIGHT_DIFF, DataKind.WEIGHTS]
 # Kinds of results that hold no update.

@@ -28,10 +28,10 @@ from attack.attacks.ensemble import EnsembleConfig
 from attack.loop.inversion import Inversion
 from attack.metrics import ssim
 from attack.settings import InversionConfig
+from audit.inversion import invert_update
+from audit.settings import InversionSettings
 from core.models.building import ModelSpec
 from core.processes import distributed
-from federated.inversion import invert_update
-from federated.settings import InversionSettings
 from tests.attack_targets import CASES, SETTINGS, Case, run_case
 from tests.federated.sites import update_of, victims
 from tests.pretended_device import Pretend, install

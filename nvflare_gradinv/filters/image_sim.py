@@ -1,5 +1,5 @@
-"""Published module path, see `federated.similarity`."""
+"""Published module path, see `audit.similarity`."""
 
-from federated.similarity import ImageSimMetric, SimMetric
+from audit.similarity import ImageSimMetric, SimMetric
 
 __all__ = ["ImageSimMetric", "SimMetric"]

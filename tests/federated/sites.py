@@ -6,10 +6,10 @@ import functools
 
 import torch
 
+from audit.updates import LocalUpdate
 from core.data.listed_images import chest_spec
 from federated.anatomy import chest_radiograph
 from federated.compare_methods import Case, Victims, train_locally
-from federated.updates import LocalUpdate
 
 
 @functools.cache

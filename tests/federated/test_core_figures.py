@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from audit.leakage import failed_report, measure_leakage, write_leakage
+from audit.similarity import ImageSimMetric
 from core.errors import InputError
 from federated import plot_rdlv_per_round, plot_rdlv_vs_gauss, plot_reconstructions
-from federated.leakage import failed_report, measure_leakage, write_leakage
 from federated.runs import read_runs
-from federated.similarity import ImageSimMetric
 
 
 def make_run(folder: Path, sigma0: float, *, run_file: bool = True) -> Path:

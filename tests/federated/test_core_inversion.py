@@ -12,17 +12,17 @@ import torch
 from attack.matching.smooth_relu import SmoothReLU, width_at
 from attack.priors.coordinates import Coordinates
 from attack.priors.public_images import Grey, Principal
-from core.errors import InputError
-from federated.compare_methods import Case, compare, phantom_victims, train_locally
-from federated.compare_methods import main as compare_command
-from federated.inversion import (
+from audit.inversion import (
     InversionSettings,
     LocalUpdate,
     UpdateReconstruction,
     invert_update,
     load_inversion_settings,
 )
-from federated.settings import settings_from_dict
+from audit.settings import settings_from_dict
+from core.errors import InputError
+from federated.compare_methods import Case, compare, phantom_victims, train_locally
+from federated.compare_methods import main as compare_command
 from tests.federated.sites import update_of, victims
 
 

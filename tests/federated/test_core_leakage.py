@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from core.errors import InputError
-from federated.leakage import (
+from audit.leakage import (
     PRIOR_FLOOR,
     failed_report,
     measure_leakage,
     read_leakage,
     write_leakage,
 )
-from federated.similarity import ImageSimMetric, SimMetric
+from audit.similarity import ImageSimMetric, SimMetric
+from core.errors import InputError
 
 
 class Closeness(SimMetric):

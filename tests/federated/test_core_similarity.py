@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from audit.similarity import ImageSimMetric, SimMetric, similarity_matrix
 from core.errors import InputError
-from federated.similarity import ImageSimMetric, SimMetric, similarity_matrix
 
 RNG = np.random.default_rng(0)
 

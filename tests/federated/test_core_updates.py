@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from attack.loop.inversion import running_statistics
+from audit.inversion import granted_to_the_auditor
+from audit.local_simulation import LocalSimulation
+from audit.updates import LocalUpdate, target_from_update
 from core.errors import InputError
 from core.models.building import build_model
-from federated.inversion import granted_to_the_auditor
-from federated.simulation import LocalSimulation
-from federated.updates import LocalUpdate, target_from_update
 from gradients.batch_statistics import collect_batch_statistics
 from tests.federated.sites import update_of, victims
 

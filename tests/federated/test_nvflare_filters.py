@@ -20,12 +20,12 @@ from nvflare.app_common.app_constant import AppConstants
 
 import federated
 import nvflare_gradinv
+from audit.similarity import ImageSimMetric
 from core.errors import InputError
 from federated.gaussian_privacy import GaussianPrivacy, percentile_of_nonzero
 from federated.inverter import Inverter
 from federated.phantoms import LIST_PREFIX, make_phantoms
 from federated.rdlv_filter import RelativeDataLeakageValueFilter
-from federated.similarity import ImageSimMetric
 from federated.taps import GlobalModelTap
 from federated.withholding import DIVERGED, GLOBAL_WEIGHTS, ROUND, VANISHING_WEIGHT
 

@@ -63,7 +63,7 @@ def test_the_simulated_local_training_explains_the_update(phantoms: Path) -> Non
     Trained and simulated in float64: in float32 rounding tips single ReLUs, by how much of
     the update depends on the weights and on the processor (3 % were seen).
     """
-    from federated.simulation import LocalSimulation
+    from audit.local_simulation import LocalSimulation
 
     torch.manual_seed(0)
     local = site(phantoms, aggregation_epochs=2)

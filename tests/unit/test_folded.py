@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from attack.matching.late_layers import Geometry, Windows
 from attack.matching import strided_convolutions as folded
+from attack.matching.late_layers import Geometry, Windows
 from attack.matching.strided_convolutions import convolve
 from attack.matching.switches import RecordActivations, ReplayActivations
 

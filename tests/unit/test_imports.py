@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 # What each room may import from the others.
-ORDER = ["core", "training", "gradients", "attack", "federated"]
+ORDER = ["core", "training", "gradients", "attack", "audit", "federated"]
 MAY_IMPORT = {room: set(ORDER[:number]) for number, room in enumerate(ORDER)}
 MAY_IMPORT["nvflare_gradinv"] = set(ORDER)
 MAY_IMPORT["benchmarks"] = set(ORDER) - {"federated"}

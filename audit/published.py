@@ -27,10 +27,10 @@ from torch import nn
 from tqdm import tqdm
 
 from attack.loop.schedules import learning_rate
+from audit.settings import InversionSettings
+from audit.updates import LocalUpdate
 from core.models.building import build_model
 from core.target import BatchStatistics
-from federated.settings import InversionSettings
-from federated.updates import LocalUpdate
 from gradients.batch_statistics import batch_norm_layers, statistics_from_running
 
 BETAS = (0.9, 0.9)

@@ -36,12 +36,12 @@ from attack.matching.switches import TwiceDifferentiable
 from attack.priors.coordinates import Coordinates
 from attack.priors.public_images import PRINCIPAL_STEP, Grey, Principal, PriorDistance
 from attack.settings import InversionConfig
+from audit.local_simulation import LocalSimulation
+from audit.published import PublishedAttack
+from audit.settings import InversionSettings, load_inversion_settings
+from audit.updates import LocalUpdate, target_from_update
 from core.errors import InputError
 from core.target import BatchStatistics, Target
-from federated.published import PublishedAttack
-from federated.settings import InversionSettings, load_inversion_settings
-from federated.simulation import LocalSimulation
-from federated.updates import LocalUpdate, target_from_update
 
 __all__ = [
     "InversionSettings",

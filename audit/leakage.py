@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from audit.similarity import SimMetric, similarity_matrix
 from core.errors import InputError
 from core.storage import atomic_file, write_json
-from federated.similarity import SimMetric, similarity_matrix
 
 # The prior's similarity is not taken as smaller than this, or nothing would become much.
 PRIOR_FLOOR = 0.05

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from attack.matching.smooth_relu import SmoothReLU
+from audit.updates import LocalUpdate
 from core.models.building import build_model
 from core.target import BatchStatistics
-from federated.updates import LocalUpdate
 from gradients.batch_statistics import batch_norm_layers
 from gradients.local_update import Parameters, local_sgd, trainable_parameters
 
