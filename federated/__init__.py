@@ -11,12 +11,12 @@ import importlib
 from typing import Any
 
 _COMPONENTS = {
-    "CXRLearner": "federated.learner",
-    "GaussianPrivacy": "federated.gaussian_privacy",
-    "GradInversionInverter": "federated.inverter",
+    "CXRLearner": "federated.flare.learner",
+    "GaussianPrivacy": "federated.flare.gaussian_privacy",
+    "GradInversionInverter": "federated.flare.inverter",
     "ImageSimMetric": "audit.similarity",
-    "Inverter": "federated.inverter",
-    "RelativeDataLeakageValueFilter": "federated.rdlv_filter",
+    "Inverter": "federated.flare.inverter",
+    "RelativeDataLeakageValueFilter": "federated.flare.rdlv_filter",
     "SimMetric": "audit.similarity",
 }
 

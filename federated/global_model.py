@@ -1,28 +1,5 @@
-"""The network that a federation starts from, built from a job's JSON."""
+"""The name by which job folders of earlier versions ask for the global model."""
 
-from __future__ import annotations
+from federated.flare.global_model import global_model
 
-import torch
-from torch import nn
-
-from core.models.building import build_model
-from federated.networks import network_spec
-
-
-def global_model(
-    model_name: str = "cnn", num_class: int = 2, image_size: int = 32, seed: int = 0
-) -> nn.Module:
-    """The server's first global model: the same weights for the same seed.
-
-    Args:
-        model_name: See `federated.networks.network_spec`.
-        num_class: Number of classes.
-        image_size: Side of the images in pixels.
-        seed: Of the first weights.
-
-    Returns:
-        The network; a torchvision network keeps torchvision's names.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build_model(network_spec(model_name, num_class, image_size))
+__all__ = ["global_model"]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from federated import create_job_config, simulate
+from federated.experiment import create_job_config, simulate
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 240

@@ -1,5 +1,5 @@
-"""Published module path, see `federated.gaussian_privacy`."""
+"""Published module path, see `federated.flare.gaussian_privacy`."""
 
-from federated.gaussian_privacy import GaussianPrivacy
+from federated.flare.gaussian_privacy import GaussianPrivacy
 
 __all__ = ["GaussianPrivacy"]

@@ -1,5 +1,5 @@
-"""Published module path, see `federated.inverter`."""
+"""Published module path, see `federated.flare.inverter`."""
 
-from federated.inverter import GradInversionInverter, Inverter
+from federated.flare.inverter import GradInversionInverter, Inverter
 
 __all__ = ["GradInversionInverter", "Inverter"]

@@ -1,5 +1,5 @@
-"""Published module path, see `federated.rdlv_filter`."""
+"""Published module path, see `federated.flare.rdlv_filter`."""
 
-from federated.rdlv_filter import RelativeDataLeakageValueFilter
+from federated.flare.rdlv_filter import RelativeDataLeakageValueFilter
 
 __all__ = ["RelativeDataLeakageValueFilter"]

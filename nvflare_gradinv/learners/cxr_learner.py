@@ -1,5 +1,5 @@
-"""Published module path, see `federated.learner`."""
+"""Published module path, see `federated.flare.learner`."""
 
-from federated.learner import CXRLearner
+from federated.flare.learner import CXRLearner
 
 __all__ = ["CXRLearner"]

@@ -8,8 +8,8 @@ import torch
 
 from audit.updates import LocalUpdate
 from core.data.listed_images import chest_spec
-from federated.anatomy import chest_radiograph
-from federated.compare_methods import Case, Victims, train_locally
+from federated.experiment.compare_methods import Case, Victims, train_locally
+from federated.phantoms.anatomy import chest_radiograph
 
 
 @functools.cache

@@ -15,10 +15,10 @@ from core.data.list_files import Sample, load_datalist, write_datalist
 from core.data.listed_images import ImageListDataset, chest_spec, load_image
 from core.errors import InputError
 from core.models.building import build_model
-from federated.anatomy import chest_radiograph
-from federated.make_phantoms import main as make_phantoms_command
-from federated.networks import network_spec
-from federated.phantoms import (
+from federated.experiment.make_phantoms import main as make_phantoms_command
+from federated.flare.networks import network_spec
+from federated.phantoms.anatomy import chest_radiograph
+from federated.phantoms.data_set import (
     BATCH_SIZES,
     SITE_SIZES,
     cached_phantoms,

@@ -12,8 +12,8 @@ from PIL import Image
 from audit.leakage import failed_report, measure_leakage, write_leakage
 from audit.similarity import ImageSimMetric
 from core.errors import InputError
-from federated import plot_rdlv_per_round, plot_rdlv_vs_gauss, plot_reconstructions
-from federated.runs import read_runs
+from federated.experiment import plot_rdlv_per_round, plot_rdlv_vs_gauss, plot_reconstructions
+from federated.experiment.runs import read_runs
 
 
 def make_run(folder: Path, sigma0: float, *, run_file: bool = True) -> Path:

@@ -22,12 +22,12 @@ import federated
 import nvflare_gradinv
 from audit.similarity import ImageSimMetric
 from core.errors import InputError
-from federated.gaussian_privacy import GaussianPrivacy, percentile_of_nonzero
-from federated.inverter import Inverter
-from federated.phantoms import LIST_PREFIX, make_phantoms
-from federated.rdlv_filter import RelativeDataLeakageValueFilter
-from federated.taps import GlobalModelTap
-from federated.withholding import DIVERGED, GLOBAL_WEIGHTS, ROUND, VANISHING_WEIGHT
+from federated.flare.gaussian_privacy import GaussianPrivacy, percentile_of_nonzero
+from federated.flare.inverter import Inverter
+from federated.flare.rdlv_filter import RelativeDataLeakageValueFilter
+from federated.flare.taps import GlobalModelTap
+from federated.flare.withholding import DIVERGED, GLOBAL_WEIGHTS, ROUND, VANISHING_WEIGHT
+from federated.phantoms.data_set import LIST_PREFIX, make_phantoms
 
 
 class Site:
@@ -393,7 +393,7 @@ def learner(phantoms: Path, tmp_path: Path) -> tuple[Any, FLContext]:
 
 
 def global_task(number: int = 0) -> Shareable:
-    from federated.global_model import global_model
+    from federated.flare.global_model import global_model
 
     weights = {name: v.numpy() for name, v in global_model().state_dict().items()}
     task = DXO(DataKind.WEIGHTS, data=weights).to_shareable()
@@ -449,8 +449,8 @@ def test_a_site_that_diverged_sends_nothing_and_says_why(phantoms: Path, tmp_pat
 def test_a_client_script_that_diverged_goes_on(phantoms: Path) -> None:
     from nvflare.app_common.abstract.fl_model import FLModel
 
-    from federated.client import answer
-    from federated.site_training import SiteSettings, SiteTraining
+    from federated.flare.client import answer
+    from federated.flare.site_training import SiteSettings, SiteTraining
 
     settings = SiteSettings(
         str(phantoms), str(phantoms / f"{LIST_PREFIX}9.json"), model_name="cnn", image_size=32,

@@ -71,7 +71,7 @@ COMPONENTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(("flag", "kind"), FLAGS.items())
 def test_flag(flag: str, kind: Any) -> None:
-    from federated.create_job_config import build_parser
+    from federated.experiment.create_job_config import build_parser
 
     action = build_parser()._option_string_actions[flag]
     assert (action.type or str) is kind
@@ -93,7 +93,7 @@ def test_every_argument_is_kept_under_its_name(tmp_path: Path) -> None:
     """NVFlare's job API writes a component's arguments from its attributes."""
     pytest.importorskip("nvflare", reason="needs pip install 'gradinvbench[federated]'")
     import federated
-    from federated.site_description import SiteDescription
+    from federated.flare.site_description import SiteDescription
 
     datalist = tmp_path / "list.json"
     datalist.write_text("{}")

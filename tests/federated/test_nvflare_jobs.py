@@ -15,8 +15,8 @@ from PIL import Image
 
 from core.data.list_files import Sample, write_datalist
 from core.errors import InputError
-from federated import create_job_config, recipe, simulate
-from federated.phantoms import BATCH_SIZES, CACHE_VARIABLE
+from federated.experiment import create_job_config, recipe, simulate
+from federated.phantoms.data_set import BATCH_SIZES, CACHE_VARIABLE
 
 
 @pytest.fixture(autouse=True)
@@ -235,7 +235,7 @@ def test_old_jobs_are_completed_in_a_copy(tmp_path: Path) -> None:
     simulate.prepare(simulate.read_job(tmp_path / "old"), tmp_path / "new")
     found = load(tmp_path, "new/server/config/config_fed_server.json")
     model = found["components"][0]["args"]["model"]
-    assert model["path"] == "federated.global_model.global_model"
+    assert model["path"] == "federated.flare.global_model.global_model"
     assert model["args"] == {"model_name": "resnet18", "num_class": 2, "image_size": 224}
     assert any((tmp_path / "new/server/custom").iterdir())
     assert path.read_text() == before
@@ -267,12 +267,12 @@ def test_the_recipe_exports_a_job_that_the_simulator_reads(tmp_path: Path) -> No
 def test_components_without_nvflare_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     import federated
 
-    for name in [name for name in sys.modules if name.startswith("federated.gaussian")]:
+    for name in [name for name in sys.modules if name.startswith("federated.flare.gaussian")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "nvflare", None)
     for name in [name for name in sys.modules if name.startswith("nvflare.")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delitem(sys.modules, "federated.withholding", raising=False)
+    monkeypatch.delitem(sys.modules, "federated.flare.withholding", raising=False)
     with pytest.raises(InputError, match=r"gradinvbench\[federated\]"):
         _ = federated.GaussianPrivacy
     assert federated.ImageSimMetric("ssim").names == ["ssim"]

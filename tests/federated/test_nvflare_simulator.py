@@ -17,9 +17,9 @@ import torch
 
 pytest.importorskip("nvflare", reason="needs pip install 'gradinvbench[federated]'")
 
-from federated import recipe, simulate
-from federated.global_model import global_model
-from federated.phantoms import CACHE_VARIABLE
+from federated.experiment import recipe, simulate
+from federated.flare.global_model import global_model
+from federated.phantoms.data_set import CACHE_VARIABLE
 from tests.federation import edit, make_job, run, started, wait_for
 
 # Five processes each: they take turns, and waiting counts.

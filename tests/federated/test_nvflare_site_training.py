@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from core.errors import InputError
-from federated.phantoms import LIST_PREFIX, make_phantoms
-from federated.site_training import (
+from federated.flare.site_training import (
     SiteSettings,
     SiteTraining,
     TrainingDiverged,
     TrainingStopped,
     scores,
 )
+from federated.phantoms.data_set import LIST_PREFIX, make_phantoms
 
 
 @pytest.fixture(scope="module")

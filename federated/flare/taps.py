@@ -10,7 +10,7 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 from nvflare.app_common.app_constant import AppConstants
 
-from federated.withholding import GLOBAL_WEIGHTS, ROUND
+from federated.flare.withholding import GLOBAL_WEIGHTS, ROUND
 
 
 class GlobalModelTap(Filter):

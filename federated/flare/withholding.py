@@ -133,7 +133,7 @@ def current_round(dxo: DXO, fl_ctx: FLContext) -> int:
     ):
         if number is not None:
             return int(number)
-    raise InputError("the round of the update is unknown: add federated.taps.GlobalModelTap")
+    raise InputError("the round of the update is unknown: add federated.flare.taps.GlobalModelTap")
 
 
 def withheld_update(dxo: DXO, fl_ctx: FLContext) -> DXO:

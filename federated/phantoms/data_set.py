@@ -20,7 +20,7 @@ from PIL import Image
 
 from core.data.list_files import Sample, write_datalist
 from core.errors import InputError
-from federated.anatomy import chest_radiograph
+from federated.phantoms.anatomy import chest_radiograph
 
 # Training images per site; 1361 in all.
 SITE_SIZES = {1: 8, 2: 32, 3: 128, 4: 512, 5: 8, 6: 32, 7: 128, 8: 512, 9: 1}

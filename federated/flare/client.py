@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from federated.site_training import SiteSettings, SiteTraining, TrainingDiverged
+from federated.flare.site_training import SiteSettings, SiteTraining, TrainingDiverged
 
 if TYPE_CHECKING:
     from nvflare.app_common.abstract.fl_model import FLModel
@@ -60,7 +60,7 @@ def answer(site: SiteTraining, model: FLModel) -> FLModel:
     from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
     from nvflare.app_common.app_constant import AppConstants
 
-    from federated.withholding import diverged_meta
+    from federated.flare.withholding import diverged_meta
 
     site.load(model.params)
     valid = site.evaluate(site.valid_images)

@@ -17,14 +17,14 @@ from nvflare.app_common.app_constant import AppConstants, ModelName, ValidateTyp
 from audit.updates import LocalUpdate
 from core.errors import InputError
 from core.storage import load_checkpoint, save_checkpoint
-from federated.site_training import (
+from federated.flare.site_training import (
     Scores,
     SiteSettings,
     SiteTraining,
     TrainingDiverged,
     TrainingStopped,
 )
-from federated.withholding import WITHHELD, diverged_meta
+from federated.flare.withholding import WITHHELD, diverged_meta
 
 
 class CXRLearner(Learner):
@@ -45,7 +45,7 @@ class CXRLearner(Learner):
         train_set: Section of the list to train on.
         valid_set: Section to validate on.
         test_set: Section to test on; may be absent.
-        model_name: The network, see `federated.networks`.
+        model_name: The network, see `federated.flare.networks`.
         num_class: Number of classes.
         cache_rate: Share of the images kept in memory.
         seed: Of the order of the images.

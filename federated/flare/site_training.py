@@ -21,7 +21,7 @@ from core.data.list_files import Sample, load_datalist
 from core.data.listed_images import ImageListDataset, chest_spec
 from core.errors import InputError
 from core.models.building import ModelSpec, build_model
-from federated.networks import network_spec
+from federated.flare.networks import network_spec
 
 Weights = Mapping[str, np.ndarray]
 # After this many local epochs the learning rate falls to a tenth, as published.
@@ -37,7 +37,7 @@ class SiteSettings:
     Attributes:
         data_root: Folder that the list's paths start from.
         dataset_json: The site's data list.
-        model_name: The network, see `federated.networks`.
+        model_name: The network, see `federated.flare.networks`.
         num_class: Number of classes.
         image_size: Side in pixels.
         batch_size: Images per local step; a smaller site takes what it has.

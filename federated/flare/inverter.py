@@ -21,7 +21,7 @@ from audit.settings import InversionSettings, load_inversion_settings
 from audit.updates import LocalUpdate
 from core.data.listed_images import load_image
 from core.errors import InputError
-from federated.withholding import GLOBAL_WEIGHTS, current_round
+from federated.flare.withholding import GLOBAL_WEIGHTS, current_round
 
 
 class Inverter(FLComponent, ABC):
@@ -127,7 +127,8 @@ class GradInversionInverter(Inverter):
         if not isinstance(learner, KnowsTraining):
             raise InputError(
                 f"learner_name {self.learner_name!r}: the job has no such component that knows "
-                "the local training (a CXRLearner, or federated.site_description.SiteDescription)"
+                "the local training (a CXRLearner, or "
+                "federated.flare.site_description.SiteDescription)"
             )
         if hasattr(learner, "observe"):
             learner.observe(fl_ctx.get_prop(GLOBAL_WEIGHTS), current_round(dxo, fl_ctx))

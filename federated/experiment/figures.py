@@ -12,7 +12,7 @@ import numpy as np
 from audit.leakage import LeakageRecord
 from core.errors import InputError
 from core.storage import atomic_file
-from federated.runs import Run
+from federated.experiment.runs import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

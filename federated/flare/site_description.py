@@ -10,13 +10,13 @@ from nvflare.apis.fl_component import FLComponent
 
 from audit.updates import LocalUpdate
 from core.errors import InputError
-from federated.site_training import SiteSettings, SiteTraining
+from federated.flare.site_training import SiteSettings, SiteTraining
 
 
 class SiteDescription(FLComponent):
     """Stands in for a learner where the training script runs outside of NVFlare's classes.
 
-    Give it the settings of `federated.client`, and add a `GlobalModelTap`.
+    Give it the settings of `federated.flare.client`, and add a `GlobalModelTap`.
 
     Args:
         data_root: Folder that the list's paths start from.
@@ -72,7 +72,9 @@ class SiteDescription(FLComponent):
             InputError: No tap has seen the global weights.
         """
         if self._weights is None:
-            raise InputError("the global weights are unknown: add federated.taps.GlobalModelTap")
+            raise InputError(
+                "the global weights are unknown: add federated.flare.taps.GlobalModelTap"
+            )
         return self._training().local_update(change, self._weights, self._round, bn_momentum)
 
     def public_images(self) -> torch.Tensor:

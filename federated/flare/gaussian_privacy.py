@@ -11,7 +11,7 @@ from nvflare.apis.dxo import DXO
 from nvflare.apis.fl_context import FLContext
 
 from core.errors import InputError
-from federated.withholding import FailClosedFilter, WithheldError
+from federated.flare.withholding import FailClosedFilter, WithheldError
 
 
 class GaussianPrivacy(FailClosedFilter):

@@ -18,8 +18,8 @@ from core.data.list_files import load_datalist
 from core.data.listed_images import ImageListDataset, load_image
 from core.errors import InputError
 from core.records import provenance
-from federated.inverter import Inverter
-from federated.withholding import FailClosedFilter, WithheldError, current_round
+from federated.flare.inverter import Inverter
+from federated.flare.withholding import FailClosedFilter, WithheldError, current_round
 
 TRAIN_SET = "training"
 # Other patients come from the first of these that a list has. The attack may know the

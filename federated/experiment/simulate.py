@@ -1,0 +1,426 @@
+"""Command: run a job folder in NVFlare's simulator and say whether all of it worked.
+
+python -m federated.simulate 1 jobs/cxr_1client exp1
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core.errors import InputError, exit_status
+
+WORKSPACES = Path("results") / "federated"
+RUN_NAME = "simulate_job"
+FINAL_MODEL = "FL_global_model.pt"
+REPOSITORY = Path(__file__).resolve().parents[2]
+MONAI_NETWORK = "monai.networks.nets.torchvision_fc.TorchVisionFCModel"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m federated.simulate",
+        description="Run a job folder in NVFlare's simulator, every client in its own process.",
+    )
+    parser.add_argument("n_clients", type=int, help="number of clients in the job")
+    parser.add_argument("job", type=Path, help="job folder, see federated.create_job_config")
+    parser.add_argument("exp_name", help="name of the run's folder")
+    parser.add_argument(
+        "--workspaces", type=Path, default=WORKSPACES, help="folder for runs (default: %(default)s)"
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status: 1 if the run left something out."""
+    args = build_parser().parse_args(arguments)
+    missing: list[str] = []
+    status = exit_status(lambda: missing.extend(_run(args)))
+    for what in missing:
+        print(f"error: {what}", file=sys.stderr)
+    return status or int(bool(missing))
+
+
+def _run(args: argparse.Namespace) -> list[str]:
+    job = read_job(args.job)
+    if args.n_clients != len(job.sites):
+        raise InputError(
+            f"{args.n_clients} clients: the job {args.job} is for {len(job.sites)} "
+            f"({', '.join(job.sites)})"
+        )
+    if Path(args.exp_name).name != args.exp_name:
+        raise InputError(f"{args.exp_name!r}: must be the name of a folder, not a path")
+    require_nvflare()
+    workspace = (args.workspaces / args.exp_name).resolve()
+    print(f"{len(job.sites)} clients, workspace {workspace}", flush=True)
+    simulate(job, workspace)
+    missing = missing_results(job, workspace)
+    if not missing:
+        write_run(job, workspace)
+    print_results(workspace)
+    return missing
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job folder.
+
+    Attributes:
+        folder: Where it is.
+        apps: App folder by site, the server's included.
+        num_rounds: Rounds of the federation; None where the job does not say.
+        evaluates: Whether models are validated across sites at the end.
+    """
+
+    folder: Path
+    apps: Mapping[str, Path]
+    num_rounds: int | None
+    evaluates: bool
+
+    @property
+    def sites(self) -> list[str]:
+        """The clients."""
+        return [site for site in self.apps if site != "server"]
+
+    def client(self, site: str) -> dict[str, Any]:
+        """A client's configuration."""
+        return read_json(self.apps[site] / "config" / "config_fed_client.json")
+
+
+def read_job(folder: Path) -> Job:
+    """Read a job folder.
+
+    Raises:
+        InputError: It is none.
+    """
+    if not (folder / "meta.json").is_file():
+        raise InputError(f"{folder} is no job folder: there is no meta.json")
+    deploy = read_json(folder / "meta.json").get("deploy_map", {})
+    apps = {site: folder / app for app, sites in deploy.items() for site in sites}
+    if "server" not in apps or len(apps) < 2:
+        raise InputError(f"{folder}/meta.json: deploy_map must name the server and clients")
+    for app in apps.values():
+        if not (app / "config").is_dir():
+            raise InputError(f"{folder}/meta.json names the app {app.name}, which is not there")
+    server = read_json(apps["server"] / "config" / "config_fed_server.json")
+    return Job(folder, apps, _rounds(server), _evaluates(server))
+
+
+def _rounds(server: Mapping[str, Any]) -> int | None:
+    for workflow in server.get("workflows", []):
+        found = _value(workflow.get("args", {}).get("num_rounds"), server)
+        if isinstance(found, int):
+            return found
+    return None
+
+
+def _evaluates(server: Mapping[str, Any]) -> bool:
+    workflows = server.get("workflows", [])
+    return any("Eval" in str(w.get("path") or w.get("name")) for w in workflows)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        InputError: Names the file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"there is no file {path}") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is a JSON {type(content).__name__}, not an object")
+    return content
+
+
+def require_nvflare() -> None:
+    """Refuse to go on without NVFlare.
+
+    Raises:
+        InputError: With what to install.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("nvflare") is None:
+        raise InputError(
+            "running a federation needs NVFlare: pip install 'gradinvbench[federated]'"
+        )
+
+
+def simulate(job: Job, workspace: Path) -> None:
+    """Run a job in the simulator; its output goes to the terminal and `simulator.log`.
+
+    Args:
+        job: What to run; its folder stays as it is.
+        workspace: Folder of this run; a former run there is replaced.
+
+    Raises:
+        InputError: A path with spaces, at which NVFlare's simulator fails.
+    """
+    if any(character.isspace() for character in str(workspace)):
+        raise InputError(f"workspace {workspace}: NVFlare's simulator needs a path without spaces")
+    if workspace.exists():
+        shutil.rmtree(workspace)
+    prepared = prepare(job, workspace / "job")
+    command = simulator_command(prepared, workspace / "run", job.sites, count_gpus())
+    with open(workspace / "simulator.log", "wb") as log:
+        process = subprocess.Popen(
+            command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        # `timeout` and schedulers end a command so; its clients have to end with it.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                log.write(line)
+                sys.stdout.buffer.write(line)
+                sys.stdout.buffer.flush()
+            process.wait()
+        except BaseException:
+            stop(process)
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def simulator_command(prepared: Path, run: Path, sites: Sequence[str], n_gpus: int) -> list[str]:
+    """The simulator's command line.
+
+    Args:
+        prepared: The job's folder, see `prepare`.
+        run: Where the simulator works.
+        sites: Names of the clients; each has a thread of its own, fewer make it crawl.
+        n_gpus: GPUs to spread them over; 0 for the CPU.
+    """
+    return [
+        *(sys.executable, "-m", "nvflare.private.fed.app.simulator.simulator", str(prepared)),
+        *("-w", str(run), "-c", ",".join(sites), "-t", str(len(sites))),
+        *gpu_arguments(len(sites), n_gpus),
+    ]
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End the simulator with its clients, which are process groups of their own."""
+    children = descendants(process.pid)
+    process.terminate()
+    for pid in children:
+        try:
+            os.kill(pid, signal.SIGTERM)
+        except ProcessLookupError:
+            continue
+    process.wait()
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes below a process, where the system lists them (Linux)."""
+    found: list[int] = []
+    for path in Path("/proc").glob(f"{pid}/task/*/children"):
+        for child in map(int, path.read_text().split()):
+            found += [child, *descendants(child)]
+    return found
+
+
+def prepare(job: Job, target: Path) -> Path:
+    """A copy of a job folder that this NVFlare can run.
+
+    NVFlare 2.9 loads classes from outside its own package only for apps with a `custom`
+    folder, which older job folders lack; and MONAI's wrapper of torchvision's networks,
+    which they name at the server, becomes the network itself.
+
+    Args:
+        job: The job.
+        target: The copy's folder.
+
+    Returns:
+        `target`.
+    """
+    from core.storage import write_text
+    from federated.experiment.create_job_config import CUSTOM_NOTE
+
+    shutil.copytree(job.folder, target)
+    for app in {path.name for path in job.apps.values()}:
+        custom = target / app / "custom"
+        if not custom.is_dir() or not any(custom.iterdir()):
+            write_text(custom / "README.txt", CUSTOM_NOTE)
+    path = target / job.apps["server"].name / "config" / "config_fed_server.json"
+    write_text(path, json.dumps(without_monai(read_json(path)), indent=4) + "\n")
+    return target
+
+
+def without_monai(value: Any) -> Any:
+    """A configuration in which torchvision's networks stand for MONAI's wrappers of them."""
+    if isinstance(value, list):
+        return [without_monai(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value.get("path") != MONAI_NETWORK:
+        return {key: without_monai(item) for key, item in value.items()}
+    given = value.get("args", {})
+    names = {"model_name": given.get("model_name", "resnet18")}
+    sizes = {"num_class": given.get("num_classes", 1), "image_size": 224}
+    return {"path": "federated.flare.global_model.global_model", "args": {**names, **sizes}}
+
+
+def count_gpus() -> int:
+    """GPUs that NVFlare's simulator may use."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or shutil.which("nvidia-smi") is None:
+        return 0
+    found = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
+    return (
+        0 if found.returncode else sum(line.startswith("GPU") for line in found.stdout.split("\n"))
+    )
+
+
+def gpu_arguments(n_clients: int, n_gpus: int) -> list[str]:
+    """Simulator flags that spread clients over GPUs evenly; none without GPUs."""
+    if not n_gpus:
+        return []
+    return ["--gpu", ",".join(str(client % n_gpus) for client in range(n_clients))]
+
+
+def environment() -> dict[str, str]:
+    """For the simulator: this repository importable, one thread per client, determinism.
+
+    Clients that each take every core spend their time waiting for each other.
+    """
+    paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+    return {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+    }
+
+
+# --- Results ------------------------------------------------------------------------
+
+
+def run_folder(workspace: Path, site: str) -> Path:
+    """A site's folder of the run."""
+    return workspace / "run" / site / RUN_NAME
+
+
+def app_folder(workspace: Path, site: str) -> Path:
+    """A site's app in the run, where its results are."""
+    return run_folder(workspace, site) / f"app_{site}"
+
+
+def cross_validation(workspace: Path) -> dict[str, Any]:
+    """Scores by site and model; empty if there are none."""
+    path = run_folder(workspace, "server") / "cross_site_val" / "cross_val_results.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def missing_results(job: Job, workspace: Path) -> list[str]:
+    """What a complete run would have left; NVFlare's own status says nothing about it."""
+    missing = []
+    if not (app_folder(workspace, "server") / FINAL_MODEL).is_file():
+        missing.append(f"the federation left no {FINAL_MODEL}; see {workspace / 'simulator.log'}")
+    for site in job.sites:
+        if job.evaluates and site not in cross_validation(workspace):
+            missing.append(f"{site} left no cross-site validation")
+        for number in measured_rounds(job, site):
+            if not (app_folder(workspace, site) / f"leakage_round{number}.json").is_file():
+                missing.append(f"{site} left no leakage result of round {number}")
+    return missing
+
+
+def measured_rounds(job: Job, site: str) -> list[int]:
+    """The rounds in which a site measures leakage."""
+    content = job.client(site)
+    for chain in content.get("task_result_filters", []):
+        for component in chain.get("filters", []):
+            if str(component.get("path", "")).endswith("RelativeDataLeakageValueFilter"):
+                given = component.get("args", {})
+                every = _value(given.get("frequency", 1), content)
+                start = _value(given.get("start_round", 0), content)
+                return [n for n in range(start, job.num_rounds or 0) if n % every == 0]
+    return []
+
+
+def _value(value: Any, content: Mapping[str, Any]) -> Any:
+    """A value, or that of the variable it names."""
+    return content.get(value.strip("{}")) if isinstance(value, str) else value
+
+
+def write_run(job: Job, workspace: Path, **details: Any) -> Path:
+    """Write the run's record, which the figures read.
+
+    Args:
+        job: What ran.
+        workspace: Where.
+        details: More for the record; wins over what is found here.
+
+    Returns:
+        The file, `run.json`.
+    """
+    import torch
+
+    from core.records import provenance
+    from core.storage import write_json
+    from federated.experiment.runs import RUN_FILE, configured_noise
+
+    config = job.apps[job.sites[0]] / "config" / "config_fed_client.json"
+    device = torch.device("cuda" if count_gpus() and torch.cuda.is_available() else "cpu")
+    scores = cross_validation(workspace)
+    record = {
+        "sigma0": configured_noise(config),
+        "n_clients": len(job.sites),
+        "num_rounds": job.num_rounds,
+        "test_accuracy": _mean_accuracy(scores, f"SRV_{FINAL_MODEL}"),
+        "best_test_accuracy": _mean_accuracy(scores, f"SRV_best_{FINAL_MODEL}"),
+        "leakage": measured_leakage(workspace),
+        "provenance": provenance(device, seed=0),
+    }
+    write_json(workspace / RUN_FILE, {**record, **details})
+    return workspace / RUN_FILE
+
+
+def measured_leakage(workspace: Path) -> list[dict[str, Any]]:
+    """What every site measured in every round, as far as tables need it."""
+    from audit.leakage import read_leakage
+
+    try:
+        records = read_leakage(workspace)
+    except InputError:
+        return []
+    keys = ("site", "round", "rdlv", "images", "decision", "statement")
+    return [{key: record.content[key] for key in keys} for record in records]
+
+
+def _mean_accuracy(scores: Mapping[str, Any], model: str) -> float | None:
+    """Of one model at all sites that tested it."""
+    found = [site[model].get("test_accuracy") for site in scores.values() if model in site]
+    known = [value for value in found if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def print_results(workspace: Path) -> None:
+    """Print scores and leakage."""
+    from audit.leakage import read_leakage
+
+    print("cross-site validation:")
+    print(json.dumps(cross_validation(workspace), indent=2))
+    try:
+        records = read_leakage(workspace)
+    except InputError:
+        return
+    print("leakage:")
+    for record in records:
+        value = "unknown" if record.rdlv is None else f"{record.rdlv:+.3f}"
+        withheld = f": withheld, {record.reason}" if record.decision == "withhold" else ""
+        print(f"  {record.site} round {record.round_number}: RDLV {value}{withheld}")

@@ -1,0 +1,1 @@
+"""Procedural chest radiographs, for trials that need no patient."""
