@@ -10,7 +10,7 @@ __all__ = ["load_results"]
 def __getattr__(name: str) -> Any:
     """Import `load_results` when it is asked for: `--help` shall not wait for torch."""
     if name == "load_results":
-        from benchmarks.results import load_results
+        from benchmarks.show.results import load_results
 
         return load_results
     raise AttributeError(f"module {__name__} has no attribute {name}")

@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from benchmarks.cells import ROOT, in_order
-from benchmarks.executor import Executor, LocalExecutor, visible_gpus
-from benchmarks.grid import Grid, Status
-from benchmarks.progress import Progress
-from benchmarks.results import DEFAULT_STORE, TableResult, collect
-from benchmarks.stages import STAGES
-from benchmarks.store import Store
-from benchmarks.tables import PRESETS, Table, find_table, load_table, table_files
+from benchmarks.declare.tables import PRESETS, Table, find_table, load_table, table_files
+from benchmarks.run.cells import ROOT, in_order
+from benchmarks.run.executor import Executor, LocalExecutor, visible_gpus
+from benchmarks.run.grid import Grid, Status
+from benchmarks.run.progress import Progress
+from benchmarks.run.stages import STAGES
+from benchmarks.run.store import Store
+from benchmarks.show.results import DEFAULT_STORE, TableResult, collect
 from core.errors import InputError, exit_status
 from core.storage import write_json, write_text
 
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit status is 1 when cells failed, 2 on bad input."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] in (["leaderboard"], ["submit"]):
-        from benchmarks import leaderboard
+        from benchmarks.show import leaderboard
 
         return leaderboard.main(words)
     args = build_parser().parse_args(words)
@@ -165,7 +165,7 @@ def _compute(table: Table, store: Store, args: argparse.Namespace) -> dict[str, 
 
 def _executor(args: argparse.Namespace) -> Executor:
     if args.executor == "ray":
-        from benchmarks.ray_executor import RayExecutor
+        from benchmarks.run.ray_executor import RayExecutor
 
         return RayExecutor(args.address, args.gpus_per_cell, args.jobs, args.shared_data)
     gpus = visible_gpus()
@@ -180,7 +180,7 @@ def write_outputs(result: TableResult, store: Store, folder: Path) -> None:
         store: Where its cells are.
         folder: Where to; made if missing.
     """
-    from benchmarks import figures, render, report
+    from benchmarks.show import figures, render, report
 
     text = render.to_text_table(result)
     name = result.table.name
@@ -194,7 +194,7 @@ def write_outputs(result: TableResult, store: Store, folder: Path) -> None:
 
 
 def _show(result: TableResult, statuses: dict[str, Status], folder: Path, quiet: bool) -> None:
-    from benchmarks import render
+    from benchmarks.show import render
 
     print(render.to_terminal(render.to_text_table(result)))
     if not quiet:

@@ -6,10 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import TableResult, collect
-from benchmarks.stages import STAGES
-from benchmarks.store import Store
-from benchmarks.tables import Table, load_table
+from benchmarks.declare.tables import Table, load_table
+from benchmarks.run.stages import STAGES
+from benchmarks.run.store import Store
+from benchmarks.show.results import TableResult, collect
 
 TABLE = """
 title: Two defenses & a <broken> one

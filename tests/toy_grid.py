@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import Cell, Input
-from benchmarks.executor import LocalExecutor
-from benchmarks.grid import Grid
-from benchmarks.progress import Progress
-from benchmarks.stages import Stage
-from benchmarks.store import Store
+from benchmarks.run.cells import Cell, Input
+from benchmarks.run.executor import LocalExecutor
+from benchmarks.run.grid import Grid
+from benchmarks.run.progress import Progress
+from benchmarks.run.stages import Stage
+from benchmarks.run.store import Store
 
 COMMAND = str(Path(__file__).with_name("toy_command.py"))
 TOY = Stage(

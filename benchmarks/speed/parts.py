@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.cells import ROOT, Cell
-from benchmarks.executor import Job, LocalExecutor
+from benchmarks.run.cells import ROOT, Cell
+from benchmarks.run.executor import Job, LocalExecutor
+from benchmarks.run.stages import Stage
 from benchmarks.speed import metrics
 from benchmarks.speed.timing import interleaved, medians
-from benchmarks.stages import Stage
 from core.models.building import ModelSpec, build_model
 from training.privacy import PerSampleClipping
 

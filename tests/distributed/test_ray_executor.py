@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.executor import Outcome
-from benchmarks.grid import Status
-from benchmarks.results import load_results
-from benchmarks.store import Store
+from benchmarks.run.executor import Outcome
+from benchmarks.run.grid import Status
+from benchmarks.run.store import Store
+from benchmarks.show.results import load_results
 from core.errors import InputError
 from tests.toy_grid import TOY, grid, toy
 
@@ -29,7 +29,7 @@ def cluster() -> Iterator[Any]:
 
 
 def executor(cluster: Any, **options: Any) -> Any:
-    from benchmarks.ray_executor import RayExecutor
+    from benchmarks.run.ray_executor import RayExecutor
 
     return RayExecutor(address=cluster.address, code=("training", "tests"), **options)
 
@@ -75,7 +75,7 @@ def test_a_grid_survives_the_loss_of_a_node_with_the_same_numbers(
 def test_what_a_cell_says_and_saves_arrives_while_it_runs(
     cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from benchmarks import ray_worker
+    from benchmarks.run import ray_worker
 
     monkeypatch.setattr(ray_worker, "SAVE_SECONDS", 0.5)
     cell = toy(value=1, sleep=6)

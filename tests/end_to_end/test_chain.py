@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cells import ROOT
-from benchmarks.results import load_results
+from benchmarks.run.cells import ROOT
+from benchmarks.show.results import load_results
 
 TABLE = """
 title: A chain in miniature

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cells import ROOT, Cell, code_version, hash_json, in_order
-from benchmarks.executor import LocalExecutor
-from benchmarks.grid import Status
-from benchmarks.results import load_results
-from benchmarks.store import Store
+from benchmarks.run.cells import ROOT, Cell, code_version, hash_json, in_order
+from benchmarks.run.executor import LocalExecutor
+from benchmarks.run.grid import Status
+from benchmarks.run.store import Store
+from benchmarks.show.results import load_results
 from tests.toy_grid import TOY, grid, toy
 
 # The toy command knows no launch flags.
@@ -153,7 +153,7 @@ def test_results_are_a_data_frame(store: Store) -> None:
 
 HARNESS = """
 from pathlib import Path
-from benchmarks.store import Store
+from benchmarks.run.store import Store
 from tests.toy_grid import grid, toy
 root = Path({root!r})
 base = toy(value=1, sleep={sleep}, runs=str(root / "runs"))

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.columns import find_column
-from benchmarks.leaderboard import (
+from benchmarks.declare.columns import find_column
+from benchmarks.show.leaderboard import (
     FOLDER,
     _ensemble_table,
     build_parser,

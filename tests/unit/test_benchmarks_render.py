@@ -12,14 +12,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.charts import _looks, heatmap
-from benchmarks.columns import find_column
 from benchmarks.command import write_outputs
-from benchmarks.figures import _distinct_slugs
-from benchmarks.render import to_csv, to_json, to_latex, to_markdown, to_terminal, to_text_table
-from benchmarks.results import TableResult, collect
-from benchmarks.statistics import bootstrap_interval, summarize
-from benchmarks.store import Store
+from benchmarks.declare.columns import find_column
+from benchmarks.run.store import Store
+from benchmarks.show.charts import _looks, heatmap
+from benchmarks.show.figures import _distinct_slugs
+from benchmarks.show.render import (
+    to_csv,
+    to_json,
+    to_latex,
+    to_markdown,
+    to_terminal,
+    to_text_table,
+)
+from benchmarks.show.results import TableResult, collect
+from benchmarks.show.statistics import bootstrap_interval, summarize
 from tests.browser import Page, find_browser
 from tests.example_results import TABLE, example, fill, load
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cells import in_order
-from benchmarks.stages import STAGES
-from benchmarks.tables import PRESETS, find_table, load_table, table_files
+from benchmarks.declare.tables import PRESETS, find_table, load_table, table_files
+from benchmarks.run.cells import in_order
+from benchmarks.run.stages import STAGES
 from core.errors import InputError
 from tests.example_results import ANY_FLAG, TABLE, load, write_table
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks import equal_time
-from benchmarks.equal_time import main, recorded_rows
-from benchmarks.equal_time_report import render_summary
+from benchmarks.speed import equal_time
+from benchmarks.speed.equal_time import main, recorded_rows
+from benchmarks.speed.equal_time_report import render_summary
 from core.errors import InputError
 from core.models.building import ModelSpec
 from gradients.checkpoint import save_target

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import Cell, code_version
+from benchmarks.run.cells import Cell, code_version
 
 # Not a flag of the commands: how many processes share the work of the cell.
 PROCESSES = "processes"
@@ -146,7 +146,7 @@ STAGES: dict[str, Stage] = {
             rooms=("core", "training", "gradients", "attack", "audit", "federated"),
             outputs=lambda folder: {"workspace": str(folder)},
             record="run.json",
-            parser=_parser_of("federated.recipe"),
+            parser=_parser_of("federated.experiment.recipe"),
             distributed=False,
         ),
     )

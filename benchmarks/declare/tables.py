@@ -39,12 +39,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import Cell, Input, hash_json
-from benchmarks.stages import PROCESSES, STAGES, Stage, make_cell
-from benchmarks.yaml_lines import Document, read_yaml
+from benchmarks.declare.yaml_lines import Document, read_yaml
+from benchmarks.run.cells import Cell, Input, hash_json
+from benchmarks.run.stages import PROCESSES, STAGES, Stage, make_cell
 from core.errors import InputError
 
-TABLES = Path(__file__).resolve().parent / "tables"
+TABLES = Path(__file__).resolve().parents[1] / "tables"
 PRESETS = ("embedded", "small", "paper")
 DEFAULT_DATA = "photo-patches"
 
@@ -100,8 +100,8 @@ class Table:
         folders: Folders of data sets by the name that configurations use.
         axes: Axis names in order.
         rows: In order.
-        columns: Names of columns (`benchmarks.columns`).
-        figures: Names of figures (`benchmarks.figures`).
+        columns: Names of columns (`benchmarks.declare.columns`).
+        figures: Names of figures (`benchmarks.show.figures`).
         chain: Stages in order.
         data: Name of the data set that was asked for instead of the preset's; else empty.
         pivot: For the axis whose values are shown side by side, the columns that are shown
@@ -556,8 +556,8 @@ def _check_types(document: Document, raw: dict[Any, Any], place: tuple[Any, ...]
 
 
 def _check_names(document: Document, raw: dict[Any, Any]) -> None:
-    from benchmarks.columns import COLUMNS, is_known
-    from benchmarks.figures import FIGURES
+    from benchmarks.declare.columns import COLUMNS, is_known
+    from benchmarks.show.figures import FIGURES
 
     for index, name in enumerate(raw["columns"]):
         if not is_known(str(name)):

@@ -11,11 +11,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import Cell
-from benchmarks.columns import View, dig
-from benchmarks.render import DASH, TextTable, to_text_table
-from benchmarks.results import Line, RowResult, ShownColumn, TableResult
-from benchmarks.store import Store
+from benchmarks.declare.columns import View, dig
+from benchmarks.run.cells import Cell
+from benchmarks.run.store import Store
+from benchmarks.show.render import DASH, TextTable, to_text_table
+from benchmarks.show.results import Line, RowResult, ShownColumn, TableResult
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 # Numbers of a result that are tables of their own and would drown the rest.

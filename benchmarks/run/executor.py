@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from benchmarks.cells import ROOT, Cell
-from benchmarks.stages import PROCESSES, Stage
+from benchmarks.run.cells import ROOT, Cell
+from benchmarks.run.stages import PROCESSES, Stage
 
 LOG_TAIL = 4000
 GRACE_SECONDS = 10.0

@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.canvas import save, subplots
-from benchmarks.columns import dig, find_column, measured_leakage
-from benchmarks.report import Picture
-from benchmarks.results import RowResult, TableResult
-from benchmarks.statistics import Summary, summarize
-from benchmarks.store import Store
+from benchmarks.declare.columns import dig, find_column, measured_leakage
+from benchmarks.run.store import Store
+from benchmarks.show.canvas import save, subplots
+from benchmarks.show.report import Picture
+from benchmarks.show.results import RowResult, TableResult
+from benchmarks.show.statistics import Summary, summarize
 
 LEAKAGE = "ssim"
 UTILITY = "validation accuracy"

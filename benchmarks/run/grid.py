@@ -8,11 +8,11 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from benchmarks.cells import Cell, in_order
-from benchmarks.executor import Executor, Job, Outcome
-from benchmarks.progress import Progress
-from benchmarks.stages import Stage
-from benchmarks.store import Store
+from benchmarks.run.cells import Cell, in_order
+from benchmarks.run.executor import Executor, Job, Outcome
+from benchmarks.run.progress import Progress
+from benchmarks.run.stages import Stage
+from benchmarks.run.store import Store
 
 POLL_SECONDS = 0.1
 

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.columns import View
-from benchmarks.results import Line, RowResult, ShownColumn, TableResult
-from benchmarks.statistics import Summary
-from benchmarks.tables import Table
+from benchmarks.declare.columns import View
+from benchmarks.declare.tables import Table
+from benchmarks.show.results import Line, RowResult, ShownColumn, TableResult
+from benchmarks.show.statistics import Summary
 
 DASH = "–"
 PUBLISHED = "published"

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks import charts
-from benchmarks.canvas import save, subplots
-from benchmarks.cells import Cell
-from benchmarks.columns import dig
-from benchmarks.report import Picture
-from benchmarks.results import RowResult, TableResult
-from benchmarks.store import Store
+from benchmarks.declare.columns import dig
+from benchmarks.run.cells import Cell
+from benchmarks.run.store import Store
+from benchmarks.show import charts
+from benchmarks.show.canvas import save, subplots
+from benchmarks.show.report import Picture
+from benchmarks.show.results import RowResult, TableResult
 from core.storage import load_checkpoint
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ray_worker
-from benchmarks.cells import ROOT
-from benchmarks.executor import Job, Outcome, describe_failure, processes_of
-from benchmarks.ray_worker import HERE, Mailbox, pack, run_cell, unpack
+from benchmarks.run import ray_worker
+from benchmarks.run.cells import ROOT
+from benchmarks.run.executor import Job, Outcome, describe_failure, processes_of
+from benchmarks.run.ray_worker import HERE, Mailbox, pack, run_cell, unpack
 from core.errors import InputError
 
 CODE = ("core", "training", "gradients", "attack", "audit", "federated", "main_run.py")

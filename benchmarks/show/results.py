@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.cells import ROOT, Cell
-from benchmarks.columns import Column, Run, View, dig, find_view
-from benchmarks.statistics import Summary, summarize
-from benchmarks.store import Store
-from benchmarks.tables import Row, Table
+from benchmarks.declare.columns import Column, Run, View, dig, find_view
+from benchmarks.declare.tables import Row, Table
+from benchmarks.run.cells import ROOT, Cell
+from benchmarks.run.store import Store
+from benchmarks.show.statistics import Summary, summarize
 
 if TYPE_CHECKING:
     import pandas as pd

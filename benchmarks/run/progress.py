@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from benchmarks.cells import Cell
-from benchmarks.executor import Job, last_words
+from benchmarks.run.cells import Cell
+from benchmarks.run.executor import Job, last_words
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -21,17 +21,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.cells import ROOT, Cell
-from benchmarks.columns import dig
-from benchmarks.render import TextTable, to_markdown, to_terminal
-from benchmarks.results import DEFAULT_STORE, RowResult, TableResult, collect
-from benchmarks.statistics import Summary, summarize
+from benchmarks.declare.columns import dig
+from benchmarks.run.cells import ROOT, Cell
+from benchmarks.show.render import TextTable, to_markdown, to_terminal
+from benchmarks.show.results import DEFAULT_STORE, RowResult, TableResult, collect
+from benchmarks.show.statistics import Summary, summarize
 from core.errors import InputError, exit_status
 from core.storage import write_json, write_text
 
 if TYPE_CHECKING:
-    from benchmarks.store import Store
-    from benchmarks.tables import Table
+    from benchmarks.declare.tables import Table
+    from benchmarks.run.store import Store
 
 FOLDER = ROOT / "results" / "leaderboard"
 SCHEMA_VERSION = 1
@@ -199,7 +199,7 @@ def _entry_texts(entry: Mapping[str, Any]) -> list[str]:
 
 def to_html(tables: Iterable[TextTable]) -> str:
     """A page that needs no other file."""
-    from benchmarks.report import ASSETS, plain_table
+    from benchmarks.show.report import ASSETS, plain_table
 
     css = (ASSETS / "report.css").read_text(encoding="utf-8")
     body = "\n".join(plain_table(table) for table in tables)
@@ -213,8 +213,8 @@ def to_html(tables: Iterable[TextTable]) -> str:
 
 def submit(args: argparse.Namespace) -> None:
     """Write the entry of a defense: computed here by all attacks, or from a table."""
-    from benchmarks.store import Store
-    from benchmarks.tables import find_table, load_table
+    from benchmarks.declare.tables import find_table, load_table
+    from benchmarks.run.store import Store
 
     store = Store(args.store.resolve())
     if args.apply is not None:
@@ -239,7 +239,7 @@ def submit(args: argparse.Namespace) -> None:
 def _ensemble_table(args: argparse.Namespace) -> Table:
     """The leaderboard's table with this defense as its only row."""
     from attack.knowledge.threat_models import find_threat
-    from benchmarks.tables import find_table, load_table
+    from benchmarks.declare.tables import find_table, load_table
     from core.plugins import import_plugin
     from gradients.defenses import parse_defenses
 
@@ -257,10 +257,10 @@ def _ensemble_table(args: argparse.Namespace) -> Table:
 
 
 def _compute(table: Table, store: Store, args: argparse.Namespace) -> None:
-    from benchmarks.executor import LocalExecutor, visible_gpus
-    from benchmarks.grid import Grid
-    from benchmarks.progress import Progress
-    from benchmarks.stages import STAGES
+    from benchmarks.run.executor import LocalExecutor, visible_gpus
+    from benchmarks.run.grid import Grid
+    from benchmarks.run.progress import Progress
+    from benchmarks.run.stages import STAGES
 
     executor = LocalExecutor(args.jobs, visible_gpus(), os.cpu_count())
     progress = Progress(table.labels(), args.quiet)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import Cell
+from benchmarks.run.cells import Cell
 from core.errors import InputError
 from core.storage import write_json
 

@@ -1,0 +1,1 @@
+"""From a grid to records: cells, their store, and where they run."""

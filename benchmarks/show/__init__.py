@@ -1,0 +1,1 @@
+"""From records to tables, figures, a report and the leaderboard."""
