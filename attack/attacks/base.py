@@ -22,10 +22,16 @@ class Attack(abc.ABC):
     Attributes:
         name: What `--attack` and tables call it.
         requires: What the threat model must grant.
+        label_rule: How its paper gets the labels, see `attack.knowledge.labels`.
+        recovers_labels: Whether it recovers the labels itself where no rule is asked for.
+        adapts_by_default: Whether it takes a known defense into account unasked.
     """
 
     name: ClassVar[str]
     requires: ClassVar[frozenset[Capability]] = frozenset()
+    label_rule: ClassVar[str] = "llg"
+    recovers_labels: ClassVar[bool] = False
+    adapts_by_default: ClassVar[bool] = False
 
     @classmethod
     def configured(cls, given: dict[str, Any]) -> Attack:
@@ -69,14 +75,12 @@ class OptimizationAttack(Attack):
 
     Attributes:
         published: The paper's hyper-parameters.
-        label_rule: How the paper gets labels, see `attack.knowledge.labels`.
 
     Args:
         config: Hyper-parameters; the published ones if None.
     """
 
     published: ClassVar[InversionConfig]
-    label_rule: ClassVar[str] = "llg"
 
     def __init__(self, config: InversionConfig | None = None) -> None:
         self.config = config or self.published

@@ -25,7 +25,6 @@ import torch
 from tqdm import tqdm
 
 from attack.attacks import OptimizationAttack, get_attack
-from attack.cli.report import describe
 from attack.metrics import evaluate
 from benchmarks.speed.equal_time_report import draw, reconstruction_file, render, render_summary
 from core.errors import InputError
@@ -33,6 +32,7 @@ from core.records import provenance
 from core.storage import save_checkpoint, write_json, write_text
 from core.target import Target, Truth
 from gradients.checkpoint import load_target
+from gradients.describe import describe
 
 CPU = torch.device("cpu")
 DEFAULT_ATTACKS = "spectral,inverting-gradients"
