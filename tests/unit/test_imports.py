@@ -24,6 +24,7 @@ CORE_LIBRARIES = {
     "torch",
     "torchvision",
     "numpy",
+    "scipy",
     "PIL",
     "matplotlib",
     "pandas",
