@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -37,6 +38,17 @@ class Attack(abc.ABC):
         """
         return cls()
 
+    @property
+    def iterations(self) -> int | None:
+        """Iterations of its loop, or of all its loops; None where it has none."""
+        iterations: int | None = getattr(getattr(self, "config", None), "iterations", None)
+        return iterations
+
+    def plain_settings(self) -> dict[str, Any] | None:
+        """Its settings as plain values, for a record; None where it has none."""
+        config = getattr(self, "config", None)
+        return None if config is None else dataclasses.asdict(config)
+
     @abc.abstractmethod
     def reconstruct(
         self, target: Target, *, labels: torch.Tensor, device: torch.device, seed: int, **run: Any
@@ -68,6 +80,15 @@ class OptimizationAttack(Attack):
 
     def __init__(self, config: InversionConfig | None = None) -> None:
         self.config = config or self.published
+
+    @property
+    def iterations(self) -> int:
+        """See `Attack.iterations`."""
+        return self.config.optimiser.iterations
+
+    def plain_settings(self) -> dict[str, Any]:
+        """See `Attack.plain_settings`; all settings side by side, whatever their topic."""
+        return self.config.to_flat()
 
     def reconstruct(
         self,

@@ -3,279 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import copy
-import dataclasses
 import hashlib
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
+from attack.cli.parser import TUNABLE, build_parser
+from attack.settings import told_by_flag
 from core.errors import InputError
-from core.launch_arguments import add_launch_arguments
+from core.launch_arguments import given_flags
 from core.plugins import import_plugin
 
-# Flag (as argparse names it) -> field of InversionConfig.
-FIELDS = {
-    "epochs": "iterations",
-    "lr": "lr",
-    "lr_min": "lr_min",
-    "lr_schedule": "schedule",
-    "warmup": "warmup",
-    "optim": "optimizer",
-    "gradient_loss_fun": "objective",
-    "layers": "layers",
-    "signed": "signed",
-    "soft_sign": "soft_sign",
-    "grads_weight": "gradient_weight",
-    "TV": "tv",
-    "tv_kind": "tv_kind",
-    "BN": "bn",
-    "features": "features",
-    "input_norm": "input_norm",
-    "colour": "colour",
-    "patch": "patch",
-    "patch_size": "patch_size",
-    "Group": "group",
-    "group_start": "group_start",
-    "group_every": "group_every",
-    "registration": "registration",
-    "balance": "balance",
-    "balance_end": "balance_end",
-    "balance_hold": "balance_hold",
-    "coordinates": "coordinates",
-    "box": "box",
-    "input_noise": "input_noise",
-    "start": "start",
-    "n_seed": "restarts",
-    "restarts_at_once": "restarts_at_once",
-    "halving": "halving",
-    "race": "race",
-    "MinCombine": "combine",
-    "T_in": "combine_every",
-    "min_grads_loss": "smallest_loss",
-    "target_tv": "target_tv",
-    "patience": "patience",
-    "time_budget": "time_budget",
-    "hvp": "hvp",
-    "polish": "polish",
-    "joint_labels": "joint_labels",
-    "exact_bn": "exact_bn",
-    "bn_from_update": "bn_from_update",
-    "double": "double",
-    "adaptive": "adaptive",
-    "compile": "compile",
-    "cuda_graphs": "cuda_graphs",
-    "precision": "precision",
-    "channels_last": "channels_last",
-}
-TUNABLE = ("epochs", "lr", "TV", "BN", "input_norm", "grads_weight")
 SNAPSHOTS_OF_A_CURVE = 20
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of stage 3, with the published defaults."""
-    parser = argparse.ArgumentParser(
-        prog="main_run.py", description="Invert a gradient checkpoint and measure the leakage."
-    )
-    parser.add_argument("--id", default="test", help="name of the run")
-    parser.add_argument("--root", default="results/", metavar="DIR", help="results go to ROOT/ID")
-    parser.add_argument("--checkpoint", metavar="PATH", help="gradient checkpoint of stage 2")
-    parser.add_argument(
-        "--attack", default=None, help="an attack's published setting; explicit flags still count"
-    )
-    parser.add_argument(
-        "--plugin", default=None, metavar="MODULE", help="imported first; may register attacks, ..."
-    )
-    _add_threat_arguments(parser)
-    _add_loss_arguments(parser)
-    _add_loop_arguments(parser)
-    _add_speed_arguments(parser)
-    _add_label_arguments(parser)
-    _add_combination_arguments(parser)
-    _add_metric_arguments(parser)
-    _add_search_arguments(parser)
-    add_launch_arguments(parser)
-    return parser
-
-
-def _add_threat_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("threat model")
-    group.add_argument(
-        "--threat",
-        default=None,
-        metavar="NAME",
-        help="what the attacker is given: honest-server, honest-server-with-bn, "
-        "eavesdropper-no-labels, malicious-server, worst-case, ... (default: custom, as the "
-        "flags say)",
-    )
-    group.add_argument(
-        "--adaptive",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="take the client's defense into account (default: only with --attack auto)",
-    )
-
-
-def _add_loss_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("objective and priors")
-    group.add_argument(
-        "--gradient-loss-fun", choices=["sim", "L2", "layer-sim", "layer-L2"], default="sim"
-    )
-    group.add_argument("--layers", default=None, help="linear, exp, decay, first:K or last:K")
-    group.add_argument("--grads-weight", type=float, default=1.0)
-    group.add_argument("--TV", type=float, default=0.1, help="weight of total variation")
-    group.add_argument("--tv-kind", default="anisotropic", help="isotropic, double-opponents, ...")
-    group.add_argument("--BN", type=float, default=0.0, help="weight of the BatchNorm statistics")
-    group.add_argument(
-        "--exact-bn", action="store_true", help="the target's batch statistics, not running ones"
-    )
-    group.add_argument(
-        "--bn-from-update",
-        action="store_true",
-        help="those that the client's running statistics after its training give away",
-    )
-    group.add_argument(
-        "--features", type=float, default=0.0, help="weight of the last layer's features"
-    )
-    group.add_argument("--input-norm", type=float, default=0.0)
-    group.add_argument("--colour", type=float, default=0.0, help="weight of the colour prior")
-    group.add_argument("--patch", type=float, default=0.0, help="weight of the patch prior (ViT)")
-    group.add_argument("--patch-size", type=int, default=16)
-    group.add_argument(
-        "--balance",
-        type=float,
-        default=None,
-        help="step along the priors relative to the objective's, instead of fixed weights",
-    )
-    group.add_argument("--balance-end", type=float, default=None, help="what it falls to")
-    group.add_argument(
-        "--balance-hold", type=float, default=0.0, help="it stays while the objective is below"
-    )
-
-
-def _add_loop_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--n-seed", type=int, default=1, help="restarts")
-    group.add_argument(
-        "--restarts-at-once", type=int, default=0, metavar="N", help="per batched call (0: auto)"
-    )
-    group.add_argument(
-        "--spread",
-        choices=["batch", "restarts"],
-        default="batch",
-        help="what several processes share: the images of the batch, or the restarts",
-    )
-    group.add_argument("--halving", action="store_true", help="drop the worse restarts early")
-    group.add_argument(
-        "--race",
-        type=int,
-        default=0,
-        metavar="N",
-        help="starts that compete for the iterations of each restart",
-    )
-    group.add_argument("--optim", default="Adam", help="Adam, AdamW, SGD or LBFGS")
-    group.add_argument("--epochs", type=int, default=15000, help="iterations")
-    group.add_argument("--lr", type=float, default=0.1)
-    group.add_argument("--lr-min", type=float, default=1e-3, help="end of the cosine schedule")
-    group.add_argument("--lr-schedule", default="cosine", help="cosine, step or constant")
-    group.add_argument("--warmup", type=int, default=0, metavar="N")
-    group.add_argument(
-        "--signed",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="sign of the image gradient only (default: with sim)",
-    )
-    group.add_argument(
-        "--soft-sign", action="store_true", help="tanh in place of the sign (with --no-signed)"
-    )
-    group.add_argument("--min-grads-loss", action="store_true", help="keep the smallest loss")
-    group.add_argument("--target-tv", type=float, default=0.28, help="stop below (0: never)")
-    group.add_argument("--patience", type=int, default=0, metavar="N")
-    group.add_argument("--time-budget", type=float, default=None, metavar="SECONDS")
-    group.add_argument("--input-noise", type=float, default=0.0)
-    group.add_argument("--start", default="normal", help="normal, uniform, zeros, pattern, prior")
-    group.add_argument("--prior", metavar="IMAGE", help="file of the image that --start prior uses")
-    group.add_argument("--coordinates", default="pixels", help="pixels, dct or dct:EXPONENT")
-    group.add_argument("--box", action=argparse.BooleanOptionalAction, default=True)
-    group.add_argument("--hvp", choices=["auto", "exact", "difference"], default="auto")
-    group.add_argument("--polish", type=int, default=0, help="final iterations of L-BFGS")
-    group.add_argument("--double", action="store_true", help="compute in float64")
-    group.add_argument("--state-every", type=int, default=500, help="iterations between saves")
-
-
-def _add_speed_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("speed (off by default: each moves the last digits)")
-    group.add_argument(
-        "--compile", action="store_true", help="compile the two passes of the difference"
-    )
-    group.add_argument(
-        "--cuda-graphs", action="store_true", help="capture and replay them (CUDA only)"
-    )
-    group.add_argument(
-        "--precision",
-        choices=["float32", "tf32", "bf16"],
-        default="float32",
-        help="of matrix products, as long as the gradient stays the same",
-    )
-    group.add_argument("--channels-last", action="store_true", help="memory layout on tensor cores")
-
-
-def _add_label_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("labels")
-    group.add_argument(
-        "--pseudo-label-init", default="llg", help="llg, from_grads, known, or another rule"
-    )
-    group.add_argument("--joint-labels", action="store_true", help="optimise the labels as well")
-    group.add_argument(
-        "--labels-only", action="store_true", help="recover labels by every rule, and end"
-    )
-
-
-def _add_combination_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("several restarts (E2EGI)")
-    group.add_argument("--MinCombine", action="store_true", help="fuse restarts by minimum loss")
-    group.add_argument("--Group", type=float, default=0.0, help="weight of group consistency")
-    group.add_argument(
-        "--group-start", type=float, default=0.0, metavar="SHARE", help="of the iterations"
-    )
-    group.add_argument("--group-every", type=int, default=1, metavar="N", help="renewal")
-    group.add_argument("--registration", action="store_true", help="align restarts (GradInversion)")
-    group.add_argument("--T-init-rate", type=float, default=0.3)
-    group.add_argument("--total-T-in-rate", type=float, default=0.3)
-    group.add_argument("--T-in", type=int, default=1000)
-    group.add_argument("--T-end-rate", type=float, default=0.4)
-
-
-def _add_metric_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("measurement")
-    group.add_argument("--metric", action="store_true", help="compare with the true images")
-    group.add_argument(
-        "--one-to-one-similarity",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="one assignment for all metrics; off: the best match per metric",
-    )
-    group.add_argument("--lpips-weights", default=None, metavar="DIR")
-    group.add_argument("--GInfoR", action="store_true", help="gradient information ratio table")
-    group.add_argument("--save-every", type=int, default=0, help="iterations between pictures")
-    group.add_argument("--quiet", action="store_true", help="no tables on screen")
-
-
-def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("hyper-parameter search (Ray Tune)")
-    group.add_argument("--superparameters-search", action="store_true")
-    group.add_argument("--simulation-checkpoint", metavar="PATH")
-    group.add_argument("--max-concurrent", type=int, default=8)
-    group.add_argument("--num-samples", type=int, default=16)
-    group.add_argument("--ngpus-per-trial", type=float, default=0.5)
-    for name in TUNABLE:
-        flag = name.replace("_", "-")
-        group.add_argument(f"--{flag}-tune", action="store_true", help=f"search --{flag}")
-    group.add_argument("--max-t", type=int, default=3000)
-    group.add_argument("--min-t", type=int, default=2000)
-    group.add_argument("--HP-epochs", type=int, default=5000, help="iterations of a trial")
-    group.add_argument("--verbose", type=int, default=3)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -284,26 +24,18 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         InputError: One sentence on what is wrong with the command line or a file.
     """
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    args.explicit = sorted(vars(_explicit(parser, argv)))
-    import_plugin(args.plugin)
-    _take_label_rule(args)
-    _check(args)
-
     from core.processes.distributed import launch
 
-    if args.superparameters_search:
-        _search(args)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    args.explicit = sorted(given_flags(parser, argv))
+    import_plugin(args.plugin)
+    with told_by_flag():
+        _take_label_rule(args)
+        _check(args)
+        if args.superparameters_search:
+            _search(args)
     launch(run, args)
-
-
-def _explicit(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """The flags that were really given, without any default."""
-    bare = copy.deepcopy(parser)
-    for action in bare._actions:
-        action.default = argparse.SUPPRESS
-    return bare.parse_args(argv)
 
 
 def _take_label_rule(args: argparse.Namespace) -> None:
@@ -364,7 +96,7 @@ def _check_device(args: argparse.Namespace, attack: Any) -> None:
     config = getattr(attack, "config", None)
     if isinstance(config, InversionConfig):
         cuda = torch.cuda.is_available() and not args.cpu
-        config.acceleration.check_device("cuda" if cuda else "cpu")
+        config.speed.check_device("cuda" if cuda else "cpu")
 
 
 def _check_places(args: argparse.Namespace) -> None:
@@ -387,29 +119,31 @@ def make_attack(args: argparse.Namespace) -> Any:
     """
     from attack.attacks import OptimizationAttack, get_attack
     from attack.cli.requirements import adapts, granted_capabilities
-    from attack.settings import InversionConfig
+    from attack.settings import InversionConfig, settings_of_flags
 
-    values = {field: getattr(args, flag) for flag, field in FIELDS.items()}
-    values["adaptive"] = bool(args.adaptive)
-    if args.signed is None:
-        # L-BFGS measures curvature by differences of true gradients.
-        values["signed"] = args.gradient_loss_fun == "sim" and args.optim != "LBFGS"
-    values["target_tv"] = args.target_tv or None
-    values["stages"] = (args.T_init_rate, args.total_T_in_rate, args.T_end_rate)
     if args.attack is None:
-        config = InversionConfig(**values)
+        config = InversionConfig().with_flags(_with_defaults(args))
         config.validate()
         return type("SeedAttack", (OptimizationAttack,), {"name": "seed"})(config)
     attack = get_attack(args.attack)
-    given = {FIELDS[flag]: values[FIELDS[flag]] for flag in args.explicit if flag in FIELDS}
+    given = {name: getattr(args, name) for name in args.explicit}
     if not issubclass(attack, OptimizationAttack):
         granted = {"granted": granted_capabilities(args), "adaptive": adapts(args)}
-        return attack.configured(given | granted)
-    config = dataclasses.replace(attack.published, **given)
+        return attack.configured(settings_of_flags(given, InversionConfig()) | granted)
+    config = attack.published.with_flags(given)
     config.validate()
     return attack(config)
 
 
+def _with_defaults(args: argparse.Namespace) -> dict[str, Any]:
+    """All flags, with the command's defaults; without those that nothing was said about."""
+    values = {name: value for name, value in vars(args).items() if value is not None}
+    # L-BFGS measures curvature by differences of true gradients.
+    values.setdefault("signed", args.gradient_loss_fun == "sim" and args.optim != "LBFGS")
+    return values
+
+
+@told_by_flag()
 def run(process: Any, args: argparse.Namespace) -> None:
     """Invert and measure, on one of the processes.
 
@@ -466,7 +200,7 @@ def run(process: Any, args: argparse.Namespace) -> None:
         print_every=args.print_freq,
         # Processes that work by themselves would draw over each other's pictures.
         on_snapshot=None if spread and not process.is_main else curve,
-        snapshot_every=curve.every(getattr(attack, "config", None)),
+        snapshot_every=curve.every(attack.iterations),
         state_file=_state_file(folder, key, process.rank if spread else None),
         save_every=args.state_every,
     )
@@ -520,10 +254,9 @@ def _run_key(args: argparse.Namespace, attack: Any) -> str:
     """Identifies a run: what decides its numbers."""
     from attack.cli.requirements import threat_record
 
-    config = getattr(attack, "config", None)
     decisive = {
         "attack": attack.name,
-        "config": None if config is None else dataclasses.asdict(config),
+        "config": attack.plain_settings(),
         "labels": args.pseudo_label_init,
         "labels_only": args.labels_only,
         "threat": threat_record(args),
@@ -560,13 +293,13 @@ class _Curve:
         if self.file.exists():
             self.points = json.loads(self.file.read_text())
 
-    def every(self, config: Any) -> int:
+    def every(self, iterations: int | None) -> int:
         """Iterations between two snapshots."""
         if self.save_every:
             return int(self.save_every)
-        if self.truth is None or config is None:
+        if self.truth is None or iterations is None:
             return 0
-        return max(1, int(config.iterations) // SNAPSHOTS_OF_A_CURVE)
+        return max(1, iterations // SNAPSHOTS_OF_A_CURVE)
 
     def __call__(self, iteration: int, images: Any) -> None:
         from attack.metrics import assign, psnr

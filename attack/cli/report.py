@@ -54,7 +54,7 @@ def write_results(
         "status": reconstruction.status,
         "attack": attack.name,
         "threat": threat_record(args),
-        "config": _plain(getattr(attack, "config", None)),
+        "config": attack.plain_settings(),
         "arguments": {k: v for k, v in vars(args).items() if k != "explicit"},
         "target": describe(target),
         "provenance": provenance(process.device, args.seed) | {"processes": process.world_size},
@@ -150,10 +150,6 @@ def describe(target: Target) -> dict[str, Any]:
         "synchronized": target.synchronized,
         "defenses": list(target.defenses),
     }
-
-
-def _plain(config: Any) -> dict[str, Any] | None:
-    return None if config is None else dataclasses.asdict(config)
 
 
 def _measure(

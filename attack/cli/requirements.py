@@ -51,12 +51,12 @@ def requirements(
 
 
 def _of_settings(config: InversionConfig, target: Target) -> Iterator[tuple[str, Capabilities]]:
-    if config.exact_bn:
+    if config.priors.exact_bn:
         yield "--exact-bn", frozenset({Capability.BATCH_STATISTICS})
-    elif config.bn_from_update:
+    elif config.priors.bn_from_update:
         # What a client's moved running statistics say is what the batch's are.
         yield "--bn-from-update", frozenset({Capability.BATCH_STATISTICS})
-    elif config.bn > 0:
+    elif config.priors.bn > 0:
         yield "--BN", frozenset({Capability.RUNNING_STATISTICS})
     if target.local.steps > 1:
         steps = f"inverting {target.local.steps} local steps"

@@ -13,7 +13,6 @@ their published settings.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import json
 import time
@@ -228,7 +227,7 @@ def _ours(name: str, target: Target, labels: torch.Tensor, seed: int) -> Run:
         raise InputError(f"--attacks {name}: does not iterate")
 
     def run(iterations: int) -> torch.Tensor:
-        config = dataclasses.replace(attack.published, iterations=iterations)
+        config = attack.published.changed(iterations=iterations)
         result = attack(config).reconstruct(target, labels=labels, device=CPU, seed=seed)
         return result.images
 

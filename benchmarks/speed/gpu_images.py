@@ -10,7 +10,6 @@ latter only, whose licences allow it. Untrained weights unless `--pretrained` na
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,7 +118,7 @@ def _measure(
     attack = get_attack(args.attack)
     if not issubclass(attack, OptimizationAttack):
         raise InputError(f"--attack {args.attack}: has no iterations")
-    config = dataclasses.replace(attack.published, **_changes(args))
+    config = attack.published.changed(**_changes(args))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     found = attack(config).reconstruct(
@@ -148,7 +147,7 @@ def _measure(
         "ssim": sum(s["ssim"] for s in scores) / len(scores),
         "per_image": scores,
         "acceleration": found.details.get("acceleration"),
-        "config": dataclasses.asdict(config),
+        "config": config.to_flat(),
     }
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from attack.matching.acceleration import AcceleratedMatcher, Acceleration
+from attack.matching.acceleration import AcceleratedMatcher
 from attack.matching.freed_memory import keep_freed_memory
 from attack.matching.matcher import GradientMatcher
 from attack.matching.objectives import AffineSeed, Cosine, Products
 from attack.matching.replica import Replica
+from attack.settings import SpeedSettings
 from benchmarks.speed.cases import CASES, SMALL_CASE, Problem, make_problem
 from benchmarks.speed.iterations import accuracy
 from benchmarks.speed.references import CPU, Iteration, analytic_seed, ours, published_loop
@@ -92,7 +93,7 @@ def _compiled(problem: Problem) -> Iteration:
 
 def _compiling_matcher(problem: Problem) -> AcceleratedMatcher:
     replica = Replica(problem.target, CPU)
-    return AcceleratedMatcher(replica, Cosine(), "difference", Acceleration(compile=True))
+    return AcceleratedMatcher(replica, Cosine(), "difference", SpeedSettings(compile=True))
 
 
 def seconds_to_compile(case: str, seed: int) -> float:
