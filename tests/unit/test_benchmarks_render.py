@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.command import write_outputs
 from benchmarks.declare.columns import find_column
 from benchmarks.declare.figures import FIGURES
 from benchmarks.run.store import Store
 from benchmarks.show.charts import _looks, heatmap
 from benchmarks.show.figures import _DRAW, _distinct_slugs
+from benchmarks.show.output import write_outputs
 from benchmarks.show.render import (
     to_csv,
     to_json,
