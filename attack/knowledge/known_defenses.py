@@ -151,11 +151,6 @@ def register_adaptation(name: str) -> Callable[[Step], Step]:
     return register
 
 
-def adapted_defenses() -> list[str]:
-    """The defenses that have an answer."""
-    return sorted(_STEPS)
-
-
 def adapt(target: Target, config: InversionConfig) -> Adaptation:
     """What to change about an attack, given the defenses that the target states.
 
