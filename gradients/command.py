@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.errors import InputError, exit_status
-from core.launch_arguments import add_launch_arguments
+from core.launch_arguments import CommandParser, LaunchSettings, add_launch_arguments
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,7 +31,7 @@ LABEL_DUPLICATES = 4
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of stage 2."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="get_gradients.py",
         description="Compute what a client of federated learning shares for one batch.",
     )
@@ -141,9 +141,9 @@ def run(argv: Sequence[str] | None = None) -> None:
     _import_plugin(args)
     check_arguments(args)
 
-    from core.processes.distributed import launch
+    from core.processes.launch import launch
 
-    launch(work, args)
+    launch(work, LaunchSettings.from_arguments(args), args)
 
 
 def _import_plugin(args: argparse.Namespace) -> None:

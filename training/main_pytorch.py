@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line; defaults are the published ones."""
-    from core.launch_arguments import add_launch_arguments
+    from core.launch_arguments import CommandParser, add_launch_arguments
     from training.schemes import CUSTOM
 
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="training/main_pytorch.py",
         description="Train a classifier under a defense scheme.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -518,9 +518,10 @@ def run(argv: Sequence[str] | None = None) -> None:
     """Parse, check, launch."""
     args = parse_args(argv)
     check_arguments(args)
-    from core.processes.distributed import launch
+    from core.launch_arguments import LaunchSettings
+    from core.processes.launch import launch
 
-    launch(work, args)
+    launch(work, LaunchSettings.from_arguments(args), args)
 
 
 if __name__ == "__main__":

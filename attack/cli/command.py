@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import hashlib
 import json
@@ -12,7 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import InputError
-from core.launch_arguments import add_launch_arguments
+from core.launch_arguments import (
+    CommandParser,
+    LaunchSettings,
+    add_launch_arguments,
+    given_flags,
+)
 from core.plugins import import_plugin
 
 # Flag (as argparse names it) -> field of InversionConfig.
@@ -75,7 +79,7 @@ SNAPSHOTS_OF_A_CURVE = 20
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of stage 3, with the published defaults."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="main_run.py", description="Invert a gradient checkpoint and measure the leakage."
     )
     parser.add_argument("--id", default="test", help="name of the run")
@@ -286,24 +290,16 @@ def main(argv: list[str] | None = None) -> None:
     """
     parser = build_parser()
     args = parser.parse_args(argv)
-    args.explicit = sorted(vars(_explicit(parser, argv)))
+    args.explicit = sorted(given_flags(parser, argv))
     import_plugin(args.plugin)
     _take_label_rule(args)
     _check(args)
 
-    from core.processes.distributed import launch
+    from core.processes.launch import launch
 
     if args.superparameters_search:
         _search(args)
-    launch(run, args)
-
-
-def _explicit(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """The flags that were really given, without any default."""
-    bare = copy.deepcopy(parser)
-    for action in bare._actions:
-        action.default = argparse.SUPPRESS
-    return bare.parse_args(argv)
+    launch(run, LaunchSettings.from_arguments(args), args)
 
 
 def _take_label_rule(args: argparse.Namespace) -> None:
@@ -319,10 +315,10 @@ def _check(args: argparse.Namespace) -> None:
     """Refuse what cannot work before any work is done."""
     from attack.cli.requirements import check_run
     from attack.knowledge.labels import rule_names
-    from core.processes.distributed import check_launch_arguments
+    from core.processes.launch import check_launch
     from gradients.checkpoint import load_target
 
-    check_launch_arguments(args)
+    check_launch(LaunchSettings.from_arguments(args))
     _check_places(args)
     if args.checkpoint is None:
         raise InputError("--checkpoint: give the gradient checkpoint to invert")
