@@ -129,7 +129,8 @@ def train_locally(
 def phantom_victims(size: int, seed: int = 0) -> Victims:
     """Site 2 of the embedded phantoms, starting elsewhere for every seed."""
     from core.data.list_files import load_datalist
-    from core.data.listed_images import ImageListDataset, chest_spec
+    from core.data.listed_images import ImageListDataset
+    from federated.flare.images import chest_spec
     from federated.phantoms.data_set import LIST_PREFIX, cached_phantoms
 
     root, data = cached_phantoms(scale=0.1, size=size), chest_spec(size)
@@ -147,7 +148,8 @@ def folder_victims(folder: str | Path, size: int, seed: int = 0) -> Victims:
     """
     import torch
 
-    from core.data.listed_images import chest_spec, load_image
+    from core.data.image_files import load_image
+    from federated.flare.images import chest_spec
 
     classes = sorted(path for path in Path(folder).glob("*") if path.is_dir())
     if len(classes) < 2:
