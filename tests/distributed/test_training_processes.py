@@ -20,8 +20,9 @@ from core.processes.distributed import Process, seed_everything
 from core.processes.launch import launch
 from core.storage import load_checkpoint
 from tests.image_folders import write_tree
-from training.main_pytorch import parse_args, run, work
-from training.trainer import latest_checkpoint
+from training.checkpoints import latest_checkpoint
+from training.main_pytorch import parse_args, run, run_settings
+from training.run import run_training
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -72,7 +73,7 @@ def train_variants(process: Process, commands: Mapping[str, Sequence[str]]) -> N
     """All variants in one group of processes: starting one takes longer than training."""
     for command in commands.values():
         seed_everything(0)
-        work(process, parse_args(command))
+        run_training(process, run_settings(parse_args(command)))
 
 
 @pytest.fixture(scope="module")
