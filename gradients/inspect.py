@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from core.errors import exit_status
 
@@ -45,38 +45,6 @@ def run(argv: Sequence[str] | None = None) -> None:
         print(f"without the truth: {Path(args.strip_truth)}")
 
 
-def describe(target: Target) -> dict[str, Any]:
-    """A target as plain values, for reports and records.
-
-    Returns:
-        Setting, norms per parameter (L2) and the norm over all of them.
-    """
-    norms = {name: float(g.double().norm()) for name, g in target.gradient.items()}
-    return {
-        "model": target.model.to_dict(),
-        "data": target.data.to_dict(),
-        "mode": "train" if target.train_mode else "eval",
-        "batch_size": target.batch_size,
-        "local_training": {
-            "epochs": target.local.epochs,
-            "batches": target.local.batches,
-            "steps": target.local.steps,
-            "lr": target.local.lr,
-            "momentum": target.local.momentum,
-            "weight_decay": target.local.weight_decay,
-        },
-        "shards": list(target.shards),
-        "synchronized": target.synchronized,
-        "bn_statistics": 0 if target.bn_statistics is None else len(target.bn_statistics),
-        "defenses": list(target.defenses),
-        "dropout_seed": target.dropout_seed,
-        "running_after": target.running_after is not None,
-        "n_gradients": len(norms),
-        "gradient_norms": norms,
-        "gradient_norm": sum(norm**2 for norm in norms.values()) ** 0.5,
-    }
-
-
 def capabilities(target: Target, truth: Truth | None) -> list[str]:
     """What the file lets an attacker know, in words."""
     known = ["batch size", "local hyper-parameters"]
@@ -97,26 +65,28 @@ def capabilities(target: Target, truth: Truth | None) -> list[str]:
 
 def format_report(target: Target, truth: Truth | None) -> str:
     """A text report: model, setting, norms per layer, capabilities, truth."""
+    from gradients.record import describe
+
     about = describe(target)
-    model, data, local = about["model"], about["data"], about["local_training"]
-    height, width = data["shape"][1:]
-    shards = "+".join(map(str, about["shards"]))
+    model, data, local = about.model, about.data, about.local
+    height, width = data.shape[1:]
+    shards = "+".join(map(str, about.shards))
     kind = "synchronized" if target.synchronized else "asynchronous"
     lines = [
-        f"model        {model['arch']} ({model['n_classes']} classes, stem {model['stem']}, "
-        f"width {model['width'] or 'standard'}, norm {model['norm']}, "
-        f"pooling kernel {model['pool_kernel']}), {about['mode']} mode",
-        f"data         {data['name']}, {height} x {width} px",
-        f"batch        {about['batch_size']} images over shards {shards}, {kind} BatchNorm",
-        f"local        {local['steps']} step(s) = {local['epochs']} epoch(s) x "
-        f"{local['batches']} batch(es), lr {local['lr']:g}, momentum {local['momentum']:g}, "
-        f"weight decay {local['weight_decay']:g}",
-        f"defenses     {', '.join(about['defenses']) or 'none stated'}",
+        f"model        {model.arch} ({model.n_classes} classes, stem {model.stem}, "
+        f"width {model.width or 'standard'}, norm {model.norm}, "
+        f"pooling kernel {model.pool_kernel}), {about.mode} mode",
+        f"data         {data.name}, {height} x {width} px",
+        f"batch        {about.batch_size} images over shards {shards}, {kind} BatchNorm",
+        f"local        {local.steps} step(s) = {local.epochs} epoch(s) x "
+        f"{local.batches} batch(es), lr {local.lr:g}, momentum {local.momentum:g}, "
+        f"weight decay {local.weight_decay:g}",
+        f"defenses     {', '.join(about.defenses) or 'none stated'}",
         f"attacker     {'; '.join(capabilities(target, truth))}",
         f"truth        {_truth_line(truth)}",
-        f"gradient     norm {about['gradient_norm']:.6g} over {about['n_gradients']} tensors",
+        f"gradient     norm {about.gradient_norm:.6g} over {len(about.gradient_norms)} tensors",
     ]
-    norms = about["gradient_norms"].items()
+    norms = about.gradient_norms.items()
     lines += [f"  {norm:12.5g}  {_shape(target, name):>18}  {name}" for name, norm in norms]
     return "\n".join(lines)
 
