@@ -16,7 +16,7 @@ from core.data.list_files import Sample, load_datalist, write_datalist
 from core.data.listed_images import ImageListDataset
 from core.errors import InputError
 from core.models.building import build_model
-from federated.experiment.make_phantoms import main as make_phantoms_command
+from federated.experiment.cli.make_phantoms import main as make_phantoms_command
 from federated.flare.images import chest_spec
 from federated.flare.networks import network_spec
 from federated.phantoms.anatomy import chest_radiograph
