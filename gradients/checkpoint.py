@@ -33,7 +33,7 @@ def save_target(
     path: str | Path,
     target: Target,
     truth: Truth | None = None,
-    args: argparse.Namespace | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a gradient checkpoint atomically.
 
@@ -41,9 +41,9 @@ def save_target(
         path: Where to.
         target: What was shared.
         truth: What lies behind it; left out, the file is a stripped checkpoint.
-        args: The command line, for the record.
+        arguments: The command line by flag, for the record.
     """
-    published = _published_keys(target, truth, args or argparse.Namespace())
+    published = _published_keys(target, truth, arguments or {})
     private = {
         "mean_image": None if truth is None else truth.mean_image,
         "nearest_images": None if truth is None else truth.nearest_images,
@@ -52,7 +52,7 @@ def save_target(
 
 
 def _published_keys(
-    target: Target, truth: Truth | None, args: argparse.Namespace
+    target: Target, truth: Truth | None, arguments: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The keys that the original tools write and read."""
     exact = target.bn_statistics if target.synchronized else None
@@ -75,7 +75,7 @@ def _published_keys(
         "bn_var_list": None if whole is None else [var for _, var in whole],
         "x_true": None if truth is None else target.data.normalize(truth.images),
         "y_true": None if truth is None else truth.labels,
-        "args": args,
+        "args": argparse.Namespace(**arguments),
         "syncbn": target.synchronized,
     }
 

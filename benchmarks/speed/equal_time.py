@@ -13,6 +13,7 @@ their published settings.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import time
@@ -32,7 +33,7 @@ from core.records import provenance
 from core.storage import save_checkpoint, write_json, write_text
 from core.target import Target, Truth
 from gradients.checkpoint import load_target
-from gradients.describe import describe
+from gradients.record import describe
 
 CPU = torch.device("cpu")
 DEFAULT_ATTACKS = "spectral,inverting-gradients"
@@ -212,7 +213,7 @@ def compare(
     return {
         "attack": name,
         "checkpoint": Path(path).name,
-        "target": describe(target),
+        "target": describe(target).setting(),
         "iterations": iterations,
         "budget_seconds": seconds,
         "seed": seed,

@@ -16,8 +16,9 @@ from nvflare.apis.shareable import Shareable
 from audit.inversion import UpdateReconstruction
 from audit.leakage import LeakageReport, measure_leakage, write_leakage
 from audit.similarity import SimMetric
+from core.data.image_files import load_image
 from core.data.list_files import load_datalist
-from core.data.listed_images import ImageListDataset, load_image
+from core.data.listed_images import ImageListDataset
 from core.errors import InputError
 from core.records import provenance
 from federated.flare.inverter import Inverter

@@ -7,8 +7,8 @@ import functools
 import torch
 
 from audit.updates import LocalUpdate
-from core.data.listed_images import chest_spec
-from federated.experiment.compare_methods import Case, Victims, train_locally
+from federated.experiment.method_comparison import Case, Victims, train_locally
+from federated.flare.images import chest_spec
 from federated.phantoms.anatomy import chest_radiograph
 
 

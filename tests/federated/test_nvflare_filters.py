@@ -256,7 +256,7 @@ def test_above_the_threshold_the_update_is_withheld(
 def test_rdlv_is_relative_to_the_prior(phantoms: Path, tmp_path: Path) -> None:
     from skimage.metrics import structural_similarity
 
-    from core.data.listed_images import load_image
+    from core.data.image_files import load_image
 
     copying = Copying(training_image(phantoms), 0.7)
     site = Site(tmp_path, grad_inverter=copying, sim_metric=ImageSimMetric())
