@@ -341,6 +341,8 @@ class _Expansion:
         stage, _, option = str(flag).partition(".")
         if not option:
             raise self._document.error(f"axis {name}: write STAGE.FLAG: [values]", *place)
+        if not values:
+            raise self._document.error(f"axis {name} has no values", *place)
         for index, value in enumerate(values):
             self._check_overrides({stage: {option: value}}, (*place, index))
         return _Axis(name, {_text(value): {stage: {option: value}} for value in values})
@@ -447,12 +449,12 @@ def _complaint(action: argparse.Action | None, value: Any) -> str:
         return "" if isinstance(value, bool) else "a flag without a value: true or false"
     if action.choices is not None and value not in action.choices:
         return f"choose from {', '.join(map(str, action.choices))}"
-    if value is True:
-        return "" if action.nargs == "?" else "needs a value"
+    if isinstance(value, bool):
+        return "" if action.nargs == "?" else "needs a value; null leaves the flag out"
     if isinstance(value, (list, dict)):
         return "expected a single value"
     try:
-        if callable(action.type) and value is not False:
+        if callable(action.type):
             action.type(str(value))
     except (ValueError, TypeError, argparse.ArgumentTypeError):
         return "not a valid value"
