@@ -8,7 +8,9 @@ from attack.metrics.evaluation import (
     DEFAULT_METRICS,
     Evaluation,
     evaluate,
+    is_smaller_better,
     metric_names,
+    metric_title,
     register_metric,
 )
 from attack.metrics.identification import iip, rdlv
@@ -27,8 +29,10 @@ __all__ = [
     "evaluate",
     "iip",
     "is_exact",
+    "is_smaller_better",
     "load_lpips",
     "metric_names",
+    "metric_title",
     "mse",
     "pairwise_mse",
     "psnr",

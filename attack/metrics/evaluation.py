@@ -58,6 +58,11 @@ def is_smaller_better(metric: str) -> bool:
     return metric in _SMALLER_IS_BETTER
 
 
+def metric_title(metric: str) -> str:
+    """What a column of the metric's values is called."""
+    return _TITLES[metric]
+
+
 def register_metric(
     name: str, metric: Metric, *, title: str, smaller_is_better: bool = False
 ) -> None:

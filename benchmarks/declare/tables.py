@@ -21,6 +21,9 @@ the table or, where it holds for one setting only, of a preset.
 `pivot: {AXIS: [columns]}` shows the values of one axis side by side: its rows become one,
 with a column per value for each of these columns; the others are those of the first value.
 
+`plugin: MODULE` is the flag `--plugin` of all stages; what the module registers, a metric as
+a column too, is known to the table.
+
 `like: schemes` starts from another table: its flags, its `data` and its repeats, and those of
 its presets; what this table gives wins. Of the repeats those are left out that vary a flag
 which this table or its axes set, and all of them where it has `repeats` of its own (`{}` for
@@ -31,33 +34,36 @@ none). Axes, chain, columns, figures and what is published are each table's own.
 from __future__ import annotations
 
 import argparse
-import difflib
 import functools
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.declare.columns import COLUMNS, is_known
+from benchmarks.declare.columns import find_view
 from benchmarks.declare.figures import FIGURES
+from benchmarks.declare.names import unknown
 from benchmarks.declare.yaml_lines import Document, read_yaml
 from benchmarks.run.cells import Cell, Input, hash_json
 from benchmarks.run.stages import PROCESSES, STAGES, Stage, make_cell
 from core.errors import InputError
+from core.plugins import import_plugin
 
 TABLES = Path(__file__).resolve().parents[1] / "tables"
 PRESETS = ("embedded", "small", "paper")
 DEFAULT_DATA = "photo-patches"
+# Stages whose commands import a module of the user's.
+WITH_PLUGINS = ("train", "extract", "attack")
 
 Flags = dict[str, Any]
 Overrides = dict[str, Flags]
 
 _TABLE_KEYS = {
     "title", "description", "like", "axes", "repeats", "presets", "columns", "figures", "published",
-    "chain", "pivot", *STAGES,
+    "chain", "pivot", "plugin", *STAGES,
 }  # fmt: skip
-_PRESET_KEYS = {"axes", "repeats", "data", "published", *STAGES}
+_PRESET_KEYS = {"axes", "repeats", "data", "published", "plugin", *STAGES}
 
 
 @dataclass(frozen=True)
@@ -159,7 +165,7 @@ def find_table(name: str) -> Path:
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         return path
-    raise InputError(f"{_unknown('table', name, known)} (or give the path of a .yaml file)")
+    raise InputError(f"{unknown('table', name, known)} (or give the path of a .yaml file)")
 
 
 @dataclass(frozen=True)
@@ -192,6 +198,8 @@ def load_table(
     document = read_yaml(file)
     model = _model(document)
     _check_structure(document, preset, model.value if model else {})
+    _import_plugins(document, model, preset)
+    _check_names(document)
     if axes is not None:
         document.value["axes"] = dict(axes)
         document.value.get("presets", {}).get(preset, {}).pop("axes", None)
@@ -204,7 +212,7 @@ def _model(document: Document) -> Document | None:
     if name is None:
         return None
     if name not in table_files():
-        raise document.error(_unknown("table", str(name), table_files()), "like")
+        raise document.error(unknown("table", str(name), table_files()), "like")
     return read_yaml(table_files()[name])
 
 
@@ -223,18 +231,16 @@ class _Expansion:
         self._preset = preset
         self._raw = document.value
         self._model = _Expansion(model, None, preset, data, stages) if model else None
-        flags = model.value if model else {}
-        # Later layers win.
-        self._layers = [
-            flags, _get(flags, ("presets", preset)),
-            self._raw, _get(self._raw, ("presets", preset)),
-        ]  # fmt: skip
+        self._layers = _layers(document, model, preset)
         self._stages = stages
         self._chain = tuple(self._raw.get("chain", ("train", "extract", "attack")))
-        given = [layer["data"] for layer in self._layers if "data" in layer]
-        self._data = str(data or (given or [DEFAULT_DATA])[-1])
+        self._data = str(data or self._last("data", DEFAULT_DATA))
         self._asked_data = data or ""
         self._folders: dict[str, str] = {}
+
+    def _last(self, key: str, default: str) -> Any:
+        """What the last layer that has a key says of it."""
+        return [default, *(layer[key] for layer in self._layers if key in layer)][-1]
 
     def table(self) -> Table:
         axes = self._axes("axes")
@@ -259,7 +265,7 @@ class _Expansion:
         given = self._raw.get("pivot", {})
         for axis, columns in given.items():
             if str(axis) not in self._axis_names() or len(self._axis_names()) < 2:
-                message = _unknown("axis to show side by side,", str(axis), self._axis_names())
+                message = unknown("axis to show side by side,", str(axis), self._axis_names())
                 raise self._document.error(message, "pivot", axis)
             shown = [str(name) for name in self._raw["columns"]]
             if not isinstance(columns, list) or not set(map(str, columns)) <= set(shown):
@@ -282,7 +288,9 @@ class _Expansion:
         """The flags of every row: the table's, then the preset's."""
         given = [{s: part[s] for s in self._chain if s in part} for part in self._layers]
         data = {s: {"data": self._data} for s in self._chain if s in ("train", "extract")}
-        return _merged(data, *given)
+        plugin = self._last("plugin", "")
+        plugins = {s: {"plugin": plugin} for s in self._chain if plugin and s in WITH_PLUGINS}
+        return _merged(data, plugins, *given)
 
     def _axes(self, kind: str) -> list[_Axis]:
         """The table's axes, each replaced where the preset gives it.
@@ -333,6 +341,8 @@ class _Expansion:
         stage, _, option = str(flag).partition(".")
         if not option:
             raise self._document.error(f"axis {name}: write STAGE.FLAG: [values]", *place)
+        if not values:
+            raise self._document.error(f"axis {name} has no values", *place)
         for index, value in enumerate(values):
             self._check_overrides({stage: {option: value}}, (*place, index))
         return _Axis(name, {_text(value): {stage: {option: value}} for value in values})
@@ -342,7 +352,7 @@ class _Expansion:
             raise self._document.error("expected STAGE: {flag: value}", *place)
         for stage, flags in overrides.items():
             if stage not in self._chain:
-                message = _unknown("stage", str(stage), self._chain)
+                message = unknown("stage", str(stage), self._chain)
                 raise self._document.error(message, *place, stage)
             if not isinstance(flags, dict):
                 raise self._document.error(f"{stage}: expected {{flag: value}}", *place, stage)
@@ -381,7 +391,7 @@ class _Expansion:
         for flag, value in config.items():
             place = self._place_of(stage, flag, value)
             if known and flag not in known:
-                raise self._document.error(_unknown(f"flag of {stage},", flag, known), *place)
+                raise self._document.error(unknown(f"flag of {stage},", flag, known), *place)
             complaint = _complaint(known.get(flag), value)
             if complaint:
                 raise self._document.error(f"{stage} --{flag} {value}: {complaint}", *place)
@@ -439,12 +449,12 @@ def _complaint(action: argparse.Action | None, value: Any) -> str:
         return "" if isinstance(value, bool) else "a flag without a value: true or false"
     if action.choices is not None and value not in action.choices:
         return f"choose from {', '.join(map(str, action.choices))}"
-    if value is True:
-        return "" if action.nargs == "?" else "needs a value"
+    if isinstance(value, bool):
+        return "" if action.nargs == "?" else "needs a value; null leaves the flag out"
     if isinstance(value, (list, dict)):
         return "expected a single value"
     try:
-        if callable(action.type) and value is not False:
+        if callable(action.type):
             action.type(str(value))
     except (ValueError, TypeError, argparse.ArgumentTypeError):
         return "not a valid value"
@@ -521,14 +531,13 @@ def _check_structure(document: Document, preset: str, model: Mapping[str, Any]) 
         known = ", ".join(map(str, available))
         raise document.error(f"--preset {preset}: the table has {known}", "presets")
     _check_chain(document, raw.get("chain", []))
-    _check_names(document, raw)
 
 
 def _check_chain(document: Document, chain: list[Any]) -> None:
     """Stages in the order in which data flows."""
     for index, stage in enumerate(chain):
         if stage not in STAGES:
-            raise document.error(_unknown("stage", str(stage), STAGES), "chain", index)
+            raise document.error(unknown("stage", str(stage), STAGES), "chain", index)
     if chain != [stage for stage in STAGES if stage in chain]:
         raise document.error(f"chain: each once, in the order {', '.join(STAGES)}", "chain")
 
@@ -536,7 +545,7 @@ def _check_chain(document: Document, chain: list[Any]) -> None:
 def _check_keys(document: Document, raw: dict[Any, Any], known: set[str], place: Any) -> None:
     for key in raw:
         if key not in known:
-            raise document.error(_unknown("key", str(key), sorted(known)), *place, key)
+            raise document.error(unknown("key", str(key), sorted(known)), *place, key)
 
 
 _TYPES: dict[str, type] = {
@@ -557,17 +566,47 @@ def _check_types(document: Document, raw: dict[Any, Any], place: tuple[Any, ...]
                 raise document.error(f"axis {name} has no values", *place, kind, name)
 
 
-def _check_names(document: Document, raw: dict[Any, Any]) -> None:
+def _import_plugins(document: Document, model: Document | None, preset: str) -> None:
+    """Import what registers the schemes, defenses, attacks and metrics that a table names."""
+    for part in _layers(document, model, preset):
+        given = [part.get(key) for key in ("plugin", "axes", "repeats", *STAGES)]
+        for name in dict.fromkeys(_plugins({"plugin": given[0], "rest": given[1:]})):
+            try:
+                import_plugin(name)
+            except InputError as error:
+                raise document.error(str(error), "plugin") from None
+
+
+def _plugins(value: Any) -> Iterator[str]:
+    """The value of every flag `plugin` in some flags or changes of flags."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _plugins(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if str(key).rpartition(".")[2] != "plugin":
+                yield from _plugins(item)
+            else:
+                yield from (name for name in _listed(item) if isinstance(name, str))
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _layers(document: Document, model: Document | None, preset: str) -> list[dict[str, Any]]:
+    """What decides a table's flags; later layers win."""
+    bases = [model.value if model else {}, document.value]
+    return [layer for base in bases for layer in (base, _get(base, ("presets", preset)))]
+
+
+def _check_names(document: Document) -> None:
+    raw = document.value
     for index, name in enumerate(raw["columns"]):
-        if not is_known(str(name)):
-            raise document.error(_unknown("column", str(name), COLUMNS), "columns", index)
+        try:
+            find_view(str(name))
+        except InputError as error:
+            raise document.error(str(error), "columns", index) from None
     for index, name in enumerate(raw.get("figures", [])):
         if name not in FIGURES:
-            raise document.error(_unknown("figure", str(name), FIGURES), "figures", index)
-
-
-def _unknown(kind: str, name: str, known: Collection[str]) -> str:
-    """What to say of an unknown name: the nearest known one, else all."""
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(map(str, known))}"
-    return f"unknown {kind} {name}; {hint}"
+            raise document.error(unknown("figure", str(name), FIGURES), "figures", index)
