@@ -8,7 +8,8 @@ import torch
 
 from core.data.specs import DataSpec
 from core.errors import InputError
-from core.models.building import ModelSpec, build_model, load_parameters
+from core.models.architecture import Architecture
+from core.models.building import load_parameters
 
 # How the names of BatchNorm's running statistics end.
 RUNNING_STATISTICS = ("running_mean", "running_var")
@@ -46,7 +47,7 @@ class Target:
     """All that an attacker sees.
 
     Attributes:
-        model: The architecture.
+        model: What rebuilds the architecture: its name and settings, or a given module.
         data: Shape, normalisation and classes of the images.
         state_dict: Parameters and buffers before the client's update.
         gradient: Shared gradient by parameter name, in parameter order; parameters
@@ -69,7 +70,7 @@ class Target:
             where it keeps them.
     """
 
-    model: ModelSpec
+    model: Architecture
     data: DataSpec
     state_dict: dict[str, torch.Tensor]
     gradient: dict[str, torch.Tensor]
@@ -89,13 +90,13 @@ class Target:
 
     def build_model(self) -> torch.nn.Module:
         """The shared model with its parameters, in the mode the client used."""
-        model = build_model(self.model)
+        model = self.model.build()
         try:
             load_parameters(model, self.state_dict)
         except RuntimeError as error:
             raise InputError(
-                f"the checkpoint's parameters do not fit {self.model.arch} with "
-                f"{self.model.n_classes} classes: {str(error).splitlines()[-1].strip()}"
+                f"the checkpoint's parameters do not fit {self.model.name} with "
+                f"{self.data.n_classes} classes: {str(error).splitlines()[-1].strip()}"
             ) from None
         return model.train(self.train_mode)
 

@@ -107,7 +107,7 @@ def _stem(args: argparse.Namespace, target: Target) -> str:
     origin = "init" if args.pretrained is None else Path(args.pretrained).name
     name = args.data_name or target.data.name
     return (
-        f"id{args.id}_{target.model.arch}_{origin}_{name}_b{target.batch_size}_i{args.target_idx}"
+        f"id{args.id}_{target.model.name}_{origin}_{name}_b{target.batch_size}_i{args.target_idx}"
     )
 
 

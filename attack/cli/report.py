@@ -141,7 +141,7 @@ def write_label_results(
 def describe(target: Target) -> dict[str, Any]:
     """What is known about the target, as plain values."""
     return {
-        "model": target.model.to_dict(),
+        "model": target.model.describe(),
         "data": target.data.to_dict(),
         "train_mode": target.train_mode,
         "batch_size": target.batch_size,
@@ -188,7 +188,7 @@ def _measure(
         truth.images,
         reconstruction.images[evaluation.order],
         evaluation.per_image,
-        title=f"{attack.name} on {target.model.arch}, batch {target.batch_size}",
+        title=f"{attack.name} on {target.model.name}, batch {target.batch_size}",
     )
     record["pictures"].append("reconstruction.png")
     if reconstruction.members:

@@ -262,11 +262,13 @@ def _functions(
     """The metrics that can be computed, and why the others cannot."""
     functions = {name: _SIMPLE[name] for name in names if name in _SIMPLE}
     missing = {}
-    side = min(originals.shape[-2:])
+    side, channels = min(originals.shape[-2:]), originals.shape[1]
     for name in (n for n in names if n in _LPIPS):
         network, reason = load_lpips(_LPIPS[name], weights)
         if network is None:
             missing[name] = str(reason)
+        elif channels not in (1, 3):
+            missing[name] = f"images of {channels} channels; it takes grey or coloured ones"
         elif side < network.min_size:
             missing[name] = f"images of {side} px; it needs at least {network.min_size}"
         else:

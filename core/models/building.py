@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from core.errors import InputError
+from core.models.architecture import Description
 from core.models.cifar_resnet import BLOCKS, WIDTH, CifarResNet
 
 DEFAULT_POOL_KERNEL = 3  # Of torchvision's ResNets.
@@ -51,6 +52,23 @@ class ModelSpec:
     pool_kernel: int = DEFAULT_POOL_KERNEL
     norm: str = "batch"
     malicious: str = ""
+
+    @property
+    def name(self) -> str:
+        """What messages and file names call it."""
+        return self.arch
+
+    def build(self) -> nn.Module:
+        """See `core.models.architecture.Architecture`, and `build_model`."""
+        return build_model(self)
+
+    def skeleton(self) -> nn.Module:
+        """See `core.models.architecture.Architecture`, and `skeleton_of`."""
+        return skeleton_of(self)
+
+    def describe(self) -> Description:
+        """See `core.models.architecture.Architecture`."""
+        return self.to_dict()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint or a record."""
