@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -163,6 +165,13 @@ def image_grid(
             if captions is not None:
                 axis.set_title(str(captions[index]), fontsize=7, pad=2)
     return figure
+
+
+def as_html(figure: Figure) -> str:
+    """A figure as an HTML image that needs no file."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return f'<img src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
 
 
 def save_curve(

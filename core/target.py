@@ -42,7 +42,7 @@ class LocalTraining:
         return self.epochs * self.batches
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Target:
     """All that an attacker sees.
 
@@ -88,6 +88,15 @@ class Target:
         if not self.shards:
             object.__setattr__(self, "shards", (self.batch_size,))
 
+    def __repr__(self) -> str:
+        shape = " x ".join(map(str, self.data.shape))
+        return (
+            f"Target of {self.batch_size} images ({shape}): {len(self.gradient)} tensors of "
+            f"{self.model.name}, {self.data.n_classes} classes, {self.local.steps} local step(s), "
+            f"{'train' if self.train_mode else 'eval'} mode, defenses: "
+            f"{', '.join(self.defenses) or 'none'}"
+        )
+
     def build_model(self) -> torch.nn.Module:
         """The shared model with its parameters, in the mode the client used."""
         model = self.model.build()
@@ -101,7 +110,7 @@ class Target:
         return model.train(self.train_mode)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Truth:
     """What the client meant to keep private; no attack ever receives it.
 
@@ -118,3 +127,8 @@ class Truth:
     labels: torch.Tensor
     mean_image: torch.Tensor | None = None
     nearest_images: torch.Tensor | None = None
+
+    def __repr__(self) -> str:
+        n, *shape = self.images.shape
+        size = " x ".join(map(str, shape))
+        return f"Truth of {n} images ({size}), labels {self.labels.tolist()}"

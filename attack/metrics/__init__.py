@@ -8,8 +8,10 @@ from attack.metrics.evaluation import (
     DEFAULT_METRICS,
     Evaluation,
     evaluate,
+    metric_description,
     metric_names,
     register_metric,
+    registered_metrics,
 )
 from attack.metrics.identification import iip, rdlv
 from attack.metrics.perceptual import LpipsDistance, load_lpips
@@ -29,11 +31,13 @@ __all__ = [
     "is_exact",
     "linear_sum_assignment",
     "load_lpips",
+    "metric_description",
     "metric_names",
     "mse",
     "pairwise_mse",
     "psnr",
     "rdlv",
     "register_metric",
+    "registered_metrics",
     "ssim",
 ]
