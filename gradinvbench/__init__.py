@@ -100,13 +100,18 @@ _HOMES = {
 check_packages()
 
 
-def __getattr__(name: str) -> object:
+def _find(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, _, called = _HOMES[name].partition(":")
     value: object = getattr(importlib.import_module(module), called or name)
     globals()[name] = value
     return value
+
+
+if not TYPE_CHECKING:
+    # A type checker reads the imports above and finds misspelt names.
+    __getattr__ = _find
 
 
 def __dir__() -> list[str]:

@@ -29,6 +29,7 @@ def invert(
     attack: str | Attack = "spectral",
     iterations: int | None = None,
     labels: torch.Tensor | Sequence[int] | None = None,
+    prior: torch.Tensor | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -42,6 +43,8 @@ def invert(
         iterations: Of the whole attack; default: the published number.
         labels: N class indices, if they are known in the order of the images; default: they
             are recovered from the target, by the most exact rule that applies.
+        prior: What to start from instead of noise: one image (C x H x W in [0, 1]) or one
+            for each of the batch (N x C x H x W).
         seed: Of the starts and of noise.
         device: Where to compute; default: a GPU if there is one.
         progress: Show a bar.
@@ -57,12 +60,14 @@ def invert(
     """
     given = settings if iterations is None else {**settings, "iterations": iterations}
     chosen = _configured(attack, given, labels is not None)
+    start = {} if prior is None else {"prior": _prior(target, prior)}
     return chosen.reconstruct(
         target,
         labels=_labels(chosen, target, labels),
         device=_device(device),
         seed=seed,
         progress=progress,
+        **start,
     )
 
 
@@ -108,6 +113,15 @@ def _labels(
     if int(labels.min()) < 0 or int(labels.max()) >= target.data.n_classes:
         raise InputError(f"labels must lie in 0..{target.data.n_classes - 1}")
     return labels
+
+
+def _prior(target: Target, prior: torch.Tensor) -> torch.Tensor:
+    """An image to start from for each of the batch."""
+    shape = (target.batch_size, *target.data.shape)
+    if tuple(prior.shape) not in (shape, shape[1:]):
+        size = " x ".join(map(str, shape[1:]))
+        raise InputError(f"prior has shape {tuple(prior.shape)} and the images are {size}")
+    return prior.detach().float().cpu().expand(shape)
 
 
 def _device(device: torch.device | str | None) -> torch.device:

@@ -17,6 +17,7 @@ from torch import nn
 
 import gradinvbench as gib
 from core.models.building import build_model
+from gradients.inspect import format_report
 from gradinvbench import command
 from gradinvbench._shadowing import HOME
 
@@ -80,6 +81,12 @@ def test_what_is_shared_is_the_gradient_of_the_loss() -> None:
         torch.testing.assert_close(shared, gradient)
     assert torch.equal(truth.images, images)
     assert truth.labels.tolist() == [0, 4, 2]
+
+
+def test_a_start_near_the_truth_is_taken() -> None:
+    target, truth = share()
+    found = gib.invert(target, prior=truth.images[0], iterations=1, lr=1e-6, progress=False)
+    torch.testing.assert_close(found.images[0], truth.images[0], atol=1e-3, rtol=0)
 
 
 def test_a_defense_by_name_or_as_an_object() -> None:
@@ -155,6 +162,7 @@ def test_a_file_of_a_given_module_names_its_builder_and_runs_nothing(tmp_path: P
     with pytest.raises(gib.InputError, match=r"the parameter 0\.weight has shape"):
         gib.load_target(path, build=lambda: two_layers(2))
     read, _ = gib.load_target(path, build=own_module)
+    assert "Sequential (5 classes, a module of the user's own)" in format_report(read, None)
     # A file that was read can be written again without saying it all over.
     gib.save_target(path, read)
 
@@ -182,6 +190,7 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: invert(labels=[0]), "1 labels for a batch of 2 images"),
     (lambda: invert(labels=[0, 9]), r"labels must lie in 0\.\.4"),
     (lambda: invert(iterations=0), "must be at least 1"),
+    (lambda: invert(prior=torch.rand(3, 4, 4)), "prior has shape"),
     (lambda: evaluate(metrics=["pnsr"]), r"metric 'pnsr' is unknown; did you mean psnr"),
     (lambda: evaluate(found=torch.rand(2, 3, 4, 4)), "cannot be compared"),
 ]
