@@ -332,7 +332,7 @@ class UpdateInversion(Inversion):
 
     def _iterate(self, iteration: int) -> None:
         settings = self.settings
-        progress = iteration / max(1, self.config.iterations - 1)
+        progress = iteration / max(1, self.config.optimiser.iterations - 1)
         width = width_at(progress, settings.smoothing, settings.smoothing_end)
         self.matcher.simulation.width = width
         super()._iterate(iteration)
@@ -489,7 +489,7 @@ def _run_registered(
     attack = get_attack(settings.method)()
     options: dict[str, Any] = {}
     if isinstance(attack, OptimizationAttack):
-        attack.config = dataclasses.replace(attack.config, iterations=settings.iterations)
+        attack.config = attack.config.changed(iterations=settings.iterations)
         if settings.start == "prior":
             options["prior"] = _start(update, settings, prior, seed)
     labels, source = _labels(update, dataclasses.replace(settings, labels="recovered"))

@@ -23,12 +23,15 @@ import torch
 
 from audit.similarity import SimMetric, similarity_matrix
 from core.errors import InputError
+from core.figures import blank_figure, save_figure
 from core.storage import atomic_file, write_json
 
 # The prior's similarity is not taken as smaller than this, or nothing would become much.
 PRIOR_FLOOR = 0.05
 PASS, WITHHOLD = "pass", "withhold"
 REDUCTIONS = ("max", "min")
+# Similarities that are 1 for equal images and never larger.
+BOUNDED_BY_ONE = ("ssim", "cosine")
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,8 @@ def measure_leakage(
         metric: Similarity; its first value decides.
         reduce: "max" or "min", over reconstructions and over images; "min" is for
             distances, of which small ones leak.
-        threshold: The update is withheld where the reduced RDLV is above it.
+        threshold: The update is withheld where the reduced RDLV is above it; with "min",
+            where minus the reduced RDLV is: a distance of 0 has an RDLV of -1.
         others: P x C x H x W in [0, 1], images of other patients.
 
     Returns:
@@ -194,9 +198,9 @@ class _Compared:
         # N x M x K, and N x 1 x K.
         self.similarity = np.stack([to_found[m] for m in self.metrics], -1)
         self.prior = np.stack([to_prior[m] for m in self.metrics], -1)
-        floor = np.maximum(np.abs(self.prior), PRIOR_FLOOR)
+        self.floor = np.maximum(np.abs(self.prior), PRIOR_FLOOR)
         with np.errstate(invalid="ignore"):
-            self.relative = (self.similarity - self.prior) / floor
+            self.relative = (self.similarity - self.prior) / self.floor
 
 
 def _report(
@@ -221,11 +225,15 @@ def _report(
                 rank=1 + int((candidates > candidates[index]).sum()),
             )
         )
-    above = reduced > threshold
+    above = sign * reduced > threshold
+    # What a perfect reconstruction of the image that the prior shows least would reach.
+    reach = float(((1 - own.prior[..., 0]) / own.floor[..., 0]).max())
+    out_of_reach = reduce == "max" and own.metrics[0] in BOUNDED_BY_ONE and reach <= threshold
     return LeakageReport(
         decision=WITHHOLD if above else PASS,
         reason=f"its RDLV {reduced:+.3f} is {'above' if above else 'not above'} "
-        f"the threshold {threshold:.3f}",
+        f"the threshold {threshold:.3f}"
+        + (f", which nothing can exceed: a perfect copy has {reach:.3f}" if out_of_reach else ""),
         rdlv=reduced,
         threshold=threshold,
         metric=own.metrics[0],
@@ -393,11 +401,8 @@ def _draw_matches(
     path: Path, report: LeakageReport, originals: np.ndarray, found: np.ndarray
 ) -> None:
     """Originals above their best reconstructions."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     shown = min(len(originals), 16)
-    figure = Figure(figsize=(1.2 * shown + 0.6, 3.0))
+    figure = blank_figure(1.2 * shown + 0.6, 3.0, constrained=False)
     axes = figure.subplots(2, shown, squeeze=False)
     for row, pictures in zip(axes, (originals, found), strict=True):
         for ax, picture in zip(row, pictures, strict=False):
@@ -406,9 +411,7 @@ def _draw_matches(
     for ax, image in zip(axes[1], report.images, strict=False):
         ax.set_title(f"{image.rdlv:+.2f}", fontsize=8)
     axes[0, 0].set_title("original; below: RDLV", fontsize=8, loc="left")
-    FigureCanvasAgg(figure)
-    with atomic_file(path) as file:
-        figure.savefig(file, format="png", dpi=120, bbox_inches="tight")
+    save_figure(figure, path, dpi=120, tight=True)
 
 
 def read_leakage(workspace: str | Path) -> list[LeakageRecord]:

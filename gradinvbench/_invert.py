@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
-from typing import Any
 
 import torch
 
@@ -12,7 +10,7 @@ from attack.attacks import Attack, OptimizationAttack, attack_names, get_attack
 from attack.knowledge.labels import recover_most_exactly
 from attack.knowledge.threat_models import Capability
 from attack.reconstruction import Reconstruction
-from attack.settings import InversionConfig
+from attack.settings import SETTINGS
 from core.errors import InputError
 from core.target import Target
 from gradinvbench._names import check_name
@@ -74,7 +72,7 @@ def invert(
 def _configured(attack: str | Attack, given: dict[str, Value], labelled: bool) -> Attack:
     """The attack under its published setting with the given fields on top."""
     for name in given:
-        check_name("setting", name, setting_names())
+        check_name("setting", name, SETTINGS)
     if isinstance(attack, Attack):
         if given:
             raise InputError(f"{next(iter(given))}: set it where the attack is created")
@@ -84,20 +82,9 @@ def _configured(attack: str | Attack, given: dict[str, Value], labelled: bool) -
     if not issubclass(kind, OptimizationAttack):
         granted = _GRANTED | ({Capability.LABELS} if labelled else frozenset())
         return kind.configured({"adaptive": True, **given, "granted": granted})
-    config = _with_settings(kind.published, given)
+    config = kind.published.changed(**given)
     config.validate()
     return kind(config)
-
-
-def setting_names() -> list[str]:
-    """The names of `Settings`."""
-    return [field.name for field in fields(InversionConfig)]
-
-
-def _with_settings(published: InversionConfig, given: dict[str, Value]) -> InversionConfig:
-    """A copy of a setting in which some fields are replaced."""
-    values: dict[str, Any] = {f.name: getattr(published, f.name) for f in fields(published)}
-    return InversionConfig(**(values | given))
 
 
 def _labels(
@@ -105,8 +92,8 @@ def _labels(
 ) -> torch.Tensor:
     if labels is None:
         # An ensemble tries several ways to get them; the base class does not know of None.
-        recovers: bool = getattr(attack, "recovers_labels", False)
-        return None if recovers else recover_most_exactly(target)  # type: ignore[return-value]
+        own = attack.recovers_labels
+        return None if own else recover_most_exactly(target)  # type: ignore[return-value]
     labels = torch.as_tensor(labels).detach().long().cpu()
     if labels.shape != (target.batch_size,):
         raise InputError(f"{labels.numel()} labels for a batch of {target.batch_size} images")

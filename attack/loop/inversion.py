@@ -22,7 +22,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +39,14 @@ from attack.loop.state import Progress, StateFile
 from attack.loop.step import Stepper, scheduled_rate
 from attack.loop.stopping import Stopping
 from attack.loop.weighted_loss import Evaluation
-from attack.matching.acceleration import AcceleratedMatcher, Acceleration, product_precision
+from attack.matching.acceleration import AcceleratedMatcher, product_precision
 from attack.matching.clipping import CLIPPED_FROM
 from attack.matching.matcher import GradientMatcher
 from attack.matching.replica import Replica
 from attack.priors.coordinates import Coordinates, make_coordinates
 from attack.priors.regularizers import Regularizer
 from attack.reconstruction import Reconstruction
-from attack.settings import RANDOM_STARTS, InversionConfig
-from core.errors import InputError
+from attack.settings import RANDOM_STARTS, InversionConfig, setting_error
 from core.processes import distributed
 from core.target import Target
 
@@ -77,7 +75,7 @@ class Inversion:
         device: Where to compute.
         seed: Of the starts and the noise; restart r uses `seed` and r only, so that the
             same restart is the same whatever else runs beside it.
-        prior: Images to start from (N x C x H x W in [0, 1]) instead of `config.start`.
+        prior: Images to start from (N x C x H x W in [0, 1]) instead of `config.starts.start`.
         first_restart: Number of the first restart, where others run elsewhere.
         regularizers: Weighted penalties on the images beside those of `config`.
 
@@ -99,19 +97,19 @@ class Inversion:
     ) -> None:
         _check(target, config, prior)
         self.adaptation = (
-            adapt(target, config) if config.adaptive else Adaptation.none(target, config)
+            adapt(target, config) if config.matching.adaptive else Adaptation.none(target, config)
         )
         config = self.adaptation.config
-        random = prior is None and config.start in RANDOM_STARTS
-        halved = config.halving and config.restarts > 1
+        random = prior is None and config.starts.start in RANDOM_STARTS
+        halved = config.starts.halving and config.starts.restarts > 1
         self.race = plan_race(
-            config.iterations,
-            config.race if random else 1,
+            config.optimiser.iterations,
+            config.starts.race if random else 1,
             SHARE_BESIDE_HALVING if halved else LARGEST_SHARE,
         )
-        config = replace(config, iterations=self.race.iterations)
+        config = config.changed(iterations=self.race.iterations)
         self.target, self.config, self.device = target, config, device
-        self.dtype = torch.float64 if config.double else torch.float32
+        self.dtype = torch.float64 if config.matching.double else torch.float32
         self.replica = Replica(target, device, self.dtype)
         self.matcher = self._make_matcher()
         self.coordinates = self._make_coordinates()
@@ -125,7 +123,7 @@ class Inversion:
         self.consensus = Consensus(self.problem, self.matcher, self.starter, self.progress)
         self.stepper = Stepper(self.problem, self.evaluation, self.starter, self.progress)
         self.stopping = Stopping(self.problem, self.progress)
-        last = first_restart + config.restarts
+        last = first_restart + config.starts.restarts
         numbers = range(first_restart * self.race.starts, last * self.race.starts)
         self.restarts = [self.starter.start(n, self.race.amplitude(n)) for n in numbers]
 
@@ -133,14 +131,14 @@ class Inversion:
 
     def _make_matcher(self) -> GradientMatcher:
         objective = make_objective(self.config, len(self.target.gradient))
-        objective, hvp = self.adaptation.objective(objective), self.config.hvp
-        if self.config.acceleration == Acceleration():
+        objective, hvp = self.adaptation.objective(objective), self.config.matching.hvp
+        if not self.config.speed.changes_passes:
             return GradientMatcher(self.replica, objective, hvp)
-        return AcceleratedMatcher(self.replica, objective, hvp, self.config.acceleration)
+        return AcceleratedMatcher(self.replica, objective, hvp, self.config.speed)
 
     def _make_coordinates(self) -> Coordinates:
         size = (self.target.data.shape[1], self.target.data.shape[2])
-        return make_coordinates(self.config.coordinates, size, self.device, self.dtype)
+        return make_coordinates(self.config.optimiser.coordinates, size, self.device, self.dtype)
 
     def _make_starter(self, seed: int, prior: torch.Tensor | None) -> Starter:
         return Starter(self.problem, seed, prior)
@@ -169,7 +167,7 @@ class Inversion:
             state_file: Where the state is kept, and continued from if it is there.
             save_every: Iterations between two saves of the state.
         """
-        with product_precision(self.config.precision):
+        with product_precision(self.config.speed.precision):
             return self._run(
                 progress, print_every, on_snapshot, snapshot_every, report, state_file, save_every
             )
@@ -190,13 +188,13 @@ class Inversion:
         started = time.perf_counter() - self.progress.seconds
         bar = self._bar(progress)
         status = "finished"
-        while self.progress.iteration < self.config.iterations and status == "finished":
+        while self.progress.iteration < self.config.optimiser.iterations and status == "finished":
             iteration = self.progress.iteration
             self._iterate(iteration)
             self.progress.iteration = iteration + 1
             self.progress.seconds = time.perf_counter() - started
             bar.update()
-            if iteration % print_every == 0 or iteration + 1 == self.config.iterations:
+            if iteration % print_every == 0 or iteration + 1 == self.config.optimiser.iterations:
                 entry = self._trace_entry(iteration)
                 bar.set_postfix(loss=f"{entry['objective']:.4g}", refresh=False)
                 if report is not None:
@@ -207,7 +205,7 @@ class Inversion:
             if state is not None and (iteration + 1) % save_every == 0:
                 state.save(self.restarts)
         bar.close()
-        if self.config.polish:
+        if self.config.optimiser.polish:
             polish(best_of(self.restarts), self.problem, self.matcher, self.progress.iteration)
         self.progress.seconds = time.perf_counter() - started
         return self._result(status)
@@ -225,7 +223,7 @@ class Inversion:
 
     def _begin_clipping(self, iteration: int) -> None:
         """Clip the candidates' images like the client's, once they have taken shape."""
-        first = int(CLIPPED_FROM * self.config.iterations)
+        first = int(CLIPPED_FROM * self.config.optimiser.iterations)
         if self.adaptation.sample_norm is None or iteration < first:
             return
         if self.matcher.clipping is None:
@@ -242,7 +240,7 @@ class Inversion:
 
     def _bar(self, shown: bool) -> tqdm:
         return tqdm(
-            total=self.config.iterations,
+            total=self.config.optimiser.iterations,
             initial=self.progress.iteration,
             desc="inversion",
             unit="it",
@@ -283,7 +281,7 @@ class Inversion:
                 "hvp_agreement": self.matcher.agreement,
                 "hvp_step": self.matcher.step,
                 **self._acceleration_notes(),
-                **({"adaptations": self.adaptation.notes} if self.config.adaptive else {}),
+                **({"adaptations": self.adaptation.notes} if self.config.matching.adaptive else {}),
             },
         )
 
@@ -296,13 +294,13 @@ class Inversion:
 def _check(target: Target, config: InversionConfig, prior: torch.Tensor | None) -> None:
     """Refuse a configuration that does not fit the target."""
     config.validate()
-    if config.start == "prior" and prior is None:
-        raise InputError("--start prior: give the image to start from with --prior")
-    if config.exact_bn and target.bn_statistics is None:
-        raise InputError("--exact-bn: the checkpoint holds no batch statistics")
-    if config.bn_from_update and target.running_after is None:
-        raise InputError(
-            "--bn-from-update: the checkpoint holds no running statistics after training"
+    if config.starts.start == "prior" and prior is None:
+        raise setting_error("{start} prior: give the image to start from with {prior}")
+    if config.priors.exact_bn and target.bn_statistics is None:
+        raise setting_error("{exact_bn}: the checkpoint holds no batch statistics")
+    if config.priors.bn_from_update and target.running_after is None:
+        raise setting_error(
+            "{bn_from_update}: the checkpoint holds no running statistics after training"
         )
-    if config.optimizer == "LBFGS" and distributed.world_size() > 1:
-        raise InputError("--optim LBFGS runs on one process; use Adam and --polish here")
+    if config.optimiser.name == "LBFGS" and distributed.world_size() > 1:
+        raise setting_error("{optimizer} LBFGS runs on one process; use Adam and {polish} here")

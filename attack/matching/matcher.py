@@ -48,6 +48,7 @@ from attack.matching.switches import (
     ReplayActivations,
     TwiceDifferentiable,
 )
+from attack.settings import HVP_MODES, setting_error
 from core.errors import InputError
 from core.processes import distributed
 from gradients.local_update import unrolled_update
@@ -58,7 +59,6 @@ Tensors = list[torch.Tensor]
 # A penalty on what the forward pass shows beside the logits (BatchNorm statistics).
 Penalty = Callable[[], torch.Tensor]
 
-HVP_MODES = ("auto", "exact", "difference")
 # Relative size of the parameter perturbation to try, best first, by precision.
 STEP_SIZES = {
     torch.float64: (1e-7, 1e-6, 1e-8),
@@ -162,7 +162,7 @@ class GradientMatcher:
         clipping: SampleClipping | None = None,
     ) -> None:
         if hvp not in HVP_MODES:
-            raise InputError(f"--hvp {hvp}: choose one of {', '.join(HVP_MODES)}")
+            raise setting_error(f"{{hvp}} {hvp}: choose one of {', '.join(HVP_MODES)}")
         self.replica = replica
         self.objective = objective
         self.hvp = hvp

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import torch
 
-from core.errors import InputError
+from attack.settings import setting_error
 from core.target import BatchStatistics, Target
 from gradients.batch_statistics import (
     batch_norm_layers,
@@ -35,7 +35,9 @@ def layer_momentum(target: Target) -> dict[str, float]:
     found: dict[str, float] = {}
     for name, layer in batch_norm_layers(target.model.skeleton()).items():
         if getattr(layer, "momentum", None) is None:
-            raise InputError(f"--bn-from-update: {name} has no momentum, its average no weights")
+            raise setting_error(
+                f"{{bn_from_update}}: {name} has no momentum, its average no weights"
+            )
         found[name] = float(layer.momentum)  # type: ignore[arg-type]
     return found
 
@@ -54,8 +56,8 @@ def recovered_statistics(target: Target) -> BatchStatistics:
         InputError: The client has not shared its running statistics.
     """
     if target.running_after is None:
-        raise InputError(
-            "--bn-from-update: the checkpoint holds no running statistics after training"
+        raise setting_error(
+            "{bn_from_update}: the checkpoint holds no running statistics after training"
         )
     steps = target.local.steps
     # K steps move the running value by 1 - (1 - m)^K towards their weighted average.
