@@ -18,7 +18,6 @@ from torch import nn
 
 from attack.matching.smooth_relu import SmoothReLU
 from audit.updates import LocalUpdate
-from core.models.building import build_model
 from core.target import BatchStatistics
 from gradients.batch_statistics import batch_norm_layers
 from gradients.local_update import Parameters, local_sgd, trainable_parameters
@@ -60,7 +59,7 @@ class LocalSimulation:
     ) -> None:
         self.update = update
         with torch.random.fork_rng(devices=[]):
-            self.model = build_model(update.model)
+            self.model = update.model.build()
         self.model.load_state_dict({k: v.clone() for k, v in update.global_weights.items()})
         self.model.train().to(device, dtype)
         for layer in self.model.modules():

@@ -11,7 +11,7 @@ import torch
 
 from core.data.specs import DataSpec
 from core.errors import InputError
-from core.models.building import ModelSpec, skeleton_of
+from core.models.architecture import Architecture
 from core.processes.distributed import shard_sizes
 from core.target import BatchStatistics, LocalTraining, Target
 from gradients.batch_statistics import statistics_from_running, values_per_channel
@@ -41,7 +41,7 @@ class LocalUpdate:
             attacker is granted which images shared which steps (`order_granted`).
     """
 
-    model: ModelSpec
+    model: Architecture
     data: DataSpec
     global_weights: Mapping[str, torch.Tensor]
     weight_diff: Mapping[str, torch.Tensor]
@@ -114,7 +114,7 @@ class LocalUpdate:
             InputError: The difference lacks a parameter, or is not finite.
         """
         scale = -1 / (self.learning_rate * len(self.steps))
-        named = dict(skeleton_of(self.model).named_parameters())
+        named = dict(self.model.skeleton().named_parameters())
         return {name: scale * self._difference(name, p.shape) for name, p in named.items()}
 
     def _difference(self, name: str, shape: torch.Size) -> torch.Tensor:
@@ -195,7 +195,7 @@ def _whole_batch_statistics(update: LocalUpdate) -> tuple[BatchStatistics, ...] 
     change = update.running_change
     if change is None or len(update.steps) > 1:
         return None
-    model = skeleton_of(update.model).train()
+    model = update.model.skeleton().train()
     with torch.device("meta"):
         images = torch.zeros(update.n_images, *update.data.shape)
     counts = values_per_channel(model, images)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from core.errors import exit_status
 
 if TYPE_CHECKING:
+    from core.models.architecture import Description
     from core.target import Target, Truth
 
 
@@ -73,9 +74,7 @@ def format_report(target: Target, truth: Truth | None) -> str:
     shards = "+".join(map(str, about.shards))
     kind = "synchronized" if target.synchronized else "asynchronous"
     lines = [
-        f"model        {model.arch} ({model.n_classes} classes, stem {model.stem}, "
-        f"width {model.width or 'standard'}, norm {model.norm}, "
-        f"pooling kernel {model.pool_kernel}), {about.mode} mode",
+        f"model        {_model_line(model, data.n_classes)}, {about.mode} mode",
         f"data         {data.name}, {height} x {width} px",
         f"batch        {about.batch_size} images over shards {shards}, {kind} BatchNorm",
         f"local        {local.steps} step(s) = {local.epochs} epoch(s) x "
@@ -89,6 +88,17 @@ def format_report(target: Target, truth: Truth | None) -> str:
     norms = about.gradient_norms.items()
     lines += [f"  {norm:12.5g}  {_shape(target, name):>18}  {name}" for name, norm in norms]
     return "\n".join(lines)
+
+
+def _model_line(model: Description, n_classes: int) -> str:
+    """The architecture in a line; of a module of the user's own only its class is known."""
+    if "stem" not in model:
+        return f"{model['arch']} ({n_classes} classes, a module of the user's own)"
+    return (
+        f"{model['arch']} ({n_classes} classes, stem {model['stem']}, "
+        f"width {model['width'] or 'standard'}, norm {model['norm']}, "
+        f"pooling kernel {model['pool_kernel']})"
+    )
 
 
 def _truth_line(truth: Truth | None) -> str:

@@ -90,7 +90,7 @@ def _stem(settings: ExtractSettings, target: Target) -> str:
     origin = "init" if pretrained is None else Path(pretrained).name
     name = settings.data.name or target.data.name
     batch = f"b{target.batch_size}_i{settings.batch.index}"
-    return f"id{settings.id}_{target.model.arch}_{origin}_{name}_{batch}"
+    return f"id{settings.id}_{target.model.name}_{origin}_{name}_{batch}"
 
 
 def _write_picture(path: Path, truth: Truth) -> None:

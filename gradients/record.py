@@ -11,7 +11,7 @@ from typing import Any
 
 from core.data.specs import DataSpec
 from core.errors import InputError
-from core.models.building import ModelSpec
+from core.models.architecture import Description
 from core.storage import write_json
 from core.target import LocalTraining, Target
 from gradients.rank_analysis import LayerRank, ra_index
@@ -25,7 +25,7 @@ class TargetDescription:
     """What an attacker sees of an update, without the tensors.
 
     Attributes:
-        model: The architecture.
+        model: The architecture, as plain values.
         data: The images' description.
         mode: "train" or "eval".
         batch_size: Images of the client.
@@ -40,7 +40,7 @@ class TargetDescription:
         gradient_norm: L2 norm over all parameters.
     """
 
-    model: ModelSpec
+    model: Description
     data: DataSpec
     mode: str
     batch_size: int
@@ -61,7 +61,7 @@ class TargetDescription:
         and records of stage 3 the other.
         """
         return {
-            "model": self.model.to_dict(),
+            "model": dict(self.model),
             "data": self.data.to_dict(),
             "mode": self.mode,
             "train_mode": self.mode == "train",
@@ -89,7 +89,7 @@ class TargetDescription:
         """The inverse of `to_dict`."""
         local = {k: v for k, v in values["local_training"].items() if k != "steps"}
         return TargetDescription(
-            model=ModelSpec.from_dict(values["model"]),
+            model=values["model"],
             data=DataSpec.from_dict(values["data"]),
             mode=values["mode"],
             batch_size=values["batch_size"],
@@ -110,7 +110,7 @@ def describe(target: Target) -> TargetDescription:
     norms = {name: float(g.double().norm()) for name, g in target.gradient.items()}
     statistics = target.bn_statistics
     return TargetDescription(
-        model=target.model,
+        model=target.model.describe(),
         data=target.data,
         mode="train" if target.train_mode else "eval",
         batch_size=target.batch_size,

@@ -137,7 +137,7 @@ def _chain(model: nn.Module, target: Target, what: str) -> list[tuple[str, nn.Mo
         culprit = type(strange[0] if strange else model).__name__
         raise InputError(
             f"{what}needs a chain of convolutions, fully connected layers and activations, like "
-            f"cnn6 or lenet; {target.model.arch} holds {culprit}"
+            f"cnn6 or lenet; {target.model.name} holds {culprit}"
         )
     for name, module in layers:
         if isinstance(module, nn.Conv2d) and not _is_plain(module):

@@ -13,6 +13,7 @@ from attack.attacks.parts.first_layer import FirstLayer, first_layer
 from attack.knowledge.threat_models import Capability
 from attack.reconstruction import Reconstruction
 from core.errors import InputError
+from core.models.malicious import malice_of
 from core.target import Target
 
 # A bin whose bias gradient is below this share of the largest is empty.
@@ -49,9 +50,9 @@ class RobbingTheFed(Attack):
             InputError: The model has no imprint block.
         """
         began = time.perf_counter()
-        if not target.model.malicious.startswith("imprint"):
+        if not malice_of(target.model).startswith("imprint"):
             raise InputError(
-                f"--attack {self.name}: {target.model.arch} has no imprint block; a malicious "
+                f"--attack {self.name}: {target.model.name} has no imprint block; a malicious "
                 "server adds it in stage 2 with --malicious imprint:BINS"
             )
         if target.local.steps > 1:

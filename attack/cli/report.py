@@ -170,7 +170,7 @@ def _measure(output: Output, truth: Truth, found: Reconstruction, record: Attack
         truth.images,
         found.images[evaluation.order],
         evaluation.per_image,
-        title=f"{output.attack.name} on {target.model.arch}, batch {target.batch_size}",
+        title=f"{output.attack.name} on {target.model.name}, batch {target.batch_size}",
     )
     record.pictures.append("reconstruction.png")
     if found.members:

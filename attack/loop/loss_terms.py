@@ -66,7 +66,7 @@ def batch_norm_penalty(problem: InversionProblem) -> ModelPenalty:
     known, groups = _known_statistics(problem)
     known = [_moved(statistics, problem) for statistics in known]
     if not known[0]:
-        raise setting_error(f"{{bn}}: {target.model.arch} has no BatchNorm layer to match")
+        raise setting_error(f"{{bn}}: {target.model.name} has no BatchNorm layer to match")
     whole_batch = replica.groups is None
     if not priors.bn_from_update:
         return BatchNormPenalty(known, groups, whole_batch)

@@ -9,9 +9,11 @@ from attack.metrics.evaluation import (
     Evaluation,
     evaluate,
     is_smaller_better,
+    metric_description,
     metric_names,
     metric_title,
     register_metric,
+    registered_metrics,
 )
 from attack.metrics.identification import iip, rdlv
 from attack.metrics.perceptual import LpipsDistance, load_lpips
@@ -31,6 +33,7 @@ __all__ = [
     "is_exact",
     "is_smaller_better",
     "load_lpips",
+    "metric_description",
     "metric_names",
     "metric_title",
     "mse",
@@ -38,5 +41,6 @@ __all__ = [
     "psnr",
     "rdlv",
     "register_metric",
+    "registered_metrics",
     "ssim",
 ]

@@ -18,7 +18,6 @@ from __future__ import annotations
 import torch
 
 from attack.settings import setting_error
-from core.models.building import skeleton_of
 from core.target import BatchStatistics, Target
 from gradients.batch_statistics import (
     batch_norm_layers,
@@ -34,7 +33,7 @@ def layer_momentum(target: Target) -> dict[str, float]:
         InputError: A layer averages over all batches it has ever seen.
     """
     found: dict[str, float] = {}
-    for name, layer in batch_norm_layers(skeleton_of(target.model)).items():
+    for name, layer in batch_norm_layers(target.model.skeleton()).items():
         if getattr(layer, "momentum", None) is None:
             raise setting_error(
                 f"{{bn_from_update}}: {name} has no momentum, its average no weights"
@@ -74,5 +73,5 @@ def recovered_statistics(target: Target) -> BatchStatistics:
 def _values_per_channel(target: Target) -> dict[str, int]:
     """Values behind each statistic of one local step, found without computing any."""
     images = target.batch_size if target.synchronized else target.shards[0]
-    model = skeleton_of(target.model).to("meta").eval()
+    model = target.model.skeleton().to("meta").eval()
     return values_per_channel(model, torch.zeros((images, *target.data.shape), device="meta"))

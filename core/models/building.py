@@ -6,21 +6,104 @@ every checkpoint, so that an attacker builds exactly the model that was shared.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from core.errors import InputError
-from core.models import literature as literature  # registers its networks
-from core.models.model_spec import BUILDERS, DEFAULT_POOL_KERNEL, ModelSpec
-from core.models.model_spec import register_model as register_model
+from core.models.architecture import Description
 
+DEFAULT_POOL_KERNEL = 3  # Of torchvision's ResNets.
 # Side of torchvision's feature map in front of the pooling layer at 224 px, for
 # which the rank-analysis defense states its kernel of 19.
 REFERENCE_POOL_INPUT = 112
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What an architecture is made from.
+
+    Attributes:
+        arch: A torchvision classifier, or a name registered with `register_model`.
+        n_classes: Number of outputs.
+        image_size: Side of the square input in pixels.
+        stem: "imagenet" (7x7 stride 2 and pooling) or "cifar" (3x3 stride 1, no
+            pooling); concerns ResNets only.
+        width: Channels of the first stage; None for the architecture's own.
+        pool_kernel: Kernel of the first max-pooling layer, as at 224 px.
+        norm: "batch", or "group" where every BatchNorm is replaced by GroupNorm.
+        malicious: What a malicious server does to it, see `core.models.malicious`; empty for
+            an honest one.
+    """
+
+    arch: str = "resnet18"
+    n_classes: int = 1000
+    image_size: int = 224
+    stem: str = "imagenet"
+    width: int | None = None
+    pool_kernel: int = DEFAULT_POOL_KERNEL
+    norm: str = "batch"
+    malicious: str = ""
+
+    @property
+    def name(self) -> str:
+        """What messages and file names call it."""
+        return self.arch
+
+    def build(self) -> nn.Module:
+        """See `core.models.architecture.Architecture`, and `build_model`."""
+        return build_model(self)
+
+    def skeleton(self) -> nn.Module:
+        """See `core.models.architecture.Architecture`, and `skeleton_of`."""
+        return skeleton_of(self)
+
+    def describe(self) -> Description:
+        """See `core.models.architecture.Architecture`."""
+        return self.to_dict()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint or a record."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> ModelSpec:
+        """The inverse of `to_dict`; unknown keys are an `InputError`."""
+        try:
+            return ModelSpec(**values)
+        except TypeError as error:
+            raise InputError(
+                f"the checkpoint describes its model with unknown fields: {error}"
+            ) from None
+
+
+BUILDERS: dict[str, Callable[[ModelSpec], nn.Module]] = {}
+
+
+def register_model(
+    name: str,
+) -> Callable[[Callable[[ModelSpec], nn.Module]], Callable[[ModelSpec], nn.Module]]:
+    """Make `--arch name` build a model with the decorated function.
+
+    Args:
+        name: Must not be taken.
+
+    Raises:
+        ValueError: The name is registered already.
+    """
+
+    def register(builder: Callable[[ModelSpec], nn.Module]) -> Callable[[ModelSpec], nn.Module]:
+        if name in BUILDERS:
+            raise ValueError(f"model {name} is registered already")
+        BUILDERS[name] = builder
+        return builder
+
+    return register
 
 
 def model_names() -> list[str]:

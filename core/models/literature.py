@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from core.errors import InputError
+from core.models.building import ModelSpec, register_model
 from core.models.cifar_resnet import BLOCKS, WIDTH, CifarResNet
-from core.models.model_spec import ModelSpec, register_model
 
 # Patches per side of the small vision transformers.
 VIT_PATCHES = 8
