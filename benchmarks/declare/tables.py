@@ -33,7 +33,6 @@ none). Axes, chain, columns, figures and what is published are each table's own.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -41,14 +40,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.declare.columns import find_view
-from benchmarks.declare.figures import FIGURES
+from benchmarks.declare.checks import at_keys, check_names, check_structure, import_plugins, layers
+from benchmarks.declare.flags import complaint, known_flags
 from benchmarks.declare.names import unknown
 from benchmarks.declare.yaml_lines import Document, read_yaml
 from benchmarks.run.cells import Cell, Input, hash_json
-from benchmarks.run.stages import PROCESSES, STAGES, Stage, make_cell
+from benchmarks.run.stages import STAGES, Stage, make_cell
 from core.errors import InputError
-from core.plugins import import_plugin
 
 TABLES = Path(__file__).resolve().parents[1] / "tables"
 PRESETS = ("embedded", "small", "paper")
@@ -58,12 +56,6 @@ WITH_PLUGINS = ("train", "extract", "attack")
 
 Flags = dict[str, Any]
 Overrides = dict[str, Flags]
-
-_TABLE_KEYS = {
-    "title", "description", "like", "axes", "repeats", "presets", "columns", "figures", "published",
-    "chain", "pivot", "plugin", *STAGES,
-}  # fmt: skip
-_PRESET_KEYS = {"axes", "repeats", "data", "published", "plugin", *STAGES}
 
 
 @dataclass(frozen=True)
@@ -197,9 +189,9 @@ def load_table(
     """
     document = read_yaml(file)
     model = _model(document)
-    _check_structure(document, preset, model.value if model else {})
-    _import_plugins(document, model, preset)
-    _check_names(document)
+    check_structure(document, preset, model.value if model else {})
+    import_plugins(document, model, preset)
+    check_names(document)
     if axes is not None:
         document.value["axes"] = dict(axes)
         document.value.get("presets", {}).get(preset, {}).pop("axes", None)
@@ -231,7 +223,7 @@ class _Expansion:
         self._preset = preset
         self._raw = document.value
         self._model = _Expansion(model, None, preset, data, stages) if model else None
-        self._layers = _layers(document, model, preset)
+        self._layers = layers(document, model, preset)
         self._stages = stages
         self._chain = tuple(self._raw.get("chain", ("train", "extract", "attack")))
         self._data = str(data or self._last("data", DEFAULT_DATA))
@@ -297,9 +289,9 @@ class _Expansion:
 
         A value of a preset's axis that the table's has too starts from the table's flags.
         """
-        axes = {name: self._axis(name, (kind, name)) for name in _get(self._raw, (kind,))}
+        axes = {name: self._axis(name, (kind, name)) for name in at_keys(self._raw, (kind,))}
         place = ("presets", self._preset, kind)
-        for name in _get(self._raw, place):
+        for name in at_keys(self._raw, place):
             before = axes.get(name, _Axis(name)).values
             new = self._axis(name, (*place, name)).values
             merged = {label: _merged(before.get(label, {}), new[label]) for label in new}
@@ -327,7 +319,7 @@ class _Expansion:
         return _Axis(axis.name, kept)
 
     def _axis(self, name: str, place: tuple[Any, ...]) -> _Axis:
-        value = _get(self._raw, place)
+        value = at_keys(self._raw, place)
         if isinstance(value, list):
             return self._flag_axis(name, name, value, place)
         flags = [key for key in value if "." in str(key) and isinstance(value[key], list)]
@@ -387,14 +379,14 @@ class _Expansion:
         return data
 
     def _check_flags(self, stage: str, config: Flags) -> None:
-        known = _known_flags(self._stages[stage])
+        known = known_flags(self._stages[stage])
         for flag, value in config.items():
             place = self._place_of(stage, flag, value)
             if known and flag not in known:
                 raise self._document.error(unknown(f"flag of {stage},", flag, known), *place)
-            complaint = _complaint(known.get(flag), value)
-            if complaint:
-                raise self._document.error(f"{stage} --{flag} {value}: {complaint}", *place)
+            wrong = complaint(known.get(flag), value)
+            if wrong:
+                raise self._document.error(f"{stage} --{flag} {value}: {wrong}", *place)
 
     def _place_of(self, stage: str, flag: str, value: Any) -> tuple[Any, ...]:
         """Where the file gives a flag this value; where it gives it any, if nowhere."""
@@ -405,13 +397,15 @@ class _Expansion:
         return next(iter([*exact, *places]), ())
 
     def _axis_names(self) -> list[str]:
-        names = [_get(self._raw, place) for place in (("axes",), ("presets", self._preset, "axes"))]
+        names = [
+            at_keys(self._raw, place) for place in (("axes",), ("presets", self._preset, "axes"))
+        ]
         return list(dict.fromkeys(str(name) for axes in names for name in axes))
 
     def _published(self) -> list[Published]:
         entries = []
         for place in (("published",), ("presets", self._preset, "published")):
-            for index, entry in enumerate(_get(self._raw, place) or []):
+            for index, entry in enumerate(at_keys(self._raw, place) or []):
                 if not isinstance(entry, dict) or not {"text", "source"} <= entry.keys():
                     raise self._document.error("expected where, text and source", *place, index)
                 where = self._where(entry.get("where", {}), (*place, index))
@@ -423,42 +417,6 @@ class _Expansion:
             known = ", ".join(self._axis_names())
             raise self._document.error(f"where: expected values of {known}", *place)
         return {str(k): _text(v) for k, v in given.items()}
-
-
-def _known_flags(stage: Stage) -> dict[str, argparse.Action]:
-    """The flags of a stage's command; empty without a parser."""
-    if stage.parser is None:
-        return {}
-    parser = stage.parser()
-    processes = argparse.ArgumentParser().add_argument(f"--{PROCESSES}", type=_process_count)
-    actions = [processes, *parser._actions]
-    return {o[2:]: a for a in actions for o in a.option_strings if o.startswith("--")}
-
-
-def _process_count(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
-def _complaint(action: argparse.Action | None, value: Any) -> str:
-    """Why a command would refuse a flag's value; empty if it would not."""
-    if action is None or value is None:
-        return ""
-    if action.nargs == 0:
-        return "" if isinstance(value, bool) else "a flag without a value: true or false"
-    if action.choices is not None and value not in action.choices:
-        return f"choose from {', '.join(map(str, action.choices))}"
-    if isinstance(value, bool):
-        return "" if action.nargs == "?" else "needs a value; null leaves the flag out"
-    if isinstance(value, (list, dict)):
-        return "expected a single value"
-    try:
-        if callable(action.type):
-            action.type(str(value))
-    except (ValueError, TypeError, argparse.ArgumentTypeError):
-        return "not a valid value"
-    return ""
 
 
 def _at(value: Any, path: Sequence[Any]) -> Any:
@@ -473,7 +431,7 @@ def _at(value: Any, path: Sequence[Any]) -> Any:
 
 def _set_flags(parts: Iterable[Mapping[str, Any]]) -> set[tuple[str, str]]:
     """Stage and name of every flag that some part sets."""
-    return {(stage, flag) for part in parts for stage in STAGES for flag in _get(part, (stage,))}
+    return {(stage, flag) for part in parts for stage in STAGES for flag in at_keys(part, (stage,))}
 
 
 def _combinations(axes: Sequence[_Axis]) -> Iterator[tuple[dict[str, str], Overrides]]:
@@ -492,12 +450,6 @@ def _merged(*layers: Mapping[str, Mapping[str, Any]]) -> Overrides:
     return result
 
 
-def _get(value: Any, path: Sequence[Any]) -> Any:
-    for key in path:
-        value = value.get(key, {}) if isinstance(value, dict) else {}
-    return value
-
-
 @functools.cache
 def fingerprint(folder: Path) -> str:
     """The folder's name and a hash of the names and sizes of its files."""
@@ -508,105 +460,3 @@ def fingerprint(folder: Path) -> str:
 
 def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _check_structure(document: Document, preset: str, model: Mapping[str, Any]) -> None:
-    """Refuse what is not a table before looking into it."""
-    raw = document.value
-    if not isinstance(raw, dict):
-        raise document.error("a table is a mapping with title, axes and columns")
-    _check_keys(document, raw, _TABLE_KEYS, ())
-    for key in ("columns", "axes"):
-        if not raw.get(key):
-            raise document.error(f"the table has no {key}")
-    _check_types(document, raw, ())
-    presets = raw.get("presets", {})
-    for name, value in presets.items():
-        if not isinstance(value, dict):
-            raise document.error(f"preset {name}: expected a mapping", "presets", name)
-        _check_keys(document, value, _PRESET_KEYS, ("presets", name))
-        _check_types(document, value, ("presets", name))
-    available = presets or model.get("presets", {})
-    if available and preset not in available:
-        known = ", ".join(map(str, available))
-        raise document.error(f"--preset {preset}: the table has {known}", "presets")
-    _check_chain(document, raw.get("chain", []))
-
-
-def _check_chain(document: Document, chain: list[Any]) -> None:
-    """Stages in the order in which data flows."""
-    for index, stage in enumerate(chain):
-        if stage not in STAGES:
-            raise document.error(unknown("stage", str(stage), STAGES), "chain", index)
-    if chain != [stage for stage in STAGES if stage in chain]:
-        raise document.error(f"chain: each once, in the order {', '.join(STAGES)}", "chain")
-
-
-def _check_keys(document: Document, raw: dict[Any, Any], known: set[str], place: Any) -> None:
-    for key in raw:
-        if key not in known:
-            raise document.error(unknown("key", str(key), sorted(known)), *place, key)
-
-
-_TYPES: dict[str, type] = {
-    "columns": list, "figures": list, "published": list, "chain": list,
-    "axes": dict, "repeats": dict, "presets": dict, "pivot": dict,
-}  # fmt: skip
-
-
-def _check_types(document: Document, raw: dict[Any, Any], place: tuple[Any, ...]) -> None:
-    for key, value in raw.items():
-        wanted = dict if key in STAGES else _TYPES.get(key)
-        if wanted is not None and not isinstance(value, wanted):
-            kind = "a list" if wanted is list else "a mapping"
-            raise document.error(f"{key}: expected {kind}", *place, key)
-    for kind in ("axes", "repeats"):
-        for name, axis in raw.get(kind, {}).items():
-            if not isinstance(axis, (dict, list)) or not axis:
-                raise document.error(f"axis {name} has no values", *place, kind, name)
-
-
-def _import_plugins(document: Document, model: Document | None, preset: str) -> None:
-    """Import what registers the schemes, defenses, attacks and metrics that a table names."""
-    for part in _layers(document, model, preset):
-        given = [part.get(key) for key in ("plugin", "axes", "repeats", *STAGES)]
-        for name in dict.fromkeys(_plugins({"plugin": given[0], "rest": given[1:]})):
-            try:
-                import_plugin(name)
-            except InputError as error:
-                raise document.error(str(error), "plugin") from None
-
-
-def _plugins(value: Any) -> Iterator[str]:
-    """The value of every flag `plugin` in some flags or changes of flags."""
-    if isinstance(value, list):
-        for item in value:
-            yield from _plugins(item)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            if str(key).rpartition(".")[2] != "plugin":
-                yield from _plugins(item)
-            else:
-                yield from (name for name in _listed(item) if isinstance(name, str))
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def _layers(document: Document, model: Document | None, preset: str) -> list[dict[str, Any]]:
-    """What decides a table's flags; later layers win."""
-    bases = [model.value if model else {}, document.value]
-    return [layer for base in bases for layer in (base, _get(base, ("presets", preset)))]
-
-
-def _check_names(document: Document) -> None:
-    raw = document.value
-    for index, name in enumerate(raw["columns"]):
-        try:
-            find_view(str(name))
-        except InputError as error:
-            raise document.error(str(error), "columns", index) from None
-    for index, name in enumerate(raw.get("figures", [])):
-        if name not in FIGURES:
-            raise document.error(unknown("figure", str(name), FIGURES), "figures", index)

@@ -147,6 +147,7 @@ def test_a_changed_folder_of_data_makes_new_cells(tmp_path: Path) -> None:
             ("columns:", "plugin: not_there\ncolumns:"),
             r":15: --plugin not_there: cannot be imported",
         ),
+        (("columns:", "plugin: 3\ncolumns:"), r":15: plugin: expected the name of a module"),
         (("bars,", "pies,"), r":16: unknown figure pies; did you mean lines"),
         (("noise: {extract", "noise: {extrakt"), r":7: unknown stage extrakt; did you mean"),
         (("{sigma: 0.1}", "0.1"), r":7: extract: expected {flag: value}"),
