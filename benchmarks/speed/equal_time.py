@@ -13,6 +13,7 @@ their published settings.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import time

@@ -10,6 +10,7 @@ latter only, whose licences allow it. Untrained weights unless `--pretrained` na
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from attack.attacks import InvertingGradients
+from attack.attacks.inverting_gradients import InvertingGradients
 from attack.loop.inversion import Inversion
 from attack.matching.matcher import GradientMatcher
 from attack.matching.objectives import Cosine
