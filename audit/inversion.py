@@ -23,8 +23,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from attack.attacks import get_attack
-from attack.attacks.base import OptimizationAttack
+from attack.attacks import OptimizationAttack, get_attack
 from attack.knowledge.labels import recover_labels
 from attack.loop.inversion import Inversion
 from attack.loop.problem import InversionProblem

@@ -21,13 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from attack.metrics import relative_leakage
 from audit.similarity import SimMetric, similarity_matrix
 from core.errors import InputError
 from core.figures import blank_figure, save_figure
 from core.storage import atomic_file, write_json
 
-# The prior's similarity is not taken as smaller than this, or nothing would become much.
-PRIOR_FLOOR = 0.05
 PASS, WITHHOLD = "pass", "withhold"
 REDUCTIONS = ("max", "min")
 # Similarities that are 1 for equal images and never larger.
@@ -148,8 +147,8 @@ def measure_leakage(
 ) -> LeakageReport:
     """Compare reconstructions with the images they may give away.
 
-    RDLV(x, r) = (sim(x, r) - sim(x, prior)) / max(|sim(x, prior)|, floor). Each image has
-    the best of all reconstructions; what other patients show is found in the same way,
+    The relative data leakage value is that of `attack.metrics.relative_leakage`. Each image
+    has the best of all reconstructions; what other patients show is found in the same way,
     so that choosing the best favours nobody.
 
     Args:
@@ -198,9 +197,8 @@ class _Compared:
         # N x M x K, and N x 1 x K.
         self.similarity = np.stack([to_found[m] for m in self.metrics], -1)
         self.prior = np.stack([to_prior[m] for m in self.metrics], -1)
-        self.floor = np.maximum(np.abs(self.prior), PRIOR_FLOOR)
         with np.errstate(invalid="ignore"):
-            self.relative = (self.similarity - self.prior) / self.floor
+            self.relative = relative_leakage(self.similarity, self.prior)
 
 
 def _report(
@@ -227,7 +225,8 @@ def _report(
         )
     above = sign * reduced > threshold
     # What a perfect reconstruction of the image that the prior shows least would reach.
-    reach = float(((1 - own.prior[..., 0]) / own.floor[..., 0]).max())
+    shown = own.prior[..., 0]
+    reach = float(relative_leakage(np.ones_like(shown), shown).max())
     out_of_reach = reduce == "max" and own.metrics[0] in BOUNDED_BY_ONE and reach <= threshold
     return LeakageReport(
         decision=WITHHOLD if above else PASS,

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from attack.attacks.base import OptimizationAttack, register_attack
+from attack.attacks.base import register_attack
+from attack.attacks.optimisation import OptimizationAttack
 from attack.knowledge.threat_models import Capability
 from attack.loop.inversion import Inversion
 from attack.metrics import assign

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from attack.attacks.base import OptimizationAttack, register_attack
+from attack.attacks.base import register_attack
+from attack.attacks.optimisation import OptimizationAttack
 from attack.attacks.spectral import Spectral
 from attack.knowledge.threat_models import Capability
 from attack.loop.inversion import Snapshot

@@ -38,7 +38,7 @@ from attack.loop.restarts import Restart, Starter, best_of, thin_out
 from attack.loop.state import Progress, StateFile
 from attack.loop.step import Stepper, scheduled_rate
 from attack.loop.stopping import Stopping
-from attack.loop.weighted_loss import Evaluation
+from attack.loop.weighted_loss import WeightedLoss
 from attack.matching.acceleration import AcceleratedMatcher, product_precision
 from attack.matching.clipping import CLIPPED_FROM
 from attack.matching.matcher import GradientMatcher
@@ -119,7 +119,7 @@ class Inversion:
         )  # fmt: skip
         self.progress = Progress()
         self.starter = self._make_starter(seed, prior)
-        self.evaluation = Evaluation(self.problem, self.matcher, regularizers)
+        self.evaluation = WeightedLoss(self.problem, self.matcher, regularizers)
         self.consensus = Consensus(self.problem, self.matcher, self.starter, self.progress)
         self.stepper = Stepper(self.problem, self.evaluation, self.starter, self.progress)
         self.stopping = Stopping(self.problem, self.progress)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
-from attack.loop.problem import InversionProblem
-from attack.loop.restarts import Restart
 from attack.matching.matcher import GradientMatcher
+
+if TYPE_CHECKING:
+    from attack.loop.problem import InversionProblem
+    from attack.loop.restarts import Restart
 
 
 def polish(

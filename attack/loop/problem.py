@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from attack.loop.restarts import Restart
-from attack.matching.replica import Replica
-from attack.priors.coordinates import Coordinates
-from attack.settings import InversionConfig
 from core.processes import distributed
-from core.target import Target
+
+if TYPE_CHECKING:
+    from attack.loop.restarts import Restart
+    from attack.matching.replica import Replica
+    from attack.priors.coordinates import Coordinates
+    from attack.settings import InversionConfig
+    from core.target import Target
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from attack.loop.loss_terms import make_penalties, make_regularizers
-from attack.loop.problem import InversionProblem
-from attack.loop.restarts import Restart
-from attack.matching.matcher import GradientMatcher, Match
 from attack.priors.regularizers import GroupConsistency, ModelPenalty, Regularizer, weighted_penalty
 from core.processes import distributed
+
+if TYPE_CHECKING:
+    from attack.loop.problem import InversionProblem
+    from attack.loop.restarts import Restart
+    from attack.matching.matcher import GradientMatcher, Match
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +24,7 @@ logger = logging.getLogger(__name__)
 SMALL_MODEL = 1_000_000
 
 
-class Evaluation:
+class WeightedLoss:
     """Evaluates restarts where they stand.
 
     Args:

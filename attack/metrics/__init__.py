@@ -15,13 +15,14 @@ from attack.metrics.evaluation import (
     register_metric,
     registered_metrics,
 )
-from attack.metrics.identification import iip, rdlv
+from attack.metrics.identification import PRIOR_FLOOR, iip, rdlv, relative_leakage
 from attack.metrics.perceptual import LpipsDistance, load_lpips
 from attack.metrics.pixels import PSNR_CAP, is_exact, mse, psnr
 from attack.metrics.similarity import SSIM_VARIANTS, cw_ssim, ssim
 
 __all__ = [
     "DEFAULT_METRICS",
+    "PRIOR_FLOOR",
     "PSNR_CAP",
     "SSIM_VARIANTS",
     "Evaluation",
@@ -42,5 +43,6 @@ __all__ = [
     "rdlv",
     "register_metric",
     "registered_metrics",
+    "relative_leakage",
     "ssim",
 ]

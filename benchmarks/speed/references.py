@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attack.attacks import InvertingGradients
+from attack.attacks.inverting_gradients import InvertingGradients
 from attack.loop.inversion import Inversion
 from attack.matching.matcher import GradientMatcher
 from attack.matching.objectives import Cosine
