@@ -78,17 +78,18 @@ def main() -> None:
 def pages() -> dict[str, str]:
     """Every generated page, by its name below `docs/generated`."""
     from attack.attacks import attack_names, get_attack
-    from gradients.defenses import parse_defenses
+    from gradients.defenses import defense_names, parse_defenses
 
     results = list(reference_results())
     written = {"flags.md": flags_page()}
     for name in attack_names():
-        kind = get_attack(name)
-        if ours(kind):
-            written[f"attacks/{name}.md"] = attack_card(name, kind, results)
-    for name in own_defenses():
-        kind = type(parse_defenses(name)[0])
-        written[f"defenses/{name}.md"] = defense_card(name, kind, results)
+        attack = get_attack(name)
+        if ours(attack):
+            written[f"attacks/{name}.md"] = attack_card(name, attack, results)
+    for name in defense_names():
+        defense = type(parse_defenses(name)[0])
+        if ours(defense):
+            written[f"defenses/{name}.md"] = defense_card(name, defense, results)
     records = records_page()
     if records:
         written["records.md"] = records
@@ -98,13 +99,6 @@ def pages() -> dict[str, str]:
 def ours(kind: type) -> bool:
     """Whether a class is this repository's, and not a plugin's."""
     return kind.__module__.startswith(("attack.", "gradients."))
-
-
-def own_defenses() -> list[str]:
-    """Names of the defenses that this repository brings along."""
-    from gradients.defenses import defense_names, parse_defenses
-
-    return [name for name in defense_names() if ours(type(parse_defenses(name)[0]))]
 
 
 # --- docstrings -----------------------------------------------------------------
