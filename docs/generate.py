@@ -58,11 +58,15 @@ COMMANDS = {
     "python -m benchmarks.speed.scaling": "benchmarks.speed.scaling",
     "python -m benchmarks.speed.pages": "benchmarks.speed.pages",
 }
-# The records that the stages write, where they are declared.
+# What records and checkpoints are made of: the part, its module, its classes (none: all).
 RECORDS = (
-    ("training.record", "TrainRecord", "Stage 1"),
-    ("gradients.record", "ExtractRecord", "Stage 2"),
-    ("attack.record", "AttackRecord", "Stage 3"),
+    ("Architecture", "core.models.building", ("ModelSpec",)),
+    ("Images", "core.data.specs", ("DataSpec",)),
+    ("Local training", "core.target", ("LocalTraining",)),
+    ("Rank analysis", "gradients.rank_analysis", ("LayerRank",)),
+    ("Record of stage 1", "training.record", ()),
+    ("Record of stage 2", "gradients.record", ()),
+    ("Record of stage 3", "attack.record", ()),
 )
 
 
@@ -81,7 +85,7 @@ def pages() -> dict[str, str]:
     from gradients.defenses import defense_names, parse_defenses
 
     results = list(reference_results())
-    written = {"flags.md": flags_page()}
+    written = {"flags.md": flags_page(), "records.md": records_page()}
     for name in attack_names():
         attack = get_attack(name)
         if ours(attack):
@@ -90,9 +94,6 @@ def pages() -> dict[str, str]:
         defense = type(parse_defenses(name)[0])
         if ours(defense):
             written[f"defenses/{name}.md"] = defense_card(name, defense, results)
-    records = records_page()
-    if records:
-        written["records.md"] = records
     return written
 
 
@@ -435,17 +436,29 @@ def _plain(value: Any) -> str:
 
 
 def records_page() -> str:
-    """The fields of the records that the stages write; empty where none is declared."""
-    parts = [(title, _fields(kind)) for title, kind in declared_records()]
-    return page("Fields of the records", "the docstrings of the records", parts) if parts else ""
+    """The fields of what records and checkpoints are made of."""
+    parts = [
+        (f"{title}: {kind.__name__}" if number else title, _fields(kind))
+        for title, module, names in RECORDS
+        for number, kind in enumerate(declared(module, names))
+    ]
+    return page("Fields of the records", "the docstrings of the classes", parts)
 
 
-def declared_records() -> Iterator[tuple[str, type[Any]]]:
-    """The records' classes, as far as there are any."""
-    for module, name, title in RECORDS:
-        if importlib.util.find_spec(module) is not None:
-            kind = getattr(importlib.import_module(module), name)
-            yield f"{title}: {name}", kind
+def declared(module: str, names: Sequence[str]) -> list[type[Any]]:
+    """The dataclasses of a module; none where there is no such module.
+
+    Args:
+        module: Where to look.
+        names: Of the classes; empty for all, the record itself first.
+    """
+    if importlib.util.find_spec(module) is None:
+        return []
+    members = vars(importlib.import_module(module))
+    kinds = [kind for kind in members.values() if dataclasses.is_dataclass(kind)]
+    own = [kind for kind in kinds if isinstance(kind, type) and kind.__module__ == module]
+    wanted = [kind for kind in own if not names or kind.__name__ in names]
+    return sorted(wanted, key=lambda kind: not kind.__name__.endswith("Record"))
 
 
 def _fields(kind: type[Any]) -> str:
@@ -455,7 +468,7 @@ def _fields(kind: type[Any]) -> str:
         [f"`{f.name}`", f"`{_type(f.type)}`", cell(meaning.get(f.name, ""))]
         for f in dataclasses.fields(kind)
     ]
-    return f"{linked(said[''])}\n\n{table(['field', 'type', 'meaning'], rows)}"
+    return f"`{kind.__name__}`: {linked(said[''])}\n\n{table(['field', 'type', 'meaning'], rows)}"
 
 
 def _type(annotation: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -150,3 +151,63 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     for page in tmp_path.rglob("*.html"):
         if "repository" not in page.parts:
             assert not re.search(r'(?:src|stylesheet" href)="https?://', page.read_text()), page
+
+
+def rows_of(page: str) -> set[str]:
+    """The rows of a page's tables."""
+    return {line for line in (ROOT / page).read_text().splitlines() if line.startswith("| ")}
+
+
+@pytest.mark.parametrize(
+    ("page", "record", "rows"),
+    [
+        ("docs/defenses.md", "schemes/schemes.md", 15),
+        ("docs/how-strong.md", "equal_time/summary.md", 22),
+    ],
+)
+def test_tables_are_those_of_the_results(page: str, record: str, rows: int) -> None:
+    shared = rows_of(page) & rows_of(f"results/reference/{record}")
+    # The ruler of a table is no number.
+    assert len([row for row in shared if ":---" not in row and "---:" not in row]) >= rows
+
+
+def test_restarts_are_those_of_the_results() -> None:
+    written = rows_of("results/reference/restarts/restarts.md")
+    kept = [[cell for n, cell in enumerate(row.split(" | ")) if n in (0, 1, 3, 5)]
+            for row in written]  # fmt: skip
+    shown = [row.split(" | ")[:4] for row in rows_of("docs/how-strong.md") if "±" in row]
+    assert len(shown) == 6
+    assert all(row in kept for row in shown)
+
+
+def test_the_readmes_table_is_that_of_the_results() -> None:
+    file = ROOT / "results" / "reference" / "schemes" / "schemes.json"
+    result = json.loads(file.read_text())
+    found = {(r["labels"]["scheme"], r["labels"]["model"]): r["values"] for r in result["rows"]}
+    shown = [row.strip("| ").split(" | ") for row in rows_of("README.md") if "| scheme" not in row]
+    names = ("DP-SGD, noise 1", "DP-SGD", "pure", "RA", "GH")
+    numbers = [row for row in shown if len(row) == 4 and row[0].startswith(names)]
+    assert len(numbers) == len(names)
+    for label, *cells in numbers:
+        name = next(name for name in names if label.startswith(name))
+        initial, trained = found[name, "initial"], found[name, "trained"]
+        values = (
+            f"{trained['validation accuracy']['mean']:.1f}",
+            f"{initial['psnr']['mean']:.2f}",
+            f"{trained['psnr']['mean']:.2f}",
+        )
+        assert tuple(cells) == values
+
+
+def test_the_readme_counts_right(generated: dict[str, str]) -> None:
+    text = (ROOT / "README.md").read_text()
+    for word, room in (("attacks", "attacks"), ("transformations", "defenses")):
+        count = re.search(rf"\[(\d+) {word}", text)
+        assert count is not None
+        assert int(count[1]) == sum(name.startswith(f"{room}/") for name in generated)
+
+
+def test_the_readme_says_how_fast() -> None:
+    record = json.loads((ROOT / "results" / "speed" / "iterations.json").read_text())
+    gains = sorted(row["speedup_over_R1"] for row in record["rows"])
+    assert f"{gains[0]:.1f} to {gains[-1]:.1f} times as fast" in (ROOT / "README.md").read_text()
