@@ -222,14 +222,14 @@ def _setting(kind: type[Any], said: Mapping[str, str]) -> str:
 
 
 def differences(config: Any) -> Iterator[tuple[str, Any]]:
-    """Settings that are not their defaults, by flag where a field names its own."""
+    """Settings that are not their defaults, those of nested records too."""
     plain = type(config)()
     for field in dataclasses.fields(config):
         value, default = getattr(config, field.name), getattr(plain, field.name)
         if dataclasses.is_dataclass(value):
             yield from differences(value)
         elif value != default:
-            yield str(field.metadata.get("flag") or field.name), value
+            yield field.name, value
 
 
 def _needs(kind: type[Any], said: Mapping[str, str]) -> str:
