@@ -34,8 +34,8 @@ SECTION = re.compile(
 )
 ADDRESS = re.compile(r"https?://[^\s<>]+[^\s<>.,;:)]")
 
-# Every published command, and the module that has its `build_parser`. The three stages are
-# asked for through the harness, which knows where their parsers are.
+# Every published command, and its module; after a colon the name of a command of that command.
+# The three stages are asked for through the harness, which knows where their parsers are.
 COMMANDS = {
     "python training/main_pytorch.py": "stage:train",
     "python training/get_gradients.py": "stage:extract",
@@ -43,14 +43,14 @@ COMMANDS = {
     "python -m benchmarks leaderboard": "benchmarks.show.leaderboard:leaderboard",
     "python -m benchmarks submit": "benchmarks.show.leaderboard:submit",
     "python -m benchmarks": "benchmarks.command",
-    "python -m federated.create_job_config": "federated.experiment.create_job_config",
-    "./start_fl_sim.sh": "federated.experiment.simulate",
-    "python -m federated.recipe": "federated.experiment.recipe",
-    "python -m federated.make_phantoms": "federated.experiment.make_phantoms",
-    "python -m federated.plot_rdlv_per_round": "federated.experiment.plot_rdlv_per_round",
-    "python -m federated.plot_rdlv_vs_gauss": "federated.experiment.plot_rdlv_vs_gauss",
-    "python -m federated.plot_reconstructions": "federated.experiment.plot_reconstructions",
-    "python -m federated.compare_methods": "federated.experiment.compare_methods",
+    "python -m federated.create_job_config": "federated.create_job_config",
+    "./start_fl_sim.sh": "federated.simulate",
+    "python -m federated.recipe": "federated.recipe",
+    "python -m federated.make_phantoms": "federated.make_phantoms",
+    "python -m federated.plot_rdlv_per_round": "federated.plot_rdlv_per_round",
+    "python -m federated.plot_rdlv_vs_gauss": "federated.plot_rdlv_vs_gauss",
+    "python -m federated.plot_reconstructions": "federated.plot_reconstructions",
+    "python -m federated.compare_methods": "federated.compare_methods",
     "python -m gradients.inspect": "gradients.inspect",
     "python -m training.reports": "training.reports",
     "python -m benchmarks.equal_time": "benchmarks.speed.equal_time",
@@ -72,8 +72,9 @@ RECORDS = (
 
 def main() -> None:
     """Replace the folder of generated pages."""
+    written = pages()
     shutil.rmtree(GENERATED, ignore_errors=True)
-    for name, text in pages().items():
+    for name, text in written.items():
         path = GENERATED / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
@@ -372,7 +373,11 @@ def parser_of(command: str) -> argparse.ArgumentParser:
         build = STAGES[name].parser
         assert build is not None
         return build()
-    parser: argparse.ArgumentParser = importlib.import_module(place).build_parser()
+    home = importlib.import_module(place)
+    if not hasattr(home, "build_parser"):
+        # A published path, which imports its `main` from where the command is.
+        home = importlib.import_module(home.main.__module__)
+    parser: argparse.ArgumentParser = home.build_parser()
     return subcommands(parser)[name] if name else parser
 
 
