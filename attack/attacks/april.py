@@ -134,6 +134,9 @@ class April(_Embedding):
 
     Source: Lu, Zhang, Zhao, He, Cheng, "APRIL: Finding the Achilles' Heel on Privacy for
         Vision Transformers", CVPR 2022, theorem 1, https://arxiv.org/abs/2112.14087.
+
+    Published: 23.90 dB, LPIPS 0.12, on one image of ImageNet with a small vision
+        transformer, in the notebook of https://github.com/JonasGeiping/breaching.
     """
 
     name = "april"

@@ -25,6 +25,9 @@ class InvertingGradientsFedAvg(OptimizationAttack):
     section 6, https://arxiv.org/abs/2003.14053;
     https://github.com/JonasGeiping/invertinggradients ("Recovery from Weight Updates").
 
+    Published: 20.78 dB on four images of CIFAR-10 with a ResNet-18, in the notebook of
+    https://github.com/JonasGeiping/breaching.
+
     Args:
         config: Defaults: signed Adam 0.1, tenfold down at 3/8, 5/8 and 7/8, 8000 iterations,
             total variation 1e-6, boxed.

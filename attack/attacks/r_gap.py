@@ -88,6 +88,9 @@ class RGap(Attack):
     Source: Zhu and Blaschko, "R-GAP: Recursive Gradient Attack on Privacy", ICLR 2021,
         section 3 and algorithm 1, https://arxiv.org/abs/2010.07733.
 
+    Published: 49.01 dB on one image of CIFAR-10 with cnn6, in the notebook of
+        https://github.com/JonasGeiping/breaching.
+
     Example:
         python training/get_gradients.py --data photo-patches -a cnn6 -b 1 --double
         python main_run.py --attack r-gap --checkpoint CHECKPOINT --metric

@@ -33,6 +33,9 @@ class RobbingTheFed(Attack):
         Private Data in Federated Learning with Modified Models", ICLR 2022,
         https://arxiv.org/abs/2110.13057.
 
+    Published: 47.08 dB with the one-shot block on images of ImageNet, in the notebook of
+        https://github.com/JonasGeiping/breaching.
+
     Example:
         python training/get_gradients.py --data photo-patches -b 8 --malicious imprint:256
         python main_run.py --attack robbing-the-fed --checkpoint CHECKPOINT --metric
