@@ -8,7 +8,9 @@ from attack.metrics.evaluation import (
     DEFAULT_METRICS,
     Evaluation,
     evaluate,
+    is_smaller_better,
     metric_names,
+    metric_title,
     register_metric,
 )
 from attack.metrics.identification import iip, rdlv
@@ -27,9 +29,11 @@ __all__ = [
     "evaluate",
     "iip",
     "is_exact",
+    "is_smaller_better",
     "linear_sum_assignment",
     "load_lpips",
     "metric_names",
+    "metric_title",
     "mse",
     "pairwise_mse",
     "psnr",

@@ -171,7 +171,7 @@ def _metrics() -> list[str]:
 
 def _metric_column(name: str) -> Column | None:
     """`METRIC`, per image, or `worst-case METRIC`, of the attack from which most leaked."""
-    from attack.metrics.evaluation import is_smaller_better, metric_title
+    from attack.metrics import is_smaller_better, metric_title
 
     metric = name.removeprefix(BY_WORST_ATTACK)
     if metric not in _metrics():
