@@ -18,7 +18,7 @@ METRIC, KEY, REST = "<metric>", "*", "**"
 
 
 _PRIVACY = "clipping noise_multiplier max_norm delta epsilon"
-_MODEL = "arch n_classes image_size width pool_kernel stem norm malicious"
+_MODEL = "arch n_classes image_size width pool_kernel stem norm malicious builder"
 _DATA = "name shape mean std n_classes class_names"
 _PROVENANCE = "seed device device_type threads processes versions.*"
 _TARGET = (
