@@ -10,7 +10,7 @@ from attack.loop.fusion import combine, group_target
 from attack.loop.problem import InversionProblem
 from attack.loop.restarts import Restart, Starter
 from attack.loop.state import Progress
-from attack.matching.matcher import GradientMatcher
+from attack.matching.match import Matcher
 from attack.settings import InversionConfig
 
 
@@ -35,7 +35,7 @@ class Consensus:
     def __init__(
         self,
         problem: InversionProblem,
-        matcher: GradientMatcher,
+        matcher: Matcher,
         starter: Starter,
         progress: Progress,
     ) -> None:

@@ -40,8 +40,9 @@ def make_objective(config: InversionConfig, n_parameters: int) -> Objective:
         raise InputError(f"--layers: {error}") from None
 
 
-def make_regularizers(config: InversionConfig) -> list[tuple[float, Regularizer]]:
+def make_regularizers(problem: InversionProblem) -> list[tuple[float, Regularizer]]:
     """Weighted penalties on the images alone."""
+    config = problem.config
     weighted = [
         (config.tv, TOTAL_VARIATIONS[config.tv_kind]()),
         (config.input_norm, InputNorm()),

@@ -6,12 +6,10 @@ import torch
 
 from attack.loop.problem import InversionProblem
 from attack.loop.restarts import Restart
-from attack.matching.matcher import GradientMatcher
+from attack.matching.match import Matcher
 
 
-def polish(
-    restart: Restart, problem: InversionProblem, matcher: GradientMatcher, iteration: int
-) -> None:
+def polish(restart: Restart, problem: InversionProblem, matcher: Matcher, iteration: int) -> None:
     """Improve a restart's best iterate with exact gradients, without any prior.
 
     Args:
@@ -26,7 +24,7 @@ def polish(
     # Every process takes the same steps of the whole batch; its share of the
     # gradient alone would give each its own curvature.
     variable = problem.whole(restart.best_inputs).clone().requires_grad_()
-    exact = GradientMatcher(problem.replica, matcher.objective, "exact", clipping=matcher.clipping)
+    exact = matcher.exact()
     iterations = problem.config.polish
     optimizer = torch.optim.LBFGS(
         [variable], max_iter=iterations, max_eval=5 * iterations,

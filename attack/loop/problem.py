@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from attack.knowledge.known_defenses import Adaptation
 from attack.loop.restarts import Restart
 from attack.matching.replica import Replica
 from attack.priors.coordinates import Coordinates
@@ -21,6 +22,7 @@ class InversionProblem:
     Attributes:
         target: What was shared.
         config: Hyper-parameters.
+        adaptation: What is done about the client's stated defenses.
         replica: The client's computation for this process's images.
         labels: n labels of this process's images.
         coordinates: What is optimised in place of pixels.
@@ -30,6 +32,7 @@ class InversionProblem:
 
     target: Target
     config: InversionConfig
+    adaptation: Adaptation
     replica: Replica
     labels: torch.Tensor
     coordinates: Coordinates

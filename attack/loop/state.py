@@ -10,7 +10,7 @@ import torch
 
 from attack.loop.problem import InversionProblem
 from attack.loop.restarts import Restart, Starter
-from attack.matching.matcher import GradientMatcher
+from attack.matching.match import Matcher
 from core.processes import distributed
 from core.storage import load_checkpoint, save_checkpoint
 
@@ -65,7 +65,7 @@ class StateFile:
         self,
         path: Path,
         problem: InversionProblem,
-        matcher: GradientMatcher,
+        matcher: Matcher,
         starter: Starter,
         progress: Progress,
     ) -> None:

@@ -12,7 +12,7 @@ from attack.loop.restarts import Restart, Starter
 from attack.loop.schedules import learning_rate, staged_learning_rate
 from attack.loop.state import Progress
 from attack.loop.weighted_loss import Evaluation
-from attack.matching.matcher import Match
+from attack.matching.match import Match
 from attack.settings import InversionConfig
 from core.processes import distributed
 

@@ -33,15 +33,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from attack.matching.clipping import SampleClipping
+from attack.matching.match import Match, Penalty, Tensors, filled, fresh_variables
 from attack.matching.matcher import (
     ACCEPTED_COSINE,
     STEP_SIZES,
     GradientMatcher,
-    Match,
-    Penalty,
     cosine_of_images,
-    filled,
-    fresh_variables,
 )
 from attack.matching.objectives import Objective
 from attack.matching.replica import Replica, laid_out_as
@@ -51,7 +49,6 @@ from core.processes import distributed
 
 logger = logging.getLogger(__name__)
 
-Tensors = list[torch.Tensor]
 # A pass as a function of tensors alone.
 Pass = Callable[..., Tensors]
 
@@ -150,6 +147,8 @@ class AcceleratedMatcher(GradientMatcher):
         objective: Distance between gradients.
         hvp: As of `GradientMatcher`; "auto" keeps checking.
         acceleration: What to speed up.
+        clipping: As of `GradientMatcher`.
+        clipped_from: Likewise.
 
     Attributes:
         notes: What ran and what was given up, as plain values for a record.
@@ -163,7 +162,13 @@ class AcceleratedMatcher(GradientMatcher):
     """
 
     def __init__(
-        self, replica: Replica, objective: Objective, hvp: str, acceleration: Acceleration
+        self,
+        replica: Replica,
+        objective: Objective,
+        hvp: str,
+        acceleration: Acceleration,
+        clipping: SampleClipping | None = None,
+        clipped_from: float = 0.0,
     ) -> None:
         self.device_type = replica.target_gradient[0].device.type
         acceleration.check_device(self.device_type)
@@ -171,7 +176,8 @@ class AcceleratedMatcher(GradientMatcher):
         if acceleration.channels_last:
             replica.lay_out(torch.channels_last)
         # A factored pass replaces layers while it runs; a graph has them all.
-        super().__init__(replica, objective, hvp, factor=not acceleration.traced)
+        factor = not acceleration.traced
+        super().__init__(replica, objective, hvp, factor, clipping, clipped_from)
         self.acceleration = acceleration
         self.traced, self.precision = acceleration.traced, acceleration.precision
         if acceleration.lowered:
@@ -195,6 +201,10 @@ class AcceleratedMatcher(GradientMatcher):
             "channels_last": self.replica.layout == torch.channels_last,
             "events": self.events,
         }
+
+    def details(self) -> dict[str, Any]:
+        """See `GradientMatcher`; and what was sped up."""
+        return {**super().details(), "acceleration": self.notes}
 
     def state_dict(self) -> dict[str, Any]:
         """See `GradientMatcher`."""

@@ -11,7 +11,7 @@ from torch import nn
 from core.errors import InputError
 from core.processes import distributed
 from core.target import Target
-from gradients.local_update import Placement
+from gradients.local_update import Placement, images_of_steps, unrolled_update
 
 Tensors = list[torch.Tensor]
 Classifier = Callable[[torch.Tensor], torch.Tensor]
@@ -92,6 +92,31 @@ class Replica:
         if labels.is_floating_point():
             labels = labels.softmax(-1)
         return F.cross_entropy(model(inputs), labels, reduction="sum") / self.batch_size
+
+    def update(self, inputs: torch.Tensor, labels: torch.Tensor, create_graph: bool) -> Tensors:
+        """The update after the client's local steps, one tensor per shared parameter.
+
+        Args:
+            inputs: N x C x H x W, normalised; the whole batch.
+            labels: N class indices, or N x classes label logits.
+            create_graph: Keep the graph for derivatives of the update.
+        """
+        update = unrolled_update(
+            self.model,
+            inputs,
+            labels.softmax(-1) if labels.is_floating_point() else labels,
+            self.local,
+            create_graph=create_graph,
+            placement=self.placement,
+        )
+        return [update[name] for name in self.names]
+
+    def pass_batches(self, inputs: torch.Tensor) -> None:
+        """Pass every local step's batch through the model as it was received."""
+        state = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        for pieces in images_of_steps(len(inputs), self.local, self.placement.shards):
+            for piece in pieces:
+                torch.func.functional_call(self.model, state, (inputs[piece],))
 
 
 def laid_out_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

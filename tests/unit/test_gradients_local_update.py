@@ -13,7 +13,7 @@ from core.errors import InputError
 from core.models.batch_norm import convert_batch_norm
 from core.models.building import ModelSpec, build_model
 from core.target import LocalTraining
-from gradients.local_update import Placement, local_sgd, step_slices, unrolled_update
+from gradients.local_update import Placement, images_of_steps, local_sgd, unrolled_update
 
 
 def _model(arch: str = "cnn", dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -176,12 +176,12 @@ def test_every_step_draws_another_dropout_mask() -> None:
     assert not torch.allclose(one["2.weight"], two["2.weight"], rtol=1e-3)
 
 
-def test_step_slices_cover_every_epoch_in_order() -> None:
-    assert step_slices(7, LocalTraining(epochs=2, batches=2), (0, 0)) == 2 * [
+def test_images_of_steps_cover_every_epoch_in_order() -> None:
+    assert images_of_steps(7, LocalTraining(epochs=2, batches=2), (0, 0)) == 2 * [
         [slice(0, 2), slice(2, 4)],
         [slice(4, 6), slice(6, 7)],
     ]
-    assert step_slices(7, LocalTraining(), (5, 2)) == [[slice(0, 5), slice(5, 7)]]
+    assert images_of_steps(7, LocalTraining(), (5, 2)) == [[slice(0, 5), slice(5, 7)]]
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_shards_without_images_are_refused(
     n: int, local: LocalTraining, shards: tuple[int, ...]
 ) -> None:
     with pytest.raises(InputError, match="--shards or --local-batches"):
-        step_slices(n, local, shards)
+        images_of_steps(n, local, shards)
 
 
 def test_update_has_no_cancellation_where_weights_hardly_move() -> None:
