@@ -199,9 +199,9 @@ class UpdateParts:
 
     def penalties(self, problem: InversionProblem) -> list[tuple[float, ModelPenalty]]:
         """The distance of BatchNorm statistics, where the update holds any."""
-        if problem.config.bn == 0:
+        if problem.config.priors.bn == 0:
             return []
-        return [(problem.config.bn, known_statistics(problem))]
+        return [(problem.config.priors.bn, known_statistics(problem))]
 
     def regularizers(self, problem: InversionProblem) -> list[tuple[float, Regularizer]]:
         """Those of the configuration, and the distance from the prior image."""
@@ -226,35 +226,6 @@ def known_statistics(problem: InversionProblem) -> AverageStatistics:
     return AverageStatistics(known, momentum)
 
 
-def _engine_config(settings: InversionSettings, target: Target, joint: bool) -> InversionConfig:
-    """The settings in the terms of the loop.
-
-    Raises:
-        InputError: Nothing is left to compare the candidates by.
-    """
-    known = target.running_after is not None and settings.bn_weight > 0
-    gradient_weight = settings.gradient_weight if settings.method == "full" else 0.0
-    if not known and gradient_weight == 0:
-        raise InputError("method bn: the update holds no BatchNorm statistics to match")
-    return InversionConfig(
-        objective=settings.objective,
-        gradient_weight=gradient_weight,
-        bn=settings.bn_weight if known else 0.0,
-        bn_from_update=known,
-        iterations=settings.iterations,
-        lr=settings.learning_rate,
-        warmup=settings.warmup,
-        signed=False,
-        tv=settings.tv_weight,
-        restarts=settings.restarts,
-        restarts_at_once=1,
-        joint_labels=joint,
-        hvp="exact",
-        # Losses of differently softened networks cannot be compared.
-        smallest_loss=settings.smoothing == 0,
-    )
-
-
 def _run_own(
     target: Target,
     settings: InversionSettings,
@@ -265,7 +236,8 @@ def _run_own(
     progress: bool,
 ) -> UpdateReconstruction:
     labels, source = _labels(target, settings)
-    config = _engine_config(settings, target, source == "joint")
+    statistics = target.running_after is not None and settings.bn_weight > 0
+    config = settings.config(statistics=statistics, joint_labels=source == "joint")
     start = _start(target.data, target.batch_size, settings, prior, seed)
     parts = UpdateParts(settings, start, public).parts()
     inversion = Inversion(
@@ -280,7 +252,7 @@ def _run_own(
         method=settings.method,
         iterations=found.iterations,
         labels_from=source,
-        bn_statistics=config.bn > 0,
+        bn_statistics=statistics,
         status=found.status,
         trace=found.trace,
     )
@@ -292,14 +264,12 @@ def _final_losses(
     """The distances at the end, without their factors, through the network as it is."""
     problem, matcher = inversion.problem, inversion.matcher.exact()
     inputs = problem.target.data.normalize(images).to(problem.device, problem.dtype)
-    labels, config = labels.to(problem.device), problem.config
+    labels, weight = labels.to(problem.device), problem.config.matching.gradient_weight
     losses = {}
-    if config.gradient_weight > 0:
+    if weight > 0:
         losses["gradient"] = float(matcher.value(inputs, labels))
-    if config.bn > 0:
-        statistics = known_statistics(problem)
-        weight = config.gradient_weight
-        match = matcher(inputs, labels, weight=weight, penalty=statistics)
+    if problem.config.priors.bn > 0:
+        match = matcher(inputs, labels, weight=weight, penalty=known_statistics(problem))
         assert match.penalty is not None
         losses["bn"] = float(match.penalty)
     return losses
@@ -377,7 +347,7 @@ def _run_registered(
     attack = get_attack(settings.method)()
     options: dict[str, Any] = {}
     if isinstance(attack, OptimizationAttack):
-        attack.config = dataclasses.replace(attack.config, iterations=settings.iterations)
+        attack.config = attack.config.changed(iterations=settings.iterations)
         if settings.start == "prior":
             options["prior"] = _start(target.data, target.batch_size, settings, prior, seed)
     labels, source = _labels(target, dataclasses.replace(settings, labels="recovered"))

@@ -23,6 +23,7 @@ import torch
 
 from audit.similarity import SimMetric, similarity_matrix
 from core.errors import InputError
+from core.figures import blank_figure, save_figure
 from core.storage import atomic_file, write_json
 
 # The prior's similarity is not taken as smaller than this, or nothing would become much.
@@ -393,11 +394,8 @@ def _draw_matches(
     path: Path, report: LeakageReport, originals: np.ndarray, found: np.ndarray
 ) -> None:
     """Originals above their best reconstructions."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     shown = min(len(originals), 16)
-    figure = Figure(figsize=(1.2 * shown + 0.6, 3.0))
+    figure = blank_figure(1.2 * shown + 0.6, 3.0, constrained=False)
     axes = figure.subplots(2, shown, squeeze=False)
     for row, pictures in zip(axes, (originals, found), strict=True):
         for ax, picture in zip(row, pictures, strict=False):
@@ -406,9 +404,7 @@ def _draw_matches(
     for ax, image in zip(axes[1], report.images, strict=False):
         ax.set_title(f"{image.rdlv:+.2f}", fontsize=8)
     axes[0, 0].set_title("original; below: RDLV", fontsize=8, loc="left")
-    FigureCanvasAgg(figure)
-    with atomic_file(path) as file:
-        figure.savefig(file, format="png", dpi=120, bbox_inches="tight")
+    save_figure(figure, path, dpi=120, tight=True)
 
 
 def read_leakage(workspace: str | Path) -> list[LeakageRecord]:

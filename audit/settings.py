@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from attack.settings import InversionConfig
 from core.errors import InputError
 
 OWN_METHODS = ("full", "bn", "published")
@@ -131,6 +132,37 @@ class InversionSettings:
         for key in ours + course + published:
             if not 0 <= getattr(self, key) < float("inf"):
                 raise InputError(f"{key} {getattr(self, key)}: must be a number not below 0")
+
+    def config(self, *, statistics: bool, joint_labels: bool) -> InversionConfig:
+        """The methods full and bn in the terms of the attacks of stage 3.
+
+        Args:
+            statistics: Whether the update's BatchNorm statistics are matched.
+            joint_labels: Whether labels are optimised with the images.
+
+        Raises:
+            InputError: Nothing is left to compare candidates by.
+        """
+        gradient_weight = self.gradient_weight if self.method == "full" else 0.0
+        if not statistics and gradient_weight == 0:
+            raise InputError("method bn: the update holds no BatchNorm statistics to match")
+        return InversionConfig(
+            objective=self.objective,
+            gradient_weight=gradient_weight,
+            hvp="exact",
+            joint_labels=joint_labels,
+            tv=self.tv_weight,
+            bn=self.bn_weight if statistics else 0.0,
+            bn_from_update=statistics,
+            iterations=self.iterations,
+            lr=self.learning_rate,
+            warmup=self.warmup,
+            signed=False,
+            restarts=self.restarts,
+            restarts_at_once=1,
+            # Losses of differently softened networks cannot be compared.
+            smallest_loss=self.smoothing == 0,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a record."""

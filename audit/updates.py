@@ -168,7 +168,9 @@ def target_from_update(update: LocalUpdate) -> Target:
     )
     if target.running_after is None or target.local.steps > 1:
         return target
-    return dataclasses.replace(target, bn_statistics=(recovered_statistics(target),))
+    recovered = recovered_statistics(target)
+    batch = {name: (mean.float(), variance.float()) for name, (mean, variance) in recovered.items()}
+    return dataclasses.replace(target, bn_statistics=(batch,))
 
 
 def numbered_by_place(target: Target) -> Target:

@@ -11,17 +11,22 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
+from benchmarks.compute import Workers, compute
 from benchmarks.declare.tables import PRESETS, Table, find_table, load_table, table_files
 from benchmarks.run.cells import ROOT, in_order
-from benchmarks.run.executor import Executor, LocalExecutor, visible_gpus
-from benchmarks.run.grid import Grid, Status
-from benchmarks.run.progress import Progress
+from benchmarks.run.grid import Status
 from benchmarks.run.stages import STAGES
 from benchmarks.run.store import Store
+from benchmarks.show.leaderboard import FOLDER, load_entry, show
+from benchmarks.show.output import write_outputs
+from benchmarks.show.render import to_terminal, to_text_table
 from benchmarks.show.results import DEFAULT_STORE, TableResult, collect
 from core.errors import InputError, exit_status
-from core.storage import write_json, write_text
+
+if TYPE_CHECKING:
+    from benchmarks.submission import Defended
 
 # Some cells failed; the table shows which.
 INCOMPLETE = 1
@@ -55,13 +60,48 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def build_leaderboard_parser() -> argparse.ArgumentParser:
+    """The two commands of the leaderboard."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks")
+    commands = parser.add_subparsers(dest="command", required=True)
+    ranks = commands.add_parser("leaderboard", help="render the entries to Markdown and HTML")
+    ranks.add_argument("--entries", type=Path, default=FOLDER, help="folder of JSON files")
+    ranks.add_argument("--output", type=Path, help="default: the folder of the entries")
+    ranks.add_argument("--min-utility", type=float, help="only defenses of this accuracy (percent)")
+    submit = commands.add_parser("submit", help="attack a defense with everything; write its entry")
+    submit.add_argument("table", nargs="?", help="a computed table that measured the defense")
+    submit.add_argument(
+        "--apply",
+        metavar="NAME:PARAM,...",
+        help="run --attack auto on this defense (none: without)",
+    )
+    submit.add_argument("--threat", default="honest-server", help="with --apply: the threat model")
+    submit.add_argument("--plugin", metavar="MODULE", help="with --apply: registers the defense")
+    submit.add_argument("--budget", type=int, help="with --apply: gradient evaluations per run")
+    submit.add_argument("--jobs", type=int, default=1, help="with --apply: cells at a time")
+    submit.add_argument("--quiet", action="store_true", help="with --apply: no progress")
+    submit.add_argument(
+        "--utility", type=float, help="accuracy in percent of a model trained under the defense"
+    )
+    submit.add_argument("--preset", default="embedded")
+    submit.add_argument("--data", help="as the table was computed with")
+    submit.add_argument("--store", type=Path, default=DEFAULT_STORE)
+    submit.add_argument("--defense", required=True, help="its name on the leaderboard")
+    submit.add_argument("--description", default="", help="one sentence")
+    submit.add_argument("--reference", help="paper or address")
+    submit.add_argument(
+        "--where", action="append", default=[], metavar="AXIS=VALUE", help="the rows that count"
+    )
+    submit.add_argument("--entries", type=Path, default=FOLDER)
+    return parser
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit status is 1 when cells failed, 2 on bad input."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] in (["leaderboard"], ["submit"]):
-        from benchmarks.show import leaderboard
-
-        return leaderboard.main(words)
+        args = build_leaderboard_parser().parse_args(words)
+        return exit_status(lambda: (_rank if args.command == "leaderboard" else _submit)(args))
     args = build_parser().parse_args(words)
     failed: list[bool] = []
     status = exit_status(lambda: failed.append(_run(args)))
@@ -85,14 +125,21 @@ def _run(args: argparse.Namespace) -> bool:
 
 
 def _run_table(table: Table, store: Store, args: argparse.Namespace, several: bool) -> bool:
-    statuses = _compute(table, store, args)
+    workers = Workers(
+        ray=args.executor == "ray",
+        jobs=args.jobs,
+        address=args.address,
+        gpus_per_cell=args.gpus_per_cell,
+        shared_data=args.shared_data,
+    )
+    statuses = compute(table, store, workers, quiet=args.quiet, retry_failed=args.retry_failed)
     result = collect(table, store)
     name = _folder_name(table)
     folder = ROOT / "results" / name
     if args.output is not None:
         folder = args.output / name if several else args.output
     write_outputs(result, store, folder)
-    _show(result, statuses, folder, args.quiet)
+    _print_table(result, statuses, folder, args.quiet)
     return any(s in (Status.FAILED, Status.BLOCKED) for s in statuses.values())
 
 
@@ -151,52 +198,46 @@ def _folder_name(table: Table) -> str:
     return table.name if table.preset == PRESETS[0] else f"{table.name}-{table.preset}"
 
 
-def _compute(table: Table, store: Store, args: argparse.Namespace) -> dict[str, Status]:
-    progress = Progress(table.labels(), args.quiet)
-    if all(store.is_finished(cell) for cell in table.cells()):
-        # Looking for GPUs takes seconds that a finished table does not need.
-        executor: Executor = LocalExecutor()
-    else:
-        executor = _executor(args)
-    return Grid(
-        table.cells(), store, executor, STAGES, progress, table.folders, args.retry_failed
-    ).run()
+def _rank(args: argparse.Namespace) -> None:
+    print(show(args.entries, args.output or args.entries, args.min_utility))
 
 
-def _executor(args: argparse.Namespace) -> Executor:
-    if args.executor == "ray":
-        from benchmarks.run.ray_executor import RayExecutor
+def _submit(args: argparse.Namespace) -> None:
+    from benchmarks.submission import Submission, submit
 
-        return RayExecutor(args.address, args.gpus_per_cell, args.jobs, args.shared_data)
-    gpus = visible_gpus()
-    return LocalExecutor(args.jobs or max(1, len(gpus)), gpus, os.cpu_count())
-
-
-def write_outputs(result: TableResult, store: Store, folder: Path) -> None:
-    """Write a table in every format, its figures and its report.
-
-    Args:
-        result: What to show.
-        store: Where its cells are.
-        folder: Where to; made if missing.
-    """
-    from benchmarks.show import figures, render, report
-
-    text = render.to_text_table(result)
-    name = result.table.name
-    write_text(folder / f"{name}.txt", render.to_terminal(text) + "\n")
-    write_text(folder / f"{name}.md", render.to_markdown(text))
-    write_text(folder / f"{name}.tex", render.to_latex(text))
-    write_text(folder / f"{name}.csv", render.to_csv(result))
-    write_json(folder / f"{name}.json", render.to_json(result))
-    pictures = figures.draw_figures(result, store, folder)
-    write_text(folder / "report.html", report.to_html(result, pictures, store))
+    path = submit(
+        Submission(
+            defense=args.defense,
+            source=_source(args),
+            where=tuple(args.where),
+            description=args.description,
+            reference=args.reference,
+            utility=args.utility,
+            preset=args.preset,
+            data=args.data,
+            store=args.store,
+            entries=args.entries,
+        )
+    )
+    entry = load_entry(path)
+    print(f"{path}: worst SSIM {entry['leakage']['ssim']['worst']:.3f}, {entry['threat_model']}")
 
 
-def _show(result: TableResult, statuses: dict[str, Status], folder: Path, quiet: bool) -> None:
-    from benchmarks.show import render
+def _source(args: argparse.Namespace) -> Defended | str:
+    """Where the numbers of a submission come from."""
+    from benchmarks.submission import Defended
 
-    print(render.to_terminal(render.to_text_table(result)))
+    if args.apply is not None:
+        return Defended(args.apply, args.threat, args.plugin, args.budget, args.jobs, args.quiet)
+    if args.table is not None:
+        return str(args.table)
+    raise InputError("submit: give --apply NAME:PARAM, or a computed table")
+
+
+def _print_table(
+    result: TableResult, statuses: dict[str, Status], folder: Path, quiet: bool
+) -> None:
+    print(to_terminal(to_text_table(result)))
     if not quiet:
         counts = Counter(status.value for status in statuses.values())
         print(", ".join(f"{count} cells {status}" for status, count in counts.items()))

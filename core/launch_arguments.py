@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
+from typing import Any
 
 
 def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,3 +26,25 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
         "--nproc-per-node", type=int, default=None, help="processes on this node (default: GPUs)"
     )
     group.add_argument("--cpu", action="store_true", help="do not use a GPU even if there is one")
+
+
+class _NothingGiven(argparse.Namespace):
+    """Claims to hold every value already, so that argparse sets no default."""
+
+    def __getattr__(self, name: str) -> None:
+        # Names of argparse's own begin with an underscore.
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
+def given_flags(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> dict[str, Any]:
+    """What was really given on the command line, without any default.
+
+    Args:
+        parser: The command's parser; none of its flags collects values in a list.
+        words: Of the command line; None: those of this process.
+
+    Returns:
+        Values under the names that argparse gives them.
+    """
+    return dict(vars(parser.parse_args(words, _NothingGiven())))

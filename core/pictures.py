@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from core.errors import InputError
-from core.storage import atomic_file
+from core.figures import blank_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -196,13 +196,7 @@ def _points(trace: Sequence[Mapping[str, float]], x: str, y: str) -> list[tuple[
 
 
 def _figure(width: float, height: float) -> Figure:
-    # A figure of its own and not pyplot's: nothing global, no display, safe in threads.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(max(width, 2.5), height), dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return blank_figure(max(width, 2.5), height, dpi=_DPI)
 
 
 def _show(axis: Axes, image: torch.Tensor) -> None:
@@ -233,5 +227,4 @@ def _name_row(axis: Axes, name: str) -> None:
 def _save(figure: Figure, title: str, path: str | Path) -> None:
     if title:
         figure.suptitle(title, fontsize=9)
-    with atomic_file(path) as file:
-        figure.savefig(file, format="png")
+    save_figure(figure, path)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from core.errors import exit_status
 
@@ -45,38 +45,6 @@ def run(argv: Sequence[str] | None = None) -> None:
         print(f"without the truth: {Path(args.strip_truth)}")
 
 
-def describe(target: Target) -> dict[str, Any]:
-    """A target as plain values, for reports and records.
-
-    Returns:
-        Setting, norms per parameter (L2) and the norm over all of them.
-    """
-    norms = {name: float(g.double().norm()) for name, g in target.gradient.items()}
-    return {
-        "model": target.model.to_dict(),
-        "data": target.data.to_dict(),
-        "mode": "train" if target.train_mode else "eval",
-        "batch_size": target.batch_size,
-        "local_training": {
-            "epochs": target.local.epochs,
-            "batches": target.local.batches,
-            "steps": target.local.steps,
-            "lr": target.local.lr,
-            "momentum": target.local.momentum,
-            "weight_decay": target.local.weight_decay,
-        },
-        "shards": list(target.shards),
-        "synchronized": target.synchronized,
-        "bn_statistics": 0 if target.bn_statistics is None else len(target.bn_statistics),
-        "defenses": list(target.defenses),
-        "dropout_seed": target.dropout_seed,
-        "running_after": target.running_after is not None,
-        "n_gradients": len(norms),
-        "gradient_norms": norms,
-        "gradient_norm": sum(norm**2 for norm in norms.values()) ** 0.5,
-    }
-
-
 def capabilities(target: Target, truth: Truth | None) -> list[str]:
     """What the file lets an attacker know, in words."""
     known = ["batch size", "local hyper-parameters"]
@@ -97,7 +65,9 @@ def capabilities(target: Target, truth: Truth | None) -> list[str]:
 
 def format_report(target: Target, truth: Truth | None) -> str:
     """A text report: model, setting, norms per layer, capabilities, truth."""
-    about = describe(target)
+    from gradients.describe import describe, describe_gradient
+
+    about = {**describe(target), **describe_gradient(target)}
     model, data, local = about["model"], about["data"], about["local_training"]
     height, width = data["shape"][1:]
     shards = "+".join(map(str, about["shards"]))

@@ -17,7 +17,7 @@ from core.records import provenance
 from core.storage import atomic_file, save_checkpoint, write_json
 from core.target import Target, Truth
 from gradients.checkpoint import save_target
-from gradients.inspect import describe
+from gradients.describe import describe, describe_gradient
 from gradients.private_gradient import PER_SAMPLE, gaussian_epsilon
 from gradients.rank_analysis import LayerRank, ra_index
 
@@ -77,6 +77,7 @@ def _record(
 ) -> dict[str, Any]:
     return {
         **describe(target),
+        **describe_gradient(target),
         "arguments": vars(args),
         "labels": truth.labels.tolist(),
         "privacy": _privacy_record(args, target),

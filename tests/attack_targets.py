@@ -200,7 +200,7 @@ def build_attack(case: Case) -> Attack:
     """The attack of a row, cut down as it says."""
     attack = get_attack(case.attack)
     if issubclass(attack, OptimizationAttack):
-        return attack(dataclasses.replace(attack.published, **case.changes))
+        return attack(attack.published.changed(**case.changes))
     return attack(**case.changes)
 
 

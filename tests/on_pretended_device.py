@@ -137,7 +137,7 @@ def engine_cases(device: torch.device) -> Iterator[tuple[str, Work]]:
     target, truth = make_target(ModelSpec("cnn", 10, 16, width=8), 2, train_mode=True)
 
     def invert(changes: dict[str, Any]) -> float:
-        config = dataclasses.replace(EXACT, **changes)
+        config = EXACT.changed(**changes)
         expected = Inversion(target, truth.labels, config, device=CPU, seed=3).run().images
         with Pretend():
             found = Inversion(target, truth.labels, config, device=device, seed=3).run().images
@@ -199,10 +199,10 @@ def shortened(case: Case) -> Case:
         changes |= {"iterations": 3, "warmup": 1}
         if "combine_every" in changes:
             changes["combine_every"] = 1
-        if attack.published.optimizer == "LBFGS":
+        if attack.published.optimiser.name == "LBFGS":
             changes["iterations"] = 1
     if isinstance(config := changes.get("config"), EnsembleConfig):
-        changes["config"] = dataclasses.replace(config, iterations=3)
+        changes["config"] = config.changed(iterations=3)
     return dataclasses.replace(case, changes=changes)
 
 

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import InputError, exit_status
-from core.storage import atomic_file, write_text
+from core.figures import blank_figure, save_figure
+from core.storage import write_text
 
 Record = Mapping[str, Any]
+DOTS_PER_INCH = 120
 
 
 def write_metrics_csv(history: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -43,11 +45,9 @@ def plot_curves(record: Record, path: Path) -> None:
         record: Content of its `record.json`.
         path: Picture to write.
     """
-    from matplotlib.figure import Figure
-
     history = record["history"]
     epochs = [entry["epoch"] for entry in history]
-    figure = Figure(figsize=(8, 3), layout="constrained")
+    figure = blank_figure(8, 3)
     loss, accuracy = figure.subplots(1, 2)
     for part, label in (("train", "training"), ("val", "validation")):
         loss.plot(epochs, [entry[f"{part}_loss"] for entry in history], label=label)
@@ -56,7 +56,7 @@ def plot_curves(record: Record, path: Path) -> None:
     accuracy.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 100))
     loss.legend()
     figure.suptitle(f"{record['scheme']} on {record['data']['name']}")
-    _save(figure, path)
+    save_figure(figure, path, dpi=DOTS_PER_INCH)
 
 
 def plot_comparison(records: Sequence[Record], path: Path) -> None:
@@ -66,9 +66,7 @@ def plot_comparison(records: Sequence[Record], path: Path) -> None:
         records: Contents of their `record.json`.
         path: Picture to write.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = blank_figure(6, 4)
     axes = figure.subplots()
     for record in records:
         history = record["history"]
@@ -77,7 +75,7 @@ def plot_comparison(records: Sequence[Record], path: Path) -> None:
     axes.set(xlabel="epoch", ylabel="validation accuracy (%)", ylim=(0, 100))
     axes.grid(alpha=0.3)
     axes.legend()
-    _save(figure, path)
+    save_figure(figure, path, dpi=DOTS_PER_INCH)
 
 
 def _label(record: Record) -> str:
@@ -87,11 +85,6 @@ def _label(record: Record) -> str:
     epsilon = privacy.get("epsilon")
     guarantee = "no guarantee" if epsilon is None else f"epsilon {epsilon:.3g}"
     return f"{record['scheme']} ({guarantee})"
-
-
-def _save(figure: Any, path: Path) -> None:
-    with atomic_file(path) as file:
-        figure.savefig(file, format="png", dpi=120)
 
 
 class ScalarLog:

@@ -33,6 +33,7 @@ class Auto(Attack):
 
     name = "auto"
     recovers_labels: ClassVar[bool] = True
+    adapts_by_default: ClassVar[bool] = True
 
     def __init__(self, config: EnsembleConfig | None = None) -> None:
         self.config = config or EnsembleConfig(members=ensemble_members())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -21,10 +22,16 @@ class Attack(abc.ABC):
     Attributes:
         name: What `--attack` and tables call it.
         requires: What the threat model must grant.
+        label_rule: How its paper gets the labels, see `attack.knowledge.labels`.
+        recovers_labels: Whether it recovers the labels itself where no rule is asked for.
+        adapts_by_default: Whether it takes a known defense into account unasked.
     """
 
     name: ClassVar[str]
     requires: ClassVar[frozenset[Capability]] = frozenset()
+    label_rule: ClassVar[str] = "llg"
+    recovers_labels: ClassVar[bool] = False
+    adapts_by_default: ClassVar[bool] = False
 
     @classmethod
     def configured(cls, given: dict[str, Any]) -> Attack:
@@ -36,6 +43,17 @@ class Attack(abc.ABC):
                 `granted`, the capabilities of the run, and `adaptive`.
         """
         return cls()
+
+    @property
+    def iterations(self) -> int | None:
+        """Iterations of its loop, or of all its loops; None where it has none."""
+        iterations: int | None = getattr(getattr(self, "config", None), "iterations", None)
+        return iterations
+
+    def plain_settings(self) -> dict[str, Any] | None:
+        """Its settings as plain values, for a record; None where it has none."""
+        config = getattr(self, "config", None)
+        return None if config is None else dataclasses.asdict(config)
 
     @abc.abstractmethod
     def reconstruct(
@@ -57,17 +75,24 @@ class OptimizationAttack(Attack):
 
     Attributes:
         published: The paper's hyper-parameters.
-        label_rule: How the paper gets labels, see `attack.knowledge.labels`.
 
     Args:
         config: Hyper-parameters; the published ones if None.
     """
 
     published: ClassVar[InversionConfig]
-    label_rule: ClassVar[str] = "llg"
 
     def __init__(self, config: InversionConfig | None = None) -> None:
         self.config = config or self.published
+
+    @property
+    def iterations(self) -> int:
+        """See `Attack.iterations`."""
+        return self.config.optimiser.iterations
+
+    def plain_settings(self) -> dict[str, Any]:
+        """See `Attack.plain_settings`; all settings side by side, whatever their topic."""
+        return self.config.to_flat()
 
     def reconstruct(
         self,

@@ -182,7 +182,7 @@ class Ensemble:
             yield self._admitted(Member(name, attack))
             if not issubclass(attack, OptimizationAttack) or name != "spectral":
                 continue
-            if self._sees_statistics() and attack.published.bn == 0:
+            if self._sees_statistics() and attack.published.priors.bn == 0:
                 changes = {"bn": STATISTICS_STEP, "exact_bn": True}
                 yield self._admitted(Member(f"{name}, statistics", attack, changes))
             if self.config.knows_defense and self.target.defenses:
@@ -206,17 +206,16 @@ class Ensemble:
         """A member's published setting within a budget of gradient evaluations."""
         assert issubclass(member.attack, OptimizationAttack)
         published = member.attack.published
-        cost = LBFGS_COST if published.optimizer == "LBFGS" else 1
-        restarts = max(1, min(published.restarts, evaluations // (cost * PER_RESTART)))
+        cost = LBFGS_COST if published.optimiser.name == "LBFGS" else 1
+        restarts = max(1, min(published.starts.restarts, evaluations // (cost * PER_RESTART)))
         iterations = max(1, evaluations // (cost * restarts))
-        bn = published.bn if self._has_statistics() else 0.0
-        setting = dataclasses.replace(
-            published,
+        bn = published.priors.bn if self._has_statistics() else 0.0
+        setting = published.changed(
             iterations=iterations,
             restarts=restarts,
-            warmup=min(published.warmup, iterations // 10),
-            combine=published.combine and restarts > 1,
-            combine_every=max(1, min(published.combine_every, iterations // 10)),
+            warmup=min(published.optimiser.warmup, iterations // 10),
+            combine=published.consensus.combine and restarts > 1,
+            combine_every=max(1, min(published.consensus.combine_every, iterations // 10)),
             bn=bn,
             exact_bn=bn > 0 and self._sees_statistics(),
             target_tv=None,
@@ -224,7 +223,7 @@ class Ensemble:
             smallest_loss=True,
             adaptive=self.config.knows_defense,
         )
-        return dataclasses.replace(setting, **member.changes)
+        return setting.changed(**member.changes)
 
     def _has_statistics(self) -> bool:
         if Capability.RUNNING_STATISTICS not in self.config.capabilities:
@@ -304,8 +303,7 @@ class Ensemble:
         from attack.attacks.spectral import Spectral
 
         exact = self._sees_statistics()
-        return dataclasses.replace(
-            Spectral.published,
+        return Spectral.published.changed(
             adaptive=self.config.knows_defense,
             bn=STATISTICS_STEP if exact else 0.0,
             exact_bn=exact,

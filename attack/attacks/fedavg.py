@@ -98,8 +98,8 @@ class DataLeakageFedAvg(OptimizationAttack):
         """See `OptimizationAttack.reconstruct`."""
         epochs = target.local.epochs
         # The published distance is of the sum over steps and divided by their number.
-        config = dataclasses.replace(
-            self.config, gradient_weight=self.config.gradient_weight * target.local.steps
+        config = self.config.changed(
+            gradient_weight=self.config.matching.gradient_weight * target.local.steps
         )
         order = EpochOrderPrior(epochs, target.data.shape[0], seed)
 

@@ -1,6 +1,5 @@
 """The attack on BatchNorm-updating clients of Hatamizadeh et al. (2022)."""
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -77,8 +76,6 @@ class Hatamizadeh(OptimizationAttack):
     ) -> Reconstruction:
         """See `OptimizationAttack.reconstruct`."""
         step = target.local.lr * target.local.steps
-        weighted = dataclasses.replace(
-            self.config, gradient_weight=self.config.gradient_weight * step
-        )
+        weighted = self.config.changed(gradient_weight=self.config.matching.gradient_weight * step)
         attack = OptimizationAttack(weighted)
         return attack.reconstruct(target, labels=labels, device=device, seed=seed, **run)

@@ -1,6 +1,5 @@
 """Improved Deep Leakage from Gradients (Zhao et al. 2020)."""
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ class IDLG(OptimizationAttack):
     name = "idlg"
     requires = frozenset({Capability.BATCH_SIZE})
     label_rule = "idlg"
-    published = dataclasses.replace(DLG.published, joint_labels=False)
+    published = DLG.published.changed(joint_labels=False)
 
     def reconstruct(
         self, target: Target, *, labels: torch.Tensor, device: torch.device, seed: int, **run: Any

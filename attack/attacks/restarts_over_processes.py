@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
@@ -23,7 +22,7 @@ def check_spreadable(attack: Attack) -> None:
     """
     if not isinstance(attack, OptimizationAttack):
         raise InputError(f"--spread restarts: {attack.name} has no restarts")
-    if attack.config.combine or attack.config.group > 0:
+    if attack.config.consensus.combine or attack.config.consensus.group > 0:
         raise InputError(
             "--spread restarts: --MinCombine and --Group compare restarts while they run; "
             "use --spread batch"
@@ -43,12 +42,12 @@ def reconstruct_spread(
     Returns:
         The reconstruction of smallest objective, on every process.
     """
-    counts = distributed.shard_sizes(attack.config.restarts, distributed.world_size())
+    counts = distributed.shard_sizes(attack.config.starts.restarts, distributed.world_size())
     rank, n_processes = distributed.rank(), distributed.world_size()
     mine = None
     with distributed.alone():
         if counts[rank]:
-            config = dataclasses.replace(attack.config, restarts=counts[rank])
+            config = attack.config.changed(restarts=counts[rank])
             share = type(attack)(config)
             first = sum(counts[:rank])
             mine = share.reconstruct(target, first_restart=first, **options)

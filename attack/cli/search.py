@@ -9,6 +9,8 @@ is not offered.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import logging
 import math
 import os
@@ -19,7 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from attack.cli.request import AttackRun, Search
+from attack.reconstruction import Reconstruction
+from attack.settings import InversionConfig, settings_of_flags
 from core.errors import InputError
+from core.plugins import import_plugin
 
 logger = logging.getLogger(__name__)
 
@@ -269,3 +275,60 @@ def _result(grid: Any) -> SearchResult:
         raise InputError(f"--superparameters-search: every trial failed ({trials[0]['error']})")
     best = min(reached, key=lambda entry: entry["loss"])
     return SearchResult(config=best["config"], loss=best["loss"], trials=trials)
+
+
+# -- Of stage 3 -------------------------------------------------------------------
+
+
+def with_best_settings(run: AttackRun, options: Search) -> AttackRun:
+    """The run with the hyper-parameters that are best on the simulated checkpoint.
+
+    Args:
+        run: What the user asked for.
+        options: What to search, and for how long.
+    """
+    result = search(
+        functools.partial(search_trial, run, options),
+        published_space(*options.names),
+        num_samples=options.num_samples,
+        max_concurrent=options.max_concurrent,
+        gpus_per_trial=options.gpus_per_trial,
+        min_t=options.min_t,
+        max_t=options.max_t,
+        seed=run.seed,
+        verbose=options.verbose,
+    )
+    found = {name: result.config[name] for name in options.names}
+    print(f"best setting (gradient loss {result.loss:.4g}): {found}")
+    return _with_flags(run, found)
+
+
+def _with_flags(run: AttackRun, found: Mapping[str, Any]) -> AttackRun:
+    """The run with some flags as if they had been given."""
+    settings = {**run.settings, **settings_of_flags(found, InversionConfig())}
+    return dataclasses.replace(run, settings=settings, arguments={**run.arguments, **found})
+
+
+def search_trial(run: AttackRun, options: Search, config: dict[str, Any], report: Report) -> None:
+    """One trial: the attack on the simulated checkpoint with some flags changed."""
+    import torch
+
+    from attack.cli.running import labels_for, make_attack
+    from gradients.checkpoint import load_target
+
+    import_plugin(run.plugin)
+    if "iterations" in run.settings:
+        config = {"epochs": options.iterations, **config}
+    trial = _with_flags(run, config)
+    target, truth = load_target(options.checkpoint, "--simulation-checkpoint")
+    cuda = torch.cuda.is_available() and not options.cpu
+    attack = make_attack(trial)
+    reconstruct: Callable[..., Reconstruction] = attack.reconstruct
+    reconstruct(
+        target,
+        labels=labels_for(trial, attack, target, truth),
+        device=torch.device("cuda" if cuda else "cpu"),
+        seed=run.seed,
+        print_every=run.showing.print_every,
+        report=report,
+    )

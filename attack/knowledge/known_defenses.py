@@ -9,7 +9,6 @@ the prior is trusted. Only what was shared is read, never the truth.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -152,11 +151,6 @@ def register_adaptation(name: str) -> Callable[[Step], Step]:
     return register
 
 
-def adapted_defenses() -> list[str]:
-    """The defenses that have an answer."""
-    return sorted(_STEPS)
-
-
 def adapt(target: Target, config: InversionConfig) -> Adaptation:
     """What to change about an attack, given the defenses that the target states.
 
@@ -205,8 +199,8 @@ def _clip(adaptation: Adaptation, target: Target, values: list[float]) -> None:
 
 
 def _scale_free(adaptation: Adaptation, defense: str) -> None:
-    if adaptation.config.objective == "L2":
-        adaptation.config = dataclasses.replace(adaptation.config, objective="sim")
+    if adaptation.config.matching.objective == "L2":
+        adaptation.config = adaptation.config.changed(objective="sim")
         adaptation.notes.append(f"{defense}: directions are compared instead of differences")
     else:
         adaptation.notes.append(f"{defense}: the objective does not depend on the scale")
@@ -431,7 +425,7 @@ def _rank_analysis(adaptation: Adaptation, target: Target) -> None:
     """
     pooling = f"pooling over {target.model.pool_kernel} px is part of the model"
     config = adaptation.config
-    if config.coordinates.startswith("dct") and not config.signed:
-        adaptation.config = dataclasses.replace(config, lr=POOLED_RATE * config.lr)
+    if config.optimiser.coordinates.startswith("dct") and not config.optimiser.signed:
+        adaptation.config = config.changed(lr=POOLED_RATE * config.optimiser.lr)
         pooling += f"; steps are {POOLED_RATE:g} times as long, to leave local minima"
     adaptation.notes.append(pooling)

@@ -8,7 +8,6 @@ twice as many, until one is left. The truth is never looked at.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections import Counter
@@ -137,8 +136,8 @@ def choose_labels(
     """
     field, iterations, spent = list(candidates), first_iterations, 0
     while len(field) > 1:
-        trial = dataclasses.replace(
-            config, iterations=iterations, restarts=1, combine=False, polish=0, warmup=0,
+        trial = config.changed(
+            iterations=iterations, restarts=1, combine=False, polish=0, warmup=0,
             time_budget=None,
         )  # fmt: skip
         losses = [

@@ -7,9 +7,8 @@ samples of (p_i - [y = i]) times the embedding, and its bias gradient the mean o
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +16,9 @@ import torch
 from torch import nn
 
 from attack.knowledge.threat_models import Capability
-from core.data.specs import DataSpec
 from core.errors import InputError
-from core.models.building import ModelSpec, last_linear
-from core.target import LocalTraining, Target
+from core.models.building import last_linear
+from core.target import Target
 
 # Below this, a bias gradient is rounding and no divisor.
 _NO_GRADIENT = 1e-12
@@ -410,120 +408,3 @@ def _one_rule(rule: str, target: Target, model: nn.Module, labels: torch.Tensor)
         return {"labels": None, "accuracy": None, "reason": str(error)}
     accuracy = label_accuracy(found, labels)
     return {"labels": found.tolist(), "accuracy": accuracy, "reason": None}
-
-
-REPEATS = ("none", "4 each", "all the same")
-
-
-def accuracy_table(
-    victims: Mapping[str, nn.Module],
-    spec: ModelSpec,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    data: DataSpec,
-    *,
-    rules: Sequence[str] | None = None,
-    batch_sizes: Sequence[int] = (1, 4, 8, 32, 79),
-    repeats: Sequence[str] = REPEATS,
-    modes: Sequence[str] = ("train", "eval"),
-    trials: int = 1,
-    seed: int = 0,
-) -> list[dict[str, Any]]:
-    """Label accuracy of every rule, over batch size, repetition, training state and mode.
-
-    Args:
-        victims: Models by name, such as "untrained" and "trained"; left as they were.
-        spec: Their architecture.
-        images: Pool of images in [0, 1], P x C x H x W.
-        labels: P class indices.
-        data: Normalisation of the images.
-        rules: Names in `rule_names()`; all but "known" if None.
-        batch_sizes: Batch sizes K.
-        repeats: "none" (all labels differ), "4 each" (four samples of each label), "all
-            the same".
-        modes: "train" and "eval".
-        trials: Batches per setting, over which the accuracy is averaged.
-        seed: Of the choice of batches.
-
-    Returns:
-        One record per setting and rule: rule, model, mode, batch_size, repeats, accuracy,
-        reason. The accuracy is None, with the reason, where the pool has no such batch or
-        the rule does not apply.
-    """
-    rules = [name for name in rule_names() if name != "known"] if rules is None else rules
-    records = []
-    for size, repeat in _batches(batch_sizes, repeats):
-        generator = torch.Generator().manual_seed(seed)
-        chosen = [_choose(labels, size, repeat, generator) for _ in range(trials)]
-        for (name, model), mode in ((v, m) for v in victims.items() for m in modes):
-            setting = {"model": name, "mode": mode, "batch_size": size, "repeats": repeat}
-            if any(indices is None for indices in chosen):
-                reason = "the data have too few classes or too few images of one class"
-                records += [
-                    {"rule": r, **setting, "accuracy": None, "reason": reason} for r in rules
-                ]
-                continue
-            model = copy.deepcopy(model).train(mode == "train")
-            shared = [
-                (_share(model, spec, data, images[i], labels[i]), labels[i])
-                for i in chosen
-                if i is not None
-            ]
-            records += [{"rule": r, **setting, **_mean_accuracy(r, shared, model)} for r in rules]
-    return records
-
-
-def _batches(sizes: Iterable[int], repeats: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """Settings that differ: one sample repeats nothing, and four of one label are all the same."""
-    for size in sizes:
-        for repeat in repeats:
-            if repeat == "none" or size > (4 if repeat == "4 each" else 1):
-                yield size, repeat
-
-
-def _choose(
-    labels: torch.Tensor, size: int, repeat: str, generator: torch.Generator
-) -> torch.Tensor | None:
-    """Indices of a batch with this repetition, or None where the pool has none."""
-    if repeat not in REPEATS:
-        raise InputError(f"unknown repetition {repeat}; known are {', '.join(REPEATS)}")
-    each = {"none": 1, "4 each": min(4, size), "all the same": size}[repeat]
-    shuffled = torch.randperm(len(labels), generator=generator)
-    by_class: dict[int, list[int]] = {}
-    for index in shuffled.tolist():
-        by_class.setdefault(int(labels[index]), []).append(index)
-    enough = [indices[:each] for indices in by_class.values() if len(indices) >= each]
-    batch = [index for indices in enough for index in indices][:size]
-    return torch.tensor(batch) if len(batch) == size else None
-
-
-def _share(
-    model: nn.Module, spec: ModelSpec, data: DataSpec, images: torch.Tensor, labels: torch.Tensor
-) -> Target:
-    """What a client of one local step shares."""
-    inputs = data.normalize(images).to(next(model.parameters()))
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    loss = nn.functional.cross_entropy(model(inputs), labels)
-    named = dict(model.named_parameters())
-    gradients = torch.autograd.grad(loss, list(named.values()))
-    return Target(
-        model=spec,
-        data=data,
-        state_dict=state,
-        gradient=dict(zip(named, gradients, strict=True)),
-        train_mode=model.training,
-        batch_size=len(labels),
-        local=LocalTraining(),
-    )
-
-
-def _mean_accuracy(
-    rule: str, shared: Sequence[tuple[Target, torch.Tensor]], model: nn.Module
-) -> dict[str, Any]:
-    try:
-        found = [
-            label_accuracy(recover_labels(rule, target, model), truth) for target, truth in shared
-        ]
-    except InputError as error:
-        return {"accuracy": None, "reason": str(error)}
-    return {"accuracy": sum(found) / len(found), "reason": None}

@@ -16,10 +16,10 @@ from attack.settings import InversionConfig
 
 def fusions(config: InversionConfig) -> list[int]:
     """Iterations at which E2EGI's stages begin with a fusion; the last begins the final."""
-    initial, middle, _ = config.stages
-    first = int(config.iterations * initial)
-    last = int(config.iterations * (initial + middle))
-    return [*range(first, last, config.combine_every), last]
+    iterations = config.optimiser.iterations
+    initial, middle, _ = config.consensus.stages
+    first, last = int(iterations * initial), int(iterations * (initial + middle))
+    return [*range(first, last, config.consensus.combine_every), last]
 
 
 class Consensus:
@@ -44,7 +44,7 @@ class Consensus:
 
     def advance(self, restarts: list[Restart], iteration: int) -> list[Restart]:
         """E2EGI: independent starts, starts drawn to their fusion, then the fusion alone."""
-        if not self.config.combine or iteration not in fusions(self.config):
+        if not self.config.consensus.combine or iteration not in fusions(self.config):
             return restarts
         fusion = self.fuse(restarts)
         if iteration != fusions(self.config)[-1]:
@@ -57,15 +57,15 @@ class Consensus:
 
     def target(self, restarts: Sequence[Restart], iteration: int) -> torch.Tensor | None:
         """What group consistency pulls towards: n x C x H x W inputs; None for nothing."""
-        config, progress = self.config, self.progress
-        if config.combine:
+        settings, progress = self.config.consensus, self.progress
+        if settings.combine:
             return progress.fusion
-        begin = int(config.iterations * config.group_start)
-        if config.group == 0 or len(restarts) < 2 or iteration < begin:
+        begin = int(self.config.optimiser.iterations * settings.group_start)
+        if settings.group == 0 or len(restarts) < 2 or iteration < begin:
             return None
-        if progress.fusion is None or (iteration - begin) % config.group_every == 0:
+        if progress.fusion is None or (iteration - begin) % settings.group_every == 0:
             inputs = torch.stack([self.problem.inputs(restart) for restart in restarts])
-            progress.fusion = group_target(inputs, registration=config.registration)
+            progress.fusion = group_target(inputs, registration=settings.registration)
         return progress.fusion
 
     def fuse(self, restarts: Sequence[Restart]) -> torch.Tensor:

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from scipy.optimize import linear_sum_assignment
 
-from attack.metrics import linear_sum_assignment, pairwise_mse
+from attack.metrics import pairwise_mse
 
 # Gradient losses (B) of a group of batches (B x N x C x H x W).
 Losses = Callable[[torch.Tensor], torch.Tensor]
@@ -34,15 +35,6 @@ class Fusion:
     loss: float
     evaluations: int
     sweeps: int
-
-
-def one_by_one(loss: Callable[[torch.Tensor], float | torch.Tensor]) -> Losses:
-    """Make the loss of one batch (N x C x H x W) serve where those of several are asked for."""
-
-    def losses(batches: torch.Tensor) -> torch.Tensor:
-        return torch.tensor([float(loss(batch)) for batch in batches], dtype=torch.float64)
-
-    return losses
 
 
 def combine(
@@ -156,7 +148,8 @@ def align_repeated_labels(restarts: torch.Tensor, labels: torch.Tensor) -> torch
         for restart in range(1, len(restarts)):
             images = restarts[restart, members]
             cost = pairwise_mse(reference, images).double().cpu().nan_to_num(nan=1e6, posinf=1e6)
-            order = torch.from_numpy(linear_sum_assignment(cost.numpy())).to(images.device)
+            _, columns = linear_sum_assignment(cost.numpy())
+            order = torch.from_numpy(columns).to(images.device)
             aligned[restart, members] = images[order]
     return aligned
 

@@ -23,7 +23,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -44,8 +43,7 @@ from attack.loop.weighted_loss import Evaluation
 from attack.matching.acceleration import product_precision
 from attack.matching.replica import Replica
 from attack.reconstruction import Reconstruction
-from attack.settings import RANDOM_STARTS, InversionConfig
-from core.errors import InputError
+from attack.settings import RANDOM_STARTS, InversionConfig, setting_error
 from core.processes import distributed
 from core.target import Target
 
@@ -77,7 +75,7 @@ class Inversion:
         device: Where to compute.
         seed: Of the starts and the noise; restart r uses `seed` and r only, so that the
             same restart is the same whatever else runs beside it.
-        prior: Images to start from (N x C x H x W in [0, 1]) instead of `config.start`.
+        prior: Images to start from (N x C x H x W in [0, 1]) instead of `config.starts.start`.
         first_restart: Number of the first restart, where others run elsewhere.
         parts: How its parts are made; by default as `config` says.
 
@@ -98,18 +96,19 @@ class Inversion:
         parts: Parts = DEFAULT_PARTS,
     ) -> None:
         _check(target, config, prior)
-        adaptation = adapt(target, config) if config.adaptive else Adaptation.none(target, config)
+        knows = config.matching.adaptive
+        adaptation = adapt(target, config) if knows else Adaptation.none(target, config)
         config = adaptation.config
-        random = prior is None and config.start in RANDOM_STARTS
-        halved = config.halving and config.restarts > 1
+        random = prior is None and config.starts.start in RANDOM_STARTS
+        halved = config.starts.halving and config.starts.restarts > 1
         self.race = plan_race(
-            config.iterations,
-            config.race if random else 1,
+            config.optimiser.iterations,
+            config.starts.race if random else 1,
             SHARE_BESIDE_HALVING if halved else LARGEST_SHARE,
         )
-        config = replace(config, iterations=self.race.iterations)
+        config = config.changed(iterations=self.race.iterations)
         self.target, self.config, self.device = target, config, device
-        self.dtype = torch.float64 if config.double else torch.float32
+        self.dtype = torch.float64 if config.matching.double else torch.float32
         self.replica = Replica(target, device, self.dtype)
         self.problem = InversionProblem(
             target, config, adaptation, self.replica, labels[self.replica.share].to(device),
@@ -127,7 +126,7 @@ class Inversion:
         self.consensus = Consensus(self.problem, self.matcher, self.starter, self.progress)
         self.stepper = Stepper(self.problem, self.evaluation, self.starter, self.progress)
         self.stopping = Stopping(self.problem, self.progress)
-        last = first_restart + config.restarts
+        last = first_restart + config.starts.restarts
         numbers = range(first_restart * self.race.starts, last * self.race.starts)
         self.restarts = [self.starter.start(n, self.race.amplitude(n)) for n in numbers]
 
@@ -155,7 +154,7 @@ class Inversion:
             state_file: Where the state is kept, and continued from if it is there.
             save_every: Iterations between two saves of the state.
         """
-        with product_precision(self.config.precision):
+        with product_precision(self.config.speed.precision):
             return self._run(
                 progress, print_every, on_snapshot, snapshot_every, report, state_file, save_every
             )
@@ -176,13 +175,13 @@ class Inversion:
         started = time.perf_counter() - self.progress.seconds
         bar = self._bar(progress)
         status = "finished"
-        while self.progress.iteration < self.config.iterations and status == "finished":
+        while self.progress.iteration < self.config.optimiser.iterations and status == "finished":
             iteration = self.progress.iteration
             self._iterate(iteration)
             self.progress.iteration = iteration + 1
             self.progress.seconds = time.perf_counter() - started
             bar.update()
-            if iteration % print_every == 0 or iteration + 1 == self.config.iterations:
+            if iteration % print_every == 0 or iteration + 1 == self.config.optimiser.iterations:
                 entry = self._trace_entry(iteration)
                 bar.set_postfix(loss=f"{entry['objective']:.4g}", refresh=False)
                 if report is not None:
@@ -193,14 +192,14 @@ class Inversion:
             if state is not None and (iteration + 1) % save_every == 0:
                 state.save(self.restarts)
         bar.close()
-        if self.config.polish:
+        if self.config.optimiser.polish:
             polish(best_of(self.restarts), self.problem, self.matcher, self.progress.iteration)
         self.progress.seconds = time.perf_counter() - started
         return self._result(status)
 
     def _iterate(self, iteration: int) -> None:
         """One iteration of every restart."""
-        if self.matcher.at(iteration, self.config.iterations):
+        if self.matcher.at(iteration, self.config.optimiser.iterations):
             # Values of another objective are no measure.
             for restart in self.restarts:
                 restart.smallest = restart.best_value = math.inf
@@ -219,7 +218,7 @@ class Inversion:
 
     def _bar(self, shown: bool) -> tqdm:
         return tqdm(
-            total=self.config.iterations,
+            total=self.config.optimiser.iterations,
             initial=self.progress.iteration,
             desc="inversion",
             unit="it",
@@ -259,7 +258,7 @@ class Inversion:
                 "restart_objectives": {str(r.index): r.best_value for r in self.restarts},
                 "events": self.progress.events,
                 **self.matcher.details(),
-                **({"adaptations": adaptation.notes} if self.config.adaptive else {}),
+                **({"adaptations": adaptation.notes} if self.config.matching.adaptive else {}),
             },
         )
 
@@ -267,13 +266,13 @@ class Inversion:
 def _check(target: Target, config: InversionConfig, prior: torch.Tensor | None) -> None:
     """Refuse a configuration that does not fit the target."""
     config.validate()
-    if config.start == "prior" and prior is None:
-        raise InputError("--start prior: give the image to start from with --prior")
-    if config.exact_bn and target.bn_statistics is None:
-        raise InputError("--exact-bn: the checkpoint holds no batch statistics")
-    if config.bn_from_update and target.running_after is None:
-        raise InputError(
-            "--bn-from-update: the checkpoint holds no running statistics after training"
+    if config.starts.start == "prior" and prior is None:
+        raise setting_error("{start} prior: give the image to start from with {prior}")
+    if config.priors.exact_bn and target.bn_statistics is None:
+        raise setting_error("{exact_bn}: the checkpoint holds no batch statistics")
+    if config.priors.bn_from_update and target.running_after is None:
+        raise setting_error(
+            "{bn_from_update}: the checkpoint holds no running statistics after training"
         )
-    if config.optimizer == "LBFGS" and distributed.world_size() > 1:
-        raise InputError("--optim LBFGS runs on one process; use Adam and --polish here")
+    if config.optimiser.name == "LBFGS" and distributed.world_size() > 1:
+        raise setting_error("{optimizer} LBFGS runs on one process; use Adam and {polish} here")

@@ -19,48 +19,40 @@ from attack.priors.regularizers import (
     shared_features,
 )
 from attack.priors.shared_statistics import layer_momentum, recovered_statistics
-from attack.settings import InversionConfig
-from core.errors import InputError
+from attack.settings import InversionConfig, setting_error
 from core.processes import distributed
 from core.target import BatchStatistics
 
 
 def make_objective(config: InversionConfig, n_parameters: int) -> Objective:
-    """The objective that a configuration names, for so many shared parameters.
-
-    Raises:
-        InputError: Unknown layer weights.
-    """
-    objective = OBJECTIVES[config.objective]()
-    if config.layers is None:
+    """The objective that a configuration names, for so many shared parameters."""
+    objective = OBJECTIVES[config.matching.objective]()
+    if config.matching.layers is None:
         return objective
-    try:
-        return LayerWeighted(objective, layer_weights(n_parameters, config.layers))
-    except ValueError as error:
-        raise InputError(f"--layers: {error}") from None
+    return LayerWeighted(objective, layer_weights(n_parameters, config.matching.layers))
 
 
 def make_regularizers(problem: InversionProblem) -> list[tuple[float, Regularizer]]:
     """Weighted penalties on the images alone."""
-    config = problem.config
+    priors = problem.config.priors
     weighted = [
-        (config.tv, TOTAL_VARIATIONS[config.tv_kind]()),
-        (config.input_norm, InputNorm()),
-        (config.colour, ColourPrior()),
-        (config.patch, PatchPrior(config.patch_size)),
+        (priors.tv, TOTAL_VARIATIONS[priors.tv_kind]()),
+        (priors.input_norm, InputNorm()),
+        (priors.colour, ColourPrior()),
+        (priors.patch, PatchPrior(priors.patch_size)),
     ]
     return [(weight, regularizer) for weight, regularizer in weighted if weight != 0]
 
 
 def make_penalties(problem: InversionProblem) -> list[tuple[float, ModelPenalty]]:
     """Weighted penalties on what the forward pass shows beside the logits."""
-    config, target = problem.config, problem.target
+    priors, target = problem.config.priors, problem.target
     penalties: list[tuple[float, ModelPenalty]] = []
-    if config.bn > 0:
-        penalties.append((config.bn, batch_norm_penalty(problem)))
-    if config.features > 0:
+    if priors.bn > 0:
+        penalties.append((priors.bn, batch_norm_penalty(problem)))
+    if priors.features > 0:
         known = shared_features(target, problem.labels).to(problem.device, problem.dtype)
-        penalties.append((config.features, FeaturePenalty(known, target.batch_size)))
+        penalties.append((priors.features, FeaturePenalty(known, target.batch_size)))
     return penalties
 
 
@@ -70,13 +62,13 @@ def batch_norm_penalty(problem: InversionProblem) -> ModelPenalty:
     Raises:
         InputError: The model has no BatchNorm layer.
     """
-    config, target, replica = problem.config, problem.target, problem.replica
+    priors, target, replica = problem.config.priors, problem.target, problem.replica
     known, groups = _known_statistics(problem)
     known = [_moved(statistics, problem) for statistics in known]
     if not known[0]:
-        raise InputError(f"--BN: {target.model.arch} has no BatchNorm layer to match")
+        raise setting_error(f"{{bn}}: {target.model.arch} has no BatchNorm layer to match")
     whole_batch = replica.groups is None
-    if not config.bn_from_update:
+    if not priors.bn_from_update:
         return BatchNormPenalty(known, groups, whole_batch)
     if target.local.steps > 1:
         processes = len(replica.placement.shards) or 1
@@ -89,11 +81,11 @@ def batch_norm_penalty(problem: InversionProblem) -> ModelPenalty:
 
 def _known_statistics(problem: InversionProblem) -> tuple[list[BatchStatistics], list[int]]:
     """Statistics of each of this process's groups (or of all), and the groups' sizes."""
-    config, target, replica = problem.config, problem.target, problem.replica
+    priors, target, replica = problem.config.priors, problem.target, problem.replica
     groups = replica.groups or [replica.sizes[distributed.rank()]]
-    if config.bn_from_update:
+    if priors.bn_from_update:
         return [recovered_statistics(target)], groups
-    if not config.exact_bn:
+    if not priors.exact_bn:
         return [running_statistics(replica.model)], groups
     exact = target.bn_statistics
     assert exact is not None

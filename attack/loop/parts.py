@@ -15,7 +15,7 @@ import torch
 from attack.loop.loss_terms import make_objective, make_penalties, make_regularizers
 from attack.loop.problem import InversionProblem
 from attack.loop.restarts import Starter
-from attack.matching.acceleration import AcceleratedMatcher, Acceleration
+from attack.matching.acceleration import AcceleratedMatcher
 from attack.matching.clipping import CLIPPED_FROM
 from attack.matching.match import Matcher
 from attack.matching.matcher import GradientMatcher
@@ -30,22 +30,20 @@ def make_variables(
 ) -> Coordinates:
     """The coordinates that a configuration names, for a target's images."""
     size = (target.data.shape[1], target.data.shape[2])
-    return make_coordinates(config.coordinates, size, device, dtype)
+    return make_coordinates(config.optimiser.coordinates, size, device, dtype)
 
 
 def make_matcher(problem: InversionProblem) -> GradientMatcher:
     """The comparison of gradients that a configuration names."""
     config, adaptation = problem.config, problem.adaptation
-    objective = make_objective(config, len(problem.target.gradient))
-    objective = adaptation.objective(objective)
+    objective = adaptation.objective(make_objective(config, len(problem.target.gradient)))
+    hvp = config.matching.hvp
     clipping = adaptation.clipping(problem.replica)
-    if config.acceleration == Acceleration():
+    if not config.speed.changes_passes:
         return GradientMatcher(
-            problem.replica, objective, config.hvp, clipping=clipping, clipped_from=CLIPPED_FROM
+            problem.replica, objective, hvp, clipping=clipping, clipped_from=CLIPPED_FROM
         )
-    return AcceleratedMatcher(
-        problem.replica, objective, config.hvp, config.acceleration, clipping, CLIPPED_FROM
-    )
+    return AcceleratedMatcher(problem.replica, objective, hvp, config.speed, clipping, CLIPPED_FROM)
 
 
 @dataclass(frozen=True)

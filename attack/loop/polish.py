@@ -14,7 +14,7 @@ def polish(restart: Restart, problem: InversionProblem, matcher: Matcher, iterat
 
     Args:
         restart: Its result is replaced by a better one.
-        problem: What is inverted; `config.polish` iterations.
+        problem: What is inverted; `config.optimiser.polish` iterations.
         matcher: The gradient loss of the iterations before.
         iteration: At which this happens.
     """
@@ -25,7 +25,7 @@ def polish(restart: Restart, problem: InversionProblem, matcher: Matcher, iterat
     # gradient alone would give each its own curvature.
     variable = problem.whole(restart.best_inputs).clone().requires_grad_()
     exact = matcher.exact()
-    iterations = problem.config.polish
+    iterations = problem.config.optimiser.polish
     optimizer = torch.optim.LBFGS(
         [variable], max_iter=iterations, max_eval=5 * iterations,
         history_size=50, line_search_fn="strong_wolfe", tolerance_grad=0, tolerance_change=0,
@@ -38,7 +38,7 @@ def polish(restart: Restart, problem: InversionProblem, matcher: Matcher, iterat
         value = float(match.value)
         # The trial points of a line search may be worse than where it began.
         if value < restart.best_value:
-            restart.keep(mine, value, iteration, smallest=problem.config.smallest_loss)
+            restart.keep(mine, value, iteration, smallest=problem.config.stopping.smallest_loss)
         return value
 
     optimizer.step(closure)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attack.settings import OPTIMIZERS, InversionConfig
+from attack.settings import InversionConfig
 
 if TYPE_CHECKING:
     from attack.loop.problem import InversionProblem
 
+MAKE_OPTIMIZER: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "Adam": torch.optim.Adam,
+    "AdamW": torch.optim.AdamW,
+    "SGD": torch.optim.SGD,
+    "LBFGS": torch.optim.LBFGS,
+}
 MAX_DIVERGENCES = 5
 # Shares of the iterations at which successive halving drops the worse restarts.
 HALVING_AT = (1 / 8, 1 / 4, 1 / 2)
@@ -89,8 +95,8 @@ def best_of(restarts: Sequence[Restart]) -> Restart:
 
 def thin_out(restarts: list[Restart], iteration: int, config: InversionConfig) -> list[Restart]:
     """Successive halving, by the objective alone: the restarts that go on."""
-    marks = [int(config.iterations * share) for share in HALVING_AT]
-    if not config.halving or iteration not in marks or iteration == 0 or len(restarts) < 2:
+    marks = [int(config.optimiser.iterations * share) for share in HALVING_AT]
+    if not config.starts.halving or iteration not in marks or iteration == 0 or len(restarts) < 2:
         return restarts
     return sorted(restarts, key=by_objective)[: math.ceil(len(restarts) / 2)]
 
@@ -107,7 +113,7 @@ class Starter:
         problem: What is inverted.
         seed: Restart r uses `seed` and r only, so that the same restart is the same
             whatever else runs beside it.
-        prior: Images to start from (N x C x H x W in [0, 1]) instead of `config.start`.
+        prior: Images to start from (N x C x H x W in [0, 1]) instead of `config.starts.start`.
         noise: Standard deviation of grey noise of each restart's own on its start (network
             inputs), without which the images of a batch that starts from one prior could
             not become different; None: no such noise.
@@ -133,7 +139,7 @@ class Starter:
         problem = self.problem
         generator = torch.Generator().manual_seed(self.seed * 100_003 + index)
         inputs = problem.mine(self.first_inputs(generator)).to(problem.device, problem.dtype)
-        if self.prior is None and self.config.start == "normal":
+        if self.prior is None and self.config.starts.start == "normal":
             # Noise in the coordinates has the spectrum they are made for.
             return self.restart(index, amplitude * inputs, generator)
         encoded = problem.coordinates.encode(problem.boxed(inputs))
@@ -150,23 +156,23 @@ class Starter:
         shape, data = self.problem.shape, self.problem.target.data
         if self.prior is not None:
             return data.normalize(self.prior)
-        if self.config.start == "normal":
+        if self.config.starts.start == "normal":
             return torch.randn(shape, generator=generator)
-        if self.config.start == "uniform":
+        if self.config.starts.start == "uniform":
             return data.normalize(torch.rand(shape, generator=generator))
-        if self.config.start == "zeros":
+        if self.config.starts.start == "zeros":
             return torch.zeros(shape)
-        if self.config.start == "pattern":
+        if self.config.starts.start == "pattern":
             tile = torch.randn((*shape[:2], 4, 4), generator=generator)
             repeats = [math.ceil(side / 4) for side in shape[2:]]
             return tile.repeat(1, 1, *repeats)[..., : shape[2], : shape[3]]
-        raise ValueError(f"unknown start {self.config.start}")
+        raise ValueError(f"unknown start {self.config.starts.start}")
 
     def restart(self, index: int, variable: torch.Tensor, generator: torch.Generator) -> Restart:
         """A restart that begins at these coordinates of this process's images."""
         variable = variable.clone().requires_grad_()
         logits = None
-        if self.config.joint_labels:
+        if self.config.matching.joint_labels:
             shape = (self.problem.shape[0], self.problem.target.data.n_classes)
             whole = torch.randn(shape, generator=generator)
             mine = self.problem.mine(whole).to(self.problem.device, self.problem.dtype)
@@ -177,11 +183,12 @@ class Starter:
         self, variable: torch.Tensor, logits: torch.Tensor | None
     ) -> torch.optim.Optimizer:
         """A fresh optimizer over a restart's variables."""
-        options: dict[str, Any] = {"lr": self.config.lr}
-        if self.config.optimizer.startswith("Adam"):
-            options["betas"] = self.config.betas
+        settings = self.config.optimiser
+        options: dict[str, Any] = {"lr": settings.lr}
+        if settings.name.startswith("Adam"):
+            options["betas"] = settings.betas
         parameters = [variable] if logits is None else [variable, logits]
-        return OPTIMIZERS[self.config.optimizer](parameters, **options)
+        return MAKE_OPTIMIZER[settings.name](parameters, **options)
 
     def recover(self, restart: Restart) -> None:
         """After a NaN: back to the best iterate with half the learning rate."""

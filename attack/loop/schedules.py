@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from core.errors import InputError
-
-SCHEDULES = ("cosine", "step", "constant")
+from attack.settings import SCHEDULES, setting_error
 
 
 def learning_rate(
@@ -38,7 +36,7 @@ def learning_rate(
         return lr * 0.1 ** sum(progress >= drop for drop in (3 / 8, 5 / 8, 7 / 8))
     if schedule == "constant":
         return lr
-    raise InputError(f"--lr-schedule {schedule}: choose one of {', '.join(SCHEDULES)}")
+    raise setting_error(f"{{schedule}} {schedule}: choose one of {', '.join(SCHEDULES)}")
 
 
 def staged_learning_rate(iteration: int, ends: Sequence[int], lr: float, lr_min: float) -> float:

@@ -19,16 +19,12 @@ from core.processes import distributed
 
 def scheduled_rate(config: InversionConfig, iteration: int) -> float:
     """The learning rate of an iteration."""
-    if config.combine and config.schedule == "cosine":
-        ends = [*fusions(config), config.iterations]
-        return staged_learning_rate(iteration, ends, config.lr, config.lr_min)
+    steps = config.optimiser
+    if config.consensus.combine and steps.schedule == "cosine":
+        ends = [*fusions(config), steps.iterations]
+        return staged_learning_rate(iteration, ends, steps.lr, steps.lr_min)
     return learning_rate(
-        config.schedule,
-        iteration,
-        config.iterations,
-        config.lr,
-        config.lr_min,
-        config.warmup,
+        steps.schedule, iteration, steps.iterations, steps.lr, steps.lr_min, steps.warmup
     )
 
 
@@ -51,7 +47,7 @@ class Direction:
         parts = [
             (1.0, match.input_gradient),
             (balance, prior),
-            (self.config.bn, match.penalty_gradient),
+            (self.config.priors.bn, match.penalty_gradient),
         ]
         present = [(length, g) for length, g in parts if g is not None]
         squares = torch.stack([g.square().sum().double() for _, g in present])
@@ -61,22 +57,23 @@ class Direction:
 
     def advance_balance(self, restart: Restart, value: float) -> None:
         """Let the balance fall by one iteration, unless the prior stands in nobody's way."""
-        if value > self.config.balance_hold:
+        if value > self.config.priors.balance_hold:
             restart.fallen += 1
 
     def balance(self, restart: Restart) -> float | None:
         """Length of the prior's step relative to the objective's; None: fixed weights."""
-        start, end = self.config.balance, self.config.balance_end
+        priors = self.config.priors
+        start, end = priors.balance, priors.balance_end
         if start is None or end is None:
             return start
-        return start + restart.fallen / self.config.iterations * (end - start)
+        return start + restart.fallen / self.config.optimiser.iterations * (end - start)
 
     def signed(self, gradient: torch.Tensor, iteration: int) -> torch.Tensor:
         """The gradient, its sign, or something in between."""
-        if self.config.signed:
+        if self.config.optimiser.signed:
             return gradient.sign()
-        if self.config.soft_sign:
-            scale = 1 - iteration / self.config.iterations
+        if self.config.optimiser.soft_sign:
+            scale = 1 - iteration / self.config.optimiser.iterations
             return (gradient * scale).tanh() / scale
         return gradient
 
@@ -123,7 +120,7 @@ class Stepper:
         def closure() -> float:
             return self._set_gradients(restart, iteration, consensus, match)
 
-        if self.config.optimizer == "LBFGS":
+        if self.config.optimiser.name == "LBFGS":
             restart.optimizer.step(closure)
         elif math.isfinite(closure()):
             restart.optimizer.step()
@@ -132,9 +129,9 @@ class Stepper:
             event = f"restart {restart.index} diverged at iteration {iteration}"
             self.progress.events.append(event)
             return
-        if self.config.input_noise and not self.progress.in_final_stage:
+        if self.config.optimiser.input_noise and not self.progress.in_final_stage:
             self.add_noise(restart, iteration)
-        if self.config.box:
+        if self.config.optimiser.box:
             self._box(restart.variable)
 
     def _set_gradients(
@@ -152,7 +149,7 @@ class Stepper:
         restart.last_value = value
         if not math.isfinite(value):
             return value
-        restart.keep(inputs, value, iteration, smallest=self.config.smallest_loss)
+        restart.keep(inputs, value, iteration, smallest=self.config.stopping.smallest_loss)
         self.direction.advance_balance(restart, value)
         balance = self.direction.balance(restart)
         total = self.direction.combine(match, prior_gradient, balance)
@@ -160,12 +157,13 @@ class Stepper:
         restart.variable.grad = self.direction.signed(gradient, iteration)
         if restart.label_logits is not None:
             restart.label_logits.grad = match.label_gradient
-        return value * self.config.gradient_weight + prior_value
+        return value * self.config.matching.gradient_weight + prior_value
 
     def add_noise(self, restart: Restart, iteration: int) -> None:
         """Langevin noise: as much smaller than the step as `input_noise` says."""
         noise = self.problem.mine(torch.randn(self.problem.shape, generator=restart.generator))
-        scale = self.config.input_noise * restart.shrink * scheduled_rate(self.config, iteration)
+        level, rate = self.config.optimiser.input_noise, scheduled_rate(self.config, iteration)
+        scale = level * restart.shrink * rate
         with torch.no_grad():
             inputs = self.problem.inputs(restart)
             noisy = inputs + scale * noise.to(inputs)

@@ -22,23 +22,23 @@ class Stopping:
     """
 
     def __init__(self, problem: InversionProblem, progress: Progress) -> None:
-        self.problem, self.config, self.progress = problem, problem.config, progress
+        self.problem, self.progress = problem, progress
 
     def status(self, restarts: Sequence[Restart]) -> str:
         """Why to stop: "diverged", "patience", "time" or "target-tv"; "finished": go on."""
-        config, progress = self.config, self.progress
+        limits, progress = self.problem.config.stopping, self.progress
         alive = [restart for restart in restarts if restart.alive]
         if not alive:
             return "diverged"
         last_improvement = max(restart.best_iteration for restart in alive)
-        if config.patience and progress.iteration - last_improvement > config.patience:
+        if limits.patience and progress.iteration - last_improvement > limits.patience:
             return "patience"
         # Clocks differ between processes; rank 0's decides.
-        if config.time_budget is not None and distributed.broadcast_object(
-            progress.seconds > config.time_budget
+        if limits.time_budget is not None and distributed.broadcast_object(
+            progress.seconds > limits.time_budget
         ):
             return "time"
-        if config.target_tv is not None and self._fell_below(config.target_tv, restarts):
+        if limits.target_tv is not None and self._fell_below(limits.target_tv, restarts):
             return "target-tv"
         return "finished"
 

@@ -49,15 +49,15 @@ class Evaluation:
         return self.matcher(
             inputs,
             self.problem.labels if logits is None else logits.detach(),
-            weight=self.config.gradient_weight,
+            weight=self.config.matching.gradient_weight,
             penalty=self._penalty,
-            apart=self.config.balance is not None,
+            apart=self.config.priors.balance is not None,
         )
 
     def _weighted_penalty(self) -> ModelPenalty | None:
         if not self.penalties:
             return None
-        if self.config.balance is not None:
+        if self.config.priors.balance is not None:
             # Only the direction of the BatchNorm term counts there.
             return self.penalties[0][1]
         return weighted_penalty(self.penalties)
@@ -67,9 +67,10 @@ class Evaluation:
     ) -> tuple[float, torch.Tensor | None]:
         """Value and gradient of the weighted regularisers, as this process's part."""
         terms = list(self.regularizers)
-        if consensus is not None and self.config.group > 0:
-            squared = not self.config.registration
-            terms.append((self.config.group, GroupConsistency(consensus, squared)))
+        together = self.config.consensus
+        if consensus is not None and together.group > 0:
+            squared = not together.registration
+            terms.append((together.group, GroupConsistency(consensus, squared)))
         if not terms:
             return 0.0, None
         leaf = inputs.detach().requires_grad_()
@@ -100,7 +101,7 @@ class Evaluation:
             inputs = torch.stack([self.problem.inputs(restart) for restart in group])
             found = self.matcher.several(inputs, self.problem.labels)
             for restart, match in zip(group, found, strict=True):
-                match.input_gradient.mul_(self.config.gradient_weight)
+                match.input_gradient.mul_(self.config.matching.gradient_weight)
                 matches[restart.index] = match
         return matches
 
@@ -110,7 +111,7 @@ class Evaluation:
             return 1
         if self._most_at_once is None:
             # Once: memory that the allocator keeps for later no longer counts as free.
-            self._most_at_once = self.config.restarts_at_once or self._estimated()
+            self._most_at_once = self.config.speed.restarts_at_once or self._estimated()
         return max(1, min(self._most_at_once, n_restarts))
 
     def _estimated(self) -> int:
@@ -118,7 +119,7 @@ class Evaluation:
         n_parameters = sum(p.numel() for p in self.problem.replica.parameters)
         if self.problem.device.type == "cpu":
             # Batching saves the overhead of many small kernels; large layers gain nothing.
-            return self.config.restarts if n_parameters < SMALL_MODEL else 1
+            return self.config.starts.restarts if n_parameters < SMALL_MODEL else 1
         # Gradient, perturbed copy and its update are kept per restart.
         bytes_each = 16 * n_parameters
         free, _ = torch.cuda.mem_get_info(self.problem.device)
@@ -127,9 +128,9 @@ class Evaluation:
     def _batchable(self) -> bool:
         return (
             not self.penalties
-            and not self.config.joint_labels
-            and self.config.optimizer != "LBFGS"
-            and not self.config.acceleration.traced
+            and not self.config.matching.joint_labels
+            and self.config.optimiser.name != "LBFGS"
+            and not self.config.speed.traced
             and self.problem.target.local.steps == 1
             and self.problem.replica.groups is None
             and distributed.world_size() == 1

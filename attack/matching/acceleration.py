@@ -44,7 +44,7 @@ from attack.matching.matcher import (
 from attack.matching.objectives import Objective
 from attack.matching.replica import Replica, laid_out_as
 from attack.matching.switches import RecordActivations, ReplayActivations
-from core.errors import InputError
+from attack.settings import SpeedSettings, setting_error
 from core.processes import distributed
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,6 @@ logger = logging.getLogger(__name__)
 # A pass as a function of tensors alone.
 Pass = Callable[..., Tensors]
 
-PRECISIONS = ("float32", "tf32", "bf16")
 # A difference of two passes loses as many digits as its step is small, so few bits want long
 # steps; frozen switches keep the function smooth over them.
 LOW_STEPS = (1e-2, 3e-3, 1e-3, 3e-2)
@@ -62,49 +61,6 @@ LOW_STEPS = (1e-2, 3e-3, 1e-3, 3e-2)
 LOW_ACCEPTED_COSINE = 0.98
 # Calls of a captured function before it is recorded: libraries choose their kernels in them.
 WARM_UP_CALLS = 3
-
-
-@dataclass(frozen=True)
-class Acceleration:
-    """What to speed up, see the module.
-
-    Attributes:
-        compile: Compile the passes of the difference.
-        cuda_graphs: Capture and replay them.
-        precision: One of `PRECISIONS`.
-        channels_last: Memory layout of images and convolutions.
-    """
-
-    compile: bool = False
-    cuda_graphs: bool = False
-    precision: str = "float32"
-    channels_last: bool = False
-
-    @property
-    def traced(self) -> bool:
-        """Whether passes are written down as graphs."""
-        return self.compile or self.cuda_graphs
-
-    @property
-    def lowered(self) -> bool:
-        """Whether products have fewer bits."""
-        return self.precision != "float32"
-
-    def check_device(self, device_type: str) -> None:
-        """Refuse what a device cannot do.
-
-        Raises:
-            InputError: Names the flag.
-        """
-        if self.cuda_graphs and device_type != "cuda":
-            raise InputError(
-                f"--cuda-graphs needs a CUDA GPU, and this run is on {device_type}; use --compile"
-            )
-        if self.precision == "tf32" and device_type != "cuda":
-            raise InputError(
-                f"--precision tf32 needs a CUDA GPU, and this run is on {device_type}; "
-                "use bf16 or float32"
-            )
 
 
 @contextlib.contextmanager
@@ -146,7 +102,7 @@ class AcceleratedMatcher(GradientMatcher):
         replica: The client's computation.
         objective: Distance between gradients.
         hvp: As of `GradientMatcher`; "auto" keeps checking.
-        acceleration: What to speed up.
+        speed: What to speed up.
         clipping: As of `GradientMatcher`.
         clipped_from: Likewise.
 
@@ -157,7 +113,7 @@ class AcceleratedMatcher(GradientMatcher):
         InputError: Graphs of passes that talk to other processes.
 
     Example:
-        >>> matcher = AcceleratedMatcher(replica, Cosine(), "auto", Acceleration(compile=True))
+        >>> matcher = AcceleratedMatcher(replica, Cosine(), "auto", SpeedSettings(compile=True))
         >>> match = matcher(inputs, labels)
     """
 
@@ -166,21 +122,20 @@ class AcceleratedMatcher(GradientMatcher):
         replica: Replica,
         objective: Objective,
         hvp: str,
-        acceleration: Acceleration,
+        speed: SpeedSettings,
         clipping: SampleClipping | None = None,
         clipped_from: float = 0.0,
     ) -> None:
         self.device_type = replica.target_gradient[0].device.type
-        acceleration.check_device(self.device_type)
-        _check_traceable(replica, acceleration)
-        if acceleration.channels_last:
+        speed.check_device(self.device_type)
+        _check_traceable(replica, speed)
+        if speed.channels_last:
             replica.lay_out(torch.channels_last)
         # A factored pass replaces layers while it runs; a graph has them all.
-        factor = not acceleration.traced
-        super().__init__(replica, objective, hvp, factor, clipping, clipped_from)
-        self.acceleration = acceleration
-        self.traced, self.precision = acceleration.traced, acceleration.precision
-        if acceleration.lowered:
+        super().__init__(replica, objective, hvp, not speed.traced, clipping, clipped_from)
+        self.speed = speed
+        self.traced, self.precision = speed.traced, speed.precision
+        if speed.lowered:
             self._steps = LOW_STEPS
             self.step = None if self.step is None else LOW_STEPS[0]
         self._graphs: dict[Any, _Graphs] = {}
@@ -191,7 +146,7 @@ class AcceleratedMatcher(GradientMatcher):
     @property
     def notes(self) -> dict[str, Any]:
         """What ran."""
-        asked = self.acceleration
+        asked = self.speed
         running = self.traced and self.step is not None
         return {
             "compile": asked.compile and running,
@@ -404,9 +359,9 @@ class AcceleratedMatcher(GradientMatcher):
 
     def _faster(self, graph: Pass, arguments: tuple[torch.Tensor, ...], changing: range) -> Pass:
         """A traced pass, compiled and captured as asked for."""
-        if self.acceleration.compile:
+        if self.speed.compile:
             graph = torch.compile(graph, fullgraph=True, dynamic=False)
-        if self.acceleration.cuda_graphs:
+        if self.speed.cuda_graphs:
             return CapturedPass(graph, arguments, changing)
         return graph
 
@@ -525,11 +480,13 @@ class CapturedPass:
         return self._results
 
 
-def _check_traceable(replica: Replica, acceleration: Acceleration) -> None:
-    if not acceleration.traced:
+def _check_traceable(replica: Replica, speed: SpeedSettings) -> None:
+    if not speed.traced:
         return
-    flag = "--compile" if acceleration.compile else "--cuda-graphs"
+    flag = "{compile}" if speed.compile else "{cuda_graphs}"
     if replica.local.steps > 1:
-        raise InputError(f"{flag} speeds up the difference, which several local steps do not use")
+        raise setting_error(
+            f"{flag} speeds up the difference, which several local steps do not use"
+        )
     if distributed.world_size() > 1 and replica.model.training:
-        raise InputError(f"{flag} runs on one process where BatchNorm is in train mode")
+        raise setting_error(f"{flag} runs on one process where BatchNorm is in train mode")

@@ -58,12 +58,12 @@ from attack.matching.switches import (
     ReplayActivations,
     TwiceDifferentiable,
 )
+from attack.settings import HVP_MODES, setting_error
 from core.errors import InputError
 from core.processes import distributed
 
 logger = logging.getLogger(__name__)
 
-HVP_MODES = ("auto", "exact", "difference")
 # Relative size of the parameter perturbation to try, best first, by precision.
 STEP_SIZES = {
     torch.float64: (1e-7, 1e-6, 1e-8),
@@ -148,7 +148,7 @@ class GradientMatcher:
         clipped_from: float = 0.0,
     ) -> None:
         if hvp not in HVP_MODES:
-            raise InputError(f"--hvp {hvp}: choose one of {', '.join(HVP_MODES)}")
+            raise setting_error(f"{{hvp}} {hvp}: choose one of {', '.join(HVP_MODES)}")
         self.replica = replica
         self.objective = objective
         self.hvp = hvp

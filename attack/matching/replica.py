@@ -45,9 +45,8 @@ class Replica:
     ) -> None:
         self.batch_size = target.batch_size
         self.names = list(target.gradient)
-        self._shared = list(target.gradient.values())
-        # Tensors of this replica's own, on the same memory where device and type agree.
-        self.target_gradient = [g.detach().to(device, dtype) for g in self._shared]
+        # Read only: on the target's memory where device, type and layout agree.
+        self.target_gradient = [g.detach().to(device, dtype) for g in target.gradient.values()]
         self.local = target.local
         # Synchronized shards share their statistics: one group.
         groups = () if target.synchronized else target.shards
@@ -67,16 +66,15 @@ class Replica:
         self.lay_out(torch.channels_last if direct else torch.contiguous_format)
 
     def lay_out(self, layout: torch.memory_format) -> None:
-        """Lay out parameters and the shared gradient; images are to follow."""
+        """Lay out parameters and the shared gradient; images are to follow.
+
+        The target keeps its own tensors: those of another layout are held twice from here on.
+        """
         self.layout = layout
         self.model.to(memory_format=layout)  # type: ignore[call-overload]
         # Entries are paired in memory order; a checkpoint may hold any layout.
-        for i, (shared, parameter) in enumerate(zip(self._shared, self.parameters, strict=True)):
-            before = self.target_gradient[i]
-            self.target_gradient[i] = laid_out_as(before, parameter.detach())
-            if shared.data_ptr() == before.data_ptr():
-                # Its values stay; in two layouts they would be held twice.
-                shared.data = self.target_gradient[i]
+        for i, parameter in enumerate(self.parameters):
+            self.target_gradient[i] = laid_out_as(self.target_gradient[i], parameter.detach())
 
     def loss(self, model: Classifier, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """This process's part of the client's mean loss.

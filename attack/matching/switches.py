@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from attack.matching.strided_convolutions import convolve
-
 Tensors = tuple[torch.Tensor, ...]
 # What a recorded layer does to a new input, given the tensors that it remembered.
 Replay = Callable[..., torch.Tensor]
@@ -81,15 +79,13 @@ class ReplayActivations(TorchFunctionMode):
 
 
 def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call `func`; convolutions may be folded, BatchNorm leaves its running statistics alone.
+    """Call `func`; BatchNorm leaves its running statistics alone.
 
     An attacker's trial passes are no training, and transformed functions must not
     write to what they do not own.
     """
     if func is F.batch_norm and kwargs.get("training"):
         args = (args[0], None, None, *args[3:])
-    if func is F.conv2d:
-        func = convolve
     return func(*args, **kwargs)
 
 

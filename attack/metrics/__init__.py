@@ -3,7 +3,7 @@
 Every function takes images in [0, 1], N x C x H x W, and computes on their device.
 """
 
-from attack.metrics.assignment import assign, linear_sum_assignment, pairwise_mse
+from attack.metrics.assignment import assign, pairwise_mse
 from attack.metrics.evaluation import (
     DEFAULT_METRICS,
     Evaluation,
@@ -27,7 +27,6 @@ __all__ = [
     "evaluate",
     "iip",
     "is_exact",
-    "linear_sum_assignment",
     "load_lpips",
     "metric_names",
     "mse",

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from core.errors import InputError
+from attack.settings import setting_error
 
 
 class Coordinates(abc.ABC):
@@ -119,4 +119,4 @@ def make_coordinates(
             return Cosines(size, float(exponent or 1.0), device, dtype)
     except ValueError:
         pass
-    raise InputError(f"--coordinates {name}: choose pixels, dct or dct:EXPONENT")
+    raise setting_error(f"{{coordinates}} {name}: choose pixels, dct or dct:EXPONENT")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 import torch.nn.functional as F
 
-from core.errors import InputError
+from attack.settings import setting_error
 from core.models.building import last_linear
 from core.processes import distributed
 from core.target import BatchStatistics, Target
@@ -395,8 +395,8 @@ def shared_features(target: Target, labels: torch.Tensor) -> torch.Tensor:
     weight = target.gradient.get(f"{name}.weight")
     bias = target.gradient.get(f"{name}.bias")
     if weight is None or bias is None:
-        raise InputError(
-            f"--features: needs the gradients of {name}.weight and {name}.bias, which are not "
+        raise setting_error(
+            f"{{features}}: needs the gradients of {name}.weight and {name}.bias, which are not "
             "both shared; leave it out"
         )
     labels = labels.to(weight.device)

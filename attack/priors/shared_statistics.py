@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import torch
 
-from core.errors import InputError
+from attack.settings import setting_error
 from core.models.building import skeleton_of
 from core.target import BatchStatistics, Target
 from gradients.batch_statistics import (
@@ -38,7 +38,9 @@ def layer_momentum(target: Target) -> dict[str, float]:
     for name, layer in batch_norm_layers(skeleton_of(target.model)).items():
         momentum = getattr(layer, "momentum", None) if stated is None else stated
         if momentum is None:
-            raise InputError(f"--bn-from-update: {name} has no momentum, its average no weights")
+            raise setting_error(
+                f"{{bn_from_update}}: {name} has no momentum, its average no weights"
+            )
         found[name] = float(momentum)
     return found
 
@@ -77,8 +79,8 @@ def average_statistics(target: Target) -> BatchStatistics:
 
 def _statistics(target: Target, counts: dict[str, int] | None) -> BatchStatistics:
     if target.running_after is None:
-        raise InputError(
-            "--bn-from-update: the checkpoint holds no running statistics after training"
+        raise setting_error(
+            "{bn_from_update}: the checkpoint holds no running statistics after training"
         )
     steps = target.local.steps
     # K steps move the running value by 1 - (1 - m)^K towards their weighted average.

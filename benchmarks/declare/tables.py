@@ -39,6 +39,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.declare.columns import COLUMNS, is_known
+from benchmarks.declare.figures import FIGURES
 from benchmarks.declare.yaml_lines import Document, read_yaml
 from benchmarks.run.cells import Cell, Input, hash_json
 from benchmarks.run.stages import PROCESSES, STAGES, Stage, make_cell
@@ -101,7 +103,7 @@ class Table:
         axes: Axis names in order.
         rows: In order.
         columns: Names of columns (`benchmarks.declare.columns`).
-        figures: Names of figures (`benchmarks.show.figures`).
+        figures: Names of figures (`benchmarks.declare.figures`).
         chain: Stages in order.
         data: Name of the data set that was asked for instead of the preset's; else empty.
         pivot: For the axis whose values are shown side by side, the columns that are shown
@@ -556,9 +558,6 @@ def _check_types(document: Document, raw: dict[Any, Any], place: tuple[Any, ...]
 
 
 def _check_names(document: Document, raw: dict[Any, Any]) -> None:
-    from benchmarks.declare.columns import COLUMNS, is_known
-    from benchmarks.show.figures import FIGURES
-
     for index, name in enumerate(raw["columns"]):
         if not is_known(str(name)):
             raise document.error(_unknown("column", str(name), COLUMNS), "columns", index)

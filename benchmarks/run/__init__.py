@@ -1,1 +1,4 @@
-"""From a grid to records: cells, their store, and where they run."""
+"""From a grid to records: cells, the store of their results, and where their commands run.
+
+Nothing here knows of tables or columns: a cell is a command with a configuration.
+"""

@@ -1,1 +1,1 @@
-"""From records to tables, figures, a report and the leaderboard."""
+"""From records to what people read: tables, figures, a report, the leaderboard."""

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from benchmarks.declare.columns import dig, find_column, measured_leakage
 from benchmarks.run.store import Store
-from benchmarks.show.canvas import save, subplots
-from benchmarks.show.report import Picture
+from benchmarks.show.pictures import Picture, save_picture
 from benchmarks.show.results import RowResult, TableResult
 from benchmarks.show.statistics import Summary, summarize
+from core.figures import subplots
 
 LEAKAGE = "ssim"
 UTILITY = "validation accuracy"
@@ -104,9 +104,9 @@ def tradeoff(result: TableResult, store: Store, folder: Path) -> Iterator[Pictur
     ax.set(xlabel=f"{UTILITY} (%)", ylabel="SSIM of reconstructions (higher: more leaked)")
     ax.set_xlim(left=0)
     figure.legend(fontsize=7, loc="outside right upper")
-    path = folder / "tradeoff.png"
-    save(figure, path)
-    yield Picture(path, "Privacy against utility: mean SSIM with its 95 % interval")
+    yield save_picture(
+        figure, folder / "tradeoff.png", "Privacy against utility: mean SSIM with its 95 % interval"
+    )
 
 
 def _summary(row: RowResult, name: str) -> Summary | None:
@@ -147,9 +147,11 @@ def bars(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]:
     if result.baselines:
         figure.legend(fontsize=7, loc="outside upper right", ncols=len(result.baselines))
     ax.set_xlabel("SSIM (mean and 95 % interval)")
-    path = folder / "bars.png"
-    save(figure, path)
-    yield Picture(path, "Mean SSIM of the reconstructions; lines: guesses without the gradient")
+    yield save_picture(
+        figure,
+        folder / "bars.png",
+        "Mean SSIM of the reconstructions; lines: guesses without the gradient",
+    )
 
 
 def heatmap(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]:
@@ -183,9 +185,9 @@ def heatmap(result: TableResult, store: Store, folder: Path) -> Iterator[Picture
         ax.set_xlabel(result.table.axes[0])
     axes[0][0].set_ylabel(result.table.axes[-1])
     figure.colorbar(image, ax=axes[0], label="SSIM", fraction=0.03)
-    path = folder / "heatmap.png"
-    save(figure, path)
-    yield Picture(path, "Mean SSIM of the reconstructions; dark: leaked")
+    yield save_picture(
+        figure, folder / "heatmap.png", "Mean SSIM of the reconstructions; dark: leaked"
+    )
 
 
 def curves(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]:
@@ -206,9 +208,11 @@ def curves(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]
         if quantity == "objective":
             ax.set_yscale("log")
     figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=6, loc="outside right upper")
-    path = folder / "curves.png"
-    save(figure, path)
-    yield Picture(path, f"{' and '.join(quantities)} over the iterations of the attack")
+    yield save_picture(
+        figure,
+        folder / "curves.png",
+        f"{' and '.join(quantities)} over the iterations of the attack",
+    )
 
 
 def _trace(row: RowResult) -> list[Mapping[str, float]]:
@@ -234,9 +238,7 @@ def lines(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]:
     axes[0][0].set_ylim(bottom=min(0.0, axes[0][0].get_ylim()[0]))
     if any(groups):
         axes[0][0].legend(fontsize=7)
-    path = folder / "lines.png"
-    save(figure, path)
-    yield Picture(path, f"Mean SSIM of the reconstructions by {axis}")
+    yield save_picture(figure, folder / "lines.png", f"Mean SSIM of the reconstructions by {axis}")
 
 
 def layers(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]:
@@ -254,9 +256,9 @@ def layers(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]
         ax.set_yscale("symlog", linthresh=10)
         ax.tick_params(labelsize=6)
     axes[-1][0].set_xlabel("layer")
-    path = folder / "layers.png"
-    save(figure, path)
-    yield Picture(path, "Rank-analysis index per layer (above zero: underdetermined)")
+    yield save_picture(
+        figure, folder / "layers.png", "Rank-analysis index per layer (above zero: underdetermined)"
+    )
 
 
 def rounds(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]:
@@ -279,6 +281,8 @@ def rounds(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]
         ax.set_ylim(min(lowest), max(highest))
     axes[0][0].set_ylabel("RDLV (largest of the site's images)")
     axes[0][0].legend(fontsize=7)
-    path = folder / "rounds.png"
-    save(figure, path)
-    yield Picture(path, "Relative data leakage value over the rounds of the federation")
+    yield save_picture(
+        figure,
+        folder / "rounds.png",
+        "Relative data leakage value over the rounds of the federation",
+    )

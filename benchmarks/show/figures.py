@@ -15,9 +15,9 @@ from benchmarks.declare.columns import dig
 from benchmarks.run.cells import Cell
 from benchmarks.run.store import Store
 from benchmarks.show import charts
-from benchmarks.show.canvas import save, subplots
-from benchmarks.show.report import Picture
+from benchmarks.show.pictures import Picture, save_picture
 from benchmarks.show.results import RowResult, TableResult
+from core.figures import subplots
 from core.storage import load_checkpoint
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Pair:
 def draw_figures(result: TableResult, store: Store, folder: Path) -> list[Picture]:
     """Draw a table's figures into `folder`; a figure without data is left out."""
     names = result.table.figures
-    return [picture for name in names for picture in FIGURES[name](result, store, folder)]
+    return [picture for name in names for picture in _DRAW[name](result, store, folder)]
 
 
 def _reconstructions(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]:
@@ -58,10 +58,10 @@ def _reconstructions(result: TableResult, store: Store, folder: Path) -> Iterato
         strips = [(charts.labels_without(row, axis), _pairs(row, store)) for row in rows]
         strips = [(label, pairs) for label, pairs in strips if pairs]
         if strips:
-            path = folder / f"reconstructions-{stem}.png"
-            save(_draw_strips(f"{axis}: {value}", strips), path)
+            figure = _draw_strips(f"{axis}: {value}", strips)
             caption = f"{value}: originals above reconstructions, PSNR in dB and SSIM per image"
-            yield Picture(path, caption, {axis: value})
+            file = folder / f"reconstructions-{stem}.png"
+            yield save_picture(figure, file, caption, {axis: value})
 
 
 def _pairs(row: RowResult, store: Store) -> list[Pair]:
@@ -125,7 +125,7 @@ def _score_text(scores: Mapping[str, Any]) -> str:
     return " ".join(filter(None, texts))
 
 
-FIGURES: dict[str, Draw] = {
+_DRAW: dict[str, Draw] = {
     "rounds": charts.rounds,
     "reconstructions": _reconstructions,
     "tradeoff": charts.tradeoff,

@@ -12,26 +12,20 @@ among the entries of the same threat model.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks.declare.columns import dig
 from benchmarks.run.cells import ROOT, Cell
 from benchmarks.show.render import TextTable, to_markdown, to_terminal
-from benchmarks.show.results import DEFAULT_STORE, RowResult, TableResult, collect
+from benchmarks.show.report import ASSETS, plain_table
+from benchmarks.show.results import RowResult
 from benchmarks.show.statistics import Summary, summarize
-from core.errors import InputError, exit_status
-from core.storage import write_json, write_text
-
-if TYPE_CHECKING:
-    from benchmarks.declare.tables import Table
-    from benchmarks.run.store import Store
+from core.errors import InputError
+from core.storage import write_text
 
 FOLDER = ROOT / "results" / "leaderboard"
 SCHEMA_VERSION = 1
@@ -55,59 +49,25 @@ _SCHEMA: dict[str, tuple[type | tuple[type, ...], bool]] = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The two commands of the leaderboard."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks")
-    commands = parser.add_subparsers(dest="command", required=True)
-    show = commands.add_parser("leaderboard", help="render the entries to Markdown and HTML")
-    show.add_argument("--entries", type=Path, default=FOLDER, help="folder of JSON files")
-    show.add_argument("--output", type=Path, help="default: the folder of the entries")
-    show.add_argument("--min-utility", type=float, help="only defenses of this accuracy (percent)")
-    submit = commands.add_parser("submit", help="attack a defense with everything; write its entry")
-    submit.add_argument("table", nargs="?", help="a computed table that measured the defense")
-    submit.add_argument(
-        "--apply",
-        metavar="NAME:PARAM,...",
-        help="run --attack auto on this defense (none: without)",
-    )
-    submit.add_argument("--threat", default="honest-server", help="with --apply: the threat model")
-    submit.add_argument("--plugin", metavar="MODULE", help="with --apply: registers the defense")
-    submit.add_argument("--budget", type=int, help="with --apply: gradient evaluations per run")
-    submit.add_argument("--jobs", type=int, default=1, help="with --apply: cells at a time")
-    submit.add_argument("--quiet", action="store_true", help="with --apply: no progress")
-    submit.add_argument(
-        "--utility", type=float, help="accuracy in percent of a model trained under the defense"
-    )
-    submit.add_argument("--preset", default="embedded")
-    submit.add_argument("--data", help="as the table was computed with")
-    submit.add_argument("--store", type=Path, default=DEFAULT_STORE)
-    submit.add_argument("--defense", required=True, help="its name on the leaderboard")
-    submit.add_argument("--description", default="", help="one sentence")
-    submit.add_argument("--reference", help="paper or address")
-    submit.add_argument(
-        "--where", action="append", default=[], metavar="AXIS=VALUE", help="the rows that count"
-    )
-    submit.add_argument("--entries", type=Path, default=FOLDER)
-    return parser
+def show(entries: Path, output: Path, min_utility: float | None = None) -> str:
+    """Render the entries of a folder to Markdown and HTML.
 
+    Args:
+        entries: Folder of JSON files.
+        output: Folder to write to.
+        min_utility: Only defenses of this accuracy, in percent; None for all.
 
-def main(arguments: Sequence[str]) -> int:
-    """Run `leaderboard` or `submit`."""
-    args = build_parser().parse_args(arguments)
-    return exit_status(lambda: (show if args.command == "leaderboard" else submit)(args))
-
-
-def show(args: argparse.Namespace) -> None:
-    """Render every entry."""
-    entries = load_entries(args.entries)
-    if args.min_utility is not None:
-        entries = [e for e in entries if (e["utility"] or 0) >= args.min_utility]
-    tables = rank(entries)
-    folder = args.output or args.entries
-    write_text(folder / "leaderboard.md", "\n".join(to_markdown(table) for table in tables))
-    write_text(folder / "leaderboard.html", to_html(tables))
-    print("\n\n".join(to_terminal(table) for table in tables))
-    print(f"{len(entries)} entries; written to {folder}/leaderboard.md and leaderboard.html")
+    Returns:
+        The same for a terminal.
+    """
+    found = load_entries(entries)
+    if min_utility is not None:
+        found = [e for e in found if (e["utility"] or 0) >= min_utility]
+    tables = rank(found)
+    write_text(output / "leaderboard.md", "\n".join(to_markdown(table) for table in tables))
+    write_text(output / "leaderboard.html", to_html(tables))
+    written = f"{len(found)} entries; written to {output}/leaderboard.md and leaderboard.html"
+    return "\n".join(["\n\n".join(to_terminal(table) for table in tables), written])
 
 
 def load_entries(folder: Path) -> list[dict[str, Any]]:
@@ -199,8 +159,6 @@ def _entry_texts(entry: Mapping[str, Any]) -> list[str]:
 
 def to_html(tables: Iterable[TextTable]) -> str:
     """A page that needs no other file."""
-    from benchmarks.show.report import ASSETS, plain_table
-
     css = (ASSETS / "report.css").read_text(encoding="utf-8")
     body = "\n".join(plain_table(table) for table in tables)
     return (
@@ -209,76 +167,6 @@ def to_html(tables: Iterable[TextTable]) -> str:
         f"<title>Leaderboard</title><style>{css}</style></head>\n"
         f"<body><h1>Leaderboard of defenses against gradient inversion</h1>\n{body}</body></html>\n"
     )
-
-
-def submit(args: argparse.Namespace) -> None:
-    """Write the entry of a defense: computed here by all attacks, or from a table."""
-    from benchmarks.declare.tables import find_table, load_table
-    from benchmarks.run.store import Store
-
-    store = Store(args.store.resolve())
-    if args.apply is not None:
-        table = _ensemble_table(args)
-        _compute(table, store, args)
-    elif args.table is not None:
-        table = load_table(find_table(args.table), args.preset, args.data)
-    else:
-        raise InputError("submit: give --apply NAME:PARAM, or a computed table")
-    rows = _chosen_rows(collect(table, store), args.where)
-    entry = make_entry(rows, args.defense, args.description, args.reference)
-    if args.utility is not None:
-        entry["utility"] = args.utility
-    stem = re.sub(r"[^a-z0-9]+", "-", args.defense.lower()).strip("-")
-    if not stem:
-        raise InputError(f"--defense {args.defense}: a file name needs a Latin letter or digit")
-    path = args.entries / f"{stem}.json"
-    write_json(path, entry)
-    print(f"{path}: worst SSIM {dig(entry, 'leakage.ssim.worst'):.3f}, {entry['threat_model']}")
-
-
-def _ensemble_table(args: argparse.Namespace) -> Table:
-    """The leaderboard's table with this defense as its only row."""
-    from attack.knowledge.threat_models import find_threat
-    from benchmarks.declare.tables import find_table, load_table
-    from core.plugins import import_plugin
-    from gradients.defenses import parse_defenses
-
-    import_plugin(args.plugin)
-    find_threat(args.threat)
-    words = "" if args.apply == "none" else args.apply
-    parse_defenses(words)
-    attack = {"threat": args.threat, "plugin": args.plugin, "epochs": args.budget}
-    flags: dict[str, dict[str, Any]] = {
-        "extract": {"defense": words or None, "plugin": args.plugin},
-        "attack": {flag: value for flag, value in attack.items() if value is not None},
-    }
-    axes = {"defense": {args.defense: flags}}
-    return load_table(find_table("ensemble"), args.preset, args.data, axes=axes)
-
-
-def _compute(table: Table, store: Store, args: argparse.Namespace) -> None:
-    from benchmarks.run.executor import LocalExecutor, visible_gpus
-    from benchmarks.run.grid import Grid
-    from benchmarks.run.progress import Progress
-    from benchmarks.run.stages import STAGES
-
-    executor = LocalExecutor(args.jobs, visible_gpus(), os.cpu_count())
-    progress = Progress(table.labels(), args.quiet)
-    Grid(table.cells(), store, executor, STAGES, progress, table.folders, True).run()
-
-
-def _chosen_rows(result: TableResult, where: Sequence[str]) -> list[RowResult]:
-    wanted = {}
-    for word in where:
-        axis, equals, value = word.partition("=")
-        if not equals or axis not in result.table.axes:
-            known = ", ".join(result.table.axes)
-            raise InputError(f"--where {word}: expected AXIS=VALUE with an axis of {known}")
-        wanted[axis] = value
-    rows = [row for row in result.rows if wanted.items() <= row.row.labels.items()]
-    if not rows:
-        raise InputError(f"--where {' '.join(where)}: the table has no such row")
-    return rows
 
 
 def make_entry(

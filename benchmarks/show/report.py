@@ -6,7 +6,6 @@ import base64
 import json
 import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -14,27 +13,13 @@ from typing import Any
 from benchmarks.declare.columns import View, dig
 from benchmarks.run.cells import Cell
 from benchmarks.run.store import Store
+from benchmarks.show.pictures import Picture
 from benchmarks.show.render import DASH, TextTable, to_text_table
 from benchmarks.show.results import Line, RowResult, ShownColumn, TableResult
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 # Numbers of a result that are tables of their own and would drown the rest.
 LONG = 400
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure of the report.
-
-    Attributes:
-        file: PNG.
-        caption: One sentence.
-        labels: Axis values it belongs to, for the filter; may be empty.
-    """
-
-    file: Path
-    caption: str
-    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 def to_html(result: TableResult, pictures: Sequence[Picture], store: Store) -> str:

@@ -26,7 +26,6 @@ import torch
 from tqdm import tqdm
 
 from attack.attacks import OptimizationAttack, get_attack
-from attack.cli.report import describe
 from attack.metrics import evaluate
 from benchmarks.speed.equal_time_report import draw, reconstruction_file, render, render_summary
 from core.errors import InputError
@@ -34,16 +33,34 @@ from core.records import provenance
 from core.storage import save_checkpoint, write_json, write_text
 from core.target import Target, Truth
 from gradients.checkpoint import load_target
+from gradients.describe import describe
 
 CPU = torch.device("cpu")
 DEFAULT_ATTACKS = "spectral,inverting-gradients"
 RECORD = "record.json"
-# Flags of the grid, the slowest first.
-GRID = ("images", "data", "batches", "models")
 # How often the sample of timed iterations may double.
 DOUBLINGS = 4
 # Inverts with so many iterations; returns N x C x H x W in [0, 1].
 Run = Callable[[int], torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetGrid:
+    """Targets to be made: every combination of data, model, batch size and batch.
+
+    Attributes:
+        data: Names of built-in data sets, or folders; empty for no targets.
+        models: "ARCHITECTURE:WIDTH", or checkpoints of stage 1.
+        batches: Batch sizes.
+        images: Which batches of the data, counted from 0.
+        train_mode: Whether BatchNorm takes the statistics of the batch.
+    """
+
+    data: tuple[str, ...]
+    models: tuple[str, ...] = ("convnet:32", "resnet18:16")
+    batches: tuple[str, ...] = ("1",)
+    images: tuple[str, ...] = ("0",)
+    train_mode: bool = False
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -73,7 +90,14 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     torch.set_num_threads(1)
     folder = Path(args.output)
-    checkpoints = [*args.checkpoints, *make_targets(args)]
+    grid = TargetGrid(
+        data=_words(args.data),
+        models=_words(args.models),
+        batches=_words(args.batches),
+        images=_words(args.images),
+        train_mode=args.train_mode,
+    )
+    checkpoints = [*args.checkpoints, *make_targets(grid, folder)]
     if not checkpoints:
         raise InputError("CHECKPOINT: give gradient checkpoints, or --data for a grid of them")
     for path in checkpoints:
@@ -105,38 +129,40 @@ def _key(row: dict[str, Any]) -> tuple[str, str, float, int]:
     return row["checkpoint"], row["attack"], row["budget_seconds"], row["seed"]
 
 
-def make_targets(args: argparse.Namespace) -> list[str]:
-    """Stage 2 for every cell of the grid that has no checkpoint yet.
+def make_targets(grid: TargetGrid, folder: Path) -> list[str]:
+    """Run stage 2 for every target of the grid that has no checkpoint yet.
 
     The images vary slowest, so that a run cut short has seen every kind of target.
 
     Args:
-        args: The command line.
+        grid: Which targets.
+        folder: Their checkpoints go to its folder `targets`.
 
     Returns:
         The checkpoints' paths.
     """
+    cells = itertools.product(grid.images, grid.data, grid.batches, grid.models)
+    return [str(_make_target(*cell, grid.train_mode, folder / "targets")) for cell in cells]
+
+
+def _make_target(
+    image: str, data: str, batch: str, model: str, train_mode: bool, folder: Path
+) -> Path:
     from gradients.command import run
 
-    if not args.data:
-        return []
-    cells = itertools.product(*(_words(getattr(args, name)) for name in GRID))
-    paths = []
-    for image, data, batch, model in cells:
-        name = f"{Path(data).name}_{_model_name(model)}_b{batch}_i{image}"
-        path = Path(args.output) / "targets" / f"{name}{'_train' if args.train_mode else ''}.tar"
-        if not path.exists():
-            words = ["--data", data, "-b", batch, "--target-idx", image, "-j", "1"]
-            words += [*_model_flags(model), *([] if args.train_mode else ["--model-eval"])]
-            made = path.parent / "stage2" / path.stem
-            run([*words, "--cpu", "--results", str(made)])
-            next(made.glob("*-checkpoint.pth.tar")).replace(path)
-        paths.append(str(path))
-    return paths
+    name = f"{Path(data).name}_{_model_name(model)}_b{batch}_i{image}"
+    path = folder / f"{name}{'_train' if train_mode else ''}.tar"
+    if not path.exists():
+        words = ["--data", data, "-b", batch, "--target-idx", image, "-j", "1"]
+        words += [*_model_flags(model), *([] if train_mode else ["--model-eval"])]
+        made = folder / "stage2" / path.stem
+        run([*words, "--cpu", "--results", str(made)])
+        next(made.glob("*-checkpoint.pth.tar")).replace(path)
+    return path
 
 
-def _words(text: str) -> list[str]:
-    return [word for word in text.split(",") if word]
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word for word in text.split(",") if word)
 
 
 def _model_name(model: str) -> str:
@@ -228,7 +254,7 @@ def _ours(name: str, target: Target, labels: torch.Tensor, seed: int) -> Run:
         raise InputError(f"--attacks {name}: does not iterate")
 
     def run(iterations: int) -> torch.Tensor:
-        config = dataclasses.replace(attack.published, iterations=iterations)
+        config = attack.published.changed(iterations=iterations)
         result = attack(config).reconstruct(target, labels=labels, device=CPU, seed=seed)
         return result.images
 

@@ -15,10 +15,11 @@ import torch
 
 from attack.attacks import InvertingGradients
 from attack.loop.inversion import Inversion
-from attack.matching.acceleration import AcceleratedMatcher, Acceleration, product_precision
+from attack.matching.acceleration import AcceleratedMatcher, product_precision
 from attack.matching.objectives import Cosine
 from attack.matching.replica import Replica
 from attack.metrics import assign, psnr
+from attack.settings import SpeedSettings
 from benchmarks.speed import references
 from benchmarks.speed.cases import Case, Problem, make_problem, true_images
 from benchmarks.speed.iterations import accuracy
@@ -29,15 +30,15 @@ RESTARTS = (1, 2, 4, 8, 16, 32)
 # Enough to tell a lever that ruins the reconstruction from one that does not.
 PSNR_ITERATIONS = 500
 LEVERS = {
-    "none": Acceleration(),
-    "channels last": Acceleration(channels_last=True),
-    "CUDA graphs": Acceleration(cuda_graphs=True),
-    "compiled": Acceleration(compile=True),
-    "compiled, CUDA graphs": Acceleration(compile=True, cuda_graphs=True),
-    "TF32": Acceleration(precision="tf32"),
-    "bf16": Acceleration(precision="bf16"),
-    "bf16, channels last": Acceleration(precision="bf16", channels_last=True),
-    "bf16, compiled, CUDA graphs, channels last": Acceleration(True, True, "bf16", True),
+    "none": SpeedSettings(),
+    "channels last": SpeedSettings(channels_last=True),
+    "CUDA graphs": SpeedSettings(cuda_graphs=True),
+    "compiled": SpeedSettings(compile=True),
+    "compiled, CUDA graphs": SpeedSettings(compile=True, cuda_graphs=True),
+    "TF32": SpeedSettings(precision="tf32"),
+    "bf16": SpeedSettings(precision="bf16"),
+    "bf16, channels last": SpeedSettings(precision="bf16", channels_last=True),
+    "bf16, compiled, CUDA graphs, channels last": SpeedSettings(True, True, "bf16", True),
 }
 
 
@@ -125,7 +126,7 @@ def measure_levers(
         names: Which levers of `LEVERS`.
     """
     problem = make_problem(case, seed).to(device)
-    plain = _Lever(problem, Acceleration(), device)
+    plain = _Lever(problem, SpeedSettings(), device)
     for name in names:
         acceleration = LEVERS[name]
         if device.type != "cuda" and (acceleration.cuda_graphs or acceleration.precision == "tf32"):
@@ -153,7 +154,7 @@ def measure_levers(
 class _Lever:
     """A matcher with one acceleration, called once, which compiles and captures."""
 
-    def __init__(self, problem: Problem, acceleration: Acceleration, device: torch.device) -> None:
+    def __init__(self, problem: Problem, acceleration: SpeedSettings, device: torch.device) -> None:
         self.problem, self.precision = problem, acceleration.precision
         replica = Replica(problem.target, device)
         self.matcher = AcceleratedMatcher(replica, Cosine(), "auto", acceleration)
@@ -170,14 +171,13 @@ class _Lever:
 def _psnr(
     case: Case,
     problem: Problem,
-    acceleration: Acceleration,
+    acceleration: SpeedSettings,
     device: torch.device,
     iterations: int,
     seed: int,
 ) -> float:
     """Mean PSNR in dB of Inverting Gradients within so many iterations."""
-    config = dataclasses.replace(
-        InvertingGradients.published,
+    config = InvertingGradients.published.changed(
         iterations=iterations,
         restarts=1,
         **dataclasses.asdict(acceleration),

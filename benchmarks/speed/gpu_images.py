@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,37 @@ if TYPE_CHECKING:
 
 FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """What is inverted, and how.
+
+    Attributes:
+        arch: The architecture.
+        image_size: Height and width in pixels.
+        pretrained: File of weights (a state_dict); None for initial ones.
+        attack: Name of the attack.
+        iterations: None for the published number.
+        time_budget: Seconds per batch; None for no limit.
+        precision: "float32", "tf32" or "bf16".
+        compile: Whether torch compiles the model.
+        cuda_graphs: Whether iterations are replayed as a CUDA graph.
+        channels_last: Whether images and weights lie channels last.
+        seed: Of weights and start.
+    """
+
+    arch: str = "resnet18"
+    image_size: int = 224
+    pretrained: str | None = None
+    attack: str = "inverting-gradients"
+    iterations: int | None = None
+    time_budget: float | None = None
+    precision: str = "float32"
+    compile: bool = False
+    cuda_graphs: bool = False
+    channels_last: bool = False
+    seed: int = 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -63,16 +95,18 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device(args.device)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA GPU here")
-    sources = _sources(args)
+    fields = [field.name for field in dataclasses.fields(Inversion)]
+    inversion = Inversion(**{name: getattr(args, name) for name in fields})
+    sources, folder = _sources(args.images), Path(args.output)
     rows: list[dict[str, Any]] = []
     for name, files in sources.items():
         for batch in batches:
             if batch > len(files):
                 print(f"{name}: {len(files)} images make no batch of {batch}")
                 continue
-            rows.append(_measure(args, name, files[:batch], device))
+            rows.append(_measure(inversion, name, files[:batch], device, folder))
             record = {"rows": rows, "provenance": provenance(device, args.seed)}
-            write_json(Path(args.output) / "gpu-images.json", record)
+            write_json(folder / "gpu-images.json", record)
             print({k: v for k, v in rows[-1].items() if k != "per_image"})
 
 
@@ -86,15 +120,15 @@ def _batches(text: str) -> list[int]:
     return sizes
 
 
-def _sources(args: argparse.Namespace) -> dict[str, list[Path]]:
-    """Image files by where they come from."""
+def _sources(images: str | None) -> dict[str, list[Path]]:
+    """Image files by where they come from: a folder (`--images`), and scikit's photographs."""
     from core.data.embedded import photograph_files
 
     sources: dict[str, list[Path]] = {}
-    if args.images is not None:
-        found = sorted(p for p in Path(args.images).rglob("*") if p.suffix.lower() in FORMATS)
+    if images is not None:
+        found = sorted(p for p in Path(images).rglob("*") if p.suffix.lower() in FORMATS)
         if not found:
-            raise InputError(f"--images {args.images}: no images there")
+            raise InputError(f"--images {images}: no images there")
         sources["folder"] = found
     try:
         sources["embedded"] = list(photograph_files().values())
@@ -106,7 +140,7 @@ def _sources(args: argparse.Namespace) -> dict[str, list[Path]]:
 
 
 def _measure(
-    args: argparse.Namespace, source: str, files: list[Path], device: torch.device
+    inversion: Inversion, source: str, files: list[Path], device: torch.device, folder: Path
 ) -> dict[str, Any]:
     """One attack: its record, and its picture where the images may be shown."""
     import torch
@@ -115,30 +149,32 @@ def _measure(
     from attack.metrics import evaluate
     from core.pictures import save_comparison
 
-    target, truth = _share(args, files)
-    attack = get_attack(args.attack)
+    target, truth = _share(inversion, files)
+    attack = get_attack(inversion.attack)
     if not issubclass(attack, OptimizationAttack):
-        raise InputError(f"--attack {args.attack}: has no iterations")
-    config = dataclasses.replace(attack.published, **_changes(args))
+        raise InputError(f"--attack {inversion.attack}: has no iterations")
+    config = attack.published.changed(**_changes(inversion))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     found = attack(config).reconstruct(
-        target, labels=truth.labels, device=device, seed=args.seed, progress=True
+        target, labels=truth.labels, device=device, seed=inversion.seed, progress=True
     )
     measured = evaluate(found.images, found.labels, truth, metrics=["psnr", "ssim"], device=device)
     scores = measured.per_image
     if source == "embedded":
-        path = Path(args.output) / f"gpu-images-{args.arch}-b{len(files)}.png"
+        path = folder / f"gpu-images-{inversion.arch}-b{len(files)}.png"
         ordered = found.images[measured.order]
-        save_comparison(path, truth.images, ordered, scores, title=f"{args.arch}, {args.attack}")
+        save_comparison(
+            path, truth.images, ordered, scores, title=f"{inversion.arch}, {inversion.attack}"
+        )
     cuda = device.type == "cuda"
     return {
         "source": source,
         "batch": len(files),
-        "arch": args.arch,
-        "image_size": args.image_size,
-        "trained": args.pretrained is not None,
-        "attack": args.attack,
+        "arch": inversion.arch,
+        "image_size": inversion.image_size,
+        "trained": inversion.pretrained is not None,
+        "attack": inversion.attack,
         "iterations": found.iterations,
         "status": found.status,
         "seconds": found.seconds,
@@ -148,18 +184,20 @@ def _measure(
         "ssim": sum(s["ssim"] for s in scores) / len(scores),
         "per_image": scores,
         "acceleration": found.details.get("acceleration"),
-        "config": dataclasses.asdict(config),
+        "config": config.to_flat(),
     }
 
 
-def _changes(args: argparse.Namespace) -> dict[str, Any]:
+def _changes(inversion: Inversion) -> dict[str, Any]:
     """What differs from the published setting."""
     names = ("compile", "cuda_graphs", "precision", "channels_last", "time_budget")
-    changes = {name: getattr(args, name) for name in names}
-    return changes if args.iterations is None else {**changes, "iterations": args.iterations}
+    changes = {name: getattr(inversion, name) for name in names}
+    return (
+        changes if inversion.iterations is None else {**changes, "iterations": inversion.iterations}
+    )
 
 
-def _share(args: argparse.Namespace, files: list[Path]) -> tuple[Target, Truth]:
+def _share(inversion: Inversion, files: list[Path]) -> tuple[Target, Truth]:
     """What a client with these images would share, in eval mode; labels are 0, 1, ..."""
     import torch
     import torch.nn.functional as F
@@ -170,13 +208,13 @@ def _share(args: argparse.Namespace, files: list[Path]) -> tuple[Target, Truth]:
     from core.storage import load_checkpoint
     from core.target import Target, Truth
 
-    torch.manual_seed(args.seed)
-    size = args.image_size
+    torch.manual_seed(inversion.seed)
+    size = inversion.image_size
     data = DataSpec("images", (3, size, size), MEAN, STD, 1000)
-    spec = ModelSpec(args.arch, 1000, size)
+    spec = ModelSpec(inversion.arch, 1000, size)
     model = build_model(spec).eval()
-    if args.pretrained is not None:
-        model.load_state_dict(load_checkpoint(Path(args.pretrained), "--pretrained"))
+    if inversion.pretrained is not None:
+        model.load_state_dict(load_checkpoint(Path(inversion.pretrained), "--pretrained"))
     images = torch.stack([read_image(file, data.shape, "--images") for file in files])
     truth = Truth(images, torch.arange(len(files)) % 1000)
     named = dict(model.named_parameters())

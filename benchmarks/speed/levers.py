@@ -7,14 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from attack.matching import switches as activations
-from attack.matching.acceleration import AcceleratedMatcher, Acceleration
+from attack.matching.acceleration import AcceleratedMatcher
 from attack.matching.freed_memory import keep_freed_memory
 from attack.matching.matcher import GradientMatcher
 from attack.matching.objectives import AffineSeed, Cosine, Products
 from attack.matching.replica import Replica
+from attack.settings import SpeedSettings
 from benchmarks.speed.cases import CASES, SMALL_CASE, Problem, make_problem
 from benchmarks.speed.iterations import accuracy
 from benchmarks.speed.references import CPU, Iteration, analytic_seed, ours, published_loop
@@ -61,11 +60,6 @@ def _channels_apart(problem: Problem) -> Iteration:
     return lambda: matcher(problem.inputs, problem.labels).input_gradient
 
 
-def _unfolded(problem: Problem) -> Iteration:
-    activations.convolve = F.conv2d  # type: ignore[assignment]
-    return _difference(problem)
-
-
 def _bf16(problem: Problem) -> Iteration:
     return _in_bf16(_difference(problem))
 
@@ -99,7 +93,7 @@ def _compiled(problem: Problem) -> Iteration:
 
 def _compiling_matcher(problem: Problem) -> AcceleratedMatcher:
     replica = Replica(problem.target, CPU)
-    return AcceleratedMatcher(replica, Cosine(), "difference", Acceleration(compile=True))
+    return AcceleratedMatcher(replica, Cosine(), "difference", SpeedSettings(compile=True))
 
 
 def seconds_to_compile(case: str, seed: int) -> float:
@@ -137,7 +131,6 @@ class Lever:
 _SMALL = ("convnet-32px-b1-eval", "resnet18-32px-b1-eval")
 _ALL = (*_SMALL, "resnet18-224px-b1-eval", "vgg11-32px-b1-eval")
 _BATCHES = ("convnet-32px-b8-eval", "resnet18-32px-b8-train", "resnet18-224px-b4-eval")
-_STRIDED = ("resnet18-64px-b4-eval", "resnet18-224px-b1-eval", "resnet18-224px-b4-eval")
 LEVERS: dict[str, Lever] = {
     lever.name: lever
     for lever in [
@@ -147,7 +140,6 @@ LEVERS: dict[str, Lever] = {
         Lever("late layers as products", _written_out, _difference, _ALL, "in use"),
         Lever("freed memory kept", _difference, _keeping_memory, _ALL, "in use by the command"),
         Lever("channels last", _channels_apart, _difference, (*_ALL, *_BATCHES), "in use on a CPU"),
-        Lever("first layer folded", _unfolded, _difference, _STRIDED, "in use on a CPU"),
         Lever("bf16", _difference, _bf16, _SMALL, "not in use: the difference drowns"),
         Lever(
             "bf16 and double backward",

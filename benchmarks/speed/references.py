@@ -6,7 +6,6 @@ that evaluates the gradient of the cosine objective in the candidate.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -128,7 +127,7 @@ def our_attack(problem: Problem, iterations: int, restarts: int, halving: bool) 
 
 
 def _inversion(problem: Problem, **options: Any) -> Inversion:
-    config = dataclasses.replace(InvertingGradients.published, **options)
+    config = InvertingGradients.published.changed(**options)
     return Inversion(problem.target, problem.labels, config, device=problem.inputs.device)
 
 

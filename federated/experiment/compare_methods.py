@@ -318,14 +318,10 @@ def _summary(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _draw(rows: Sequence[tuple[str, torch.Tensor]], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    from core.storage import atomic_file
+    from core.figures import blank_figure, save_figure
 
     columns = max(len(images) for _, images in rows)
-    figure = Figure(figsize=(1.0 * columns + 2.4, 1.05 * len(rows)))
-    FigureCanvasAgg(figure)
+    figure = blank_figure(1.0 * columns + 2.4, 1.05 * len(rows), constrained=False)
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for line, (title, images) in zip(axes, rows, strict=True):
         for ax in line:
@@ -334,5 +330,4 @@ def _draw(rows: Sequence[tuple[str, torch.Tensor]], path: Path) -> None:
             ax.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy())
         line[0].text(-0.1, 0.5, title, transform=line[0].transAxes, ha="right", va="center",
                      fontsize=8)  # fmt: skip
-    with atomic_file(path) as file:
-        figure.savefig(file, format="png", dpi=90, bbox_inches="tight")
+    save_figure(figure, path, dpi=90, tight=True)

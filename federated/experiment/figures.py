@@ -11,13 +11,14 @@ import numpy as np
 
 from audit.leakage import LeakageRecord
 from core.errors import InputError
-from core.storage import atomic_file
+from core.figures import blank_figure, save_figure
 from federated.experiment.runs import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+DOTS_PER_INCH = 150
 # Values by x of one line.
 Points = dict[float, list[float]]
 
@@ -47,7 +48,7 @@ def rdlv_per_round(records: Sequence[LeakageRecord], path: str | Path) -> None:
     ax.locator_params(axis="x", integer=True)
     ax.set_ylabel("relative data leakage value")
     ax.legend(fontsize=8)
-    save(figure, path)
+    _save(figure, path)
 
 
 def rdlv_vs_gauss(runs: Sequence[Run], path: str | Path) -> None:
@@ -80,7 +81,7 @@ def rdlv_vs_gauss(runs: Sequence[Run], path: str | Path) -> None:
         second.set_ylim(0, 1)
         second.set_ylabel("test accuracy of the global model")
         second.legend(fontsize=8, loc="lower left")
-    save(figure, path)
+    _save(figure, path)
 
 
 def reconstruction_table(
@@ -109,7 +110,7 @@ def reconstruction_table(
     if not columns:
         raise InputError(f"no run holds kept images of {site}; run it with images kept")
     rows = min(8, len(columns[0][1]))
-    figure = _figure(1.25 * len(columns), 1.45 * rows)
+    figure = blank_figure(1.25 * len(columns), 1.45 * rows, constrained=False)
     axes = figure.subplots(rows, len(columns), squeeze=False)
     for column, (title, pictures, values) in zip(axes.T, columns, strict=True):
         for index, (ax, picture) in enumerate(zip(column, pictures, strict=False)):
@@ -117,7 +118,7 @@ def reconstruction_table(
             ax.set_axis_off()
             value = f"RDLV {values[index]:+.2f}" if values else ""
             ax.set_title("\n".join(filter(None, [title if index == 0 else "", value])), fontsize=7)
-    save(figure, path)
+    _save(figure, path)
 
 
 def _chosen(
@@ -149,23 +150,11 @@ def _spread_axis(ax: Axes, values: Sequence[float]) -> None:
 
 
 def _axes() -> tuple[Figure, Axes]:
-    figure = _figure(6.4, 4.2)
+    figure = blank_figure(6.4, 4.2, constrained=False)
     ax = figure.subplots()
     ax.grid(alpha=0.3)
     return figure, ax
 
 
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height))
-    # No window system is ever asked for.
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def save(figure: Figure, path: str | Path) -> None:
-    """Write a figure as PNG, atomically."""
-    with atomic_file(path) as file:
-        figure.savefig(file, format="png", dpi=150, bbox_inches="tight")
+def _save(figure: Figure, path: str | Path) -> None:
+    save_figure(figure, path, dpi=DOTS_PER_INCH, tight=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -37,7 +36,7 @@ TARGETS = {
 
 
 def change(**fields: object) -> InversionConfig:
-    return dataclasses.replace(BASE, **fields)  # type: ignore[arg-type]
+    return BASE.changed(**fields)  # type: ignore[arg-type]
 
 
 CASES: dict[str, tuple[str, InversionConfig]] = {

@@ -49,4 +49,5 @@ def simulate(
     passes, close = observe_passes(replica.model, unbiased=True)
     found = replica.update(inputs, labels, create_graph=False)
     close()
-    return found, average_of_steps(passes, update.bn_momentum)
+    detached = [{n: (m.detach(), v.detach()) for n, (m, v) in one.items()} for one in passes]
+    return found, average_of_steps(detached, update.bn_momentum)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +15,6 @@ from attack.loop.inversion import Inversion
 from attack.matching.acceleration import (
     LOW_ACCEPTED_COSINE,
     AcceleratedMatcher,
-    Acceleration,
     CapturedPass,
     lowered,
     product_precision,
@@ -24,7 +22,7 @@ from attack.matching.acceleration import (
 from attack.matching.matcher import GradientMatcher, cosine_of_images
 from attack.matching.objectives import Cosine
 from attack.matching.replica import Replica
-from attack.settings import InversionConfig
+from attack.settings import InversionConfig, SpeedSettings
 from core.errors import InputError
 from core.models.building import ModelSpec
 from core.target import LocalTraining, Target
@@ -34,7 +32,7 @@ CPU = torch.device("cpu")
 LENET = ModelSpec("lenet", 10, 8, width=8)
 CNN = ModelSpec("cnn", 10, 8, width=4)
 FAST = InversionConfig(iterations=12, signed=False, tv=0.01, coordinates="dct")
-COMPILED = Acceleration(compile=True)
+COMPILED = SpeedSettings(compile=True)
 
 
 class TracedMatcher(AcceleratedMatcher):
@@ -51,7 +49,7 @@ class WithoutCompiler(AcceleratedMatcher):
 
 def matcher_on(
     target: Target,
-    acceleration: Acceleration = COMPILED,
+    acceleration: SpeedSettings = COMPILED,
     kind: type[AcceleratedMatcher] = TracedMatcher,
     hvp: str = "difference",
     dtype: torch.dtype = torch.float64,
@@ -167,13 +165,13 @@ def test_labels_and_penalties_ride_along_in_a_graph() -> None:
 @pytest.mark.slow
 def test_the_compiler_itself_keeps_the_gradient() -> None:
     target, truth = make_target(LENET, 1, double=False)
-    config = dataclasses.replace(FAST, compile=True, iterations=4)
+    config = FAST.changed(compile=True, iterations=4)
     inversion = Inversion(target, truth.labels, config, device=CPU)
     found = inversion.run()
     notes = found.details["acceleration"]
     assert notes["compile"] or "is not used" in notes["events"][0]
     assert notes["compile_seconds"] > 0
-    plain = dataclasses.replace(config, compile=False)
+    plain = config.changed(compile=False)
     expected = Inversion(target, truth.labels, plain, device=CPU).run()
     assert found.objective == pytest.approx(expected.objective, rel=1e-2)
     assert "acceleration" not in expected.details
@@ -210,7 +208,7 @@ def test_a_graph_that_parts_from_the_exact_gradient_is_given_up() -> None:
 
 def test_bf16_is_used_where_it_keeps_the_gradient_and_parameters_stay_float32() -> None:
     target, truth = make_target(CNN, 2, double=False)
-    matcher = matcher_on(target, Acceleration(precision="bf16"), AcceleratedMatcher, "auto",
+    matcher = matcher_on(target, SpeedSettings(precision="bf16"), AcceleratedMatcher, "auto",
                          torch.float32)  # fmt: skip
     exact = GradientMatcher(Replica(target, CPU), Cosine(), "exact")
     inputs = candidate(target).float()
@@ -225,19 +223,19 @@ def test_bf16_is_used_where_it_keeps_the_gradient_and_parameters_stay_float32() 
 def test_few_bits_are_given_up_where_they_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("attack.matching.acceleration.LOW_ACCEPTED_COSINE", 0.99999)
     target, truth = make_target(CNN, 2, double=False)
-    config = dataclasses.replace(FAST, precision="bf16")
+    config = FAST.changed(precision="bf16")
     found = Inversion(target, truth.labels, config, device=CPU).run()
     notes = found.details["acceleration"]
     assert notes["precision"] == "float32"
     assert "float32 is used" in notes["events"][0]
-    plain = dataclasses.replace(FAST, precision="float32")
+    plain = FAST.changed(precision="float32")
     expected = Inversion(target, truth.labels, plain, device=CPU).run()
     assert torch.equal(found.images, expected.images)
 
 
 def test_channels_last_is_the_same_gradient() -> None:
     target, truth = make_target(CNN, 2, train_mode=True)
-    layout = Acceleration(channels_last=True)
+    layout = SpeedSettings(channels_last=True)
     for hvp in ("exact", "difference"):
         matcher = matcher_on(target, layout, AcceleratedMatcher, hvp)
         plain = GradientMatcher(Replica(target, CPU, torch.float64), Cosine(), hvp)
@@ -270,7 +268,7 @@ def test_resumed_ends_as_uninterrupted(tmp_path: Path) -> None:
             raise Killed
 
     target, truth = make_target(CNN, 2, double=False)
-    config = dataclasses.replace(FAST, precision="bf16", channels_last=True)
+    config = FAST.changed(precision="bf16", channels_last=True)
     invert = [Inversion(target, truth.labels, config, device=CPU) for _ in range(3)]
     expected = invert[0].run()
     with pytest.raises(Killed):
@@ -293,10 +291,10 @@ def test_resumed_ends_as_uninterrupted(tmp_path: Path) -> None:
 def test_what_excludes_each_other_is_refused(changes: dict[str, Any], sentence: str) -> None:
     target, truth = make_target(LENET, 1)
     with pytest.raises(InputError, match=sentence):
-        Inversion(target, truth.labels, dataclasses.replace(FAST, **changes), device=CPU)
+        Inversion(target, truth.labels, FAST.changed(**changes), device=CPU)
 
 
 def test_local_steps_have_no_difference_to_compile() -> None:
     target, truth = make_target(LENET, 2, local=LocalTraining(epochs=2, lr=0.05))
-    with pytest.raises(InputError, match="--compile speeds up the difference"):
-        Inversion(target, truth.labels, dataclasses.replace(FAST, compile=True), device=CPU)
+    with pytest.raises(InputError, match=r"speed\.compile speeds up the difference"):
+        Inversion(target, truth.labels, FAST.changed(compile=True), device=CPU)

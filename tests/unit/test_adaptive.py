@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from attack.attacks import Spectral
-from attack.knowledge.known_defenses import Adaptation, adapt, adapted_defenses
+from attack.knowledge.known_defenses import _STEPS, Adaptation, adapt
 from attack.loop.inversion import Inversion
 from attack.matching.matcher import GradientMatcher
 from attack.matching.objectives import L2, Cosine
@@ -49,8 +49,8 @@ def defended(words: str) -> tuple[Target, Truth]:
 def attack(words: str, adaptive: bool, **changes: object) -> float:
     """Mean PSNR of a short inversion with known labels."""
     target, truth = defended(words)
-    config = dataclasses.replace(Spectral.published, iterations=150, race=0, adaptive=adaptive)
-    config = dataclasses.replace(config, **changes)
+    config = Spectral.published.changed(iterations=150, race=0, adaptive=adaptive)
+    config = config.changed(**changes)
     images = Inversion(target, truth.labels, config, device=CPU).run().images
     return float(psnr(images[assign(images, truth.images)], truth.images).mean())
 
@@ -88,13 +88,13 @@ def test_every_defense_has_an_answer() -> None:
     # Other tests register defenses of their own.
     ours = {path.stem for path in Path(defenses.__path__[0]).glob("*.py")} - {"__init__", "base"}
     assert ours == ours & set(defense_names())
-    assert ours <= set(adapted_defenses())
-    assert {"dp-sgd", "dp-batch"} <= set(adapted_defenses())
+    assert ours <= set(_STEPS)
+    assert {"dp-sgd", "dp-batch"} <= set(_STEPS)
 
 
 def test_an_unclipped_update_keeps_its_scale() -> None:
     target, _ = defended("clip:1e6")
-    assert adapt(target, InversionConfig(objective="L2")).config.objective == "L2"
+    assert adapt(target, InversionConfig(objective="L2")).config.matching.objective == "L2"
 
 
 def test_an_unknown_defense_is_noted() -> None:
@@ -198,7 +198,7 @@ def test_being_told_of_the_clipping_pays() -> None:
     target, truth = private()
 
     def gained(adaptive: bool) -> float:
-        config = dataclasses.replace(Spectral.published, iterations=150, race=0, adaptive=adaptive)
+        config = Spectral.published.changed(iterations=150, race=0, adaptive=adaptive)
         images = Inversion(target, truth.labels, config, device=CPU).run().images
         return float(psnr(images[assign(images, truth.images)], truth.images).mean())
 
@@ -215,4 +215,6 @@ def test_one_image_and_local_steps_are_not_clipped_alone() -> None:
 def test_steps_in_pixels_stay_as_they_are() -> None:
     target, _ = make_target(ModelSpec("cnn", 10, 16, width=4, pool_kernel=19), 1)
     assert adapt(target, InversionConfig()).config == InversionConfig()
-    assert adapt(target, Spectral.published).config.lr == 4 * Spectral.published.lr
+    assert (
+        adapt(target, Spectral.published).config.optimiser.lr == 4 * Spectral.published.optimiser.lr
+    )

@@ -8,18 +8,17 @@ from typing import Any
 
 import pytest
 
+from benchmarks.command import main
 from benchmarks.declare.columns import find_column
 from benchmarks.show.leaderboard import (
     FOLDER,
-    _ensemble_table,
-    build_parser,
     check_entry,
     load_entries,
-    main,
     make_entry,
     rank,
     threat_model,
 )
+from benchmarks.submission import Defended, ensemble_table
 from core.errors import InputError
 from tests.example_results import example
 
@@ -125,17 +124,13 @@ def test_the_committed_entries_follow_the_schema() -> None:
     assert load_entries(FOLDER)
 
 
-def submission(*words: str) -> Any:
-    return build_parser().parse_args(["submit", "--defense", "Mine", *words])
-
-
 def test_a_submission_runs_all_attacks_on_the_defense() -> None:
-    (row,) = _ensemble_table(submission("--apply", "clip:2", "--budget", "50")).rows
+    (row,) = ensemble_table("Mine", Defended("clip:2", budget=50)).rows
     assert {run["extract"].config["defense"] for run in row.repeats} == {"clip:2"}
     attack = row.repeats[0]["attack"].config
     assert attack["attack"] == "auto"
     assert (attack["threat"], attack["epochs"]) == ("honest-server", 50)
-    (plain,) = _ensemble_table(submission("--apply", "none")).rows
+    (plain,) = ensemble_table("Mine", Defended("none")).rows
     assert "defense" not in plain.repeats[0]["extract"].config
 
 
@@ -152,6 +147,25 @@ def test_a_submission_of_nothing_known_is_refused(
 ) -> None:
     assert main(["submit", "--defense", "Mine", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_computed_table_is_submitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result, store = example(tmp_path)
+    monkeypatch.setattr("benchmarks.submission.load_table", lambda *given: result.table)
+    words = ["submit", "mine.yaml", "--store", str(store.root), "--entries", str(tmp_path)]
+    words += ["--defense", "My noise", "--utility", "70", "--where"]
+    assert main([*words, "defense=noise"]) == 0
+    assert "my-noise.json: worst SSIM" in capsys.readouterr().out
+    (entry,) = load_entries(tmp_path)
+    assert (entry["defense"], entry["utility"], entry["leakage"]["ssim"]["n"]) == (
+        "My noise",
+        70,
+        4,
+    )
+    assert main([*words, "defence=noise"]) == 2
+    assert "--where defence=noise: expected AXIS=VALUE" in capsys.readouterr().err
 
 
 def test_a_named_threat_model_is_the_entrys() -> None:

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.command import write_outputs
 from benchmarks.declare.columns import find_column
+from benchmarks.declare.figures import FIGURES
 from benchmarks.run.store import Store
 from benchmarks.show.charts import _looks, heatmap
-from benchmarks.show.figures import _distinct_slugs
+from benchmarks.show.figures import _DRAW, _distinct_slugs
+from benchmarks.show.output import write_outputs
 from benchmarks.show.render import (
     to_csv,
     to_json,
@@ -161,6 +162,10 @@ def test_the_same_numbers_give_the_same_vector_figures(tmp_path: Path) -> None:
         first, second = ((tmp_path / name / figure).read_bytes() for name in ("a", "b"))
         assert first.startswith(b"%PDF")
         assert first == second
+
+
+def test_every_figure_that_a_table_may_ask_for_is_drawn() -> None:
+    assert _DRAW.keys() == FIGURES.keys()
 
 
 def test_rows_are_told_apart_in_every_diagram(result: TableResult) -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from attack.loop.fusion import align_repeated_labels, combine, group_target, one_by_one, register
+from attack.loop.fusion import align_repeated_labels, combine, group_target, register
 
 
 def pieces(
@@ -21,6 +21,11 @@ def pieces(
     good = torch.randint(n_restarts, (n,), generator=generator)
     restarts[good, torch.arange(n)] = truth + 0.01 * noise[0]
     return restarts, truth, good
+
+
+def one_by_one(loss):
+    """Make the loss of one batch serve where those of several are asked for."""
+    return lambda batches: torch.tensor([loss(b) for b in batches], dtype=torch.float64)
 
 
 def gradient_loss(truth: torch.Tensor):

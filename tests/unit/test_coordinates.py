@@ -57,7 +57,7 @@ def test_the_spectrum_falls_with_frequency_and_keeps_the_power() -> None:
 
 @pytest.mark.parametrize("name", ["fourier", "dct:steep", "pixels:2"])
 def test_unknown_coordinates(name: str) -> None:
-    with pytest.raises(InputError, match=f"--coordinates {name}"):
+    with pytest.raises(InputError, match=f"coordinates {name}: choose pixels"):
         coordinates(name)
 
 
@@ -92,5 +92,5 @@ def test_warm_up_grows_linearly_and_then_the_schedule_begins() -> None:
 
 
 def test_unknown_schedule() -> None:
-    with pytest.raises(InputError, match="--lr-schedule sawtooth"):
+    with pytest.raises(InputError, match=r"optimiser\.schedule sawtooth"):
         learning_rate("sawtooth", 0, 10, 0.1, 0.0)

@@ -171,7 +171,7 @@ def test_too_many_arrangements_are_sampled() -> None:
 def test_labels_find_their_shards() -> None:
     """Images of each shard have known statistics, which fit the right labels only."""
     target, truth = sharded()
-    config = dataclasses.replace(Spectral.published, bn=0.5, exact_bn=True)
+    config = Spectral.published.changed(bn=0.5, exact_bn=True)
     labels = arrange_labels(target, truth.labels.flip(0), config, device=CPU, seed=0)
     assert labels.tolist() == truth.labels.tolist()
 

@@ -225,7 +225,7 @@ def test_fishing_isolates_one_image_of_the_batch() -> None:
 def fished_gain(malicious: str, labels: list[int]) -> tuple[list[int], float]:
     """Which images come nearest to what was fished, and the best PSNR among them."""
     target, truth = malicious_target(LENET, len(labels), malicious, train_mode=False, labels=labels)
-    config = dataclasses.replace(get_attack("fishing").published, iterations=100)
+    config = get_attack("fishing").published.changed(iterations=100)
     run = get_attack("fishing")(config).reconstruct
     found = run(target, labels=torch.tensor(labels), device=CPU, seed=0)
     fished = found.images[: found.details["solved"]]

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from attack.loop.inversion import Inversion
-from attack.matching.acceleration import AcceleratedMatcher, Acceleration, product_precision
+from attack.matching.acceleration import AcceleratedMatcher, product_precision
 from attack.matching.matcher import GradientMatcher, cosine_of_images
 from attack.matching.objectives import Cosine
 from attack.matching.replica import Replica
 from attack.metrics import evaluate
-from attack.settings import InversionConfig
+from attack.settings import InversionConfig, SpeedSettings
 from core.errors import exit_status
 from core.models.building import ModelSpec
 from core.processes.distributed import Process, launch
@@ -37,7 +37,7 @@ RESNET = ModelSpec("resnet18", 10, 32, "cifar", width=16)
 EXACT = InversionConfig(
     iterations=20, signed=False, tv=0.01, coordinates="dct", double=True, hvp="exact"
 )
-FAST = dataclasses.replace(EXACT, double=False, hvp="auto", iterations=40)
+FAST = EXACT.changed(double=False, hvp="auto", iterations=40)
 
 
 @pytest.mark.parametrize(
@@ -55,31 +55,31 @@ FAST = dataclasses.replace(EXACT, double=False, hvp="auto", iterations=40)
 )
 def test_the_cpu_and_the_gpu_reconstruct_the_same(changes: dict[str, Any]) -> None:
     target, truth = make_target(CNN, 2, train_mode=True)
-    config = dataclasses.replace(EXACT, **changes)
+    config = EXACT.changed(**changes)
     found = [
         Inversion(target, truth.labels, config, device=device, seed=3).run()
         for device in (CPU, CUDA)
     ]
-    tolerance = 1e-4 if config.hvp == "difference" else 1e-5
+    tolerance = 1e-4 if config.matching.hvp == "difference" else 1e-5
     torch.testing.assert_close(found[1].images, found[0].images, rtol=0, atol=tolerance)
     assert found[1].objective == pytest.approx(found[0].objective, rel=1e-3)
 
 
 ACCELERATIONS = {
-    "compile": Acceleration(compile=True),
-    "graphs": Acceleration(cuda_graphs=True),
-    "compile and graphs": Acceleration(compile=True, cuda_graphs=True),
-    "tf32": Acceleration(precision="tf32"),
-    "bf16": Acceleration(precision="bf16"),
-    "channels last": Acceleration(channels_last=True),
-    "all": Acceleration(True, True, "bf16", True),
+    "compile": SpeedSettings(compile=True),
+    "graphs": SpeedSettings(cuda_graphs=True),
+    "compile and graphs": SpeedSettings(compile=True, cuda_graphs=True),
+    "tf32": SpeedSettings(precision="tf32"),
+    "bf16": SpeedSettings(precision="bf16"),
+    "channels last": SpeedSettings(channels_last=True),
+    "all": SpeedSettings(True, True, "bf16", True),
 }
 
 
 @pytest.mark.parametrize("name", ACCELERATIONS)
 def test_accelerations_keep_the_attack(name: str) -> None:
     target, truth = make_target(RESNET, 2, double=False)
-    config = dataclasses.replace(FAST, **dataclasses.asdict(ACCELERATIONS[name]))
+    config = FAST.changed(**dataclasses.asdict(ACCELERATIONS[name]))
     found = Inversion(target, truth.labels, config, device=CUDA).run()
     plain = Inversion(target, truth.labels, FAST, device=CUDA).run()
     notes = found.details["acceleration"]
@@ -93,7 +93,7 @@ def test_a_captured_pass_is_the_pass_for_every_candidate() -> None:
     target, truth = make_target(RESNET, 2, train_mode=True)
     replicas = [Replica(target, CUDA, torch.float64) for _ in range(2)]
     plain = GradientMatcher(replicas[0], Cosine(), "difference", False)
-    graphs = Acceleration(cuda_graphs=True)
+    graphs = SpeedSettings(cuda_graphs=True)
     captured = AcceleratedMatcher(replicas[1], Cosine(), "difference", graphs)
     labels = truth.labels.to(CUDA)
     kept = []
@@ -119,10 +119,10 @@ def test_convolutions_do_not_lose_digits_unasked() -> None:
 
 def test_restarts_fill_the_card_and_stay_themselves() -> None:
     target, truth = make_target(RESNET, 1, double=False)
-    config = dataclasses.replace(FAST, restarts=8, iterations=5, optimizer="SGD", hvp="difference")
+    config = FAST.changed(restarts=8, iterations=5, optimizer="SGD", hvp="difference")
     together = Inversion(target, truth.labels, config, device=CUDA)
     assert together.evaluation.at_once(8) == 8
-    one_by_one = dataclasses.replace(config, restarts_at_once=1)
+    one_by_one = config.changed(restarts_at_once=1)
     alone = Inversion(target, truth.labels, one_by_one, device=CUDA)
     for inversion in (together, alone):
         inversion.run()

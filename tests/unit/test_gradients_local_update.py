@@ -184,6 +184,28 @@ def test_images_of_steps_cover_every_epoch_in_order() -> None:
     assert images_of_steps(7, LocalTraining(), (5, 2)) == [[slice(0, 5), slice(5, 7)]]
 
 
+def test_an_order_of_its_own_says_which_images_a_step_uses() -> None:
+    local = LocalTraining(epochs=1, batches=2, order=((2, 0), (1,)))
+    assert images_of_steps(3, local) == [[[2, 0]], [[1]]]
+    with pytest.raises(InputError, match="one process"):
+        images_of_steps(3, local, (2, 1))
+    with pytest.raises(InputError, match="0 to 1 only"):
+        images_of_steps(2, local)
+    with pytest.raises(InputError, match="3 local steps"):
+        LocalTraining(epochs=1, batches=2, order=((0,), (1,), (2,)))
+
+
+def test_the_order_of_even_batches_is_the_split_in_order() -> None:
+    model, (images, labels) = _model().train(), _batch()
+    plain = LocalTraining(epochs=2, batches=3, lr=0.05, momentum=0.9)
+    ordered = LocalTraining(
+        epochs=2, batches=3, lr=0.05, momentum=0.9, order=((0, 1), (2, 3), (4, 5)) * 2
+    )
+    ours, theirs = (unrolled_update(model, images, labels, each) for each in (ordered, plain))
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value)
+
+
 @pytest.mark.parametrize(
     ("n", "local", "shards"),
     [(3, LocalTraining(batches=4), ()), (3, LocalTraining(), (2, 2)), (2, LocalTraining(), (2, 0))],

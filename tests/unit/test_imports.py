@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# What each room may import from the others.
-ORDER = ["core", "training", "gradients", "attack", "audit", "federated"]
+# What each room may import from the others: those before it.
+ORDER = ["core", "training", "gradients", "attack", "audit", "federated", "benchmarks"]
 MAY_IMPORT = {room: set(ORDER[:number]) for number, room in enumerate(ORDER)}
-MAY_IMPORT["nvflare_gradinv"] = set(ORDER)
-MAY_IMPORT["benchmarks"] = set(ORDER) - {"federated"}
+# The published path of the federation's components.
+MAY_IMPORT["nvflare_gradinv"] = MAY_IMPORT["benchmarks"]
+# What each part of a room may import from its other parts.
+PARTS = {
+    "benchmarks": {
+        "run": set(),
+        "declare": {"run"},
+        "show": {"run", "declare"},
+        "speed": {"run"},
+    },
+}
 # The published path of stage 2's command.
 LOOKS_FORWARD = {"training/get_gradients.py": {"gradients"}}
 ROOMS = set(MAY_IMPORT)
@@ -24,6 +33,7 @@ CORE_LIBRARIES = {
     "torch",
     "torchvision",
     "numpy",
+    "scipy",
     "PIL",
     "matplotlib",
     "pandas",
@@ -92,6 +102,83 @@ def test_core_imports_only_the_core_libraries(path: Path) -> None:
     allowed = CORE_LIBRARIES | ROOMS | OWN_LIBRARIES.get(room_of(path), set())
     found = set(imports(when_imported(parse(path))))
     assert found - allowed - set(sys.stdlib_module_names) == set()
+
+
+def all_statements(node: ast.AST) -> Iterator[ast.AST]:
+    """Everything below a node, in functions too, but not what only type checkers read."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+            for statement in child.orelse:
+                yield statement
+                yield from all_statements(statement)
+        else:
+            yield child
+            yield from all_statements(child)
+
+
+def imported_files(tree: ast.Module, known: Collection[str]) -> set[str]:
+    """Modules among `known` that a file imports, at its start or in a function."""
+    found = set()
+    for node in all_statements(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            # What is no module of its own is in the package's file.
+            found |= names if names <= set(known) else names | {node.module}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found & set(known)
+
+
+def dotted(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def import_graph() -> dict[str, set[str]]:
+    """What every file of every room imports."""
+    files = {dotted(path): path for path in modules()}
+    return {module: imported_files(parse(path), files) - {module} for module, path in files.items()}
+
+
+def circles(graph: Mapping[str, Collection[str]]) -> list[list[str]]:
+    """Circles of a graph, as the way around; one for each edge that leads back."""
+    found: list[list[str]] = []
+    done: set[str] = set()
+
+    def visit(node: str, way: list[str]) -> None:
+        if node in way:
+            found.append([*way[way.index(node) :], node])
+        elif node not in done:
+            for other in sorted(graph[node]):
+                visit(other, [*way, node])
+            done.add(node)
+
+    for node in sorted(graph):
+        visit(node, [])
+    return found
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    assert [" -> ".join(circle) for circle in circles(import_graph())] == []
+
+
+@pytest.mark.parametrize("room", PARTS)
+def test_imports_inside_a_room_follow_its_direction(room: str) -> None:
+    for module, imported in import_graph().items():
+        part = module.split(".")[1] if module.startswith(f"{room}.") else ""
+        inside = {other.split(".")[1] for other in imported if other.startswith(f"{room}.")}
+        if part in PARTS[room]:
+            assert inside - {part} <= PARTS[room][part], module
+
+
+def test_the_check_of_circles_sees_imports_in_functions() -> None:
+    known = {"a", "b", "p", "p.c"}
+    deferred = ast.parse("def f():\n    import b\n    from p import c\n    from p import name\n")
+    assert imported_files(deferred, known) == {"b", "p.c", "p"}
+    typed = ast.parse("if TYPE_CHECKING:\n    import a\nelse:\n    import b\n")
+    assert imported_files(typed, known) == {"b"}
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}
+    assert circles(graph) == [["b", "c", "b"]]
 
 
 def test_the_graph_check_sees_a_backward_import(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from attack.knowledge.labels import (
-    accuracy_table,
     label_accuracy,
     recover_labels,
     register_rule,
@@ -272,22 +271,3 @@ def test_capabilities() -> None:
 )
 def test_accuracy_is_multiset_overlap(found: list[int], truth: list[int], expected: float) -> None:
     assert label_accuracy(torch.tensor(found), torch.tensor(truth)) == pytest.approx(expected)
-
-
-def test_accuracy_table() -> None:
-    labels = torch.arange(CLASSES).repeat(8)
-    victims = {"untrained": network(False), "trained": network(True)}
-    records = accuracy_table(
-        victims, SPEC, images_of(labels), labels, DATA, batch_sizes=(1, 8, 16), trials=2
-    )
-    by = {(r["rule"], r["model"], r["mode"], r["batch_size"], r["repeats"]): r for r in records}
-    assert len(by) == len(records)
-    known = [r["accuracy"] for r in records if r["rule"] == "ilrg" and r["accuracy"] is not None]
-    # Per model and mode: one; 8 distinct, 4 each, the same; 16 in fours. No 16 of one class.
-    assert len(known) == 2 * 2 * 5
-    assert min(known) >= 0.75
-    assert "too few" in by["llg", "trained", "eval", 16, "none"]["reason"]
-    assert "one sample" in by["idlg", "trained", "eval", 8, "none"]["reason"]
-    assert by["idlg", "untrained", "eval", 1, "none"]["accuracy"] == 1.0
-    # Four of each label: a rule that cannot count must lose against one that can.
-    assert by["yin", "untrained", "eval", 8, "4 each"]["accuracy"] < 1.0

@@ -34,7 +34,7 @@ def lenet() -> tuple[Target, Truth]:
 
 def inversion(made: tuple[Target, Truth], **fields: object) -> Inversion:
     target, truth = made
-    config = dataclasses.replace(FAST, **fields)  # type: ignore[arg-type]
+    config = FAST.changed(**fields)  # type: ignore[arg-type]
     return Inversion(target, truth.labels, config, device=CPU)
 
 
@@ -127,7 +127,7 @@ def test_copies_of_epochs_are_matched_before_they_are_averaged() -> None:
 
 
 def test_a_prior_start_needs_the_prior(lenet: tuple[Target, Truth], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--prior"):
+    with pytest.raises(InputError, match="give the image to start from with prior"):
         inversion(lenet, start="prior")
     path = tmp_path / "grey.png"
     Image.new("RGB", (20, 10), (51, 102, 255)).save(path)
@@ -138,10 +138,13 @@ def test_a_prior_start_needs_the_prior(lenet: tuple[Target, Truth], tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "fields",
-    [{"features": 0.1, "joint_labels": True}, {"signed": True, "soft_sign": True}],
+    ("fields", "sentence"),
+    [
+        ({"features": 0.1, "joint_labels": True}, r"priors\.features needs known labels"),
+        ({"signed": True, "soft_sign": True}, r"optimiser\.soft_sign replaces the sign"),
+    ],
     ids=["features", "soft sign"],
 )
-def test_contradictions_are_refused(fields: dict[str, object]) -> None:
-    with pytest.raises(InputError, match="--"):
-        dataclasses.replace(FAST, **fields).validate()  # type: ignore[arg-type]
+def test_contradictions_are_refused(fields: dict[str, object], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        FAST.changed(**fields).validate()  # type: ignore[arg-type]

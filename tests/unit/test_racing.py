@@ -1,7 +1,5 @@
 """Starts that compete for the iterations of one."""
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -36,10 +34,10 @@ def test_more_time_lets_more_start():
 
 @pytest.mark.parametrize("iterations", [50, 120, 190, 300, 500, 2000, 2100, 24000])
 def test_eight_halved_restarts_cost_less_than_three(iterations):
-    config = dataclasses.replace(CONFIG, iterations=iterations, restarts=8, halving=True)
+    config = CONFIG.changed(iterations=iterations, restarts=8, halving=True)
     running = inversion(config)
     restarts, evaluations = running.restarts, 0
-    for iteration in range(running.config.iterations):
+    for iteration in range(running.config.optimiser.iterations):
         restarts = running.race.thin_out(restarts, iteration)
         restarts = thin_out(restarts, iteration, running.config)
         evaluations += len(restarts)
@@ -54,7 +52,7 @@ def inversion(config: InversionConfig, seed: int = 0, first_restart: int = 0) ->
     )
 
 
-CONFIG = dataclasses.replace(get_attack("spectral").published, iterations=300)
+CONFIG = get_attack("spectral").published.changed(iterations=300)
 
 
 def test_the_best_start_goes_on():
@@ -73,13 +71,13 @@ def test_every_other_start_is_faint():
     # The first of a second restart's race is strong again, and so is a start alone.
     second = inversion(CONFIG, first_restart=1).restarts
     assert [float(r.variable.detach().std()) > 0.5 for r in second] == [True, False] * 2
-    alone = inversion(dataclasses.replace(CONFIG, race=0)).restarts
+    alone = inversion(CONFIG.changed(race=0)).restarts
     assert float(alone[0].variable.detach().std()) > 0.5
 
 
 def test_every_restart_has_a_race_of_its_own():
-    exact = dataclasses.replace(CONFIG, iterations=150, hvp="exact", double=True)
-    both = inversion(dataclasses.replace(exact, restarts=2)).run()
+    exact = CONFIG.changed(iterations=150, hvp="exact", double=True)
+    both = inversion(exact.changed(restarts=2)).run()
     apart = [inversion(exact, first_restart=r).run() for r in (0, 1)]
     best = min(apart, key=lambda r: r.objective)
     assert both.objective == pytest.approx(best.objective, rel=1e-6)
@@ -87,7 +85,7 @@ def test_every_restart_has_a_race_of_its_own():
 
 
 def test_a_given_start_does_not_race():
-    assert inversion(dataclasses.replace(CONFIG, start="zeros")).race.starts == 1
+    assert inversion(CONFIG.changed(start="zeros")).race.starts == 1
 
 
 def test_resumed_in_the_middle_of_a_race(tmp_path):

@@ -43,7 +43,7 @@ def share(settings: ClientSettings, double: bool = False) -> tuple[Target, Truth
 
 
 def invert(target: Target, truth: Truth, **fields: object) -> torch.Tensor:
-    config = dataclasses.replace(CONFIG, **fields)  # type: ignore[arg-type]
+    config = CONFIG.changed(**fields)  # type: ignore[arg-type]
     return Inversion(target, truth.labels, config, device=CPU).run().images
 
 
@@ -93,7 +93,7 @@ def test_asynchronous_shards_keep_all_but_the_first_ones_statistics() -> None:
     inversion = Inversion(
         target,
         truth.labels,
-        dataclasses.replace(CONFIG, bn_from_update=True),
+        CONFIG.changed(bn_from_update=True),
         device=CPU,
     )
     inputs = target.data.normalize(truth.images).double().requires_grad_()
@@ -116,7 +116,7 @@ def test_the_file_keeps_them_and_a_client_may(tmp_path: Path) -> None:
         assert not torch.equal(value, target.state_dict[name])
     kept, _ = share(ClientSettings(share_running=False))
     assert kept.running_after is None
-    with pytest.raises(InputError, match="--bn-from-update"):
+    with pytest.raises(InputError, match=r"priors\.bn_from_update"):
         invert(kept, truth, bn_from_update=True)
     eval_mode, _ = share(ClientSettings(train_mode=False))
     assert eval_mode.running_after is None
@@ -133,6 +133,6 @@ def test_a_malformed_file_is_refused(tmp_path: Path) -> None:
 
 def test_flags_that_contradict_each_other() -> None:
     for fields in ({"exact_bn": True}, {"bn": 0.0}):
-        config = dataclasses.replace(CONFIG, bn_from_update=True, **fields)  # type: ignore[arg-type]
-        with pytest.raises(InputError, match="--bn-from-update"):
+        config = CONFIG.changed(bn_from_update=True, **fields)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match=r"priors\.bn_from_update"):
             config.validate()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 
 import pytest
 
-from attack.cli.command import build_parser, make_attack
-from attack.cli.requirements import check_run, granted_capabilities, threat_record
+from attack.cli.command import build_parser, make_run
+from attack.cli.request import AttackRun
+from attack.cli.running import make_attack
+from attack.knowledge.requirements import check_knowledge
 from attack.knowledge.threat_models import (
     Capability,
     check_capabilities,
@@ -18,6 +19,7 @@ from attack.knowledge.threat_models import (
     threat_names,
 )
 from core.errors import InputError
+from core.launch_arguments import given_flags
 from core.models.building import ModelSpec
 from core.target import LocalTraining, Target
 from tests.targets import make_target
@@ -29,16 +31,15 @@ def target() -> Target:
     return dataclasses.replace(made, defenses=("clip:1",))
 
 
-def arguments(*words: str) -> argparse.Namespace:
-    args = build_parser().parse_args(["--checkpoint", "x.tar", *words])
-    given = {word.lstrip("-").replace("-", "_") for word in words if word.startswith("--")}
-    args.explicit = sorted(given)
-    return args
+def run_of(*words: str) -> AttackRun:
+    words = ("--checkpoint", "x.tar", *words)
+    parser = build_parser()
+    return make_run(parser.parse_args(words), given_flags(parser, words))
 
 
 def check(target: Target, *words: str) -> None:
-    args = arguments(*words)
-    check_run(args, make_attack(args), target)
+    run = run_of(*words)
+    check_knowledge(run.knowledge, make_attack(run), target)
 
 
 WITHHELD = [
@@ -83,19 +84,19 @@ def test_what_is_withheld_is_hidden(target: Target) -> None:
 
 
 def test_without_a_name_the_flags_decide() -> None:
-    assert Capability.LABELS not in granted_capabilities(arguments())
-    known = granted_capabilities(arguments("--pseudo-label-init", "known", "--exact-bn"))
+    assert Capability.LABELS not in run_of().knowledge.granted
+    known = run_of("--pseudo-label-init", "known", "--exact-bn").knowledge.granted
     assert {Capability.LABELS, Capability.BATCH_STATISTICS} <= known
     assert Capability.DEFENSE not in known
-    assert Capability.DEFENSE in granted_capabilities(arguments("--attack", "auto"))
+    assert Capability.DEFENSE in run_of("--attack", "auto").knowledge.granted
 
 
 def test_the_record_states_who_attacked() -> None:
-    record = threat_record(arguments("--threat", "honest-server", "--adaptive"))
+    record = run_of("--threat", "honest-server", "--adaptive").knowledge.to_record()
     assert record["name"] == "honest-server"
     assert record["adaptive"]
     assert "labels known" not in record["granted"]
-    assert threat_record(arguments())["name"] == "custom"
+    assert run_of().knowledge.to_record()["name"] == "custom"
 
 
 def test_each_server_is_granted_more() -> None:

@@ -1,0 +1,87 @@
+"""Refuses a run of stage 3 that cannot work, before any work is done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from attack.attacks.restarts_over_processes import check_spreadable
+from attack.cli.request import AttackRun, Search
+from attack.cli.running import make_attack, prior_images
+from attack.knowledge.labels import rule_names
+from attack.knowledge.requirements import check_knowledge
+from attack.settings import InversionConfig
+from core.errors import InputError
+from core.target import Target, Truth
+from gradients.checkpoint import load_target
+
+
+def check_run(run: AttackRun, *, cpu: bool) -> tuple[Target, Truth | None]:
+    """Refuse what cannot work.
+
+    Args:
+        run: What is asked for.
+        cpu: Whether a GPU is left alone even if there is one.
+
+    Returns:
+        What the checkpoint holds.
+
+    Raises:
+        InputError: Names the flag or the file.
+    """
+    rule = run.knowledge.label_rule
+    if rule not in rule_names():
+        raise InputError(f"--pseudo-label-init {rule}: choose one of {', '.join(rule_names())}")
+    attack = make_attack(run)
+    config = getattr(attack, "config", None)
+    if isinstance(config, InversionConfig):
+        config.speed.check_device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
+    if run.spread == "restarts":
+        check_spreadable(attack)
+    target, truth = load_target(run.checkpoint)
+    check_knowledge(run.knowledge, attack, target)
+    if truth is None:
+        _check_needs_no_truth(run)
+    if run.prior is not None:
+        prior_images(run.prior, target)
+    return target, truth
+
+
+def _check_needs_no_truth(run: AttackRun) -> None:
+    needing = {
+        "--metric": run.measuring.images,
+        "--labels-only": run.labels_only,
+        "--GInfoR": run.measuring.information,
+        "--pseudo-label-init known": run.knowledge.label_rule == "known",
+    }
+    for flag, asked in needing.items():
+        if asked:
+            raise InputError(f"{flag}: {run.checkpoint} holds no true images and labels")
+
+
+def check_places(run: AttackRun, root: Path, name: str) -> None:
+    """Refuse names and folders that would fail once the attack has run.
+
+    Args:
+        run: What is asked for.
+        root: The folder of all results.
+        name: Of the run's own folder in it.
+
+    Raises:
+        InputError: Names the flag.
+    """
+    if Path(name).name != name:
+        raise InputError(f"--id {name}: becomes the name of a folder in --root")
+    if root.exists() and not root.is_dir():
+        raise InputError(f"--root: {root} is a file, not a folder")
+    weights = run.measuring.lpips_weights
+    if weights is not None and not Path(weights).is_dir():
+        raise InputError(f"--lpips-weights: there is no folder {weights}")
+    if run.showing.state_every < 1 or run.showing.picture_every < 0:
+        raise InputError("--state-every must be at least 1, and --save-every not negative")
+
+
+def check_search(search: Search) -> None:
+    """Refuse a search whose simulated checkpoint cannot be read."""
+    load_target(search.checkpoint, "--simulation-checkpoint")

@@ -1,0 +1,109 @@
+"""What the command line of stage 3 asks for, as records that all below it work with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from attack.knowledge.requirements import Knowledge
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What is measured against the truth.
+
+    Attributes:
+        images: Compare the images by all metrics.
+        one_to_one: One assignment for all metrics; else each takes its best match.
+        information: Compute the gradient information ratio (GInfoR).
+        lpips_weights: Folder of the LPIPS weights; None: where they are usually found.
+    """
+
+    images: bool = False
+    one_to_one: bool = True
+    information: bool = False
+    lpips_weights: str | None = None
+
+
+@dataclass(frozen=True)
+class Showing:
+    """What is shown and saved while the attack runs.
+
+    Attributes:
+        quiet: Print no progress and no tables.
+        print_every: Iterations between two lines of progress.
+        picture_every: Iterations between two pictures; 0: none.
+        state_every: Iterations between two saves of the state.
+    """
+
+    quiet: bool = False
+    print_every: int = 10
+    picture_every: int = 0
+    state_every: int = 500
+
+
+@dataclass(frozen=True)
+class AttackRun:
+    """One run of stage 3.
+
+    Attributes:
+        checkpoint: The gradient checkpoint to invert.
+        folder: Where the results go.
+        knowledge: What the attacker knows.
+        attack: Name of a published setting; None: the settings alone.
+        settings: Settings by name: with an attack those that were given, else all.
+        labels_only: Recover the labels by every rule, and end.
+        prior: File of the image to start from.
+        spread: What several processes share: "batch" or "restarts".
+        measuring: What is measured.
+        showing: What is shown on the way.
+        seed: Of every random number.
+        plugin: Module to import first.
+        arguments: The whole command line as plain values, for the record.
+    """
+
+    checkpoint: Path
+    folder: Path
+    knowledge: Knowledge
+    attack: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    labels_only: bool = False
+    prior: str | None = None
+    spread: str = "batch"
+    measuring: Measuring = Measuring()
+    showing: Showing = Showing()
+    seed: int = 0
+    plugin: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Search:
+    """A hyper-parameter search on a simulated checkpoint.
+
+    Attributes:
+        checkpoint: The simulated checkpoint.
+        names: What to search, as argparse names the flags.
+        iterations: Of a trial, where they are not searched.
+        cpu: Do not use a GPU even if there is one.
+        num_samples: Settings tried.
+        max_concurrent: Trials at a time.
+        gpus_per_trial: Share of a GPU reserved for a trial.
+        min_t: Iterations before which no trial is stopped.
+        max_t: Iterations after which every trial is stopped.
+        verbose: Verbosity of Ray Tune, 0 to 3.
+    """
+
+    checkpoint: str
+    names: tuple[str, ...]
+    iterations: int
+    cpu: bool
+    num_samples: int
+    max_concurrent: int
+    gpus_per_trial: float
+    min_t: int
+    max_t: int
+    verbose: int

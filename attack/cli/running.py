@@ -1,0 +1,235 @@
+"""One run of stage 3: the attack, its labels, its curve and its files."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from attack.attacks import Attack, OptimizationAttack, get_attack
+from attack.attacks.restarts_over_processes import reconstruct_spread
+from attack.cli.report import Output, write_label_results, write_results
+from attack.cli.request import AttackRun
+from attack.knowledge.label_search import arrange_labels
+from attack.knowledge.labels import recover_labels
+from attack.knowledge.threat_models import Capability, find_threat
+from attack.matching.freed_memory import keep_freed_memory
+from attack.metrics import assign, psnr
+from attack.reconstruction import Reconstruction
+from attack.record import AttackRecord, LabelRecord, read_record
+from attack.settings import InversionConfig
+from core.pictures import read_image, save_images
+from core.plugins import import_plugin
+from core.processes.distributed import Process, barrier, broadcast_object
+from core.storage import write_json
+from core.target import Target, Truth
+from gradients.checkpoint import load_target
+
+SNAPSHOTS_OF_A_CURVE = 20
+
+
+class SeedAttack(OptimizationAttack):
+    """The attack that the flags alone describe, with their published defaults."""
+
+    name = "seed"
+
+
+def make_attack(run: AttackRun) -> Attack:
+    """The attack that a run asks for.
+
+    With a name, its published setting with the given settings on top; otherwise the
+    settings alone.
+    """
+    if run.attack is None:
+        config = InversionConfig(**run.settings)
+        config.validate()
+        return SeedAttack(config)
+    attack = get_attack(run.attack)
+    if not issubclass(attack, OptimizationAttack):
+        granted = {"granted": run.knowledge.granted, "adaptive": run.knowledge.adapts}
+        return attack.configured({**run.settings, **granted})
+    config = attack.published.changed(**run.settings)
+    config.validate()
+    return attack(config)
+
+
+def run_attack(
+    process: Process, run: AttackRun, opened: tuple[Target, Truth | None] | None = None
+) -> None:
+    """Invert and measure, on one of the processes.
+
+    Args:
+        process: This process and its device.
+        run: What to do.
+        opened: The checkpoint, where it has been read already.
+    """
+    import_plugin(run.plugin)
+    keep_freed_memory()
+    logging.basicConfig(level=logging.INFO if process.is_main else logging.ERROR)
+    target, truth = opened or load_target(run.checkpoint)
+    threat = find_threat(run.knowledge.threat)
+    if threat is not None:
+        target = threat.view(target)
+    attack = make_attack(run)
+    output = Output(run, run_key(run, attack), attack, target, truth, process)
+    if _is_finished(output):
+        return
+    if run.labels_only:
+        if process.is_main:
+            write_label_results(output)
+        return
+    curve = Curve(output)
+    reconstruction = _reconstruct(output, curve)
+    if process.is_main:
+        write_results(output, reconstruction, curve.points)
+    barrier()
+    if process.is_main:
+        for state in run.folder.glob(f"state-{output.key}*"):
+            state.unlink()
+
+
+def _is_finished(output: Output) -> bool:
+    """Whether the same run was finished before; one answer for all processes."""
+    record = None
+    if output.process.is_main:
+        record = finished_record(output.run.folder, output.key)
+    if record is not None:
+        print(f"already done: {output.run.folder / 'record.json'}")
+        print("\n".join(record.tables))
+    return bool(broadcast_object(record is not None))
+
+
+def _reconstruct(output: Output, curve: Curve) -> Reconstruction:
+    run, attack, process = output.run, output.attack, output.process
+    spread = run.spread == "restarts" and process.world_size > 1
+    reconstruct: Callable[..., Reconstruction] = attack.reconstruct
+    if spread:
+        assert isinstance(attack, OptimizationAttack)
+        reconstruct = functools.partial(reconstruct_spread, attack)
+    if run.prior is not None:
+        reconstruct = functools.partial(reconstruct, prior=prior_images(run.prior, output.target))
+    return reconstruct(
+        output.target,
+        labels=_arranged_labels(output),
+        device=process.device,
+        seed=run.seed,
+        progress=process.is_main and not run.showing.quiet,
+        print_every=run.showing.print_every,
+        # Processes that work by themselves would draw over each other's pictures.
+        on_snapshot=None if spread and not process.is_main else curve,
+        snapshot_every=curve.every(attack.iterations),
+        state_file=_state_file(run.folder, output.key, process.rank if spread else None),
+        save_every=run.showing.state_every,
+    )
+
+
+def _state_file(folder: Path, key: str, rank: int | None) -> Path:
+    return folder / (f"state-{key}.pt" if rank is None else f"state-{key}-share{rank}.pt")
+
+
+def labels_for(
+    run: AttackRun, attack: Attack, target: Target, truth: Truth | None
+) -> torch.Tensor | None:
+    """The labels that the attack is given; None where it recovers them itself."""
+    knowledge = run.knowledge
+    if knowledge.leaves_labels_to(attack):
+        known = Capability.LABELS in knowledge.granted and truth is not None
+        return truth.labels if known and truth is not None else None
+    granted = truth.labels if knowledge.label_rule == "known" and truth is not None else None
+    return recover_labels(knowledge.label_rule, target, truth_labels=granted)
+
+
+def _arranged_labels(output: Output) -> torch.Tensor | None:
+    """The attack's labels; recovered ones where they belong, if trying can tell."""
+    run, target = output.run, output.target
+    labels = labels_for(run, output.attack, target, output.truth)
+    config = getattr(output.attack, "config", None)
+    recovered = run.knowledge.adaptive and run.knowledge.label_rule != "known"
+    if labels is None or not recovered or not isinstance(config, InversionConfig):
+        return labels
+    return arrange_labels(target, labels, config, device=output.process.device, seed=run.seed)
+
+
+def prior_images(path: str, target: Target) -> torch.Tensor:
+    """The image of a file for every image of the batch: N x C x H x W in [0, 1]."""
+    image = read_image(path, tuple(target.data.shape), "--prior")
+    return image.expand(target.batch_size, *image.shape)
+
+
+def run_key(run: AttackRun, attack: Attack) -> str:
+    """Identifies a run: what decides its numbers."""
+    measuring = run.measuring
+    decisive = {
+        "attack": attack.name,
+        "config": attack.plain_settings(),
+        "labels": run.knowledge.label_rule,
+        "labels_only": run.labels_only,
+        "threat": run.knowledge.to_record(),
+        "seed": run.seed,
+        "metric": [
+            measuring.images,
+            measuring.one_to_one,
+            measuring.information,
+            measuring.lpips_weights,
+        ],
+        "prior": None if run.prior is None else _sha256(run.prior),
+        "checkpoint": _sha256(run.checkpoint),
+    }
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _sha256(path: str | Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def finished_record(folder: Path, key: str) -> AttackRecord | LabelRecord | None:
+    """The record of the same run, if it was finished before."""
+    path = folder / "record.json"
+    if not path.exists():
+        return None
+    record = read_record(path)
+    return record if record.key == key else None
+
+
+class Curve:
+    """Watches the attack from outside: PSNR over iterations, and pictures on the way.
+
+    Args:
+        output: Of the run.
+    """
+
+    def __init__(self, output: Output) -> None:
+        run = output.run
+        self.folder, self.picture_every = run.folder, run.showing.picture_every
+        self.truth = output.truth if run.measuring.images else None
+        # A continued run keeps the points of the interrupted one.
+        self.file = run.folder / f"state-{output.key}-curve.json"
+        self.points: list[dict[str, float]] = []
+        if self.file.exists():
+            self.points = json.loads(self.file.read_text())
+
+    def every(self, iterations: int | None) -> int:
+        """Iterations between two snapshots; 0: none are taken."""
+        if self.picture_every:
+            return self.picture_every
+        if self.truth is None or iterations is None:
+            return 0
+        return max(1, iterations // SNAPSHOTS_OF_A_CURVE)
+
+    def __call__(self, iteration: int, images: torch.Tensor) -> None:
+        """Take note of N x C x H x W images in [0, 1]."""
+        if self.truth is not None:
+            ordered = images[assign(images, self.truth.images)]
+            mean = float(psnr(ordered, self.truth.images).mean())
+            # Iterations after the last saved state are run again.
+            earlier = [point for point in self.points if point["iteration"] < iteration]
+            self.points = [*earlier, {"iteration": iteration, "psnr": mean}]
+            write_json(self.file, self.points)
+        if self.picture_every:
+            name = f"progress_{iteration:06d}.png"
+            save_images(self.folder / name, images, title=f"iteration {iteration}")

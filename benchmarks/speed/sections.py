@@ -1,0 +1,147 @@
+"""The sections of the speed benchmark: each yields the rows of one table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from benchmarks.speed.cases import Case
+
+Rows = Iterator[dict[str, Any]]
+# Of each method; the middle one counts.
+MEMORY_RUNS = 9
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be measured, and how thoroughly.
+
+    Attributes:
+        quick: Small cases and few repeats.
+        cases: Names of the targets of the section `iterations`; empty for all.
+        device: "cpu", or "cuda" for the sections `gpu-...`.
+        repeats: Rounds at most.
+        seconds: Enough time per case to stop after three rounds.
+        seed: Of models, images and candidates.
+    """
+
+    quick: bool = False
+    cases: tuple[str, ...] = ()
+    device: str = "cpu"
+    repeats: int = 15
+    seconds: float = 20.0
+    seed: int = 0
+
+
+def sections_of(device: str) -> list[str]:
+    """The sections that are measured on a device, all on the CPU or all on the GPU."""
+    return [name for name in MEASUREMENTS if name.startswith("gpu-") == (device == "cuda")]
+
+
+def _chosen(request: Request) -> list[Case]:
+    from benchmarks.speed.cases import CASES
+    from benchmarks.speed.iterations import check_names
+
+    if request.cases:
+        return check_names([*request.cases])
+    return [case for case in CASES.values() if case.quick or not request.quick]
+
+
+def _iterations(request: Request) -> Rows:
+    import torch
+
+    from benchmarks.speed.iterations import measure_case
+
+    for case in _chosen(request):
+        seconds = request.seconds / (5 if request.quick else 1)
+        yield measure_case(case, request.repeats, seconds, request.seed, torch.get_num_threads())
+
+
+def _restarts(request: Request) -> Rows:
+    from benchmarks.speed.cases import CASES, SMALL_CASE
+    from benchmarks.speed.iterations import measure_restarts
+
+    names = [] if request.quick else ["convnet-32px-b1-eval", "resnet18-32px-b1-eval"]
+    for case in [SMALL_CASE, *(CASES[name] for name in names)]:
+        yield measure_restarts(case, 8, min(request.repeats, 5), request.seed)
+
+
+def _memory(request: Request) -> Rows:
+    from benchmarks.speed.timing import in_subprocess
+
+    for case in ["resnet18-32px-b1-eval" if request.quick else "resnet18-224px-b4-train"]:
+        for method in ("R1", "R2", "ours"):
+            words = ["--case", case, "--method", method, "--seed", str(request.seed)]
+            runs = 1 if request.quick else MEMORY_RUNS
+            texts = [in_subprocess("benchmarks.speed.memory", *words) for _ in range(runs)]
+            found = [json.loads(text.splitlines()[-1]) for text in texts]
+            # What a heap has in holes differs from run to run.
+            middle = sorted(found, key=lambda run: run["peak_bytes"])[len(found) // 2]
+            yield {"case": case, "method": method, "runs": runs, **middle}
+
+
+def _processes(request: Request) -> Rows:
+    from benchmarks.speed.cases import CASES, SMALL_CASE
+    from benchmarks.speed.iterations import measure_processes
+
+    models, modes = ("convnet", "resnet18"), ("eval", "train")
+    names = [f"{model}-32px-b8-{mode}" for model in models for mode in modes]
+    for name in [SMALL_CASE.name] if request.quick else names:
+        for processes in (1, 2) if request.quick else (1, 2, 4):
+            yield measure_processes(CASES[name], processes, min(request.repeats, 5), request.seed)
+
+
+def _levers(request: Request) -> Rows:
+    from benchmarks.speed.levers import measure_levers
+
+    yield from measure_levers(request.quick, min(request.repeats, 7), request.seed)
+
+
+def _parts(request: Request) -> Rows:
+    from benchmarks.speed.parts import measure_parts
+
+    yield from measure_parts(request.quick, request.seed)
+
+
+def _on_device(request: Request, measure: Callable[[Case, torch.device, int, int], Rows]) -> Rows:
+    import torch
+
+    device = torch.device(request.device)
+    for case in _chosen(request):
+        yield from measure(case, device, request.repeats, request.seed)
+
+
+def _gpu_iterations(request: Request) -> Rows:
+    from benchmarks.speed.gpu import measure_iterations
+
+    yield from _on_device(request, measure_iterations)
+
+
+def _gpu_restarts(request: Request) -> Rows:
+    from benchmarks.speed.gpu import measure_restarts
+
+    yield from _on_device(request, measure_restarts)
+
+
+def _gpu_levers(request: Request) -> Rows:
+    from benchmarks.speed.gpu import measure_levers
+
+    yield from _on_device(request, measure_levers)
+
+
+MEASUREMENTS: dict[str, Callable[[Request], Rows]] = {
+    "iterations": _iterations,
+    "restarts": _restarts,
+    "memory": _memory,
+    "processes": _processes,
+    "levers": _levers,
+    "parts": _parts,
+    "gpu-iterations": _gpu_iterations,
+    "gpu-restarts": _gpu_restarts,
+    "gpu-levers": _gpu_levers,
+}
