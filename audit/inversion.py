@@ -347,7 +347,7 @@ def _run_registered(
     attack = get_attack(settings.method)()
     options: dict[str, Any] = {}
     if isinstance(attack, OptimizationAttack):
-        attack.config = attack.config.changed(iterations=settings.iterations)
+        attack.config = settings.config_of(attack.config)
         if settings.start == "prior":
             options["prior"] = _start(target.data, target.batch_size, settings, prior, seed)
     labels, source = _labels(target, dataclasses.replace(settings, labels="recovered"))

@@ -1,4 +1,10 @@
-"""The hyper-parameters of an inversion inside a federation: `config_inversion.json`."""
+"""The hyper-parameters of an inversion inside a federation: `config_inversion.json`.
+
+The file has the published flat keys. What they say in the terms of the attacks of stage 3 is
+said once, by `InversionSettings.config` and `InversionSettings.config_of`; the rest is the
+audit's own: which method, where the start and the variables come from (`audit.inversion`),
+the softening of ReLUs, the published attack's factors, and files.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from attack.settings import InversionConfig
+from attack.settings import OBJECTIVES, InversionConfig
 from core.errors import InputError
 
 OWN_METHODS = ("full", "bn", "published")
@@ -104,14 +110,13 @@ class InversionSettings:
             InputError: With the key to change.
         """
         from attack.attacks import attack_names
-        from attack.matching.objectives import OBJECTIVES
 
         choices = {
             "method": (*OWN_METHODS, *attack_names()),
             "labels": LABEL_RULES,
             "start": STARTS,
             "coordinates": COORDINATES,
-            "objective": tuple(OBJECTIVES),
+            "objective": OBJECTIVES,
         }
         for key, known in choices.items():
             if getattr(self, key) not in known:
@@ -163,6 +168,10 @@ class InversionSettings:
             # Losses of differently softened networks cannot be compared.
             smallest_loss=self.smoothing == 0,
         )
+
+    def config_of(self, published: InversionConfig) -> InversionConfig:
+        """A registered attack's published settings for as many iterations as are asked for."""
+        return published.changed(iterations=self.iterations)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a record."""
