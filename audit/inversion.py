@@ -1,9 +1,10 @@
 """From a site's update to its training images.
 
-The loop (restarts, optimizer, schedule, box, divergences) is that of `attack.loop.inversion`.
-What differs is what a candidate is compared by: a federation's client sends its running
-BatchNorm statistics along with its weights, its batches are those of a data loader, and a
-radiograph is one grey value per pixel. `UpdateInversion` replaces these parts.
+The update becomes a `core.target.Target` with the site's batches and running statistics
+(`audit.updates`), and the loop that inverts it is that of every attack
+(`attack.loop.inversion`). Three of its parts are others here (`UpdateParts`): running
+BatchNorm statistics count as much as weights (`audit.update_matcher`), a radiograph is one
+grey value per pixel, and starts begin at a public prior image.
 
 Who attacks is the site itself, before its update leaves: it knows its own local training.
 What a server would have to guess is granted and listed in every result (`granted`): the
@@ -16,36 +17,36 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attack.attacks import OptimizationAttack, get_attack
 from attack.knowledge.labels import recover_labels
 from attack.loop.inversion import Inversion
+from attack.loop.loss_terms import make_objective, make_regularizers
+from attack.loop.parts import Parts, make_variables
 from attack.loop.problem import InversionProblem
 from attack.loop.restarts import Starter
-from attack.matching.matcher import GradientMatcher, Match, Penalty
-from attack.matching.objectives import OBJECTIVES, Objective
-from attack.matching.smooth_relu import width_at
-from attack.matching.switches import TwiceDifferentiable
 from attack.priors.coordinates import Coordinates
 from attack.priors.public_images import PRINCIPAL_STEP, Grey, Principal, PriorDistance
+from attack.priors.regularizers import ModelPenalty, Regularizer
+from attack.priors.shared_statistics import average_statistics
 from attack.settings import InversionConfig
-from audit.local_simulation import LocalSimulation
 from audit.published import PublishedAttack
 from audit.settings import InversionSettings, load_inversion_settings
-from audit.updates import LocalUpdate, target_from_update
+from audit.update_matcher import AverageStatistics, UpdateMatcher
+from audit.updates import LocalUpdate, numbered_by_place, target_from_update
+from core.data.specs import DataSpec
 from core.errors import InputError
-from core.target import BatchStatistics, Target
+from core.target import Target
 
 __all__ = [
     "InversionSettings",
     "LocalUpdate",
-    "UpdateInversion",
+    "UpdateParts",
     "UpdateReconstruction",
     "invert_update",
     "load_inversion_settings",
@@ -126,9 +127,11 @@ def invert_update(
     if settings.method == "published":
         result = _run_published(update, settings, prior, seed, device, progress)
     elif settings.method in ("full", "bn"):
-        result = _run_own(update, settings, prior, public, seed, device, progress)
+        target = target_from_update(update)
+        result = _run_own(target, settings, prior, public, seed, device, progress)
     else:
-        result = _run_registered(update, settings, prior, seed, device, progress)
+        target = numbered_by_place(target_from_update(update))
+        result = _run_registered(target, settings, prior, seed, device, progress)
     result.seconds = time.perf_counter() - started
     result.settings = settings.to_dict()
     result.granted = granted_to_the_auditor(update)
@@ -148,229 +151,82 @@ def granted_to_the_auditor(update: LocalUpdate) -> list[str]:
 # --- Methods full and bn ----------------------------------------------------------
 
 
-class UpdateMatcher(GradientMatcher):
-    """The distance of a simulated update from the site's, and its gradient in the images.
+@dataclass(frozen=True)
+class UpdateParts:
+    """What an update's inversion is made of, beside the loop of `attack.loop.inversion`.
 
-    `GradientMatcher` knows neither running statistics nor a loader's batches, and its
-    BatchNorm penalty compares every forward pass with the same statistics; here the steps
-    of the local training are compared with what all of them leave behind.
-
-    Args:
-        inversion: Target, device and objective.
-        simulation: The site's training.
-        settings: Factors of the two terms.
-    """
-
-    def __init__(
-        self,
-        inversion: Inversion,
-        objective: Objective,
-        simulation: LocalSimulation,
-        settings: InversionSettings,
-    ) -> None:
-        super().__init__(inversion.replica, objective, "exact")
-        self.simulation = simulation
-        self.moves = settings.method == "full" and settings.gradient_weight > 0
-        self.gradient_weight = settings.gradient_weight if self.moves else 0.0
-        change = simulation.update.running_change if settings.bn_weight > 0 else None
-        self.known = None if change is None else _moved(change, inversion.device, inversion.dtype)
-        self.bn_weight = settings.bn_weight
-        if self.known is None and not self.moves:
-            raise InputError("method bn: the update holds no BatchNorm statistics to match")
-        self.terms: dict[str, float] = {}
-
-    def __call__(
-        self,
-        inputs: torch.Tensor,
-        labels: torch.Tensor,
-        *,
-        weight: float = 1.0,
-        penalty: Callable[[torch.nn.Module], Penalty] | None = None,
-        apart: bool = False,
-    ) -> Match:
-        """See `GradientMatcher`; `weight` and `penalty` are this class's own business."""
-        joint = labels.is_floating_point()
-        variables = [t.detach().requires_grad_() for t in ([inputs, labels] if joint else [inputs])]
-        with sdpa_kernel(SDPBackend.MATH), TwiceDifferentiable():
-            outputs, cotangents, value = self._forward(
-                variables[0], variables[1].softmax(-1) if joint else labels
-            )
-        pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
-        found = torch.autograd.grad(
-            [o for o, _ in pairs], variables, [c for _, c in pairs], allow_unused=True
-        )
-        dense = [
-            torch.zeros_like(v) if g is None else g for g, v in zip(found, variables, strict=True)
-        ]
-        return Match(value, dense[0], dense[1] if joint else None)
-
-    def _forward(
-        self, inputs: torch.Tensor, labels: torch.Tensor
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
-        """What to differentiate, with which cotangents, and the weighted loss."""
-        outputs: list[torch.Tensor] = []
-        cotangents: list[torch.Tensor] = []
-        value = torch.zeros((), dtype=torch.float64, device=inputs.device)
-        self.terms = {}
-        if self.moves:
-            simulated = self.simulation(inputs, labels)
-            statistics = simulated.statistics
-            detached = [g.detach() for g in simulated.gradient]
-            distance, seed = self.objective.value_and_seed(detached, self.replica.target_gradient)
-            outputs += simulated.gradient
-            cotangents += torch._foreach_mul(seed, self.gradient_weight)
-            value = value + self.gradient_weight * distance
-            self.terms["gradient"] = float(distance)
-        else:
-            statistics = self.simulation.statistics(inputs)
-        if self.known is not None:
-            distance = statistics_distance(statistics, self.known)
-            outputs.append(self.bn_weight * distance)
-            cotangents.append(torch.ones_like(distance))
-            value = value + self.bn_weight * distance.detach().double()
-            self.terms["bn"] = float(distance.detach())
-        return outputs, cotangents, value
-
-
-def statistics_distance(found: BatchStatistics, known: BatchStatistics) -> torch.Tensor:
-    """Sum over layers of the Euclidean distances of means and of variances.
-
-    Source: DeepInversion (Yin et al. 2020), eq. 4, https://arxiv.org/abs/1912.08795.
-    """
-    terms = []
-    for name, (mean, variance) in known.items():
-        terms += [_norm(found[name][0] - mean), _norm(found[name][1] - variance)]
-    return torch.stack(terms).sum()
-
-
-def _norm(x: torch.Tensor) -> torch.Tensor:
-    """Euclidean norm with a finite slope at 0."""
-    return (x.square().sum() + torch.finfo(x.dtype).tiny).sqrt()
-
-
-def _moved(known: BatchStatistics, device: torch.device, dtype: torch.dtype) -> BatchStatistics:
-    return {k: (m.to(device, dtype), v.to(device, dtype)) for k, (m, v) in known.items()}
-
-
-class NoisyStarter(Starter):
-    """Starts with a little noise of each restart's own.
-
-    Args:
-        problem: What is inverted.
-        seed: See `Starter`.
-        prior: See `Starter`.
-        noise: Its standard deviation.
-    """
-
-    def __init__(
-        self, problem: InversionProblem, seed: int, prior: torch.Tensor | None, noise: float
-    ) -> None:
-        super().__init__(problem, seed, prior)
-        self.noise = noise
-
-    def first_inputs(self, generator: torch.Generator) -> torch.Tensor:
-        """See `Starter`."""
-        inputs = super().first_inputs(generator)
-        return inputs + self.noise * torch.randn(inputs[:, :1].shape, generator=generator)
-
-
-class UpdateInversion(Inversion):
-    """`attack.loop.inversion.Inversion` on a federation's update.
-
-    Args:
-        update: What the site sent.
-        labels: N class indices.
-        settings: Method "full" or "bn".
-        config: The same for the engine's loop.
+    Attributes:
+        settings: Method and hyper-parameters.
         start: N x C x H x W in [0, 1].
         public: P x C x H x W in [0, 1], images of other people; None for none.
-        seed: Of every random number.
-        device: Where to compute.
     """
 
-    matcher: UpdateMatcher
+    settings: InversionSettings
+    start: torch.Tensor
+    public: torch.Tensor | None = None
 
-    def __init__(
-        self,
-        update: LocalUpdate,
-        labels: torch.Tensor,
-        settings: InversionSettings,
-        config: InversionConfig,
-        *,
-        start: torch.Tensor,
-        public: torch.Tensor | None = None,
-        seed: int = 0,
-        device: torch.device,
-    ) -> None:
-        self.update, self.settings, self.public = update, settings, public
-        super().__init__(
-            _loose_target(update), labels, config, device=device, seed=seed, prior=start
+    def parts(self) -> Parts:
+        """For `Inversion`."""
+        return Parts(
+            coordinates=self.coordinates,
+            matcher=self.matcher,
+            penalties=self.penalties,
+            regularizers=self.regularizers,
+            starter=partial(Starter, noise=self.settings.start_noise),
         )
-        # One image is determined by its update; the pull would only keep it from there.
-        if settings.prior_weight > 0 and settings.start == "prior" and update.n_images > 1:
-            prior = update.data.normalize(start).to(device, self.dtype)
-            unit = PRINCIPAL_STEP if isinstance(self.coordinates, Principal) else 1.0
-            distance = PriorDistance(self.coordinates, prior, unit)
-            self.evaluation.regularizers.append((settings.prior_weight, distance))
 
-    def _make_matcher(self) -> UpdateMatcher:
-        simulation = LocalSimulation(self.update, self.device, self.dtype)
-        return UpdateMatcher(self, OBJECTIVES[self.settings.objective](), simulation, self.settings)
-
-    def _make_coordinates(self) -> Coordinates:
-        kind = self.settings.coordinates
+    def coordinates(
+        self, target: Target, config: InversionConfig, device: torch.device, dtype: torch.dtype
+    ) -> Coordinates:
+        """The variables that the settings name."""
+        kind, public = self.settings.coordinates, self.public
         if kind == "channels":
-            return super()._make_coordinates()
-        enough = self.public is not None and len(self.public) > 1
+            return make_variables(target, config, device, dtype)
+        enough = public is not None and len(public) > 1
         # A single image is matched to the pixel anyway; the public images would hold it back.
-        if kind == "principal" or (kind == "auto" and enough and self.update.n_images > 1):
-            if self.public is None or not enough:
+        if kind == "principal" or (kind == "auto" and enough and target.batch_size > 1):
+            if public is None or not enough:
                 raise InputError("coordinates principal: give at least two public images")
-            return Principal(self.update.data, self.public.to(self.device, self.dtype))
-        return Grey(self.update.data)
+            return Principal(target.data, public.to(device, dtype))
+        return Grey(target.data)
 
-    def _iterate(self, iteration: int) -> None:
+    def matcher(self, problem: InversionProblem) -> UpdateMatcher:
+        """The comparison of updates."""
+        objective = make_objective(problem.config, len(problem.target.gradient))
         settings = self.settings
-        progress = iteration / max(1, self.config.optimiser.iterations - 1)
-        width = width_at(progress, settings.smoothing, settings.smoothing_end)
-        self.matcher.simulation.width = width
-        super()._iterate(iteration)
+        return UpdateMatcher(problem.replica, objective, settings.smoothing, settings.smoothing_end)
 
-    def _make_starter(self, seed: int, prior: torch.Tensor | None) -> Starter:
-        return NoisyStarter(self.problem, seed, prior, self.settings.start_noise)
+    def penalties(self, problem: InversionProblem) -> list[tuple[float, ModelPenalty]]:
+        """The distance of BatchNorm statistics, where the update holds any."""
+        if problem.config.priors.bn == 0:
+            return []
+        return [(problem.config.priors.bn, known_statistics(problem))]
+
+    def regularizers(self, problem: InversionProblem) -> list[tuple[float, Regularizer]]:
+        """Those of the configuration, and the distance from the prior image."""
+        settings, configured = self.settings, make_regularizers(problem)
+        # One image is determined by its update; the pull would only keep it from there.
+        if settings.prior_weight == 0 or settings.start != "prior" or problem.shape[0] == 1:
+            return configured
+        coordinates = problem.coordinates
+        prior = problem.target.data.normalize(self.start).to(problem.device, problem.dtype)
+        unit = PRINCIPAL_STEP if isinstance(coordinates, Principal) else 1.0
+        return [*configured, (settings.prior_weight, PriorDistance(coordinates, prior, unit))]
 
 
-def _loose_target(update: LocalUpdate) -> Target:
-    """The update as the engine's loop wants it; the matching does not look at its batches."""
-    return Target(
-        model=update.model,
-        data=update.data,
-        state_dict=dict(update.global_weights),
-        gradient=update.gradient,
-        train_mode=True,
-        batch_size=update.n_images,
-    )
-
-
-def _engine_config(settings: InversionSettings, joint: bool) -> InversionConfig:
-    return InversionConfig(
-        objective=settings.objective,
-        iterations=settings.iterations,
-        lr=settings.learning_rate,
-        warmup=settings.warmup,
-        signed=False,
-        tv=settings.tv_weight,
-        restarts=settings.restarts,
-        restarts_at_once=1,
-        joint_labels=joint,
-        hvp="exact",
-        # Losses of differently softened networks cannot be compared.
-        smallest_loss=settings.smoothing == 0,
-    )
+def known_statistics(problem: InversionProblem) -> AverageStatistics:
+    """What the running statistics of the update say of its batches, as a penalty."""
+    momentum = problem.target.local.bn_momentum
+    assert momentum is not None
+    known = {
+        name: (mean.to(problem.device, problem.dtype), variance.to(problem.device, problem.dtype))
+        for name, (mean, variance) in average_statistics(problem.target).items()
+    }
+    return AverageStatistics(known, momentum)
 
 
 def _run_own(
-    update: LocalUpdate,
+    target: Target,
     settings: InversionSettings,
     prior: torch.Tensor | None,
     public: torch.Tensor | None,
@@ -378,17 +234,13 @@ def _run_own(
     device: torch.device,
     progress: bool,
 ) -> UpdateReconstruction:
-    labels, source = _labels(update, settings)
-    config = _engine_config(settings, source == "joint")
-    inversion = UpdateInversion(
-        update,
-        labels,
-        settings,
-        config,
-        start=_start(update, settings, prior, seed),
-        public=public,
-        seed=seed,
-        device=device,
+    labels, source = _labels(target, settings)
+    statistics = target.running_after is not None and settings.bn_weight > 0
+    config = settings.config(statistics=statistics, joint_labels=source == "joint")
+    start = _start(target.data, target.batch_size, settings, prior, seed)
+    parts = UpdateParts(settings, start, public).parts()
+    inversion = Inversion(
+        target, labels, config, device=device, seed=seed, prior=start, parts=parts
     )
     found = inversion.run(progress=progress)
     return UpdateReconstruction(
@@ -399,45 +251,52 @@ def _run_own(
         method=settings.method,
         iterations=found.iterations,
         labels_from=source,
-        bn_statistics=inversion.matcher.known is not None,
+        bn_statistics=statistics,
         status=found.status,
         trace=found.trace,
     )
 
 
 def _final_losses(
-    inversion: UpdateInversion, images: torch.Tensor, labels: torch.Tensor
+    inversion: Inversion, images: torch.Tensor, labels: torch.Tensor
 ) -> dict[str, float]:
-    inputs = inversion.update.data.normalize(images).to(inversion.device, inversion.dtype)
-    inversion.matcher.simulation.width = 0.0
-    inversion.matcher(inputs, labels.to(inversion.device))
-    return dict(inversion.matcher.terms)
+    """The distances at the end, without their factors, through the network as it is."""
+    problem, matcher = inversion.problem, inversion.matcher.exact()
+    inputs = problem.target.data.normalize(images).to(problem.device, problem.dtype)
+    labels, weight = labels.to(problem.device), problem.config.matching.gradient_weight
+    losses = {}
+    if weight > 0:
+        losses["gradient"] = float(matcher.value(inputs, labels))
+    if problem.config.priors.bn > 0:
+        match = matcher(inputs, labels, weight=weight, penalty=known_statistics(problem))
+        assert match.penalty is not None
+        losses["bn"] = float(match.penalty)
+    return losses
 
 
 def _start(
-    update: LocalUpdate, settings: InversionSettings, prior: torch.Tensor | None, seed: int
+    data: DataSpec, n: int, settings: InversionSettings, prior: torch.Tensor | None, seed: int
 ) -> torch.Tensor:
-    """N x C x H x W in [0, 1]."""
-    shape = (update.n_images, *update.data.shape)
+    """n x C x H x W in [0, 1]."""
+    shape = (n, *data.shape)
     if settings.start == "prior":
         assert prior is not None
         return prior.expand(shape).clone()
     if settings.start == "random":
         return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
-    return update.data.denormalize(torch.zeros(shape))
+    return data.denormalize(torch.zeros(shape))
 
 
-def _labels(update: LocalUpdate, settings: InversionSettings) -> tuple[torch.Tensor, str]:
+def _labels(target: Target, settings: InversionSettings) -> tuple[torch.Tensor, str]:
     """Labels recovered from the update, and by which rule; or "joint" to optimise them.
 
     With several local steps the counts of each step are unknown, so labels are optimised;
     so they are where the update is too noisy for any to be recovered.
     """
-    target = _loose_target(update)
-    rule = "idlg" if update.n_images == 1 else "ilrg-robust"
-    joint = torch.zeros(update.n_images, dtype=torch.long), "joint"
+    rule = "idlg" if target.batch_size == 1 else "ilrg-robust"
+    joint = torch.zeros(target.batch_size, dtype=torch.long), "joint"
     if settings.labels == "joint" or (
-        settings.labels == "auto" and update.n_images > 1 and len(update.steps) > 1
+        settings.labels == "auto" and target.batch_size > 1 and target.local.steps > 1
     ):
         return joint
     try:
@@ -459,7 +318,7 @@ def _run_published(
     device: torch.device,
     progress: bool,
 ) -> UpdateReconstruction:
-    start = _start(update, settings, prior, seed)[0]
+    start = _start(update.data, update.n_images, settings, prior, seed)[0]
     attack = PublishedAttack(update, settings, prior=start, seed=seed, device=device)
     found = attack.run(progress)
     return UpdateReconstruction(
@@ -476,7 +335,7 @@ def _run_published(
 
 
 def _run_registered(
-    update: LocalUpdate,
+    target: Target,
     settings: InversionSettings,
     prior: torch.Tensor | None,
     seed: int,
@@ -484,14 +343,13 @@ def _run_registered(
     progress: bool,
 ) -> UpdateReconstruction:
     """An attack of stage 3 with its published setting, for the settings' iterations."""
-    target = target_from_update(update)
     attack = get_attack(settings.method)()
     options: dict[str, Any] = {}
     if isinstance(attack, OptimizationAttack):
-        attack.config = attack.config.changed(iterations=settings.iterations)
+        attack.config = settings.config_of(attack.config)
         if settings.start == "prior":
-            options["prior"] = _start(update, settings, prior, seed)
-    labels, source = _labels(update, dataclasses.replace(settings, labels="recovered"))
+            options["prior"] = _start(target.data, target.batch_size, settings, prior, seed)
+    labels, source = _labels(target, dataclasses.replace(settings, labels="recovered"))
     found = attack.reconstruct(
         target, labels=labels, device=device, seed=seed, progress=progress, **options
     )

@@ -12,6 +12,11 @@ It is kept as it behaves, not as it was meant, so that what it recovers can be c
 - the noise of its "energy" term is added to a copy that is thrown away;
 - the prior, in [0, 1], is fed to a network that was trained on normalised images.
 
+It keeps a loop of its own because it is another algorithm: it has no gradient of an objective
+to hand to `attack.loop.inversion`, its network drifts from iteration to iteration, and its
+result is the last iterate, stretched to the full range. It reads the update itself, since
+what it makes of the local training is wrong on purpose.
+
 Source: Hatamizadeh et al., Do Gradient Inversion Attacks Make Federated Learning Unsafe?,
 2022, https://arxiv.org/abs/2202.06924; described from the behaviour of its public code.
 """

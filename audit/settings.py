@@ -1,4 +1,10 @@
-"""The hyper-parameters of an inversion inside a federation: `config_inversion.json`."""
+"""The hyper-parameters of an inversion inside a federation: `config_inversion.json`.
+
+The file has the published flat keys. What they say in the terms of the attacks of stage 3 is
+said once, by `InversionSettings.config` and `InversionSettings.config_of`; the rest is the
+audit's own: which method, where the start and the variables come from (`audit.inversion`),
+the softening of ReLUs, the published attack's factors, and files.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from attack.settings import OBJECTIVES, InversionConfig
 from core.errors import InputError
 
 OWN_METHODS = ("full", "bn", "published")
@@ -103,14 +110,13 @@ class InversionSettings:
             InputError: With the key to change.
         """
         from attack.attacks import attack_names
-        from attack.matching.objectives import OBJECTIVES
 
         choices = {
             "method": (*OWN_METHODS, *attack_names()),
             "labels": LABEL_RULES,
             "start": STARTS,
             "coordinates": COORDINATES,
-            "objective": tuple(OBJECTIVES),
+            "objective": OBJECTIVES,
         }
         for key, known in choices.items():
             if getattr(self, key) not in known:
@@ -131,6 +137,41 @@ class InversionSettings:
         for key in ours + course + published:
             if not 0 <= getattr(self, key) < float("inf"):
                 raise InputError(f"{key} {getattr(self, key)}: must be a number not below 0")
+
+    def config(self, *, statistics: bool, joint_labels: bool) -> InversionConfig:
+        """The methods full and bn in the terms of the attacks of stage 3.
+
+        Args:
+            statistics: Whether the update's BatchNorm statistics are matched.
+            joint_labels: Whether labels are optimised with the images.
+
+        Raises:
+            InputError: Nothing is left to compare candidates by.
+        """
+        gradient_weight = self.gradient_weight if self.method == "full" else 0.0
+        if not statistics and gradient_weight == 0:
+            raise InputError("method bn: the update holds no BatchNorm statistics to match")
+        return InversionConfig(
+            objective=self.objective,
+            gradient_weight=gradient_weight,
+            hvp="exact",
+            joint_labels=joint_labels,
+            tv=self.tv_weight,
+            bn=self.bn_weight if statistics else 0.0,
+            bn_from_update=statistics,
+            iterations=self.iterations,
+            lr=self.learning_rate,
+            warmup=self.warmup,
+            signed=False,
+            restarts=self.restarts,
+            restarts_at_once=1,
+            # Losses of differently softened networks cannot be compared.
+            smallest_loss=self.smoothing == 0,
+        )
+
+    def config_of(self, published: InversionConfig) -> InversionConfig:
+        """A registered attack's published settings for as many iterations as are asked for."""
+        return published.changed(iterations=self.iterations)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a record."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,12 +10,12 @@ from functools import cached_property
 
 import torch
 
+from attack.priors.shared_statistics import recovered_statistics
 from core.data.specs import DataSpec
 from core.errors import InputError
 from core.models.architecture import Architecture
 from core.processes.distributed import shard_sizes
-from core.target import BatchStatistics, LocalTraining, Target
-from gradients.batch_statistics import statistics_from_running, values_per_channel
+from core.target import RUNNING_STATISTICS, LocalTraining, Target
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,16 @@ class LocalUpdate:
 
     @property
     def local(self) -> LocalTraining:
-        """The local SGD in the terms of stage 2."""
+        """The local SGD in the terms of stage 2, its images numbered as the site's are."""
         return LocalTraining(
             epochs=self.local_epochs,
             batches=math.ceil(self.n_images / self.batch_size),
             lr=self.learning_rate,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
+            proximal=self.proximal,
+            bn_momentum=self.bn_momentum,
+            order=tuple(map(tuple, self.steps)),
         )
 
     @cached_property
@@ -126,77 +130,59 @@ class LocalUpdate:
         return value.detach().float()
 
     @cached_property
-    def running_change(self) -> BatchStatistics | None:
-        """The batches' mean and unbiased variance per BatchNorm layer, from the update.
+    def running_after(self) -> dict[str, torch.Tensor] | None:
+        """BatchNorm's running statistics after local training, in float64.
 
-        After K steps the running value is (1 - m)^K r + sum_k m (1 - m)^(K-1-k) b_k: what
-        can be recovered is that weighted mean of the batches' statistics b_k. None if the
-        network has no BatchNorm, or its buffers were not sent.
+        None if the network has no BatchNorm, or its buffers were not sent.
+
+        Raises:
+            InputError: They are not finite.
         """
-        momentum = 1 - (1 - self.bn_momentum) ** len(self.steps)
-        names = [name for name in self.global_weights if _is_running(name)]
+        names = [name for name in self.global_weights if name.endswith(RUNNING_STATISTICS)]
         if not names or any(name not in self.weight_diff for name in names):
             return None
-        old = {name: self.global_weights[name].double() for name in names}
-        new = {name: old[name] + self.weight_diff[name].double() for name in names}
-        found = statistics_from_running(old, new, momentum)
-        if not all(torch.isfinite(m).all() and torch.isfinite(v).all() for m, v in found.values()):
+        after = {n: self.global_weights[n].double() + self.weight_diff[n].double() for n in names}
+        if not all(torch.isfinite(value).all() for value in after.values()):
             raise InputError("the update's BatchNorm statistics are not finite")
-        # Noise on the update can push a variance below zero.
-        return {name: (m.float(), v.clamp_min(0).float()) for name, (m, v) in found.items()}
-
-
-def _is_running(name: str) -> bool:
-    return name.endswith(("running_mean", "running_var"))
+        return after
 
 
 def target_from_update(update: LocalUpdate) -> Target:
-    """A target of stage 2 for the attacks of stage 3.
+    """The update as the target of an attack.
 
     The batch statistics of a single local step are recovered from the update; those of
-    several steps cannot be told apart and are left out.
+    several steps cannot be told apart, and only their average is known.
 
     Raises:
-        InputError: Local training that stage 2 has no words for: batches of unequal
-            size other than its own split, FedProx over several steps, or another order in
-            every epoch.
+        InputError: See `LocalUpdate.gradient` and `LocalUpdate.running_after`.
     """
-    local = update.local
-    sizes = [len(step) for step in update.steps]
-    if sizes != shard_sizes(update.n_images, local.batches) * local.epochs:
-        raise InputError(
-            f"{update.n_images} images in batches of {update.batch_size}: the attacks of stage 3 "
-            "split them evenly; choose method full, or a batch size that divides them"
-        )
-    if update.proximal and local.steps > 1:
-        raise InputError(
-            "the attacks of stage 3 do not know FedProx's proximal term, which counts from the "
-            "second local step on; choose method full"
-        )
-    if len(set(update.batch_order or ())) > 1:
-        raise InputError(
-            "the attacks of stage 3 know one order of the batches for all local epochs; "
-            "choose method full"
-        )
-    return Target(
+    target = Target(
         model=update.model,
         data=update.data,
         state_dict={name: value.clone() for name, value in update.global_weights.items()},
         gradient=update.gradient,
         train_mode=True,
         batch_size=update.n_images,
-        local=local,
-        bn_statistics=_whole_batch_statistics(update),
+        local=update.local,
+        running_after=update.running_after,
     )
+    if target.running_after is None or target.local.steps > 1:
+        return target
+    recovered = recovered_statistics(target)
+    batch = {name: (mean.float(), variance.float()) for name, (mean, variance) in recovered.items()}
+    return dataclasses.replace(target, bn_statistics=(batch,))
 
 
-def _whole_batch_statistics(update: LocalUpdate) -> tuple[BatchStatistics, ...] | None:
-    """Exact mean and biased variance of the only batch, as BatchNorm normalised with."""
-    change = update.running_change
-    if change is None or len(update.steps) > 1:
-        return None
-    model = update.model.skeleton().train()
-    with torch.device("meta"):
-        images = torch.zeros(update.n_images, *update.data.shape)
-    counts = values_per_channel(model, images)
-    return ({name: (m, v * (counts[name] - 1) / counts[name]) for name, (m, v) in change.items()},)
+def numbered_by_place(target: Target) -> Target:
+    """The same target, its images numbered by their places in the local batches.
+
+    Where every epoch has the same even batches, that leaves no order to state: for attacks
+    that look at even batches only.
+    """
+    local, n = target.local, target.batch_size
+    steps = local.order or ()
+    epoch = steps[: local.batches]
+    even = [len(step) for step in epoch] == shard_sizes(n, local.batches)
+    if not even or steps != epoch * local.epochs:
+        return target
+    return dataclasses.replace(target, local=dataclasses.replace(local, order=None))

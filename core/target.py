@@ -28,6 +28,13 @@ class LocalTraining:
         lr: Learning rate.
         momentum: SGD momentum.
         weight_decay: L2 penalty.
+        proximal: mu of FedProx: the local loss has mu/2 |theta - theta_0|^2 added.
+        bn_momentum: Momentum of BatchNorm's running statistics; None: each layer's own.
+        order: Numbers of the images of every local step, where they are no even split in
+            order: a data loader's last batch is short, and epochs may mix the images.
+
+    Raises:
+        InputError: `order` has another number of steps than the epochs and batches.
     """
 
     epochs: int = 1
@@ -35,6 +42,16 @@ class LocalTraining:
     lr: float = 0.1
     momentum: float = 0.0
     weight_decay: float = 0.0
+    proximal: float = 0.0
+    bn_momentum: float | None = None
+    order: tuple[tuple[int, ...], ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.order is not None and len(self.order) != self.steps:
+            raise InputError(
+                f"the order of the images has {len(self.order)} local steps, and {self.epochs} "
+                f"epochs of {self.batches} batches have {self.steps}"
+            )
 
     @property
     def steps(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -31,27 +31,48 @@ def collect_batch_statistics(model: nn.Module, images: torch.Tensor) -> BatchSta
     Returns:
         By module name: mean and biased variance per channel.
     """
-    found: BatchStatistics = {}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    hooks = [
-        layer.register_forward_pre_hook(partial(_measure, found, name))
-        for name, layer in batch_norm_layers(model).items()
-    ]
+    passes, close = observe_passes(model)
     try:
         # Cloned buffers take the update of the running statistics.
         torch.func.functional_call(model, buffers, (images,))
     finally:
+        close()
+    return passes[0] if passes else {}
+
+
+def observe_passes(
+    model: nn.Module, *, unbiased: bool = False
+) -> tuple[list[BatchStatistics], Callable[[], None]]:
+    """Measure what every forward pass has in front of every BatchNorm layer.
+
+    Args:
+        model: Every layer is passed once in each of its passes.
+        unbiased: Measure the unbiased variance.
+
+    Returns:
+        The means and variances of every pass, as they come, differentiable; and what
+        ends the observation.
+    """
+    passes: list[BatchStatistics] = []
+
+    def measure(name: str, layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if not passes or name in passes[-1]:
+            passes.append({})
+        features = inputs[0]
+        over = [dim for dim in range(features.dim()) if dim != 1]
+        passes[-1][name] = (features.mean(over), features.var(over, unbiased=unbiased))
+
+    hooks = [
+        layer.register_forward_pre_hook(partial(measure, name))
+        for name, layer in batch_norm_layers(model).items()
+    ]
+
+    def close() -> None:
         for hook in hooks:
             hook.remove()
-    return found
 
-
-def _measure(
-    found: BatchStatistics, name: str, layer: nn.Module, inputs: tuple[torch.Tensor, ...]
-) -> None:
-    features = inputs[0]
-    over = [dim for dim in range(features.dim()) if dim != 1]
-    found[name] = (features.mean(over), features.var(over, unbiased=False))
+    return passes, close
 
 
 def merge_batch_statistics(

@@ -109,7 +109,7 @@ def _our_keys(target: Target, builder: str) -> dict[str, Any]:
         "model": target.model.describe() | ({"builder": builder} if builder else {}),
         "data": target.data.to_dict(),
         "parameter_names": list(target.gradient),
-        "local_training": dataclasses.asdict(target.local),
+        "local_training": _local_keys(target.local),
         "shards": list(target.shards),
         "bn_statistics": None
         if statistics is None
@@ -118,6 +118,13 @@ def _our_keys(target: Target, builder: str) -> dict[str, Any]:
         "dropout_seed": target.dropout_seed,
         "running_after": target.running_after,
     }
+
+
+def _local_keys(local: LocalTraining) -> dict[str, Any]:
+    """The local SGD as plain values; what few clients do is left out where it was not done."""
+    defaults, rare = LocalTraining(), ("proximal", "bn_momentum", "order")
+    values = dataclasses.asdict(local)
+    return {k: v for k, v in values.items() if k not in rare or v != getattr(defaults, k)}
 
 
 def _free_layers(target: Target) -> list[str]:
@@ -186,7 +193,7 @@ def _parse_target(raw: Mapping[str, Any], build: Builder | None) -> Target:
         gradient=_gradient(raw, skeleton, model),
         train_mode=not raw.get("model_eval", False),
         batch_size=batch_size,
-        local=_local_training(raw),
+        local=_local_training(raw, batch_size),
         shards=shards,
         synchronized=synchronized,
         bn_statistics=_bn_statistics(raw, skeleton, 1 if synchronized else len(shards)),
@@ -350,21 +357,33 @@ def _stem_of(state_dict: Mapping[str, torch.Tensor]) -> str:
     return "cifar" if weight is not None and weight.shape[-1] == 3 else "imagenet"
 
 
-def _local_training(raw: Mapping[str, Any]) -> LocalTraining:
+def _local_training(raw: Mapping[str, Any], batch_size: int) -> LocalTraining:
     if raw.get("local_training") is not None:
-        local = LocalTraining(**raw["local_training"])
+        stated = dict(raw["local_training"])
+        order = _order(stated.pop("order", None), batch_size)
+        local = LocalTraining(**stated, order=order)
     else:
         # The original tools split the images into one batch per local iteration.
         args = raw.get("args")
         batches = int(getattr(args, "epochs", 1) or 1)
         local = LocalTraining(batches=batches, lr=float(getattr(args, "lr", 0.1) or 0.1))
-    numbers = (local.lr, local.momentum, local.weight_decay)
+    momentum = 0.1 if local.bn_momentum is None else local.bn_momentum
+    numbers = (local.lr, local.momentum, local.weight_decay, local.proximal, momentum)
     finite = all(isinstance(n, (int, float)) and 0 <= n < float("inf") for n in numbers)
-    if not finite or local.lr == 0:
+    if not finite or local.lr == 0 or not 0 < momentum <= 1:
         raise InputError("its local training has a learning rate, momentum or weight decay amiss")
     _count(local.epochs, "number of local epochs", 10**6)
     _count(local.batches, "number of local batches", MAX_BATCH_SIZE)
     return local
+
+
+def _order(stated: Any, batch_size: int) -> tuple[tuple[int, ...], ...] | None:
+    if stated is None:
+        return None
+    order = tuple(tuple(int(image) for image in step) for step in stated)
+    if any(not step or not 0 <= min(step) <= max(step) < batch_size for step in order):
+        raise InputError(f"its local steps do not use images 0 to {batch_size - 1} only")
+    return order
 
 
 def _bn_statistics(

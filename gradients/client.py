@@ -30,8 +30,8 @@ from gradients.local_update import (
     Placement,
     client_gradient,
     dropout_masks,
+    images_of_steps,
     local_sgd,
-    step_slices,
     trainable_parameters,
 )
 from gradients.private_gradient import PrivacySettings, private_gradient
@@ -220,7 +220,7 @@ class _Run:
         self.synchronized = settings.synchronized or len(self.shards) == 1
         self.dropout_seed = settings.dropout_seed if has_active_dropout(model) else None
         self.part = process.rank if process.world_size > 1 else None
-        self.slices = step_slices(len(inputs), settings.local, self.shards)
+        self.steps = images_of_steps(len(inputs), settings.local, self.shards)
         self.model = model
         if self.part is not None and self.synchronized:
             # A copy: whatever runs on the first process alone must not wait for others.
@@ -275,7 +275,7 @@ class _Run:
 
     def _statistics_of(self, part: int) -> BatchStatistics:
         with dropout_masks(self.dropout_seed, 0, part, self.inputs.device):
-            found = collect_batch_statistics(self.model, self.inputs[self.slices[0][part]])
+            found = collect_batch_statistics(self.model, self.inputs[self.steps[0][part]])
         return {name: (mean.cpu(), var.cpu()) for name, (mean, var) in found.items()}
 
 

@@ -21,6 +21,8 @@ from core.target import LocalTraining
 Parameters = dict[str, torch.Tensor]
 # Gradient of one local step at the given parameters, in their order.
 StepGradient = Callable[[Parameters, int], Sequence[torch.Tensor]]
+# Which of a client's images a step uses.
+Selection = slice | list[int]
 # Sums a list of gradients over the client's processes.
 Reduce = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
 
@@ -54,24 +56,30 @@ def own_parts(placement: Placement) -> Sequence[int]:
     return range(len(placement.shards) or 1) if placement.part is None else [placement.part]
 
 
-def step_slices(n: int, local: LocalTraining, shards: Sequence[int] = ()) -> list[list[slice]]:
+def images_of_steps(
+    n: int, local: LocalTraining, shards: Sequence[int] = ()
+) -> list[list[Selection]]:
     """Which images each local step uses, and how they are spread over processes.
 
     Args:
         n: Images of the client.
-        local: Its local SGD; every epoch passes over the same batches in order.
+        local: Its local SGD; without an order of its own, every epoch passes over the same
+            batches in order.
         shards: Images per process; several batches per epoch are each spread
             evenly over the processes.
 
     Returns:
-        Per step, per process: a slice of the client's images.
+        Per step, per process: which of the client's images.
 
     Raises:
-        InputError: A process would be left without images in some step.
+        InputError: A process would be left without images in some step, or the steps have
+            an order of their own and several processes.
     """
+    if local.order is not None:
+        return [[list(step)] for step in _checked_order(n, local.order, shards)]
     sizes = shard_sizes(n, local.batches)
     parts = len(shards) or 1
-    epoch = []
+    epoch: list[list[Selection]] = []
     for index, size in enumerate(sizes):
         start = sum(sizes[:index])
         spread = list(shards) if shards and local.batches == 1 else shard_sizes(size, parts)
@@ -85,6 +93,23 @@ def step_slices(n: int, local: LocalTraining, shards: Sequence[int] = ()) -> lis
     return epoch * local.epochs
 
 
+def _checked_order(
+    n: int, order: tuple[tuple[int, ...], ...], shards: Sequence[int]
+) -> tuple[tuple[int, ...], ...]:
+    if len(shards) > 1:
+        raise InputError("local steps with an order of their own run on one process")
+    if any(not step or not all(0 <= image < n for image in step) for step in order):
+        raise InputError(f"the order of the local steps does not name images 0 to {n - 1} only")
+    return order
+
+
+def n_selected(selection: Selection) -> int:
+    """How many images a selection holds."""
+    if isinstance(selection, slice):
+        return int(selection.stop) - int(selection.start)
+    return len(selection)
+
+
 def local_sgd(parameters: Parameters, local: LocalTraining, gradient: StepGradient) -> Parameters:
     """Run local SGD and return the update (theta_0 - theta_K) / (lr K).
 
@@ -94,19 +119,24 @@ def local_sgd(parameters: Parameters, local: LocalTraining, gradient: StepGradie
 
     Args:
         parameters: theta_0; not changed.
-        local: Steps, learning rate, momentum (as `torch.optim.SGD`, not Nesterov)
-            and weight decay.
+        local: Steps, learning rate, momentum (as `torch.optim.SGD`, not Nesterov),
+            weight decay and FedProx's proximal term.
         gradient: Gradient of step k at theta_k. If it is differentiable, so is the
             result.
 
     Returns:
         The update by parameter name, in the order of `parameters`.
+
+    Source: FedProx (Li et al. 2020), eq. 2, https://arxiv.org/abs/1812.06127.
     """
     current = list(parameters.values())
+    anchor = [p.detach() for p in current]
     velocity: list[torch.Tensor] | None = None
     total: list[torch.Tensor] | None = None
     for step in range(local.steps):
         direction = list(gradient(dict(zip(parameters, current, strict=True)), step))
+        if local.proximal:
+            direction = _add(direction, _add(current, anchor, -1.0), local.proximal)
         if local.weight_decay:
             direction = _add(direction, current, local.weight_decay)
         if local.momentum and velocity is not None:
@@ -194,7 +224,7 @@ def client_gradient(
     buffers: Mapping[str, torch.Tensor] | None = None,
 ) -> StepGradient:
     """The gradient of a client's loss at each of its local steps, see `unrolled_update`."""
-    slices = step_slices(len(images), local, placement.shards)
+    steps = images_of_steps(len(images), local, placement.shards)
     parts = own_parts(placement)
     moving = _copies(dict(model.named_buffers())) if buffers is None else buffers
 
@@ -202,8 +232,8 @@ def client_gradient(
         if not create_graph:
             # Without the cut, memory would grow with the number of steps.
             current = {name: p.detach().requires_grad_() for name, p in current.items()}
-        pieces = slices[step]
-        n_step = sum(p.stop - p.start for p in pieces)
+        pieces = steps[step]
+        n_step = sum(map(n_selected, pieces))
         total: list[torch.Tensor] | None = None
         for index in parts:
             piece = pieces[index]
@@ -215,7 +245,7 @@ def client_gradient(
                     list(current.values()),
                     images[piece],
                     labels[piece],
-                    (piece.stop - piece.start) / n_step,
+                    n_selected(piece) / n_step,
                     create_graph,
                 )
             total = share if total is None else _add(total, share, 1.0)

@@ -17,11 +17,13 @@ from gradients.local_update import (
     ONE_PROCESS,
     Parameters,
     Placement,
+    Selection,
     StepGradient,
     client_gradient,
     dropout_masks,
+    images_of_steps,
+    n_selected,
     own_parts,
-    step_slices,
 )
 
 # Per-sample gradients held at a time: their memory is this many copies of the model.
@@ -101,7 +103,7 @@ def private_gradient(
     Returns:
         To be run by `gradients.local_update.local_sgd`.
     """
-    slices = step_slices(len(images), local, placement.shards)
+    steps = images_of_steps(len(images), local, placement.shards)
     if privacy.clipping == BATCH:
         plain = client_gradient(model, images, labels, local, placement=placement, buffers=buffers)
 
@@ -114,24 +116,24 @@ def private_gradient(
         def clipped(current: Parameters, step: int) -> Sequence[torch.Tensor]:
             total = [torch.zeros_like(p) for p in current.values()]
             for index in own_parts(placement):
-                piece = slices[step][index]
+                piece = steps[step][index]
                 with dropout_masks(placement.dropout_seed, step, index, images.device):
                     shard = clipped_gradient_sum(
                         model, current, fixed, images[piece], labels[piece], privacy.max_norm
                     )
                 total = [t + s for t, s in zip(total, shard, strict=True)]
             summed = total if placement.reduce is None else placement.reduce(total)
-            return [g / _step_size(slices[step]) for g in summed]
+            return [g / _step_size(steps[step]) for g in summed]
 
     def noisy(current: Parameters, step: int) -> Sequence[torch.Tensor]:
-        std = privacy.noise_std(_step_size(slices[step]))
+        std = privacy.noise_std(_step_size(steps[step]))
         return add_noise(clipped(current, step), std, generator)
 
     return noisy
 
 
-def _step_size(pieces: Sequence[slice]) -> int:
-    return sum(piece.stop - piece.start for piece in pieces)
+def _step_size(pieces: Sequence[Selection]) -> int:
+    return sum(map(n_selected, pieces))
 
 
 def clipped_gradient_sum(

@@ -8,9 +8,11 @@ import torch
 from attack.attacks.base import register_attack
 from attack.attacks.optimisation import OptimizationAttack
 from attack.knowledge.threat_models import Capability
-from attack.loop.inversion import Inversion
+from attack.loop.inversion import Inversion, Parts
+from attack.loop.loss_terms import make_regularizers
+from attack.loop.problem import InversionProblem
 from attack.metrics import assign
-from attack.priors.regularizers import EpochOrderPrior
+from attack.priors.regularizers import EpochOrderPrior, Regularizer
 from attack.reconstruction import Reconstruction
 from attack.settings import InversionConfig
 from core.errors import InputError
@@ -104,6 +106,11 @@ class DataLeakageFedAvg(OptimizationAttack):
             gradient_weight=self.config.matching.gradient_weight * target.local.steps
         )
         order = EpochOrderPrior(epochs, target.data.shape[0], seed)
+
+        def regularizers(problem: InversionProblem) -> list[tuple[float, Regularizer]]:
+            tied = [(self.order_weight, order)] if epochs > 1 else []
+            return [*make_regularizers(problem), *tied]
+
         inversion = Inversion(
             one_long_epoch(target),
             labels.repeat(epochs),
@@ -112,7 +119,7 @@ class DataLeakageFedAvg(OptimizationAttack):
             seed=seed,
             prior=None if prior is None else prior.repeat(epochs, 1, 1, 1),
             first_restart=first_restart,
-            regularizers=[(self.order_weight, order)] if epochs > 1 else [],
+            parts=Parts(regularizers=regularizers),
         )
         found = inversion.run(**run)
         found.images = average_of_epochs(found.images, epochs)
@@ -124,9 +131,14 @@ def one_long_epoch(target: Target) -> Target:
     """The same update, as of one epoch over `epochs` times as many images.
 
     Raises:
-        InputError: The local batches differ in size.
+        InputError: The local batches differ in size, or epochs mix the images.
     """
     local = target.local
+    if local.order is not None:
+        raise InputError(
+            "--attack data-leakage-fedavg: it does not know which images share which local "
+            "steps, and this target states it"
+        )
     if target.batch_size % local.batches:
         raise InputError(
             f"--attack data-leakage-fedavg: {target.batch_size} images do not make "

@@ -58,7 +58,8 @@ def parts_of(target: Target) -> list[int]:
     """Sizes of the parts of the batch between which a label's place matters."""
     if target.train_mode and not target.synchronized and target.local.batches == 1:
         return list(target.shards)
-    if target.local.batches > 1 and len(target.shards) == 1:
+    even = target.local.order is None
+    if even and target.local.batches > 1 and len(target.shards) == 1:
         return shard_sizes(target.batch_size, target.local.batches)
     return [target.batch_size]
 

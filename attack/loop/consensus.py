@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from attack.loop.problem import InversionProblem
     from attack.loop.restarts import Restart, Starter
     from attack.loop.state import Progress
-    from attack.matching.matcher import GradientMatcher
+    from attack.matching.match import Matcher
     from attack.settings import InversionConfig
 
 
@@ -38,7 +38,7 @@ class Consensus:
     def __init__(
         self,
         problem: InversionProblem,
-        matcher: GradientMatcher,
+        matcher: Matcher,
         starter: Starter,
         progress: Progress,
     ) -> None:

@@ -7,8 +7,9 @@ each process holds its own images of the batch (see `attack.matching.matcher`).
     attack.loop.problem      what all parts look at
     attack.loop.restarts     starts, their best iterates, divergences, successive halving
     attack.loop.race       starts that compete for the iterations of one
-    attack.loop.loss_terms        objective, regularisers and penalties of a configuration
-    attack.evaluation   their values and gradients, for one restart or several at once
+    attack.loop.parts         what may be exchanged: variables, matcher, priors, starts
+    attack.loop.loss_terms    objective, regularisers and penalties of a configuration
+    attack.loop.weighted_loss their values and gradients, for one restart or several at once
     attack.loop.consensus       group consistency and E2EGI's stages
     attack.matching.acceleration faster passes, where asked for
     attack.loop.step     direction, learning rate, noise, box
@@ -21,9 +22,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -31,20 +31,17 @@ from tqdm import tqdm
 from attack.knowledge.known_defenses import Adaptation, adapt
 from attack.loop.consensus import Consensus
 from attack.loop.loss_terms import make_objective, running_statistics
+from attack.loop.parts import Parts
 from attack.loop.polish import polish
 from attack.loop.problem import InversionProblem
 from attack.loop.race import LARGEST_SHARE, SHARE_BESIDE_HALVING, plan_race
-from attack.loop.restarts import Restart, Starter, best_of, thin_out
+from attack.loop.restarts import Restart, best_of, thin_out
 from attack.loop.state import Progress, StateFile
 from attack.loop.step import Stepper, scheduled_rate
 from attack.loop.stopping import Stopping
 from attack.loop.weighted_loss import WeightedLoss
-from attack.matching.acceleration import AcceleratedMatcher, product_precision
-from attack.matching.clipping import CLIPPED_FROM
-from attack.matching.matcher import GradientMatcher
+from attack.matching.acceleration import product_precision
 from attack.matching.replica import Replica
-from attack.priors.coordinates import Coordinates, make_coordinates
-from attack.priors.regularizers import Regularizer
 from attack.reconstruction import Reconstruction
 from attack.settings import RANDOM_STARTS, InversionConfig, setting_error
 from core.processes import distributed
@@ -52,6 +49,7 @@ from core.target import Target
 
 __all__ = [
     "Inversion",
+    "Parts",
     "Report",
     "Restart",
     "Snapshot",
@@ -63,6 +61,8 @@ __all__ = [
 Snapshot = Callable[[int, torch.Tensor], None]
 # Called with the iteration and the smallest objective so far; may raise to stop the attack.
 Report = Callable[[int, float], None]
+
+DEFAULT_PARTS = Parts()
 
 
 class Inversion:
@@ -77,7 +77,7 @@ class Inversion:
             same restart is the same whatever else runs beside it.
         prior: Images to start from (N x C x H x W in [0, 1]) instead of `config.starts.start`.
         first_restart: Number of the first restart, where others run elsewhere.
-        regularizers: Weighted penalties on the images beside those of `config`.
+        parts: How its parts are made; by default as `config` says.
 
     Raises:
         InputError: A configuration that does not fit the target.
@@ -93,13 +93,12 @@ class Inversion:
         seed: int = 0,
         prior: torch.Tensor | None = None,
         first_restart: int = 0,
-        regularizers: Sequence[tuple[float, Regularizer]] = (),
+        parts: Parts = DEFAULT_PARTS,
     ) -> None:
         _check(target, config, prior)
-        self.adaptation = (
-            adapt(target, config) if config.matching.adaptive else Adaptation.none(target, config)
-        )
-        config = self.adaptation.config
+        knows = config.matching.adaptive
+        adaptation = adapt(target, config) if knows else Adaptation.none(target, config)
+        config = adaptation.config
         random = prior is None and config.starts.start in RANDOM_STARTS
         halved = config.starts.halving and config.starts.restarts > 1
         self.race = plan_race(
@@ -111,37 +110,25 @@ class Inversion:
         self.target, self.config, self.device = target, config, device
         self.dtype = torch.float64 if config.matching.double else torch.float32
         self.replica = Replica(target, device, self.dtype)
-        self.matcher = self._make_matcher()
-        self.coordinates = self._make_coordinates()
         self.problem = InversionProblem(
-            target, config, self.replica, labels[self.replica.share].to(device),
-            self.coordinates, device, self.dtype,
+            target, config, adaptation, self.replica, labels[self.replica.share].to(device),
+            parts.coordinates(target, config, device, self.dtype), device, self.dtype,
         )  # fmt: skip
+        self.matcher = parts.matcher(self.problem)
         self.progress = Progress()
-        self.starter = self._make_starter(seed, prior)
-        self.evaluation = WeightedLoss(self.problem, self.matcher, regularizers)
+        self.starter = parts.starter(self.problem, seed, prior)
+        self.evaluation = WeightedLoss(
+            self.problem,
+            self.matcher,
+            parts.penalties(self.problem),
+            parts.regularizers(self.problem),
+        )
         self.consensus = Consensus(self.problem, self.matcher, self.starter, self.progress)
         self.stepper = Stepper(self.problem, self.evaluation, self.starter, self.progress)
         self.stopping = Stopping(self.problem, self.progress)
         last = first_restart + config.starts.restarts
         numbers = range(first_restart * self.race.starts, last * self.race.starts)
         self.restarts = [self.starter.start(n, self.race.amplitude(n)) for n in numbers]
-
-    # -- What other kinds of targets replace -----------------------------------------
-
-    def _make_matcher(self) -> GradientMatcher:
-        objective = make_objective(self.config, len(self.target.gradient))
-        objective, hvp = self.adaptation.objective(objective), self.config.matching.hvp
-        if not self.config.speed.changes_passes:
-            return GradientMatcher(self.replica, objective, hvp)
-        return AcceleratedMatcher(self.replica, objective, hvp, self.config.speed)
-
-    def _make_coordinates(self) -> Coordinates:
-        size = (self.target.data.shape[1], self.target.data.shape[2])
-        return make_coordinates(self.config.optimiser.coordinates, size, self.device, self.dtype)
-
-    def _make_starter(self, seed: int, prior: torch.Tensor | None) -> Starter:
-        return Starter(self.problem, seed, prior)
 
     # -- Running ------------------------------------------------------------------
 
@@ -212,7 +199,10 @@ class Inversion:
 
     def _iterate(self, iteration: int) -> None:
         """One iteration of every restart."""
-        self._begin_clipping(iteration)
+        if self.matcher.at(iteration, self.config.optimiser.iterations):
+            # Values of another objective are no measure.
+            for restart in self.restarts:
+                restart.smallest = restart.best_value = math.inf
         restarts = self.race.thin_out(self.restarts, iteration)
         restarts = thin_out(restarts, iteration, self.config)
         self.restarts = self.consensus.advance(restarts, iteration)
@@ -220,18 +210,6 @@ class Inversion:
         together = self.evaluation.together(self.restarts)
         for restart in self.restarts:
             self.stepper.step(restart, iteration, consensus, together.get(restart.index))
-
-    def _begin_clipping(self, iteration: int) -> None:
-        """Clip the candidates' images like the client's, once they have taken shape."""
-        first = int(CLIPPED_FROM * self.config.optimiser.iterations)
-        if self.adaptation.sample_norm is None or iteration < first:
-            return
-        if self.matcher.clipping is None:
-            self.matcher.clipping = self.adaptation.clipping(self.replica)
-        if iteration == first:
-            # Values of another objective are no measure.
-            for restart in self.restarts:
-                restart.smallest = restart.best_value = math.inf
 
     def _state(self, path: Path) -> StateFile:
         return StateFile(path, self.problem, self.matcher, self.starter, self.progress)
@@ -266,6 +244,7 @@ class Inversion:
     def _result(self, status: str) -> Reconstruction:
         best = best_of(self.restarts)
         labels = self.problem.labels if best.best_labels is None else best.best_labels
+        adaptation = self.problem.adaptation
         return Reconstruction(
             images=self.problem.images(best),
             labels=self.problem.whole(labels).cpu(),
@@ -278,17 +257,10 @@ class Inversion:
                 "restart": best.index,
                 "restart_objectives": {str(r.index): r.best_value for r in self.restarts},
                 "events": self.progress.events,
-                "hvp_agreement": self.matcher.agreement,
-                "hvp_step": self.matcher.step,
-                **self._acceleration_notes(),
-                **({"adaptations": self.adaptation.notes} if self.config.matching.adaptive else {}),
+                **self.matcher.details(),
+                **({"adaptations": adaptation.notes} if self.config.matching.adaptive else {}),
             },
         )
-
-    def _acceleration_notes(self) -> dict[str, Any]:
-        if not isinstance(self.matcher, AcceleratedMatcher):
-            return {}
-        return {"acceleration": self.matcher.notes}
 
 
 def _check(target: Target, config: InversionConfig, prior: torch.Tensor | None) -> None:

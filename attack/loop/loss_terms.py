@@ -36,9 +36,9 @@ def make_objective(config: InversionConfig, n_parameters: int) -> Objective:
     return LayerWeighted(objective, layer_weights(n_parameters, config.matching.layers))
 
 
-def make_regularizers(config: InversionConfig) -> list[tuple[float, Regularizer]]:
+def make_regularizers(problem: InversionProblem) -> list[tuple[float, Regularizer]]:
     """Weighted penalties on the images alone."""
-    priors = config.priors
+    priors = problem.config.priors
     weighted = [
         (priors.tv, TOTAL_VARIATIONS[priors.tv_kind]()),
         (priors.input_norm, InputNorm()),

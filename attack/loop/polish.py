@@ -6,16 +6,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from attack.matching.matcher import GradientMatcher
-
 if TYPE_CHECKING:
     from attack.loop.problem import InversionProblem
     from attack.loop.restarts import Restart
+    from attack.matching.match import Matcher
 
 
-def polish(
-    restart: Restart, problem: InversionProblem, matcher: GradientMatcher, iteration: int
-) -> None:
+def polish(restart: Restart, problem: InversionProblem, matcher: Matcher, iteration: int) -> None:
     """Improve a restart's best iterate with exact gradients, without any prior.
 
     Args:
@@ -30,7 +27,7 @@ def polish(
     # Every process takes the same steps of the whole batch; its share of the
     # gradient alone would give each its own curvature.
     variable = problem.whole(restart.best_inputs).clone().requires_grad_()
-    exact = GradientMatcher(problem.replica, matcher.objective, "exact", clipping=matcher.clipping)
+    exact = matcher.exact()
     iterations = problem.config.optimiser.polish
     optimizer = torch.optim.LBFGS(
         [variable], max_iter=iterations, max_eval=5 * iterations,

@@ -10,6 +10,7 @@ import torch
 from core.processes import distributed
 
 if TYPE_CHECKING:
+    from attack.knowledge.known_defenses import Adaptation
     from attack.loop.restarts import Restart
     from attack.matching.replica import Replica
     from attack.priors.coordinates import Coordinates
@@ -24,6 +25,7 @@ class InversionProblem:
     Attributes:
         target: What was shared.
         config: Hyper-parameters.
+        adaptation: What is done about the client's stated defenses.
         replica: The client's computation for this process's images.
         labels: n labels of this process's images.
         coordinates: What is optimised in place of pixels.
@@ -33,6 +35,7 @@ class InversionProblem:
 
     target: Target
     config: InversionConfig
+    adaptation: Adaptation
     replica: Replica
     labels: torch.Tensor
     coordinates: Coordinates

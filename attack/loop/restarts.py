@@ -113,12 +113,19 @@ class Starter:
         seed: Restart r uses `seed` and r only, so that the same restart is the same
             whatever else runs beside it.
         prior: Images to start from (N x C x H x W in [0, 1]) instead of `config.starts.start`.
+        noise: Standard deviation of grey noise of each restart's own on its start (network
+            inputs), without which the images of a batch that starts from one prior could
+            not become different; None: no such noise.
     """
 
     def __init__(
-        self, problem: InversionProblem, seed: int, prior: torch.Tensor | None = None
+        self,
+        problem: InversionProblem,
+        seed: int,
+        prior: torch.Tensor | None = None,
+        noise: float | None = None,
     ) -> None:
-        self.problem, self.seed, self.prior = problem, seed, prior
+        self.problem, self.seed, self.prior, self.noise = problem, seed, prior, noise
         self.config = problem.config
 
     def start(self, index: int, amplitude: float = 1.0) -> Restart:
@@ -139,6 +146,12 @@ class Starter:
 
     def first_inputs(self, generator: torch.Generator) -> torch.Tensor:
         """Network inputs of the whole batch, so that any sharding starts alike."""
+        inputs = self._drawn(generator)
+        if self.noise is None:
+            return inputs
+        return inputs + self.noise * torch.randn(inputs[:, :1].shape, generator=generator)
+
+    def _drawn(self, generator: torch.Generator) -> torch.Tensor:
         shape, data = self.problem.shape, self.problem.target.data
         if self.prior is not None:
             return data.normalize(self.prior)

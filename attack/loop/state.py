@@ -14,7 +14,7 @@ from core.storage import load_checkpoint, save_checkpoint
 
 if TYPE_CHECKING:
     from attack.loop.problem import InversionProblem
-    from attack.matching.matcher import GradientMatcher
+    from attack.matching.match import Matcher
 
 
 @dataclass
@@ -67,7 +67,7 @@ class StateFile:
         self,
         path: Path,
         problem: InversionProblem,
-        matcher: GradientMatcher,
+        matcher: Matcher,
         starter: Starter,
         progress: Progress,
     ) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from attack.loop.restarts import Restart, Starter
     from attack.loop.state import Progress
     from attack.loop.weighted_loss import WeightedLoss
-    from attack.matching.matcher import Match
+    from attack.matching.match import Match
     from attack.settings import InversionConfig
 
 

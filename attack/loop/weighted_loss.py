@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from attack.loop.loss_terms import make_penalties, make_regularizers
 from attack.priors.regularizers import GroupConsistency, ModelPenalty, Regularizer, weighted_penalty
 from core.processes import distributed
 
 if TYPE_CHECKING:
     from attack.loop.problem import InversionProblem
     from attack.loop.restarts import Restart
-    from attack.matching.matcher import GradientMatcher, Match
+    from attack.matching.match import Match, Matcher
+    from attack.matching.matcher import Match
 
 logger = logging.getLogger(__name__)
 
@@ -30,18 +30,19 @@ class WeightedLoss:
     Args:
         problem: What is inverted.
         matcher: The gradient loss.
-        regularizers: Weighted penalties on the images beside those of the configuration.
+        penalties: Weighted penalties on what the model shows of the candidates.
+        regularizers: Weighted penalties on the images alone.
     """
 
     def __init__(
         self,
         problem: InversionProblem,
-        matcher: GradientMatcher,
-        regularizers: Sequence[tuple[float, Regularizer]] = (),
+        matcher: Matcher,
+        penalties: Sequence[tuple[float, ModelPenalty]],
+        regularizers: Sequence[tuple[float, Regularizer]],
     ) -> None:
         self.problem, self.matcher, self.config = problem, matcher, problem.config
-        self.regularizers = [*make_regularizers(problem.config), *regularizers]
-        self.penalties = make_penalties(problem)
+        self.penalties, self.regularizers = list(penalties), list(regularizers)
         # Made once: a compiled pass knows its penalty by identity.
         self._penalty = self._weighted_penalty()
         self._most_at_once: int | None = None

@@ -33,15 +33,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from attack.matching.clipping import SampleClipping
+from attack.matching.match import Match, Penalty, Tensors, filled, fresh_variables
 from attack.matching.matcher import (
     ACCEPTED_COSINE,
     STEP_SIZES,
     GradientMatcher,
-    Match,
-    Penalty,
     cosine_of_images,
-    filled,
-    fresh_variables,
 )
 from attack.matching.objectives import Objective
 from attack.matching.replica import Replica, laid_out_as
@@ -51,7 +49,6 @@ from core.processes import distributed
 
 logger = logging.getLogger(__name__)
 
-Tensors = list[torch.Tensor]
 # A pass as a function of tensors alone.
 Pass = Callable[..., Tensors]
 
@@ -106,6 +103,8 @@ class AcceleratedMatcher(GradientMatcher):
         objective: Distance between gradients.
         hvp: As of `GradientMatcher`; "auto" keeps checking.
         speed: What to speed up.
+        clipping: As of `GradientMatcher`.
+        clipped_from: Likewise.
 
     Attributes:
         notes: What ran and what was given up, as plain values for a record.
@@ -119,7 +118,13 @@ class AcceleratedMatcher(GradientMatcher):
     """
 
     def __init__(
-        self, replica: Replica, objective: Objective, hvp: str, speed: SpeedSettings
+        self,
+        replica: Replica,
+        objective: Objective,
+        hvp: str,
+        speed: SpeedSettings,
+        clipping: SampleClipping | None = None,
+        clipped_from: float = 0.0,
     ) -> None:
         self.device_type = replica.target_gradient[0].device.type
         speed.check_device(self.device_type)
@@ -127,7 +132,7 @@ class AcceleratedMatcher(GradientMatcher):
         if speed.channels_last:
             replica.lay_out(torch.channels_last)
         # A factored pass replaces layers while it runs; a graph has them all.
-        super().__init__(replica, objective, hvp, factor=not speed.traced)
+        super().__init__(replica, objective, hvp, not speed.traced, clipping, clipped_from)
         self.speed = speed
         self.traced, self.precision = speed.traced, speed.precision
         if speed.lowered:
@@ -151,6 +156,10 @@ class AcceleratedMatcher(GradientMatcher):
             "channels_last": self.replica.layout == torch.channels_last,
             "events": self.events,
         }
+
+    def details(self) -> dict[str, Any]:
+        """See `GradientMatcher`; and what was sped up."""
+        return {**super().details(), "acceleration": self.notes}
 
     def state_dict(self) -> dict[str, Any]:
         """See `GradientMatcher`."""

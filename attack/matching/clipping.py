@@ -36,11 +36,7 @@ class SampleClipping:
     ) -> None:
         self.max_norm = max_norm
         self.batch_size = batch_size
-        self._model = model
-        held = dict(model.named_parameters())
-        self._shared = {name: held[name].detach() for name in names}
-        others = {n: p.detach() for n, p in held.items() if n not in self._shared}
-        self._fixed = others | dict(model.named_buffers())
+        self._model, self._names = model, list(names)
 
     def mean_gradient(self, inputs: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
         """This process's part of the mean, by shared parameter.
@@ -50,7 +46,9 @@ class SampleClipping:
             labels: n class indices, or n x classes label logits.
         """
         classes = labels.softmax(-1) if labels.is_floating_point() else labels
-        total = clipped_gradient_sum(
-            self._model, self._shared, self._fixed, inputs, classes, self.max_norm
-        )
+        held = {name: p.detach() for name, p in self._model.named_parameters()}
+        shared = {name: held[name] for name in self._names}
+        others = {n: p for n, p in held.items() if n not in shared}
+        fixed = others | dict(self._model.named_buffers())
+        total = clipped_gradient_sum(self._model, shared, fixed, inputs, classes, self.max_norm)
         return [t / self.batch_size for t in total]

@@ -33,6 +33,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attack.matching.freed_memory import return_freed_memory
 from attack.matching.late_layers import Factored, find_layers, saves_sweeps
+from attack.matching.match import (
+    Match,
+    Penalty,
+    Tensors,
+    filled,
+    fresh_variables,
+    match_of,
+    penalty_gradient,
+    pulled_back,
+)
 from attack.matching.objectives import (
     Objective,
     Products,
@@ -50,16 +60,11 @@ from attack.matching.switches import (
 from attack.settings import HVP_MODES, setting_error
 from core.errors import InputError
 from core.processes import distributed
-from gradients.local_update import unrolled_update
 
 if TYPE_CHECKING:
     from attack.matching.clipping import SampleClipping
 
 logger = logging.getLogger(__name__)
-
-Tensors = list[torch.Tensor]
-# A penalty on what the forward pass shows beside the logits (BatchNorm statistics).
-Penalty = Callable[[], torch.Tensor]
 
 # Relative size of the parameter perturbation to try, best first, by precision.
 STEP_SIZES = {
@@ -72,27 +77,6 @@ CHECK_EVERY = 250
 CALIBRATED_VALUES = 1 << 18
 # Calls that do not try factored gradients after one whose products had lost their digits.
 CALLS_WITHOUT_FACTORS = 20
-
-
-@dataclass
-class Match:
-    """One evaluation of the objective.
-
-    Attributes:
-        value: The objective, a scalar in float64.
-        input_gradient: Derivative of `weight * objective + penalty` in this
-            process's network inputs.
-        label_gradient: The same in the label logits, where labels are optimised.
-        penalty: Value of the penalty; None without one.
-        penalty_gradient: The penalty's own part, where it was asked for apart; then it
-            is not in `input_gradient`.
-    """
-
-    value: torch.Tensor
-    input_gradient: torch.Tensor
-    label_gradient: torch.Tensor | None = None
-    penalty: torch.Tensor | None = None
-    penalty_gradient: torch.Tensor | None = None
 
 
 @dataclass
@@ -146,6 +130,7 @@ class GradientMatcher:
         factor: Keep late layers' gradients as products (see `attack.matching.late_layers`).
         clipping: What the client's per-sample clipping does to a candidate; None: it
             does not clip.
+        clipped_from: Share of the iterations before a candidate is clipped.
 
     Raises:
         InputError: Unknown `hvp`.
@@ -162,13 +147,15 @@ class GradientMatcher:
         hvp: str = "auto",
         factor: bool = True,
         clipping: SampleClipping | None = None,
+        clipped_from: float = 0.0,
     ) -> None:
         if hvp not in HVP_MODES:
             raise setting_error(f"{{hvp}} {hvp}: choose one of {', '.join(HVP_MODES)}")
         self.replica = replica
         self.objective = objective
         self.hvp = hvp
-        self.clipping = clipping
+        self._clips, self._clipped_from = clipping, clipped_from
+        self.clipping = clipping if clipped_from == 0 else None
         self.factor = factor
         self.calls = 0
         self.agreement: float | None = None
@@ -306,13 +293,32 @@ class GradientMatcher:
         """h such that h times a seed of this length is `step` times as long as theta."""
         return step * self._theta_norm / max(length, 1e-30)
 
+    def at(self, iteration: int, iterations: int) -> bool:
+        """Clip the candidates' images like the client's, once they have taken shape.
+
+        See `attack.matching.match.Matcher`.
+        """
+        first = int(self._clipped_from * iterations)
+        if self._clips is None or iteration < first:
+            return False
+        self.clipping = self._clips
+        return iteration == first
+
+    def exact(self) -> GradientMatcher:
+        """A matcher of the same objective, clipped as this one is now, by two backward passes."""
+        return GradientMatcher(self.replica, self.objective, "exact", clipping=self.clipping)
+
+    def details(self) -> dict[str, Any]:
+        """How well differences agreed with the exact derivative, and their step."""
+        return {"hvp_agreement": self.agreement, "hvp_step": self.step}
+
     def value(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The objective alone, a scalar in float64."""
         inputs = self._laid_out(inputs)
         if self.clipping is not None:
             gradient = self.clipping.mean_gradient(inputs, labels)
         elif self.replica.local.steps > 1:
-            gradient = self._update(inputs, labels, create_graph=False)
+            gradient = self.replica.update(inputs, labels, create_graph=False)
         else:
             loss = self.replica.loss(self.replica.model, inputs, labels)
             gradient = list(torch.autograd.grad(loss, self.replica.parameters))
@@ -324,18 +330,6 @@ class GradientMatcher:
                 f"--multiprocessing-distributed: the target comes from {self.replica.local.steps} "
                 "local steps, whose batch cannot be sharded; add --spread restarts"
             )
-
-    def _update(self, inputs: torch.Tensor, labels: torch.Tensor, create_graph: bool) -> Tensors:
-        """The update after the client's local steps, unrolled."""
-        update = unrolled_update(
-            self.replica.model,
-            inputs,
-            labels.softmax(-1) if labels.is_floating_point() else labels,
-            self.replica.local,
-            create_graph=create_graph,
-            placement=self.replica.placement,
-        )
-        return [update[name] for name in self.replica.names]
 
     def _calibrate(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
         """Choose the step whose difference agrees with the second backward pass."""
@@ -406,7 +400,7 @@ class GradientMatcher:
         # Fused attention kernels have no second derivative.
         with sdpa_kernel(SDPBackend.MATH), TwiceDifferentiable(), around:
             if self.replica.local.steps > 1:
-                gradient = self._update(*filled(variables, labels), create_graph=True)
+                gradient = self.replica.update(*filled(variables, labels), create_graph=True)
             else:
                 loss = self.replica.loss(self.replica.model, *filled(variables, labels))
                 gradient = list(
@@ -416,10 +410,10 @@ class GradientMatcher:
         outputs = gradient
         cotangents = seed if weight == 1 else list(torch._foreach_mul(seed, weight))
         extra = None if observe is None else observe()
-        alone = _penalty_gradient(extra, variables[0]) if apart else None
+        alone = penalty_gradient(extra, variables[0]) if apart else None
         if extra is not None and not apart:
             outputs, cotangents = [*outputs, extra], [*cotangents, torch.ones_like(extra)]
-        return _match(value, _pulled_back(outputs, cotangents, variables), extra, alone)
+        return match_of(value, pulled_back(outputs, cotangents, variables), extra, alone)
 
     def _clipped(
         self,
@@ -435,16 +429,16 @@ class GradientMatcher:
         with sdpa_kernel(SDPBackend.MATH), TwiceDifferentiable():
             gradient = self.clipping.mean_gradient(*filled(variables, labels))
         value, seed = self._value_and_seed(_detached(gradient))
-        result = _pulled_back(gradient, list(torch._foreach_mul(seed, weight)), variables)
+        result = pulled_back(gradient, list(torch._foreach_mul(seed, weight)), variables)
         if penalty is None:
-            return _match(value, result, None, None)
+            return match_of(value, result, None, None)
         observe = penalty(self.replica.model)
         self.replica.model(variables[0])
         extra = observe()
         (alone,) = torch.autograd.grad(extra, variables[0])
         if not apart:
             result[0] = result[0] + alone
-        return _match(value, result, extra, alone if apart else None)
+        return match_of(value, result, extra, alone if apart else None)
 
     def _difference(
         self,
@@ -463,7 +457,7 @@ class GradientMatcher:
         with first.moved:
             loss = self.replica.loss(self._perturbed, *filled(variables, labels))
             extra = None if observe is None else observe()
-            alone = _penalty_gradient(extra, variables[0]) if apart else None
+            alone = penalty_gradient(extra, variables[0]) if apart else None
             # The penalty rides along in the second pass; that it is taken at slightly
             # moved parameters changes it in the fifth digit.
             total = loss * (weight / first.h)
@@ -472,7 +466,7 @@ class GradientMatcher:
             at_moved = torch.autograd.grad(total, variables)
         pairs = zip(first.at_theta, at_moved, strict=True)
         result = [b.sub_(a, alpha=weight / first.h) for a, b in pairs]
-        return _match(first.value, result, extra, alone)
+        return match_of(first.value, result, extra, alone)
 
     def _first_pass(self, inputs: torch.Tensor, labels: torch.Tensor, step: float) -> _FirstPass:
         """The pass at theta, with every parameter's gradient."""
@@ -626,48 +620,6 @@ def _sharing_copy(model: nn.Module) -> nn.Module:
 
 def _detached(tensors: Tensors) -> Tensors:
     return [t.detach() for t in tensors]
-
-
-def fresh_variables(inputs: torch.Tensor, labels: torch.Tensor) -> Tensors:
-    """Fresh leaves of what is optimised: the inputs, and labels if they are logits."""
-    wanted = [inputs, labels] if labels.is_floating_point() else [inputs]
-    return [w.detach().requires_grad_() for w in wanted]
-
-
-def filled(variables: Tensors, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and labels of a pass over these variables: labels that are none stay as they are."""
-    return variables[0], variables[1] if len(variables) == 2 else labels
-
-
-def _pulled_back(outputs: Tensors, cotangents: Tensors, variables: Tensors) -> Tensors:
-    """The outputs' derivatives in the variables, summed with these factors."""
-    # Parameters without influence on the images' gradient (a last bias) have no graph.
-    pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
-    found = torch.autograd.grad(
-        [o for o, _ in pairs], variables, [c for _, c in pairs], allow_unused=True
-    )
-    return [torch.zeros_like(v) if g is None else g for g, v in zip(found, variables, strict=True)]
-
-
-def _penalty_gradient(penalty: torch.Tensor | None, inputs: torch.Tensor) -> torch.Tensor | None:
-    if penalty is None:
-        return None
-    return torch.autograd.grad(penalty, inputs, retain_graph=True)[0]
-
-
-def _match(
-    value: torch.Tensor,
-    gradients: Tensors,
-    penalty: torch.Tensor | None,
-    penalty_gradient: torch.Tensor | None,
-) -> Match:
-    return Match(
-        value=value,
-        input_gradient=gradients[0],
-        label_gradient=gradients[1] if len(gradients) == 2 else None,
-        penalty=None if penalty is None else penalty.detach(),
-        penalty_gradient=penalty_gradient,
-    )
 
 
 def cosine_of_images(a: torch.Tensor, b: torch.Tensor) -> float:

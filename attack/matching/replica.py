@@ -11,7 +11,7 @@ from torch import nn
 from core.errors import InputError
 from core.processes import distributed
 from core.target import Target
-from gradients.local_update import Placement
+from gradients.local_update import Placement, images_of_steps, unrolled_update
 
 Tensors = list[torch.Tensor]
 Classifier = Callable[[torch.Tensor], torch.Tensor]
@@ -45,9 +45,8 @@ class Replica:
     ) -> None:
         self.batch_size = target.batch_size
         self.names = list(target.gradient)
-        self._shared = list(target.gradient.values())
-        # Tensors of this replica's own, on the same memory where device and type agree.
-        self.target_gradient = [g.detach().to(device, dtype) for g in self._shared]
+        # Read only: on the target's memory where device, type and layout agree.
+        self.target_gradient = [g.detach().to(device, dtype) for g in target.gradient.values()]
         self.local = target.local
         # Synchronized shards share their statistics: one group.
         groups = () if target.synchronized else target.shards
@@ -67,16 +66,15 @@ class Replica:
         self.lay_out(torch.channels_last if direct else torch.contiguous_format)
 
     def lay_out(self, layout: torch.memory_format) -> None:
-        """Lay out parameters and the shared gradient; images are to follow."""
+        """Lay out parameters and the shared gradient; images are to follow.
+
+        The target keeps its own tensors: those of another layout are held twice from here on.
+        """
         self.layout = layout
         self.model.to(memory_format=layout)  # type: ignore[call-overload]
         # Entries are paired in memory order; a checkpoint may hold any layout.
-        for i, (shared, parameter) in enumerate(zip(self._shared, self.parameters, strict=True)):
-            before = self.target_gradient[i]
-            self.target_gradient[i] = laid_out_as(before, parameter.detach())
-            if shared.data_ptr() == before.data_ptr():
-                # Its values stay; in two layouts they would be held twice.
-                shared.data = self.target_gradient[i]
+        for i, parameter in enumerate(self.parameters):
+            self.target_gradient[i] = laid_out_as(self.target_gradient[i], parameter.detach())
 
     def loss(self, model: Classifier, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """This process's part of the client's mean loss.
@@ -92,6 +90,31 @@ class Replica:
         if labels.is_floating_point():
             labels = labels.softmax(-1)
         return F.cross_entropy(model(inputs), labels, reduction="sum") / self.batch_size
+
+    def update(self, inputs: torch.Tensor, labels: torch.Tensor, create_graph: bool) -> Tensors:
+        """The update after the client's local steps, one tensor per shared parameter.
+
+        Args:
+            inputs: N x C x H x W, normalised; the whole batch.
+            labels: N class indices, or N x classes label logits.
+            create_graph: Keep the graph for derivatives of the update.
+        """
+        update = unrolled_update(
+            self.model,
+            inputs,
+            labels.softmax(-1) if labels.is_floating_point() else labels,
+            self.local,
+            create_graph=create_graph,
+            placement=self.placement,
+        )
+        return [update[name] for name in self.names]
+
+    def pass_batches(self, inputs: torch.Tensor) -> None:
+        """Pass every local step's batch through the model as it was received."""
+        state = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        for pieces in images_of_steps(len(inputs), self.local, self.placement.shards):
+            for piece in pieces:
+                torch.func.functional_call(self.model, state, (inputs[piece],))
 
 
 def laid_out_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -27,18 +27,20 @@ from gradients.batch_statistics import (
 
 
 def layer_momentum(target: Target) -> dict[str, float]:
-    """BatchNorm momentum by module name.
+    """BatchNorm momentum by module name: what the client states, or else each layer's own.
 
     Raises:
         InputError: A layer averages over all batches it has ever seen.
     """
     found: dict[str, float] = {}
+    stated = target.local.bn_momentum
     for name, layer in batch_norm_layers(target.model.skeleton()).items():
-        if getattr(layer, "momentum", None) is None:
+        momentum = getattr(layer, "momentum", None) if stated is None else stated
+        if momentum is None:
             raise setting_error(
                 f"{{bn_from_update}}: {name} has no momentum, its average no weights"
             )
-        found[name] = float(layer.momentum)  # type: ignore[arg-type]
+        found[name] = float(momentum)
     return found
 
 
@@ -55,6 +57,26 @@ def recovered_statistics(target: Target) -> BatchStatistics:
     Raises:
         InputError: The client has not shared its running statistics.
     """
+    steps = target.local.steps
+    return _statistics(target, _values_per_channel(target) if steps == 1 else None)
+
+
+def average_statistics(target: Target) -> BatchStatistics:
+    """The local steps' average of mean and unbiased variance, also of a single step.
+
+    Args:
+        target: What was shared.
+
+    Returns:
+        By module name, in float64.
+
+    Raises:
+        InputError: The client has not shared its running statistics.
+    """
+    return _statistics(target, None)
+
+
+def _statistics(target: Target, counts: dict[str, int] | None) -> BatchStatistics:
     if target.running_after is None:
         raise setting_error(
             "{bn_from_update}: the checkpoint holds no running statistics after training"
@@ -64,7 +86,6 @@ def recovered_statistics(target: Target) -> BatchStatistics:
     moved = {name: 1 - (1 - m) ** steps for name, m in layer_momentum(target).items()}
     after = {name: value.double() for name, value in target.running_after.items()}
     before = {name: target.state_dict[name].double() for name in after}
-    counts = _values_per_channel(target) if steps == 1 else None
     found = statistics_from_running(before, after, moved, counts)
     # Rounding may push the variance of a dead channel below 0.
     return {name: (mean, variance.clamp_min(0)) for name, (mean, variance) in found.items()}

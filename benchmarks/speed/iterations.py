@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import json
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch

@@ -6,10 +6,14 @@ import functools
 
 import torch
 
-from audit.updates import LocalUpdate
+from attack.matching.replica import Replica
+from audit.update_matcher import average_of_steps
+from audit.updates import LocalUpdate, target_from_update
+from core.target import BatchStatistics
 from federated.experiment.method_comparison import Case, Victims, train_locally
 from federated.flare.images import chest_spec
 from federated.phantoms.anatomy import chest_radiograph
+from gradients.batch_statistics import observe_passes
 
 
 @functools.cache
@@ -32,3 +36,18 @@ def update_of(
 ) -> LocalUpdate:
     case = Case(n_images, batch_size, epochs)
     return train_locally(victims(size), case, **training)  # type: ignore[arg-type]
+
+
+def simulate(
+    update: LocalUpdate,
+    inputs: torch.Tensor,
+    labels: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[list[torch.Tensor], BatchStatistics]:
+    """What the site would send for these images: its update, and the average statistics."""
+    replica = Replica(target_from_update(update), torch.device("cpu"), dtype)
+    passes, close = observe_passes(replica.model, unbiased=True)
+    found = replica.update(inputs, labels, create_graph=False)
+    close()
+    detached = [{n: (m.detach(), v.detach()) for n, (m, v) in one.items()} for one in passes]
+    return found, average_of_steps(detached, update.bn_momentum)

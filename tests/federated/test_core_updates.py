@@ -8,13 +8,16 @@ import pytest
 import torch
 
 from attack.loop.inversion import running_statistics
+from attack.matching.matcher import GradientMatcher
+from attack.matching.objectives import Cosine
+from attack.matching.replica import Replica
+from attack.priors.shared_statistics import average_statistics
 from audit.inversion import granted_to_the_auditor
-from audit.local_simulation import LocalSimulation
-from audit.updates import LocalUpdate, target_from_update
+from audit.updates import LocalUpdate, numbered_by_place, target_from_update
 from core.errors import InputError
 from core.models.building import build_model
 from gradients.batch_statistics import collect_batch_statistics
-from tests.federated.sites import update_of, victims
+from tests.federated.sites import simulate, update_of, victims
 
 CPU = torch.device("cpu")
 
@@ -24,17 +27,15 @@ def relative_error(update: LocalUpdate) -> tuple[float, float]:
     data = victims().data
     inputs = data.normalize(victims().images[: update.n_images])
     labels = victims().labels[: update.n_images]
-    found = LocalSimulation(update, CPU, torch.float64)(inputs.double(), labels)
+    found, statistics = simulate(update, inputs.double(), labels, torch.float64)
     sent = update.gradient.values()
-    simulated = [g.detach() for g in found.gradient]
-    wrong = sum(float((a - b).square().sum()) for a, b in zip(simulated, sent, strict=True))
+    wrong = sum(float((a - b).square().sum()) for a, b in zip(found, sent, strict=True))
     size = sum(float(b.double().square().sum()) for b in sent)
-    change = update.running_change
-    assert change is not None
+    change = average_statistics(target_from_update(update))
     bn = sum(
-        float((a.detach() - b).square().mean())
+        float((a - b).square().mean())
         for name in change
-        for a, b in zip(found.statistics[name], change[name], strict=True)
+        for a, b in zip(statistics[name], change[name], strict=True)
     )
     return (wrong / size) ** 0.5, bn
 
@@ -60,9 +61,9 @@ def test_simulation_is_real_training(
 def test_two_steps_of_four_give_the_real_difference() -> None:
     update = update_of(8, 4, learning_rate=0.05)
     inputs = victims().data.normalize(victims().images)
-    found = LocalSimulation(update, CPU)(inputs, victims().labels)
+    found, _ = simulate(update, inputs, victims().labels)
     scale = update.learning_rate * len(update.steps)
-    for name, gradient in zip(update.gradient, found.gradient, strict=True):
+    for name, gradient in zip(update.gradient, found, strict=True):
         assert torch.allclose(-scale * gradient, update.weight_diff[name], atol=1e-6)
 
 
@@ -74,15 +75,10 @@ def test_order_of_batches_matters_and_is_followed() -> None:
     assert relative_error(dataclasses.replace(update, batch_order=None))[0] > 0.05
 
 
-def test_simulation_leaves_the_random_numbers_and_the_update_alone() -> None:
+def test_simulation_leaves_the_update_alone() -> None:
     update = update_of(4, 4)
     before = {name: value.clone() for name, value in update.global_weights.items()}
-    inputs, labels = torch.rand(4, 3, 24, 24), torch.tensor([0, 1, 0, 1])
-    torch.manual_seed(5)
-    expected = torch.rand(1)
-    torch.manual_seed(5)
-    LocalSimulation(update, CPU)(inputs, labels)
-    assert torch.equal(torch.rand(1), expected)
+    simulate(update, torch.rand(4, 3, 24, 24), torch.tensor([0, 1, 0, 1]))
     assert all(torch.equal(before[name], value) for name, value in update.global_weights.items())
 
 
@@ -105,7 +101,7 @@ def test_updates_without_buffers_have_no_statistics() -> None:
     update = update_of(4, 4)
     named = {n for n, _ in build_model(update.model).named_parameters()}
     bare = {n: v for n, v in update.weight_diff.items() if n in named}
-    assert dataclasses.replace(update, weight_diff=bare).running_change is None
+    assert dataclasses.replace(update, weight_diff=bare).running_after is None
 
 
 def test_impossible_updates_are_refused() -> None:
@@ -126,19 +122,46 @@ def test_impossible_updates_are_refused() -> None:
         _ = dataclasses.replace(update, weight_diff=broken).gradient
 
 
-def test_stage_three_attacks_refuse_batches_they_cannot_split() -> None:
-    with pytest.raises(InputError, match="7 images in batches of 5"):
-        target_from_update(update_of(7, 5))
-    with pytest.raises(InputError, match="order"):
-        target_from_update(update_of(4, 2, 2, order=((0, 1, 2, 3), (2, 3, 0, 1))))
-    assert target_from_update(update_of(8, 4, 2)).bn_statistics is None
+@pytest.mark.parametrize(
+    ("case", "order", "mu"),
+    [
+        ((7, 5, 1), None, 0.0),
+        ((4, 2, 2), ((0, 1, 2, 3), (2, 3, 0, 1)), 0.0),
+        ((4, 2, 2), ((3, 1, 0, 2), (0, 1, 2, 3)), 0.0),
+        ((4, 2, 2), None, 2.0),
+    ],
+    ids=["a short last batch", "other batches first", "mixed epochs", "FedProx"],
+)
+def test_attacks_of_stage_three_follow_any_local_training(
+    case: tuple[int, int, int], order: tuple[tuple[int, ...], ...] | None, mu: float
+) -> None:
+    update = update_of(*case, learning_rate=0.05, order=order)
+    if mu:
+        sent = dict(zip(update.gradient, prox_update(mu), strict=True))
+        lr = 0.1 * len(update.steps)
+        moved = {name: (-lr * value).float() for name, value in sent.items()}
+        update = dataclasses.replace(
+            update, weight_diff={**update.weight_diff, **moved}, proximal=mu, learning_rate=0.1
+        )
+    target = numbered_by_place(target_from_update(update))
+    assert target.local.order is None or order is not None or update.n_images == 7
+    matcher = GradientMatcher(Replica(target, CPU, torch.float64), Cosine(), "exact")
+    inputs = victims().data.normalize(victims().images[: update.n_images]).double()
+    assert float(matcher.value(inputs, victims().labels[: update.n_images])) < 1e-8
+    assert float(matcher.value(inputs.roll(1, 0), victims().labels[: update.n_images])) > 1e-4
 
 
-def test_stage_three_attacks_refuse_fedprox_of_several_steps() -> None:
-    with pytest.raises(InputError, match="FedProx"):
-        target_from_update(dataclasses.replace(update_of(4, 2), proximal=1.0))
-    # The first step starts where the proximal term vanishes.
-    target_from_update(dataclasses.replace(update_of(4, 4), proximal=1.0))
+def test_one_order_for_all_epochs_only_numbers_the_images() -> None:
+    order = ((3, 1, 0, 2), (3, 1, 0, 2))
+    target = target_from_update(update_of(4, 2, 2, order=order))
+    assert target.local.order == ((3, 1), (0, 2), (3, 1), (0, 2))
+    assert numbered_by_place(target).local.order is None
+
+
+def test_statistics_of_several_steps_are_known_on_average_only() -> None:
+    target = target_from_update(update_of(8, 4, 2))
+    assert target.bn_statistics is None
+    assert target.running_after is not None
 
 
 @pytest.mark.parametrize(
@@ -183,7 +206,7 @@ def prox_update(mu: float) -> list[torch.Tensor]:
 def test_simulation_follows_fedprox() -> None:
     update = dataclasses.replace(update_of(4, 2, 2, learning_rate=0.1), proximal=2.0)
     inputs = victims().data.normalize(victims().images[:4]).double()
-    found = LocalSimulation(update, CPU, torch.float64)(inputs, victims().labels[:4]).gradient
+    found, _ = simulate(update, inputs, victims().labels[:4], torch.float64)
     for simulated, real in zip(found, prox_update(2.0), strict=True):
         torch.testing.assert_close(simulated, real, atol=1e-10, rtol=1e-8)
     free = prox_update(0.0)

@@ -455,7 +455,7 @@ def test_the_learner_sends_a_difference_and_keeps_what_the_inverter_needs(
     assert dxo.get_meta_prop(AppConstants.CURRENT_ROUND) == 3
     found = built.local_update(dxo.data, 0.1)
     assert (found.n_images, found.batch_size, len(found.steps)) == (1, 1, 1)
-    assert found.running_change is not None
+    assert found.running_after is not None
 
 
 def test_the_local_model_stays_at_a_site_that_withheld_an_update(

@@ -63,17 +63,16 @@ def test_the_simulated_local_training_explains_the_update(phantoms: Path) -> Non
     Trained and simulated in float64: in float32 rounding tips single ReLUs, by how much of
     the update depends on the weights and on the processor (3 % were seen).
     """
-    from audit.local_simulation import LocalSimulation
+    from tests.federated.sites import simulate
 
     torch.manual_seed(0)
     local = site(phantoms, aggregation_epochs=2)
     local.model.double()
     start = local.weights()
     update = local.local_update(local.train(start, 1), start, 1)
-    simulated = LocalSimulation(update, torch.device("cpu"), torch.float64)(
-        local.data.normalize(local.train_images.images()).double(), local.train_images.labels()
-    )
-    found = torch.cat([g.detach().flatten() for g in simulated.gradient])
+    inputs = local.data.normalize(local.train_images.images()).double()
+    simulated, _ = simulate(update, inputs, local.train_images.labels(), torch.float64)
+    found = torch.cat([g.flatten() for g in simulated])
     expected = torch.cat([g.flatten() for g in update.gradient.values()])
     # The update is handed on in float32, as differences of weights over the learning rate.
     assert (found - expected).norm() < 1e-4 * expected.norm()

@@ -76,6 +76,21 @@ def test_everything_survives_a_round_trip(settings: ClientSettings, tmp_path: Pa
     assert torch.equal(known.labels, truth.labels)
 
 
+def test_an_order_of_the_images_survives_and_is_written_only_where_there_is_one(
+    tmp_path: Path,
+) -> None:
+    local = LocalTraining(
+        2, 2, 0.2, proximal=0.5, bn_momentum=0.3, order=((0, 1, 2), (3,), (3, 1, 0), (2,))
+    )
+    target, truth = _shared(ClientSettings(local=local))
+    save_target(tmp_path / "t.tar", target, truth)
+    assert load_target(tmp_path / "t.tar")[0].local == local
+    plain = replace(target, local=LocalTraining(2, 2, 0.2))
+    save_target(tmp_path / "plain.tar", plain)
+    stated = torch.load(tmp_path / "plain.tar", weights_only=False)["local_training"]
+    assert list(stated) == ["epochs", "batches", "lr", "momentum", "weight_decay"]
+
+
 def test_stripped_file_holds_no_trace_of_the_truth(file: Path, tmp_path: Path) -> None:
     target, truth = load_target(file)
     save_target(tmp_path / "stripped.tar", target)
@@ -401,6 +416,12 @@ BROKEN = {
         "variance of bn1 is negative",
     ),
     "learning rate of zero": (_set("local_training", "lr", 0.0), "learning rate"),
+    "images that are not there": (
+        _set("local_training", "order", [[0, 1, 2, 4]]),
+        "images 0 to 3 only",
+    ),
+    "steps without an order": (_set("local_training", "order", [[0], [1]]), "2 local steps"),
+    "negative proximal term": (_set("local_training", "proximal", -1.0), "amiss"),
     "no local steps": (_set("local_training", "epochs", 0), "number of local epochs is 0"),
     "unknown local setting": (_set("local_training", "cycles", 2), "not a valid gradient"),
     "data of text": (_set("data", "text"), "data description is broken"),

@@ -13,7 +13,7 @@ from core.errors import InputError
 from core.models.batch_norm import convert_batch_norm
 from core.models.building import ModelSpec, build_model
 from core.target import LocalTraining
-from gradients.local_update import Placement, local_sgd, step_slices, unrolled_update
+from gradients.local_update import Placement, images_of_steps, local_sgd, unrolled_update
 
 
 def _model(arch: str = "cnn", dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -176,12 +176,34 @@ def test_every_step_draws_another_dropout_mask() -> None:
     assert not torch.allclose(one["2.weight"], two["2.weight"], rtol=1e-3)
 
 
-def test_step_slices_cover_every_epoch_in_order() -> None:
-    assert step_slices(7, LocalTraining(epochs=2, batches=2), (0, 0)) == 2 * [
+def test_images_of_steps_cover_every_epoch_in_order() -> None:
+    assert images_of_steps(7, LocalTraining(epochs=2, batches=2), (0, 0)) == 2 * [
         [slice(0, 2), slice(2, 4)],
         [slice(4, 6), slice(6, 7)],
     ]
-    assert step_slices(7, LocalTraining(), (5, 2)) == [[slice(0, 5), slice(5, 7)]]
+    assert images_of_steps(7, LocalTraining(), (5, 2)) == [[slice(0, 5), slice(5, 7)]]
+
+
+def test_an_order_of_its_own_says_which_images_a_step_uses() -> None:
+    local = LocalTraining(epochs=1, batches=2, order=((2, 0), (1,)))
+    assert images_of_steps(3, local) == [[[2, 0]], [[1]]]
+    with pytest.raises(InputError, match="one process"):
+        images_of_steps(3, local, (2, 1))
+    with pytest.raises(InputError, match="0 to 1 only"):
+        images_of_steps(2, local)
+    with pytest.raises(InputError, match="3 local steps"):
+        LocalTraining(epochs=1, batches=2, order=((0,), (1,), (2,)))
+
+
+def test_the_order_of_even_batches_is_the_split_in_order() -> None:
+    model, (images, labels) = _model().train(), _batch()
+    plain = LocalTraining(epochs=2, batches=3, lr=0.05, momentum=0.9)
+    ordered = LocalTraining(
+        epochs=2, batches=3, lr=0.05, momentum=0.9, order=((0, 1), (2, 3), (4, 5)) * 2
+    )
+    ours, theirs = (unrolled_update(model, images, labels, each) for each in (ordered, plain))
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +214,7 @@ def test_shards_without_images_are_refused(
     n: int, local: LocalTraining, shards: tuple[int, ...]
 ) -> None:
     with pytest.raises(InputError, match="--shards or --local-batches"):
-        step_slices(n, local, shards)
+        images_of_steps(n, local, shards)
 
 
 def test_update_has_no_cancellation_where_weights_hardly_move() -> None:

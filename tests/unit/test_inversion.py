@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from attack.loop.inversion import Inversion, Restart
-from attack.matching.matcher import Match
+from attack.matching.match import Match
 from attack.metrics import psnr
 from attack.reconstruction import Reconstruction
 from attack.settings import InversionConfig
@@ -171,13 +171,15 @@ def test_boxing_keeps_the_valid_range(lenet: tuple[Target, Truth]) -> None:
         inversion = Inversion(target, truth.labels, config, device=CPU)
         inversion.run()
         restart = inversion.restarts[0]
-        images = target.data.denormalize(inversion.coordinates.decode(restart.variable.detach()))
+        images = target.data.denormalize(
+            inversion.problem.coordinates.decode(restart.variable.detach())
+        )
         assert images.min() >= -slack - 1e-7
         assert images.max() <= 1 + slack + 1e-7
         free = Inversion(target, truth.labels, config.changed(box=False), device=CPU)
         free.run()
         outside = target.data.denormalize(
-            free.coordinates.decode(free.restarts[0].variable.detach())
+            free.problem.coordinates.decode(free.restarts[0].variable.detach())
         )
         assert outside.min() < -0.01
 
@@ -308,7 +310,7 @@ def test_combination_runs_three_stages_and_ends_from_the_newest_fusion(
 
     def stepping(restart: Any, iteration: int, *rest: Any) -> None:
         if iteration == 12:
-            first.append(inversion.coordinates.decode(restart.variable.detach()).clone())
+            first.append(inversion.problem.coordinates.decode(restart.variable.detach()).clone())
         step(restart, iteration, *rest)
 
     inversion.stepper.step = stepping  # type: ignore[method-assign]

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 import torchvision
 
 from attack.matching import switches as activations
-from attack.matching.matcher import GradientMatcher, Match
+from attack.matching.match import Match
+from attack.matching.matcher import GradientMatcher
 from attack.matching.objectives import (
     L2,
     Cosine,
