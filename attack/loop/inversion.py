@@ -263,6 +263,30 @@ class Inversion:
         )
 
 
+def label_trial(
+    target: Target, config: InversionConfig, *, device: torch.device, seed: int
+) -> Callable[[torch.Tensor, int], float]:
+    """A function that tries labels out, for `attack.knowledge.label_search`.
+
+    Args:
+        target: What the client shared.
+        config: Settings of the inversion; the trial sets iterations and restarts itself.
+        device: Device that runs the computation.
+        seed: Seed of the start, which all labels share.
+
+    Returns:
+        From N labels and a number of iterations to the objective that is reached.
+    """
+
+    def objective(labels: torch.Tensor, iterations: int) -> float:
+        short = config.changed(
+            iterations=iterations, restarts=1, combine=False, polish=0, warmup=0, time_budget=None
+        )
+        return Inversion(target, labels, short, device=device, seed=seed).run().objective
+
+    return objective
+
+
 def _check(target: Target, config: InversionConfig, prior: torch.Tensor | None) -> None:
     """Refuse a configuration that does not fit the target."""
     config.validate()

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from attack.loop.problem import InversionProblem
     from attack.loop.restarts import Restart
     from attack.matching.match import Match, Matcher
-    from attack.matching.matcher import Match
 
 logger = logging.getLogger(__name__)
 
