@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
-EXTRAS := embedded,privacy,search,bench,federated,test,lint
+EXTRAS := embedded,privacy,search,bench,federated,docs,test,lint
 
 # Matplotlib would write its font cache to the home folder.
 export MPLCONFIGDIR := $(CURDIR)/$(VENV)/.matplotlib
@@ -13,12 +13,13 @@ TEST_THREADS ?= 1
 # Many tests wait for processes they start; three at a time keep two cores busy.
 TEST_WORKERS ?= 3
 
-.PHONY: help setup bench federated test lint clean
+.PHONY: help setup bench federated docs test lint clean
 
 help:
 	@echo "make setup   create $(VENV) with the tested versions (constraints.txt)"
 	@echo "make bench   train, invert and report the four defense schemes (results/schemes/)"
 	@echo "make federated  measure leakage in simulated federations (results/federated/)"
+	@echo "make docs    build the documents as a static site (site/)"
 	@echo "make test    run the tests"
 	@echo "make lint    ruff and mypy"
 	@echo "make clean   remove $(VENV), caches and uncommitted results"
@@ -51,6 +52,12 @@ federated: $(STAMP)
 	@$(BIN)/python -m federated.plot_reconstructions \
 		--workspaces $(FEDERATED)/cxr_9clients --output $(FEDERATED)/reconstructions.png
 
+# The generated pages first: they say what the docstrings, the parsers and the tables say.
+docs: $(STAMP)
+	@$(BIN)/python docs/generate.py
+	@$(BIN)/python -m mkdocs build --strict --quiet
+	@echo "site/index.html"
+
 test: $(STAMP)
 	@OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
 
@@ -60,6 +67,6 @@ lint: $(STAMP)
 	@$(BIN)/mypy
 
 clean:
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	@rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	@rm -rf results/store results/logs results/federated
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

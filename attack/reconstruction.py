@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import html
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-@dataclass
+
+@dataclass(repr=False)
 class Reconstruction:
     """The outcome of one attack on one target.
 
@@ -33,3 +37,27 @@ class Reconstruction:
     status: str = "finished"
     details: dict[str, Any] = field(default_factory=dict)
     members: dict[str, Reconstruction] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        n, *shape = self.images.shape
+        return (
+            f"Reconstruction of {n} images ({' x '.join(map(str, shape))}), labels "
+            f"{self.labels.tolist()}, objective {self.objective:.3g} after {self.iterations} "
+            f"iterations in {self.seconds:.1f} s ({self.status})"
+        )
+
+    def plot(self, columns: int = 8) -> Figure:
+        """Draw the images with their labels.
+
+        Args:
+            columns: Images per row.
+        """
+        from core.pictures import image_grid
+
+        return image_grid(self.images, self.labels.tolist(), columns=columns)
+
+    def _repr_html_(self) -> str:
+        """The summary and the images, as a notebook shows them."""
+        from core.pictures import as_html
+
+        return f"<p>{html.escape(repr(self))}</p>{as_html(self.plot())}"

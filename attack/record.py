@@ -30,7 +30,7 @@ class RunRecord:
         status: "finished", or why the attack ended early.
         threat: Threat model: name, what it grants, whether the attack adapts to a defense.
         arguments: The command line.
-        target: What was inverted, see `gradients.describe.describe`.
+        target: What was inverted, see `gradients.record.describe`.
         provenance: Versions, device, threads, seed, processes.
         seconds: Wall-clock time.
         tables: The tables that were printed.

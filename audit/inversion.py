@@ -23,8 +23,7 @@ from typing import Any
 
 import torch
 
-from attack.attacks import get_attack
-from attack.attacks.base import OptimizationAttack
+from attack.attacks import OptimizationAttack, get_attack
 from attack.knowledge.labels import recover_labels
 from attack.loop.inversion import Inversion
 from attack.loop.loss_terms import make_objective, make_regularizers

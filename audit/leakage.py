@@ -21,15 +21,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from attack.metrics import relative_leakage
 from audit.similarity import SimMetric, similarity_matrix
 from core.errors import InputError
 from core.figures import blank_figure, save_figure
 from core.storage import atomic_file, write_json
 
-# The prior's similarity is not taken as smaller than this, or nothing would become much.
-PRIOR_FLOOR = 0.05
 PASS, WITHHOLD = "pass", "withhold"
 REDUCTIONS = ("max", "min")
+# Similarities that are 1 for equal images and never larger.
+BOUNDED_BY_ONE = ("ssim", "cosine")
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,8 @@ def measure_leakage(
 ) -> LeakageReport:
     """Compare reconstructions with the images they may give away.
 
-    RDLV(x, r) = (sim(x, r) - sim(x, prior)) / max(|sim(x, prior)|, floor). Each image has
-    the best of all reconstructions; what other patients show is found in the same way,
+    The relative data leakage value is that of `attack.metrics.relative_leakage`. Each image
+    has the best of all reconstructions; what other patients show is found in the same way,
     so that choosing the best favours nobody.
 
     Args:
@@ -157,7 +158,8 @@ def measure_leakage(
         metric: Similarity; its first value decides.
         reduce: "max" or "min", over reconstructions and over images; "min" is for
             distances, of which small ones leak.
-        threshold: The update is withheld where the reduced RDLV is above it.
+        threshold: The update is withheld where the reduced RDLV is above it; with "min",
+            where minus the reduced RDLV is: a distance of 0 has an RDLV of -1.
         others: P x C x H x W in [0, 1], images of other patients.
 
     Returns:
@@ -195,9 +197,8 @@ class _Compared:
         # N x M x K, and N x 1 x K.
         self.similarity = np.stack([to_found[m] for m in self.metrics], -1)
         self.prior = np.stack([to_prior[m] for m in self.metrics], -1)
-        floor = np.maximum(np.abs(self.prior), PRIOR_FLOOR)
         with np.errstate(invalid="ignore"):
-            self.relative = (self.similarity - self.prior) / floor
+            self.relative = relative_leakage(self.similarity, self.prior)
 
 
 def _report(
@@ -222,11 +223,16 @@ def _report(
                 rank=1 + int((candidates > candidates[index]).sum()),
             )
         )
-    above = reduced > threshold
+    above = sign * reduced > threshold
+    # What a perfect reconstruction of the image that the prior shows least would reach.
+    shown = own.prior[..., 0]
+    reach = float(relative_leakage(np.ones_like(shown), shown).max())
+    out_of_reach = reduce == "max" and own.metrics[0] in BOUNDED_BY_ONE and reach <= threshold
     return LeakageReport(
         decision=WITHHOLD if above else PASS,
         reason=f"its RDLV {reduced:+.3f} is {'above' if above else 'not above'} "
-        f"the threshold {threshold:.3f}",
+        f"the threshold {threshold:.3f}"
+        + (f", which nothing can exceed: a perfect copy has {reach:.3f}" if out_of_reach else ""),
         rdlv=reduced,
         threshold=threshold,
         metric=own.metrics[0],

@@ -34,7 +34,6 @@ from tqdm import tqdm
 from attack.loop.schedules import learning_rate
 from audit.settings import InversionSettings
 from audit.updates import LocalUpdate
-from core.models.building import build_model
 from core.target import BatchStatistics
 from gradients.batch_statistics import batch_norm_layers, statistics_from_running
 
@@ -91,12 +90,12 @@ class PublishedAttack:
         grey = prior.mean(0, keepdim=True)[None].repeat(update.n_images, 1, 1, 1)
         self.images = grey.to(device).clone().requires_grad_()
         generator = torch.Generator().manual_seed(seed)
-        targets = torch.rand((update.n_images, update.model.n_classes), generator=generator)
+        targets = torch.rand((update.n_images, update.data.n_classes), generator=generator)
         self.targets = targets.to(device).requires_grad_()
 
     def _network(self, state: dict[str, torch.Tensor]) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
-            model = build_model(self.update.model)
+            model = self.update.model.build()
         model.load_state_dict({name: value.clone() for name, value in state.items()})
         return model.train().to(self.device)
 

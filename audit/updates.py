@@ -13,7 +13,7 @@ import torch
 from attack.priors.shared_statistics import recovered_statistics
 from core.data.specs import DataSpec
 from core.errors import InputError
-from core.models.building import ModelSpec, skeleton_of
+from core.models.architecture import Architecture
 from core.processes.distributed import shard_sizes
 from core.target import RUNNING_STATISTICS, LocalTraining, Target
 
@@ -42,7 +42,7 @@ class LocalUpdate:
             attacker is granted which images shared which steps (`order_granted`).
     """
 
-    model: ModelSpec
+    model: Architecture
     data: DataSpec
     global_weights: Mapping[str, torch.Tensor]
     weight_diff: Mapping[str, torch.Tensor]
@@ -118,7 +118,7 @@ class LocalUpdate:
             InputError: The difference lacks a parameter, or is not finite.
         """
         scale = -1 / (self.learning_rate * len(self.steps))
-        named = dict(skeleton_of(self.model).named_parameters())
+        named = dict(self.model.skeleton().named_parameters())
         return {name: scale * self._difference(name, p.shape) for name, p in named.items()}
 
     def _difference(self, name: str, shape: torch.Size) -> torch.Tensor:

@@ -3,16 +3,54 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
-from collections.abc import Sequence
-from typing import Any
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+# What argparse takes for a flag before Python 3.14
+# (https://github.com/python/cpython/issues/105712).
+_SCIENTIFIC_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
+_NOT_GIVEN: Final = object()
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser that reads -1e-6 as a number on every version of Python."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does it, but for negative numbers with an exponent."""
+        words: Iterable[str] = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_as_value(word) for word in words], namespace)
+
+
+def _as_value(word: str) -> str:
+    # A word that starts with a space is never a flag, and float() ignores the space.
+    return f" {word}" if _SCIENTIFIC_NUMBER.fullmatch(word) else word
+
+
+def given_flags(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """The flags that a command line really states, without any default.
+
+    Args:
+        parser: Of the command.
+        argv: The words of the command line; `sys.argv` if None.
+
+    Returns:
+        Values by name; a flag given with its default value is among them.
+    """
+    names = vars(parser.parse_args(argv))
+    # argparse sets a default only where the namespace has no value yet.
+    empty = argparse.Namespace(**dict.fromkeys(names, _NOT_GIVEN))
+    read = vars(parser.parse_args(argv, empty))
+    return {name: value for name, value in read.items() if value is not _NOT_GIVEN}
 
 
 def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags common to the three commands."""
-    # Before Python 3.14, argparse takes a number such as -1e-6 for a flag
-    # (https://github.com/python/cpython/issues/105712).
-    parser._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
     group = parser.add_argument_group("processes and devices")
     group.add_argument("--seed", type=int, default=0, help="seed of every random number")
     group.add_argument("-p", "--print-freq", type=int, default=10, metavar="N")
@@ -28,23 +66,34 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cpu", action="store_true", help="do not use a GPU even if there is one")
 
 
-class _NothingGiven(argparse.Namespace):
-    """Claims to hold every value already, so that argparse sets no default."""
+@dataclass(frozen=True)
+class LaunchSettings:
+    """How the processes of a command start and where they compute.
 
-    def __getattr__(self, name: str) -> None:
-        # Names of argparse's own begin with an underscore.
-        if name.startswith("_"):
-            raise AttributeError(name)
-
-
-def given_flags(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> dict[str, Any]:
-    """What was really given on the command line, without any default.
-
-    Args:
-        parser: The command's parser; none of its flags collects values in a list.
-        words: Of the command line; None: those of this process.
-
-    Returns:
-        Values under the names that argparse gives them.
+    Attributes:
+        seed: Of every random number.
+        gpu: Index of the one GPU to use; None for all.
+        world_size: Number of nodes.
+        rank: Index of this node.
+        dist_url: Where processes meet, tcp://HOST:PORT; port 0 is any free one.
+        dist_backend: "nccl" or "gloo"; None for the one that fits the devices.
+        multiprocessing_distributed: Whether this node's processes are to be spawned.
+        nproc_per_node: Processes on this node; None for one per GPU.
+        cpu: Whether GPUs are left alone.
     """
-    return dict(vars(parser.parse_args(words, _NothingGiven())))
+
+    seed: int = 0
+    gpu: int | None = None
+    world_size: int = 1
+    rank: int = 0
+    dist_url: str = "tcp://127.0.0.1:10023"
+    dist_backend: str | None = None
+    multiprocessing_distributed: bool = False
+    nproc_per_node: int | None = None
+    cpu: bool = False
+
+    @staticmethod
+    def from_arguments(args: argparse.Namespace) -> LaunchSettings:
+        """What a command line says, parsed with the flags of `add_launch_arguments`."""
+        names = [field.name for field in dataclasses.fields(LaunchSettings)]
+        return LaunchSettings(**{name: getattr(args, name) for name in names})

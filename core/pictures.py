@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +27,8 @@ def read_image(path: str | Path, shape: tuple[int, ...], flag: str) -> torch.Ten
 
     Args:
         path: PNG, JPEG or whatever Pillow reads.
-        shape: C, H, W; C is 1 or 3.
+        shape: C, H, W; a target of any other number of channels than 3 gets the grey image in
+            all of them.
         flag: What the user gave it with, for messages.
 
     Returns:
@@ -40,11 +43,12 @@ def read_image(path: str | Path, shape: tuple[int, ...], flag: str) -> torch.Ten
     channels, height, width = shape
     try:
         with Image.open(path) as file:
-            image = file.convert("L" if channels == 1 else "RGB").resize((width, height))
+            image = file.convert("RGB" if channels == 3 else "L").resize((width, height))
     except (OSError, ValueError) as error:
         raise InputError(f"{flag} {path}: cannot be read as an image ({error})") from None
     pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)
-    return pixels.reshape(height, width, channels).permute(2, 0, 1).contiguous()
+    pixels = pixels.reshape(height, width, -1).permute(2, 0, 1)
+    return pixels.expand(channels, height, width).contiguous()
 
 
 def save_comparison(
@@ -134,6 +138,22 @@ def save_images(
     path: str | Path, images: torch.Tensor, *, title: str = "", columns: int = 8
 ) -> None:
     """Write a grid of images (N x C x H x W in [0, 1]) as a PNG, atomically."""
+    _save(image_grid(images, columns=columns), title, path)
+
+
+def image_grid(
+    images: torch.Tensor, captions: Sequence[object] | None = None, *, columns: int = 8
+) -> Figure:
+    """Draw a grid of images.
+
+    Args:
+        images: N x C x H x W in [0, 1].
+        captions: N texts or numbers above them.
+        columns: Images per row.
+
+    Returns:
+        A figure of its own, which pyplot does not know.
+    """
     columns = max(1, min(columns, len(images)))
     rows = math.ceil(len(images) / columns)
     figure = _figure(columns * _CELL_INCHES, rows * _CELL_INCHES + 0.5)
@@ -142,7 +162,16 @@ def save_images(
         axis.set_axis_off()
         if index < len(images):
             _show(axis, images[index])
-    _save(figure, title, path)
+            if captions is not None:
+                axis.set_title(str(captions[index]), fontsize=7, pad=2)
+    return figure
+
+
+def as_html(figure: Figure) -> str:
+    """A figure as an HTML image that needs no file."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return f'<img src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
 
 
 def save_curve(
@@ -200,12 +229,13 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _show(axis: Axes, image: torch.Tensor) -> None:
-    pixels = image.detach().float().cpu().nan_to_num(0.5).clamp(0, 1).permute(1, 2, 0).numpy()
+    """Three channels as colours, any other number as the grey of their mean."""
+    shown = image.detach().float().cpu().nan_to_num(0.5).clamp(0, 1)
     options: dict[str, Any] = {"vmin": 0, "vmax": 1, "interpolation": "nearest"}
-    if pixels.shape[-1] == 1:
-        axis.imshow(pixels[..., 0], cmap="gray", **options)
+    if len(shown) == 3:
+        axis.imshow(shown.permute(1, 2, 0).numpy(), **options)
     else:
-        axis.imshow(pixels[..., :3], **options)
+        axis.imshow(shown.mean(0).numpy(), cmap="gray", **options)
 
 
 def caption(score: Mapping[str, Any]) -> str:

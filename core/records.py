@@ -9,7 +9,7 @@ import numpy
 import torch
 import torchvision
 
-VERSION = "0.1.0"
+from core.version import __version__
 
 
 def provenance(device: torch.device, seed: int) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def provenance(device: torch.device, seed: int) -> dict[str, Any]:
         "device_type": device.type,
         "threads": torch.get_num_threads(),
         "versions": {
-            "gradinvbench": VERSION,
+            "gradinvbench": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,

@@ -8,7 +8,8 @@ import torch
 
 from core.data.specs import DataSpec
 from core.errors import InputError
-from core.models.building import ModelSpec, build_model, load_parameters
+from core.models.architecture import Architecture
+from core.models.building import load_parameters
 
 # How the names of BatchNorm's running statistics end.
 RUNNING_STATISTICS = ("running_mean", "running_var")
@@ -58,12 +59,12 @@ class LocalTraining:
         return self.epochs * self.batches
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Target:
     """All that an attacker sees.
 
     Attributes:
-        model: The architecture.
+        model: What rebuilds the architecture: its name and settings, or a given module.
         data: Shape, normalisation and classes of the images.
         state_dict: Parameters and buffers before the client's update.
         gradient: Shared gradient by parameter name, in parameter order; parameters
@@ -86,7 +87,7 @@ class Target:
             where it keeps them.
     """
 
-    model: ModelSpec
+    model: Architecture
     data: DataSpec
     state_dict: dict[str, torch.Tensor]
     gradient: dict[str, torch.Tensor]
@@ -104,20 +105,29 @@ class Target:
         if not self.shards:
             object.__setattr__(self, "shards", (self.batch_size,))
 
+    def __repr__(self) -> str:
+        shape = " x ".join(map(str, self.data.shape))
+        return (
+            f"Target of {self.batch_size} images ({shape}): {len(self.gradient)} tensors of "
+            f"{self.model.name}, {self.data.n_classes} classes, {self.local.steps} local step(s), "
+            f"{'train' if self.train_mode else 'eval'} mode, defenses: "
+            f"{', '.join(self.defenses) or 'none'}"
+        )
+
     def build_model(self) -> torch.nn.Module:
         """The shared model with its parameters, in the mode the client used."""
-        model = build_model(self.model)
+        model = self.model.build()
         try:
             load_parameters(model, self.state_dict)
         except RuntimeError as error:
             raise InputError(
-                f"the checkpoint's parameters do not fit {self.model.arch} with "
-                f"{self.model.n_classes} classes: {str(error).splitlines()[-1].strip()}"
+                f"the checkpoint's parameters do not fit {self.model.name} with "
+                f"{self.data.n_classes} classes: {str(error).splitlines()[-1].strip()}"
             ) from None
         return model.train(self.train_mode)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Truth:
     """What the client meant to keep private; no attack ever receives it.
 
@@ -134,3 +144,8 @@ class Truth:
     labels: torch.Tensor
     mean_image: torch.Tensor | None = None
     nearest_images: torch.Tensor | None = None
+
+    def __repr__(self) -> str:
+        n, *shape = self.images.shape
+        size = " x ".join(map(str, shape))
+        return f"Truth of {n} images ({size}), labels {self.labels.tolist()}"

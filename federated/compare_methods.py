@@ -2,7 +2,7 @@
 
 import sys
 
-from federated.experiment.compare_methods import main
+from federated.experiment.cli.compare_methods import main
 
 __all__ = ["main"]
 

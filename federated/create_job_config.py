@@ -2,7 +2,7 @@
 
 import sys
 
-from federated.experiment.create_job_config import main
+from federated.experiment.cli.create_job_config import main
 
 __all__ = ["main"]
 

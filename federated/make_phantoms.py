@@ -2,7 +2,7 @@
 
 import sys
 
-from federated.experiment.make_phantoms import main
+from federated.experiment.cli.make_phantoms import main
 
 __all__ = ["main"]
 

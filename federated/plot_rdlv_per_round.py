@@ -2,7 +2,7 @@
 
 import sys
 
-from federated.experiment.plot_rdlv_per_round import main
+from federated.experiment.cli.plot_rdlv_per_round import main
 
 __all__ = ["main"]
 

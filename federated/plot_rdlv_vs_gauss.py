@@ -2,7 +2,7 @@
 
 import sys
 
-from federated.experiment.plot_rdlv_vs_gauss import main
+from federated.experiment.cli.plot_rdlv_vs_gauss import main
 
 __all__ = ["main"]
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from federated.experiment.plot_reconstructions import main
+from federated.experiment.cli.plot_reconstructions import main
 
 __all__ = ["main"]
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from federated.experiment.recipe import main
+from federated.experiment.cli.recipe import main
 
 __all__ = ["main"]
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from federated.experiment.simulate import main
+from federated.experiment.cli.simulate import main
 
 __all__ = ["main"]
 

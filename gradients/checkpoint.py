@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ import torch
 
 from core.data.specs import DataSpec
 from core.errors import InputError
-from core.models.building import ModelSpec, default_stem, skeleton_of
+from core.models.architecture import Architecture, GivenModel
+from core.models.building import ModelSpec, default_stem
 from core.processes.distributed import shard_sizes
 from core.storage import load_checkpoint, save_checkpoint
 from core.target import RUNNING_STATISTICS, BatchStatistics, LocalTraining, Target, Truth
@@ -26,6 +27,8 @@ from core.target import RUNNING_STATISTICS, BatchStatistics, LocalTraining, Targ
 FORMAT_VERSION = 1
 # The original tools' word for "no layer is frozen".
 ALL_LAYERS = "all"
+# Builds the module that a checkpoint belongs to, where it is not one of our architectures.
+Builder = Callable[[], torch.nn.Module]
 MAX_BATCH_SIZE = 1_000_000
 
 
@@ -33,7 +36,8 @@ def save_target(
     path: str | Path,
     target: Target,
     truth: Truth | None = None,
-    args: argparse.Namespace | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    builder: str = "",
 ) -> None:
     """Write a gradient checkpoint atomically.
 
@@ -41,18 +45,35 @@ def save_target(
         path: Where to.
         target: What was shared.
         truth: What lies behind it; left out, the file is a stripped checkpoint.
-        args: The command line, for the record.
+        arguments: The command line by flag, for the record.
+        builder: For a given module, the function that builds it, as `module:function`. It is
+            stored as text; whoever reads the file decides whether to call it.
+
+    Raises:
+        InputError: The model is a given module and nothing says how to rebuild it.
     """
-    published = _published_keys(target, truth, args or argparse.Namespace())
+    builder = builder or str(target.model.describe().get("builder") or "")
+    if isinstance(target.model, GivenModel):
+        _check_builder(target.model, builder)
+    published = _published_keys(target, truth, arguments or {})
     private = {
         "mean_image": None if truth is None else truth.mean_image,
         "nearest_images": None if truth is None else truth.nearest_images,
     }
-    save_checkpoint({**published, **_our_keys(target), **private}, path)
+    save_checkpoint({**published, **_our_keys(target, builder), **private}, path)
+
+
+def _check_builder(model: GivenModel, builder: str) -> None:
+    module, _, function = builder.partition(":")
+    if not (function.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+        raise InputError(
+            f"{model.name} is a module of your own, and a file holds no code: name the function "
+            f"that builds it with builder='module:function' (got {builder!r})"
+        )
 
 
 def _published_keys(
-    target: Target, truth: Truth | None, args: argparse.Namespace
+    target: Target, truth: Truth | None, arguments: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The keys that the original tools write and read."""
     exact = target.bn_statistics if target.synchronized else None
@@ -66,7 +87,7 @@ def _published_keys(
             "size": list(target.data.shape),
             "n_classes": target.data.n_classes,
         },
-        "arch": target.model.arch,
+        "arch": target.model.name,
         "model_eval": not target.train_mode,
         "state_dict": target.state_dict,
         "free_last_layers_list": _free_layers(target),
@@ -75,17 +96,17 @@ def _published_keys(
         "bn_var_list": None if whole is None else [var for _, var in whole],
         "x_true": None if truth is None else target.data.normalize(truth.images),
         "y_true": None if truth is None else truth.labels,
-        "args": args,
+        "args": argparse.Namespace(**arguments),
         "syncbn": target.synchronized,
     }
 
 
-def _our_keys(target: Target) -> dict[str, Any]:
+def _our_keys(target: Target, builder: str) -> dict[str, Any]:
     """What the published keys cannot express."""
     statistics = target.bn_statistics
     return {
         "format_version": FORMAT_VERSION,
-        "model": target.model.to_dict(),
+        "model": target.model.describe() | ({"builder": builder} if builder else {}),
         "data": target.data.to_dict(),
         "parameter_names": list(target.gradient),
         "local_training": _local_keys(target.local),
@@ -108,16 +129,19 @@ def _local_keys(local: LocalTraining) -> dict[str, Any]:
 
 def _free_layers(target: Target) -> list[str]:
     """The parameters that are trained, or "all", as the original tools list them."""
-    n_parameters = len(dict(skeleton_of(target.model).named_parameters()))
+    n_parameters = len(dict(target.model.skeleton().named_parameters()))
     return [ALL_LAYERS] if len(target.gradient) == n_parameters else list(target.gradient)
 
 
-def load_target(path: str | Path, flag: str = "--checkpoint") -> tuple[Target, Truth | None]:
-    """Read a gradient checkpoint of ours or of the original tools.
+def load_target(
+    path: str | Path, flag: str = "--checkpoint", build: Builder | None = None
+) -> tuple[Target, Truth | None]:
+    """Read a gradient checkpoint of ours or of the original tools. Nothing in it is run.
 
     Args:
         path: The file.
         flag: The flag the user gave it with, for messages.
+        build: Builds the module, for a checkpoint of a module that the user gave.
 
     Returns:
         What the attacker may see, and (kept apart, None if stripped) the truth.
@@ -131,7 +155,7 @@ def load_target(path: str | Path, flag: str = "--checkpoint") -> tuple[Target, T
     if missing:
         raise InputError(f"{flag}: {path} is not a gradient checkpoint (no {', '.join(missing)})")
     try:
-        target = _parse_target(raw)
+        target = _parse_target(raw, build)
         truth = _parse_truth(raw, target)
     except InputError as error:
         raise InputError(f"{flag}: {path}: {error}") from None
@@ -148,7 +172,7 @@ def load_target(path: str | Path, flag: str = "--checkpoint") -> tuple[Target, T
     return target, truth
 
 
-def _parse_target(raw: Mapping[str, Any]) -> Target:
+def _parse_target(raw: Mapping[str, Any], build: Builder | None) -> Target:
     version = raw.get("format_version", FORMAT_VERSION)
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise InputError(
@@ -156,9 +180,8 @@ def _parse_target(raw: Mapping[str, Any]) -> Target:
             "update the program"
         )
     data = _data_spec(raw)
-    model = _model_spec(raw, data)
-    _check_sizes(raw, model)
-    skeleton = skeleton_of(model)
+    model = _architecture(raw, data, build)
+    skeleton = model.skeleton()
     batch_size = _count(raw["batch_size"], "batch size", MAX_BATCH_SIZE)
     shards = _shards(raw, batch_size)
     synchronized = bool(raw.get("syncbn", False)) or len(shards) == 1
@@ -178,6 +201,22 @@ def _parse_target(raw: Mapping[str, Any]) -> Target:
         dropout_seed=None if seed is None else int(seed),
         running_after=_running_after(raw, skeleton),
     )
+
+
+def _architecture(raw: Mapping[str, Any], data: DataSpec, build: Builder | None) -> Architecture:
+    """What rebuilds the model: the given function for a module of the user's own."""
+    description = raw.get("model")
+    builder = description.get("builder") if isinstance(description, Mapping) else None
+    if builder is None:
+        spec = _model_spec(raw, data)
+        _check_sizes(raw, spec)
+        return spec
+    if build is None:
+        raise InputError(
+            f"its model is a module of the user's own, built by {builder}; import that function "
+            "and pass it: load_target(path, build=function)"
+        )
+    return GivenModel(build(), str(builder))
 
 
 def _check_sizes(raw: Mapping[str, Any], model: ModelSpec) -> None:
@@ -206,14 +245,14 @@ def _finite(value: Any, what: str, shape: Sequence[int] | None = None) -> torch.
 
 
 def _state_dict(
-    raw: Mapping[str, Any], skeleton: torch.nn.Module, model: ModelSpec
+    raw: Mapping[str, Any], skeleton: torch.nn.Module, model: Architecture
 ) -> dict[str, torch.Tensor]:
     """theta_0 with every value checked against the architecture."""
     state = {name.removeprefix("module."): value for name, value in raw["state_dict"].items()}
     expected = skeleton.state_dict()
     strange = [n for n in state if n not in expected] + [n for n in expected if n not in state]
     if strange:
-        raise InputError(f"its parameters are not those of {model.arch}: {strange[0]}")
+        raise InputError(f"its parameters are not those of {model.name}: {strange[0]}")
     return {
         name: _finite(value, f"the parameter {name}", expected[name].shape)
         for name, value in state.items()
@@ -221,18 +260,18 @@ def _state_dict(
 
 
 def _gradient(
-    raw: Mapping[str, Any], skeleton: torch.nn.Module, model: ModelSpec
+    raw: Mapping[str, Any], skeleton: torch.nn.Module, model: Architecture
 ) -> dict[str, torch.Tensor]:
     named = dict(skeleton.named_parameters())
     names = _gradient_names(raw, list(named))
     gradients = list(raw["target_gradient"])
     if len(names) != len(gradients) or not gradients:
         raise InputError(
-            f"it holds {len(gradients)} gradients but {model.arch} has {len(names)} parameters"
+            f"it holds {len(gradients)} gradients but {model.name} has {len(names)} parameters"
         )
     unknown = [name for name in names if name not in named]
     if unknown:
-        raise InputError(f"its gradient names a parameter {unknown[0]} that {model.arch} has not")
+        raise InputError(f"its gradient names a parameter {unknown[0]} that {model.name} has not")
     return {
         name: _finite(gradient, f"the gradient of {name}", named[name].shape)
         for name, gradient in zip(names, gradients, strict=True)
@@ -289,8 +328,6 @@ def _data_spec(raw: Mapping[str, Any]) -> DataSpec:
 def _check_data(data: DataSpec) -> None:
     if len(data.shape) != 3 or not all(1 <= n <= 16384 for n in data.shape):
         raise InputError(f"its images have shape {data.shape}")
-    if data.shape[1] != data.shape[2]:
-        raise InputError(f"its images of {data.shape[1]} x {data.shape[2]} px are not square")
     if data.n_classes < 2:
         raise InputError(f"it has {data.n_classes} classes")
     channels = data.shape[0]
@@ -302,6 +339,8 @@ def _check_data(data: DataSpec) -> None:
 
 
 def _model_spec(raw: Mapping[str, Any], data: DataSpec) -> ModelSpec:
+    if data.shape[1] != data.shape[2]:
+        raise InputError(f"its images of {data.shape[1]} x {data.shape[2]} px are not square")
     if raw.get("model") is not None:
         model = ModelSpec.from_dict(raw["model"])
         if model.n_classes != data.n_classes or model.image_size != data.shape[1]:

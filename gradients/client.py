@@ -15,8 +15,8 @@ from tqdm import tqdm
 from core.data.data_sets import derived_seed
 from core.data.specs import DataSpec
 from core.errors import InputError
+from core.models.architecture import Architecture
 from core.models.batch_norm import convert_batch_norm, explain_single_values
-from core.models.building import ModelSpec
 from core.processes.distributed import Process, shard_sizes
 from core.target import RUNNING_STATISTICS, BatchStatistics, LocalTraining, Target
 from gradients.batch_statistics import (
@@ -75,7 +75,7 @@ class ClientSettings:
 
 def share_update(
     model: nn.Module,
-    model_spec: ModelSpec,
+    architecture: Architecture,
     data_spec: DataSpec,
     images: torch.Tensor,
     labels: torch.Tensor,
@@ -90,7 +90,7 @@ def share_update(
     Args:
         model: theta_0; frozen where a defense says so. Its precision is that of the
             computation.
-        model_spec: How it is built.
+        architecture: How an attacker rebuilds it.
         data_spec: Normalisation of the images.
         images: N x C x H x W in [0, 1].
         labels: N class indices.
@@ -126,7 +126,7 @@ def share_update(
     if measured is not None and settings.privacy is None:
         measured["update_cosine"] = update_cosine(shared, update)
     return Target(
-        model=model_spec,
+        model=architecture,
         data=data_spec,
         state_dict=state,
         gradient={name: value.detach().cpu() for name, value in shared.items()},

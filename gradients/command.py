@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from core.clipping import CLIPPINGS, PER_SAMPLE, clipping_argument
 from core.errors import InputError, exit_status
-from core.launch_arguments import add_launch_arguments
+from core.launch_arguments import (
+    CommandParser,
+    LaunchSettings,
+    add_launch_arguments,
+    given_flags,
+)
+from core.plugins import import_plugin
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from core.data.data_sets import DataSets
-    from core.data.specs import DataSpec
-    from core.models.building import ModelSpec
-    from core.processes.distributed import Process
-    from core.target import Target
     from gradients.client import ClientSettings
-    from gradients.rank_analysis import LayerRank
-    from gradients.received_model import Pretrained
+    from gradients.settings import ExtractSettings, ModelSettings
 
 DEFAULT_RESULTS = "results/gradients"
 LABEL_DUPLICATES = 4
@@ -31,7 +28,7 @@ LABEL_DUPLICATES = 4
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of stage 2."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="get_gradients.py",
         description="Compute what a client of federated learning shares for one batch.",
     )
@@ -111,7 +108,13 @@ def _add_defense_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--sigma", type=float, default=0.01, help="noise multiplier")
     group.add_argument("-c", "--max-per-sample-grad_norm", type=float, default=1.0, metavar="C")
     group.add_argument("--delta", type=float, default=1e-5)
-    group.add_argument("--dp-clipping", choices=["per-sample", "batch"], default="per-sample")
+    group.add_argument(
+        "--dp-clipping",
+        type=clipping_argument,
+        metavar=f"{{{','.join(CLIPPINGS)}}}",
+        default=PER_SAMPLE,
+        help="what is clipped; batch: the paper's variant, which gives no guarantee",
+    )
     group.add_argument(
         "--plugin", metavar="MODULE", help="imported first; may register defenses and models"
     )
@@ -137,19 +140,16 @@ def run(argv: Sequence[str] | None = None) -> None:
     Raises:
         InputError: One sentence on what is wrong with the command line or a file.
     """
-    args = build_parser().parse_args(argv)
-    _import_plugin(args)
-    check_arguments(args)
-
-    from core.processes.distributed import launch
-
-    launch(work, args)
-
-
-def _import_plugin(args: argparse.Namespace) -> None:
-    from core.plugins import import_plugin
-
+    parser = build_parser()
+    args = parser.parse_args(argv)
     import_plugin(args.plugin)
+    check_arguments(args)
+    settings = extract_settings(args, given_flags(parser, argv))
+
+    from core.processes.launch import launch
+    from gradients.extract import extract
+
+    launch(extract, LaunchSettings.from_arguments(args), settings)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -180,77 +180,60 @@ def check_arguments(args: argparse.Namespace) -> None:
             f"--duplicate-label is stated for -b 32, not {args.batch_size}; for other batches "
             "give the number of images per label with --duplicates"
         )
-    _client_settings(args)
 
 
-def work(process: Process, args: argparse.Namespace) -> Path | None:
-    """Compute and write, on one of the client's processes.
+def extract_settings(args: argparse.Namespace, given: Mapping[str, Any]) -> ExtractSettings:
+    """The flags as one typed record, which every process gets.
 
     Args:
-        process: This process.
-        args: The command line.
+        args: All flags, with their defaults.
+        given: The flags that the command line really states.
 
-    Returns:
-        The checkpoint's path on the first process, else None.
+    Raises:
+        InputError: A defense, a privacy setting or the shards are not understood.
     """
-    import torch
+    from gradients.settings import BatchSettings, DataSettings, ExtractSettings
 
-    from core.models.malicious import parse_malice
-    from core.target import Truth
-    from gradients.client import share_update
-    from gradients.client_batch import load_batch, public_samples, validation_guesses
-    from gradients.malicious_server import tamper
-    from gradients.output import peak_memory, write_results
-    from gradients.received_model import build_received_model, read_pretrained
-
-    _import_plugin(args)
-    began = time.perf_counter()
-    pretrained = None if args.pretrained is None else read_pretrained(args.pretrained)
-    data, data_spec = _load_data(args, pretrained)
-    spec = _model_spec(args, pretrained, data_spec)
-    if args.malicious:
-        parse_malice(args.malicious, spec.n_classes)
-    spec, settings = _suit_privacy(spec, _client_settings(args), args, process)
-    indices = _choose(args, data)
-    images, labels = load_batch(data, indices, args.workers)
-    mean, nearest = (
-        validation_guesses(data, images, args.workers) if process.is_main else (None, None)
+    return ExtractSettings(
+        folder=Path(args.results),
+        data=DataSettings(
+            data=args.data or args.data_name,
+            name=args.data_name,
+            root=args.data_root,
+            image_size=args.image_size,
+            split_seed=args.split_seed,
+            workers=args.workers,
+        ),
+        batch=BatchSettings(
+            size=args.batch_size,
+            index=args.target_idx,
+            duplicates=args.duplicates or (LABEL_DUPLICATES if args.duplicate_label else None),
+        ),
+        model=_model_settings(args, given),
+        client=_client_settings(args),
+        id=args.id,
+        seed=args.seed,
+        rank_analysis=args.ra,
+        plugin=args.plugin,
+        arguments=vars(args),
     )
-    truth = Truth(images, labels, mean_image=mean, nearest_images=nearest)
-    model = build_received_model(spec, pretrained, args.outlayer_state, args.seed)
-    model = model.double() if args.double else model
-    if args.malicious:
-        spec = dataclasses.replace(spec, malicious=args.malicious)
-        public, classes = public_samples(data, args.workers)
-        model = tamper(model, spec, data_spec.normalize(public), classes, args.batch_size)
-    ranks = _rank_analysis(model, data_spec, args, process)
-    if process.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(process.device)
-    loaded = time.perf_counter()
-    cost: dict[str, Any] = {}
-    target = share_update(
-        model, spec, data_spec, truth.images, truth.labels, settings, process, cost
+
+
+def _model_settings(args: argparse.Namespace, given: Mapping[str, Any]) -> ModelSettings:
+    """What the flags say of the model: a checkpoint says more, unless a flag is given."""
+    from gradients.settings import ModelSettings
+
+    return ModelSettings(
+        arch=given.get("arch"),
+        pretrained=args.pretrained,
+        outlayer_state=args.outlayer_state,
+        stem=None if args.stem == "auto" else args.stem,
+        width=args.width,
+        norm=args.norm,
+        pool_kernel=given.get("kernel_size_of_maxpool"),
+        malicious=args.malicious,
+        double=args.double,
     )
-    if target is None:
-        return None
-    _check_finite(target, args)
-    measured = cost | {
-        "seconds": round(time.perf_counter() - began, 3),
-        "seconds_of_update": round(time.perf_counter() - loaded, 3),
-        "peak_memory_mib": peak_memory(process.device),
-        "processes": process.world_size,
-        "indices": indices,
-    }
-    return write_results(args, target, truth, ranks, process.device, measured)
-
-
-def _check_finite(target: Target, args: argparse.Namespace) -> None:
-    """Refuse to share NaN: nothing could be learnt from it, nor read in a table."""
-    if all(gradient.isfinite().all() for gradient in target.gradient.values()):
-        return
-    if all(value.isfinite().all() for value in target.state_dict.values()):
-        raise InputError(f"the update is not finite: local training diverges with --lr {args.lr:g}")
-    raise InputError(f"--pretrained: the parameters in {args.pretrained} are not finite")
 
 
 def _client_settings(args: argparse.Namespace) -> ClientSettings:
@@ -291,124 +274,3 @@ def _parse_shards(text: str | None) -> tuple[int, ...]:
         return tuple(int(n) for n in text.split(",")) if text else ()
     except ValueError:
         raise InputError(f"--shards {text}: expected numbers separated by commas") from None
-
-
-def _load_data(
-    args: argparse.Namespace, pretrained: Pretrained | None
-) -> tuple[DataSets, DataSpec]:
-    """The data set, and its description with the normalisation that the model expects."""
-    from core.data.data_sets import load_data
-
-    described = None if pretrained is None else pretrained.model
-    size = args.image_size or (None if described is None else described.image_size)
-    data = load_data(
-        args.data or args.data_name,
-        image_size=size,
-        root=args.data_root,
-        name=args.data_name,
-        seed=args.seed,
-        split_seed=args.split_seed,
-    )
-    if pretrained is None or pretrained.data is None:
-        return data, data.spec
-    trained = pretrained.data
-    return data, dataclasses.replace(data.spec, mean=trained.mean, std=trained.std)
-
-
-def _model_spec(
-    args: argparse.Namespace, pretrained: Pretrained | None, data: DataSpec
-) -> ModelSpec:
-    """The architecture: as the checkpoint says, else as the flags say."""
-    from core.models.building import DEFAULT_POOL_KERNEL, ModelSpec, default_stem
-
-    size = data.shape[1]
-    kernel = args.kernel_size_of_maxpool
-    described = None if pretrained is None else pretrained.model
-    if described is None:
-        return ModelSpec(
-            arch=args.arch,
-            n_classes=data.n_classes,
-            image_size=size,
-            stem=default_stem(size) if args.stem == "auto" else args.stem,
-            width=args.width,
-            pool_kernel=kernel,
-            norm=args.norm or "batch",
-        )
-    _check_described(args, described)
-    return dataclasses.replace(
-        described,
-        n_classes=data.n_classes,
-        image_size=size,
-        pool_kernel=described.pool_kernel if kernel == DEFAULT_POOL_KERNEL else kernel,
-    )
-
-
-def _check_described(args: argparse.Namespace, described: ModelSpec) -> None:
-    """Refuse flags that contradict what the checkpoint says about its model."""
-    given = {
-        "--arch": None if args.arch == "resnet18" else args.arch,
-        "--stem": None if args.stem == "auto" else args.stem,
-        "--width": args.width,
-        "--norm": args.norm,
-    }
-    for flag, value in given.items():
-        stated = getattr(described, flag.removeprefix("--"))
-        if value is not None and value != stated:
-            raise InputError(f"{flag} {value}: the model in {args.pretrained} has {stated}")
-
-
-def _suit_privacy(
-    spec: ModelSpec, settings: ClientSettings, args: argparse.Namespace, process: Process
-) -> tuple[ModelSpec, ClientSettings]:
-    """Make per-sample gradients well defined: no layer may mix the images of a batch.
-
-    An initial model gets GroupNorm, as in training with DP-SGD. Given parameters
-    belong to BatchNorm, which then runs with its running statistics.
-    """
-    from core.models.building import skeleton_of
-    from gradients.batch_statistics import batch_norm_layers
-    from gradients.private_gradient import PER_SAMPLE
-
-    privacy = settings.privacy
-    per_sample = privacy is not None and privacy.clipping == PER_SAMPLE
-    if not (per_sample and settings.train_mode and batch_norm_layers(skeleton_of(spec))):
-        return spec, settings
-    if args.norm == "batch":
-        raise InputError(
-            "--norm batch with --enable-dp: train-mode BatchNorm mixes the images of a batch, so "
-            "that none can be clipped alone; use --norm group, --model-eval or --dp-clipping batch"
-        )
-    if args.pretrained is None:
-        _say(process, "per-sample clipping: BatchNorm is replaced by GroupNorm")
-        return dataclasses.replace(spec, norm="group"), settings
-    _say(process, "per-sample clipping: BatchNorm runs with its running statistics (eval mode)")
-    return spec, dataclasses.replace(settings, train_mode=False)
-
-
-def _say(process: Process, sentence: str) -> None:
-    if process.is_main:
-        print(sentence)
-
-
-def _choose(args: argparse.Namespace, data: DataSets) -> list[int]:
-    from gradients.client_batch import batch_indices, duplicate_label_indices
-
-    duplicates = args.duplicates or (LABEL_DUPLICATES if args.duplicate_label else None)
-    images = data.train_plain
-    if duplicates is None:
-        return batch_indices(len(images), args.batch_size, args.target_idx, args.seed)
-    return duplicate_label_indices(
-        images.labels, args.batch_size, duplicates, args.target_idx, args.seed
-    )
-
-
-def _rank_analysis(
-    model: nn.Module, data: DataSpec, args: argparse.Namespace, process: Process
-) -> list[LayerRank]:
-    if not args.ra or not process.is_main:
-        return []
-    from gradients.rank_analysis import format_table, rank_analysis
-
-    layers = rank_analysis(model, data.shape, args.batch_size)
-    print(format_table(layers))
-    return layers

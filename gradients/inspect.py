@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from core.errors import exit_status
 
 if TYPE_CHECKING:
+    from core.models.architecture import Description
     from core.target import Target, Truth
 
 
@@ -65,30 +66,39 @@ def capabilities(target: Target, truth: Truth | None) -> list[str]:
 
 def format_report(target: Target, truth: Truth | None) -> str:
     """A text report: model, setting, norms per layer, capabilities, truth."""
-    from gradients.describe import describe, describe_gradient
+    from gradients.record import describe
 
-    about = {**describe(target), **describe_gradient(target)}
-    model, data, local = about["model"], about["data"], about["local_training"]
-    height, width = data["shape"][1:]
-    shards = "+".join(map(str, about["shards"]))
+    about = describe(target)
+    model, data, local = about.model, about.data, about.local
+    height, width = data.shape[1:]
+    shards = "+".join(map(str, about.shards))
     kind = "synchronized" if target.synchronized else "asynchronous"
     lines = [
-        f"model        {model['arch']} ({model['n_classes']} classes, stem {model['stem']}, "
-        f"width {model['width'] or 'standard'}, norm {model['norm']}, "
-        f"pooling kernel {model['pool_kernel']}), {about['mode']} mode",
-        f"data         {data['name']}, {height} x {width} px",
-        f"batch        {about['batch_size']} images over shards {shards}, {kind} BatchNorm",
-        f"local        {local['steps']} step(s) = {local['epochs']} epoch(s) x "
-        f"{local['batches']} batch(es), lr {local['lr']:g}, momentum {local['momentum']:g}, "
-        f"weight decay {local['weight_decay']:g}",
-        f"defenses     {', '.join(about['defenses']) or 'none stated'}",
+        f"model        {_model_line(model, data.n_classes)}, {about.mode} mode",
+        f"data         {data.name}, {height} x {width} px",
+        f"batch        {about.batch_size} images over shards {shards}, {kind} BatchNorm",
+        f"local        {local.steps} step(s) = {local.epochs} epoch(s) x "
+        f"{local.batches} batch(es), lr {local.lr:g}, momentum {local.momentum:g}, "
+        f"weight decay {local.weight_decay:g}",
+        f"defenses     {', '.join(about.defenses) or 'none stated'}",
         f"attacker     {'; '.join(capabilities(target, truth))}",
         f"truth        {_truth_line(truth)}",
-        f"gradient     norm {about['gradient_norm']:.6g} over {about['n_gradients']} tensors",
+        f"gradient     norm {about.gradient_norm:.6g} over {len(about.gradient_norms)} tensors",
     ]
-    norms = about["gradient_norms"].items()
+    norms = about.gradient_norms.items()
     lines += [f"  {norm:12.5g}  {_shape(target, name):>18}  {name}" for name, norm in norms]
     return "\n".join(lines)
+
+
+def _model_line(model: Description, n_classes: int) -> str:
+    """The architecture in a line; of a module of the user's own only its class is known."""
+    if "stem" not in model:
+        return f"{model['arch']} ({n_classes} classes, a module of the user's own)"
+    return (
+        f"{model['arch']} ({n_classes} classes, stem {model['stem']}, "
+        f"width {model['width'] or 'standard'}, norm {model['norm']}, "
+        f"pooling kernel {model['pool_kernel']})"
+    )
 
 
 def _truth_line(truth: Truth | None) -> str:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
+from core.clipping import PER_SAMPLE
 from core.records import provenance
-from core.storage import atomic_file, save_checkpoint, write_json
+from core.storage import atomic_file, save_checkpoint
 from core.target import Target, Truth
 from gradients.checkpoint import save_target
-from gradients.describe import describe, describe_gradient
-from gradients.private_gradient import PER_SAMPLE, gaussian_epsilon
-from gradients.rank_analysis import LayerRank, ra_index
+from gradients.private_gradient import PrivacySettings, gaussian_epsilon
+from gradients.rank_analysis import LayerRank
+from gradients.record import ExtractRecord, Measured, UpdatePrivacy, describe, write_record
+from gradients.settings import ExtractSettings
 
 # Larger values of epsilon promise nothing that anybody would notice.
 MEANINGLESS_EPSILON = 100
@@ -35,81 +35,62 @@ def peak_memory(device: torch.device) -> float:
 
 
 def write_results(
-    args: argparse.Namespace,
+    settings: ExtractSettings,
     target: Target,
     truth: Truth,
-    ranks: list[LayerRank],
+    ranks: Sequence[LayerRank],
     device: torch.device,
-    measured: dict[str, Any],
+    measured: Measured,
 ) -> Path:
     """Write checkpoint, model, picture and (last) the record, and print a summary.
 
     Args:
-        args: The command line.
+        settings: What was asked for.
         target: What is shared.
         truth: What lies behind it.
         ranks: The rank analysis, if asked for.
         device: Where it was computed.
-        measured: Seconds, memory and the like, for the record.
+        measured: What it cost.
 
     Returns:
         The checkpoint's path.
     """
-    folder, stem = Path(args.results), _stem(args, target)
+    folder, stem = settings.folder, _stem(settings, target)
     path = folder / f"{stem}-checkpoint.pth.tar"
-    record = {
-        **_record(args, target, truth, ranks),
-        **measured,
-        "checkpoint": str(path),
-        "provenance": provenance(device, args.seed),
-    }
+    record = ExtractRecord(
+        target=describe(target),
+        labels=tuple(truth.labels.tolist()),
+        checkpoint=str(path),
+        measured=measured,
+        privacy=_privacy(settings.client.privacy, target),
+        ranks=tuple(ranks),
+        arguments=settings.arguments,
+        provenance=provenance(device, settings.seed),
+    )
     save_checkpoint(target.state_dict, folder / "model.pth")
     _write_picture(folder / f"{stem}-true.png", truth)
-    save_target(path, target, truth, args)
-    write_json(folder / f"{stem}.json", record)
+    save_target(path, target, truth, settings.arguments)
+    write_record(record, folder / f"{stem}.json")
     _print_summary(record)
     print(f"gradient checkpoint: {path}")
     return path
 
 
-def _record(
-    args: argparse.Namespace, target: Target, truth: Truth, ranks: list[LayerRank]
-) -> dict[str, Any]:
-    return {
-        **describe(target),
-        **describe_gradient(target),
-        "arguments": vars(args),
-        "labels": truth.labels.tolist(),
-        "privacy": _privacy_record(args, target),
-        "rank_analysis": {
-            "layers": [{**dataclasses.asdict(r), "index": r.index} for r in ranks],
-            "maximum": ra_index(ranks),
-        }
-        if ranks
-        else None,
-    }
-
-
-def _privacy_record(args: argparse.Namespace, target: Target) -> dict[str, Any] | None:
-    if not args.enable_dp:
+def _privacy(privacy: PrivacySettings | None, target: Target) -> UpdatePrivacy | None:
+    if privacy is None:
         return None
-    guaranteed = args.dp_clipping == PER_SAMPLE and args.sigma > 0
-    steps = target.local.steps
-    return {
-        "clipping": args.dp_clipping,
-        "noise_multiplier": args.sigma,
-        "max_norm": args.max_per_sample_grad_norm,
-        "delta": args.delta,
-        "epsilon": gaussian_epsilon(args.sigma, args.delta, steps) if guaranteed else None,
-    }
+    sigma, delta = privacy.noise_multiplier, privacy.delta
+    guaranteed = privacy.clipping == PER_SAMPLE and sigma > 0
+    epsilon = gaussian_epsilon(sigma, delta, target.local.steps) if guaranteed else None
+    return UpdatePrivacy(privacy.clipping, sigma, privacy.max_norm, delta, epsilon)
 
 
-def _stem(args: argparse.Namespace, target: Target) -> str:
-    origin = "init" if args.pretrained is None else Path(args.pretrained).name
-    name = args.data_name or target.data.name
-    return (
-        f"id{args.id}_{target.model.arch}_{origin}_{name}_b{target.batch_size}_i{args.target_idx}"
-    )
+def _stem(settings: ExtractSettings, target: Target) -> str:
+    pretrained = settings.model.pretrained
+    origin = "init" if pretrained is None else Path(pretrained).name
+    name = settings.data.name or target.data.name
+    batch = f"b{target.batch_size}_i{settings.batch.index}"
+    return f"id{settings.id}_{target.model.name}_{origin}_{name}_{batch}"
 
 
 def _write_picture(path: Path, truth: Truth) -> None:
@@ -118,18 +99,19 @@ def _write_picture(path: Path, truth: Truth) -> None:
         to_pil_image(grid).save(file, format="PNG")
 
 
-def _print_summary(record: dict[str, Any]) -> None:
-    print(f"labels: {record['labels']}")
+def _print_summary(record: ExtractRecord) -> None:
+    print(f"labels: {list(record.labels)}")
+    about, measured = record.target, record.measured
     print(
-        f"gradient norm {record['gradient_norm']:.6g} of {record['n_gradients']} tensors; "
-        f"{record['seconds']:.1f} s, peak {record['peak_memory_mib']:.0f} MiB"
+        f"gradient norm {about.gradient_norm:.6g} of {len(about.gradient_norms)} tensors; "
+        f"{measured.seconds:.1f} s, peak {measured.peak_memory_mib:.0f} MiB"
     )
-    privacy = record["privacy"]
-    if privacy is None:
-        return
-    if privacy["epsilon"] is None:
-        print("privacy: no guarantee (without per-sample clipping and noise epsilon is infinite)")
-    else:
-        meaningless = privacy["epsilon"] > MEANINGLESS_EPSILON
-        meaning = ", which protects nobody" if meaningless else ""
-        print(f"privacy: epsilon {privacy['epsilon']:.4g} at delta {privacy['delta']:g}{meaning}")
+    if record.privacy is not None:
+        print(_privacy_sentence(record.privacy))
+
+
+def _privacy_sentence(privacy: UpdatePrivacy) -> str:
+    if privacy.epsilon is None:
+        return "privacy: no guarantee (without per-sample clipping and noise epsilon is infinite)"
+    meaning = ", which protects nobody" if privacy.epsilon > MEANINGLESS_EPSILON else ""
+    return f"privacy: epsilon {privacy.epsilon:.4g} at delta {privacy.delta:g}{meaning}"

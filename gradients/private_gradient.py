@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from core.clipping import BATCH, PER_SAMPLE
 from core.errors import InputError
 from core.target import LocalTraining
 from gradients.local_update import (
@@ -25,7 +26,6 @@ from gradients.local_update import (
     own_parts,
 )
 
-PER_SAMPLE, BATCH = "per-sample", "batch"
 # Per-sample gradients held at a time: their memory is this many copies of the model.
 CHUNK = 8
 

@@ -25,7 +25,7 @@ repeats:
 train: {epochs: 1}
 extract: {pretrained: train/model_best.pth.tar}
 attack: {checkpoint: "extract/*.tar"}
-columns: [psnr, worst psnr, interval psnr, ssim, lpips_alex, attack.extra.number]
+columns: [psnr, worst psnr, interval psnr, ssim, lpips_alex, attack.details.number]
 figures: [bars, heatmap, curves, lines]
 published:
   - {where: {defense: none, batch size: 1}, text: 14.2 dB, source: Somebody 2020}
@@ -69,7 +69,7 @@ def attack_record(psnr: float) -> dict[str, Any]:
     baseline = {"psnr": {"mean": 12.5, "std": 1.0}, "ssim": {"mean": 0.1, "std": 0.0}}
     return {
         "seconds": 3.0,
-        "extra": {"number": 7},
+        "details": {"number": 7},
         "trace": [{"iteration": i, "objective": 1 / (i + 1), "psnr": psnr - 9 + i} for i in (0, 9)],
         "evaluation": {
             "per_image": images,

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from federated.experiment import create_job_config, simulate
+from federated.experiment import run_results, simulator
+from federated.experiment.cli import create_job_config
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 240
@@ -36,14 +37,14 @@ class Finished:
 
     def record(self, site: str, round_number: int) -> dict[str, Any]:
         """A site's leakage result."""
-        path = simulate.app_folder(self.workspace, site) / f"leakage_round{round_number}.json"
+        path = run_results.app_folder(self.workspace, site) / f"leakage_round{round_number}.json"
         return json.loads(path.read_text())
 
     def global_model(self) -> dict[str, Any]:
         """The final global model's variables."""
         from core.storage import load_checkpoint
 
-        path = simulate.app_folder(self.workspace, "server") / simulate.FINAL_MODEL
+        path = run_results.app_folder(self.workspace, "server") / run_results.FINAL_MODEL
         return load_checkpoint(path)["model"]
 
 
@@ -91,7 +92,7 @@ def started(
 
 def end(process: subprocess.Popen[bytes]) -> None:
     """End a process and all below it."""
-    for pid in [*simulate.descendants(process.pid), process.pid]:
+    for pid in [*simulator.descendants(process.pid), process.pid]:
         if process.poll() is None:
             try:
                 os.kill(pid, signal.SIGKILL)

@@ -31,7 +31,7 @@ from attack.settings import InversionConfig
 from audit.inversion import invert_update
 from audit.settings import InversionSettings
 from core.models.building import ModelSpec
-from core.processes import distributed
+from core.processes import launch
 from tests.attack_targets import CASES, SETTINGS, Case, run_case
 from tests.federated.sites import update_of, victims
 from tests.pretended_device import Pretend, install
@@ -247,7 +247,7 @@ def main(folder: Path) -> None:
     device = install()
     torch.set_num_threads(1)
     # What the commands compute on, and how much memory it has.
-    distributed._device = lambda args, rank: device  # type: ignore[assignment]
+    launch._device = lambda settings, rank: device  # type: ignore[assignment]
     torch.cuda.mem_get_info = lambda device=None: (10**9, 10**10)  # type: ignore[assignment]
     cases = [
         *rule_cases(device),

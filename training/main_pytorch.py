@@ -6,36 +6,30 @@ python training/main_pytorch.py --scheme GH --data photo-patches --result-root r
 from __future__ import annotations
 
 import argparse
-import contextlib
-import logging
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
     # As a script, Python puts this file's folder first; the rooms lie one above.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from core.clipping import CLIPPINGS, PER_SAMPLE, clipping_argument
 from core.errors import InputError, exit_status
+from core.launch_arguments import CommandParser, LaunchSettings, add_launch_arguments
 from core.plugins import import_plugin
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from core.data.data_sets import DataSets
-    from core.models.building import ModelSpec
-    from core.processes.distributed import Process
-    from training.trainer import Trainer, TrainingConfig
+    from training.settings import RunSettings, TrainingConfig
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line; defaults are the published ones."""
-    from core.launch_arguments import add_launch_arguments
     from training.schemes import CUSTOM
 
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="training/main_pytorch.py",
         description="Train a classifier under a defense scheme.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -141,8 +135,9 @@ def _add_privacy_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--delta", type=float, default=1e-5)
     group.add_argument(
         "--dp-clipping",
-        choices=["sample", "batch"],
-        default="sample",
+        type=clipping_argument,
+        metavar=f"{{{','.join(CLIPPINGS)}}}",
+        default=PER_SAMPLE,
         help="batch: the paper's variant, which gives no guarantee",
     )
 
@@ -193,7 +188,7 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise InputError(f"{_flag(name)} must be positive, not {getattr(args, name)}")
     if not 0 < args.delta < 1:
         raise InputError("--delta must lie between 0 and 1")
-    if args.enable_dp and args.dp_clipping == "sample" and (args.compile or args.amp):
+    if args.enable_dp and args.dp_clipping == PER_SAMPLE and (args.compile or args.amp):
         raise InputError("--compile and --amp cannot be combined with per-sample clipping")
 
 
@@ -204,26 +199,43 @@ def _flag(name: str) -> str:
     )
 
 
-def model_spec(args: argparse.Namespace, data: DataSets) -> ModelSpec:
-    """The architecture that the flags and the data ask for."""
-    from core.models.building import ModelSpec, default_stem
+def run_settings(args: argparse.Namespace) -> RunSettings:
+    """The flags as one typed record, which every process gets."""
+    from training.settings import DataSettings, ModelSettings, RunSettings
 
-    size = data.spec.shape[1]
-    per_sample = args.enable_dp and args.dp_clipping == "sample"
-    return ModelSpec(
-        arch=args.arch,
-        n_classes=data.spec.n_classes,
-        image_size=size,
-        stem=default_stem(size) if args.stem == "auto" else args.stem,
-        width=args.width,
-        pool_kernel=args.kernel_size_of_maxpool,
-        norm=("group" if per_sample else "batch") if args.norm == "auto" else args.norm,
+    return RunSettings(
+        root=Path(args.result_root),
+        data=DataSettings(
+            data=args.data,
+            root=args.data_root,
+            name=args.data_name,
+            image_size=args.image_size,
+            split_seed=args.split_seed,
+        ),
+        model=ModelSettings(
+            arch=args.arch,
+            stem=args.stem,
+            width=args.width,
+            norm=args.norm,
+            pool_kernel=args.kernel_size_of_maxpool,
+            bn_groups=args.bn_groups,
+            bn_backend=args.bn_backend,
+            pretrained=args.pretrained,
+        ),
+        training=_training_config(args),
+        resume=args.resume,
+        overwrite=args.overwrite,
+        start_epoch=args.start_epoch,
+        evaluate=args.evaluate,
+        tf32=not args.no_tf32,
+        print_freq=args.print_freq,
+        plugin=args.plugin,
+        flags=vars(args),
     )
 
 
-def training_config(args: argparse.Namespace) -> TrainingConfig:
-    """The flags as the trainer's configuration."""
-    from training.trainer import TrainingConfig
+def _training_config(args: argparse.Namespace) -> TrainingConfig:
+    from training.settings import TrainingConfig
 
     return TrainingConfig(
         scheme=args.scheme,
@@ -252,263 +264,6 @@ def training_config(args: argparse.Namespace) -> TrainingConfig:
     )
 
 
-def build_client_model(args: argparse.Namespace, spec: ModelSpec, process: Process) -> nn.Module:
-    """The model of one process: initialised, BatchNorm converted, on its device."""
-    import torch
-
-    from core.models.batch_norm import convert_batch_norm
-    from core.models.building import build_model
-
-    # Every process draws the same initial parameters.
-    model = build_model(spec)
-    if args.bn_groups:
-        model = convert_batch_norm(model, "grouped", groups=args.bn_groups)
-    elif args.syncbn and process.world_size > 1:
-        model = _synchronized(model, args.bn_backend, process)
-    model = model.to(process.device)
-    return model.to(memory_format=torch.channels_last) if args.channels_last else model
-
-
-def _synchronized(model: nn.Module, backend: str, process: Process) -> nn.Module:
-    import torch
-
-    from core.models.batch_norm import convert_batch_norm
-
-    nccl = torch.distributed.get_backend() == "nccl"
-    if backend == "torch" and process.device.type != "cuda":
-        raise InputError("--bn-backend torch needs CUDA; use --bn-backend own")
-    if backend == "apex":
-        return _apex_synchronized(model)
-    if backend == "torch" or (backend == "auto" and nccl):
-        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return convert_batch_norm(model, "synchronized")
-
-
-def _apex_synchronized(model: nn.Module) -> nn.Module:
-    try:
-        from apex.parallel import convert_syncbn_model
-    except ImportError:
-        raise InputError(
-            "--bn-backend apex: NVIDIA Apex is not installed; use --bn-backend torch"
-        ) from None
-    return convert_syncbn_model(model)
-
-
-def load_pretrained(model: nn.Module, args: argparse.Namespace) -> None:
-    """Load the parameters that `--pretrained` names into a model, in place.
-
-    Raises:
-        InputError: They cannot be had, or do not fit.
-    """
-    from core.models.building import counts_batches, load_parameters
-    from core.storage import load_checkpoint
-
-    if args.pretrained == "torchvision":
-        state = _torchvision_weights(args.arch)
-    else:
-        raw = load_checkpoint(args.pretrained, "--pretrained")
-        state = raw.get("state_dict", raw)
-    state = {str(name).removeprefix("module."): value for name, value in state.items()}
-    own = model.state_dict()
-    # Another number of classes: the last layer is trained anew.
-    fitting = {n: v for n, v in state.items() if n in own and v.shape == own[n].shape}
-    if not any(name in fitting for name, _ in model.named_parameters()):
-        raise InputError(f"--pretrained {args.pretrained}: no parameter fits --arch {args.arch}")
-    load_parameters(model, own | fitting)
-    skipped = sorted(n for n in set(own) - set(fitting) if not counts_batches(n))
-    if skipped:
-        logging.getLogger(__name__).warning(
-            "--pretrained: %d tensors do not fit and keep their initialisation (%s, ...)",
-            len(skipped),
-            skipped[0],
-        )
-
-
-def _torchvision_weights(arch: str) -> dict[str, Any]:
-    import torchvision
-
-    try:
-        weights = torchvision.models.get_model_weights(arch).DEFAULT
-        return weights.get_state_dict(progress=False)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"--pretrained: torchvision's weights of {arch} cannot be fetched here ({error}); "
-            "give the path of a file instead: --pretrained PATH"
-        ) from None
-
-
-def prepare_root(args: argparse.Namespace) -> Path | None:
-    """The checkpoint to continue from, if any; refuses to mix two runs in one folder.
-
-    Raises:
-        InputError: The folder holds another run, or the checkpoint does not exist.
-    """
-    from training.trainer import checkpoints, latest_checkpoint
-
-    root = Path(args.result_root)
-    if root.exists() and not root.is_dir():
-        raise InputError(f"--result-root: {root} is a file, not a folder")
-    _remove_unfinished_files(root)
-    latest = latest_checkpoint(root)
-    if args.resume == "auto":
-        return latest
-    if args.resume:
-        if not Path(args.resume).exists():
-            raise InputError(f"--resume: there is no file {args.resume}")
-        return Path(args.resume)
-    if latest is not None and not args.evaluate:
-        if not args.overwrite:
-            raise InputError(
-                f"--result-root: {root} holds a run already ({latest.name}); continue it with "
-                "--resume auto, discard it with --overwrite, or choose another folder"
-            )
-        for path in checkpoints(root):
-            path.unlink()
-    return None
-
-
-def _remove_unfinished_files(root: Path) -> None:
-    """Half-written files of a run that was killed while it saved."""
-    for path in root.glob(".*.pth.tar.*"):
-        path.unlink()
-
-
-def work(process: Process, args: argparse.Namespace) -> None:
-    """What every process does."""
-    import_plugin(args.plugin)
-    logging.basicConfig(
-        level=logging.INFO if process.is_main else logging.ERROR, format="%(message)s"
-    )
-    with _product_precision(tf32=not args.no_tf32):
-        _train(process, args)
-
-
-@contextlib.contextmanager
-def _product_precision(*, tf32: bool) -> Iterator[None]:
-    """Within the block, float32 products may use TF32; whoever called gets its setting back."""
-    import torch
-
-    held = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = tf32
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(held[0])
-        torch.backends.cudnn.allow_tf32 = held[1]
-
-
-def _train(process: Process, args: argparse.Namespace) -> None:
-    from core.data.data_sets import load_data
-    from core.processes.distributed import barrier
-    from training.trainer import Trainer
-
-    data = load_data(
-        args.data,
-        image_size=args.image_size,
-        seed=args.seed,
-        root=args.data_root,
-        name=args.data_name,
-        split_seed=args.split_seed,
-    )
-    spec = model_spec(args, data)
-    model = build_client_model(args, spec, process)
-    if args.pretrained:
-        load_pretrained(model, args)
-    trainer = Trainer(
-        model, spec, data, training_config(args), process, Path(args.result_root), args
-    )
-    checkpoint = _agreed(prepare_root(args) if process.is_main else None)
-    if checkpoint is not None:
-        trainer.resume(checkpoint)
-    trainer.epoch = args.start_epoch or trainer.epoch
-    barrier()
-    if args.evaluate:
-        _evaluate(trainer)
-        return
-    _announce(args, trainer)
-    trainer.fit()
-    _conclude(trainer)
-
-
-def _agreed(checkpoint: Path | None) -> Path | None:
-    """Rank 0's choice on every process: the others must not look at a changing folder."""
-    from core.processes.distributed import broadcast_object
-
-    chosen = broadcast_object(None if checkpoint is None else str(checkpoint))
-    return None if chosen is None else Path(chosen)
-
-
-def _evaluate(trainer: Trainer) -> None:
-    loss, acc1 = trainer.validate()
-    if trainer.process.is_main:
-        print(f"validation loss {loss:.4f} acc1 {acc1:.2f} (epoch {trainer.epoch})")
-
-
-def _announce(args: argparse.Namespace, trainer: Trainer) -> None:
-    log, process = logging.getLogger(__name__), trainer.process
-    spec = trainer.data.spec
-    norm = trainer.model_spec.norm
-    if norm == "batch":
-        norm = "synchronized BatchNorm" if args.syncbn else "asynchronous BatchNorm"
-    log.info(
-        "scheme %s: %s on %s (%d training, %d validation images of %d classes), %s, batch %d, "
-        "%d process(es) on %s",
-        args.scheme,
-        args.arch,
-        spec.name,
-        trainer.n,
-        len(trainer.data.val),
-        spec.n_classes,
-        norm,
-        args.batch_size,
-        process.world_size,
-        process.device.type,
-    )
-    _announce_pooling(trainer)
-    if args.scheme == "GH" and process.world_size == 1 and not args.bn_groups:
-        log.warning(
-            "GH on one process: asynchronous BatchNorm is plain BatchNorm of the whole batch; "
-            "use --multiprocessing-distributed --nproc-per-node N, or --bn-groups N"
-        )
-    if args.enable_dp and args.dp_clipping == "batch":
-        log.warning("--dp-clipping batch clips the mean gradient: it gives no privacy guarantee")
-    if trainer.accountant is not None:
-        planned = trainer.accountant.planned(trainer.config.epochs * len(trainer.batches))
-        log.info("after all epochs: %s", planned.sentence(args.sigma))
-    if trainer.epoch:
-        log.info("continuing after epoch %d", trainer.epoch)
-
-
-def _announce_pooling(trainer: Trainer) -> None:
-    """Say so where the kernel of the RA defense is scaled to a small feature map."""
-    import torch
-
-    from training.schemes import DEFAULT_POOL_KERNEL
-
-    asked = trainer.model_spec.pool_kernel
-    if asked == DEFAULT_POOL_KERNEL:
-        return
-    pools = (m for m in trainer.model.modules() if isinstance(m, torch.nn.MaxPool2d))
-    actual = getattr(next(pools, None), "kernel_size", asked)
-    if actual != asked:
-        logging.getLogger(__name__).info(
-            "max-pooling kernel %s (for 224 px images) becomes %s at this resolution", asked, actual
-        )
-
-
-def _conclude(trainer: Trainer) -> None:
-    if not trainer.process.is_main:
-        return
-    if trainer.accountant is not None:
-        spent = trainer.accountant.epsilon()
-        print(spent.sentence(trainer.config.noise_multiplier))
-    reached = f"best validation accuracy {trainer.best_acc1:.2f} %"
-    if not trainer.history:
-        reached = "no epoch was trained"
-    print(f"{trainer.config.scheme}: {reached}, results in {trainer.root}")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     return exit_status(lambda: run(argv))
@@ -518,9 +273,10 @@ def run(argv: Sequence[str] | None = None) -> None:
     """Parse, check, launch."""
     args = parse_args(argv)
     check_arguments(args)
-    from core.processes.distributed import launch
+    from core.processes.launch import launch
+    from training.run import run_training
 
-    launch(work, args)
+    launch(run_training, LaunchSettings.from_arguments(args), run_settings(args))
 
 
 if __name__ == "__main__":

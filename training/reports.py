@@ -8,83 +8,84 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from core.errors import InputError, exit_status
+from core.errors import exit_status
 from core.figures import blank_figure, save_figure
 from core.storage import write_text
+from training.record import EpochResult, TrainRecord, read_record
 
-Record = Mapping[str, Any]
 DOTS_PER_INCH = 120
 
 
-def write_metrics_csv(history: Sequence[Mapping[str, Any]], path: Path) -> None:
+def write_metrics_csv(history: Sequence[EpochResult], path: Path) -> None:
     """Write one line per epoch.
 
     Args:
-        history: One dictionary per epoch, all with the same keys.
+        history: One result per epoch.
         path: Where to.
     """
     if not history:
         return
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(history[0]), lineterminator="\n")
+    writer = csv.DictWriter(
+        text, fieldnames=[f.name for f in fields(EpochResult)], lineterminator="\n"
+    )
     writer.writeheader()
-    writer.writerows(history)
+    writer.writerows(map(asdict, history))
     write_text(path, text.getvalue())
 
 
-def plot_curves(record: Record, path: Path) -> None:
+def plot_curves(record: TrainRecord, path: Path) -> None:
     """Draw loss and accuracy over epochs of one run.
 
     Args:
-        record: Content of its `record.json`.
+        record: Its record.
         path: Picture to write.
     """
-    history = record["history"]
-    epochs = [entry["epoch"] for entry in history]
+    history = record.history
+    epochs = [entry.epoch for entry in history]
     figure = blank_figure(8, 3)
     loss, accuracy = figure.subplots(1, 2)
     for part, label in (("train", "training"), ("val", "validation")):
-        loss.plot(epochs, [entry[f"{part}_loss"] for entry in history], label=label)
-        accuracy.plot(epochs, [entry[f"{part}_acc1"] for entry in history], label=label)
+        loss.plot(epochs, [getattr(entry, f"{part}_loss") for entry in history], label=label)
+        accuracy.plot(epochs, [getattr(entry, f"{part}_acc1") for entry in history], label=label)
     loss.set(xlabel="epoch", ylabel="cross-entropy")
     accuracy.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 100))
     loss.legend()
-    figure.suptitle(f"{record['scheme']} on {record['data']['name']}")
+    figure.suptitle(f"{record.scheme} on {record.data.name}")
     save_figure(figure, path, dpi=DOTS_PER_INCH)
 
 
-def plot_comparison(records: Sequence[Record], path: Path) -> None:
+def plot_comparison(records: Sequence[TrainRecord], path: Path) -> None:
     """Draw the validation accuracy of several runs in one picture.
 
     Args:
-        records: Contents of their `record.json`.
+        records: Their records.
         path: Picture to write.
     """
     figure = blank_figure(6, 4)
     axes = figure.subplots()
     for record in records:
-        history = record["history"]
-        accuracies = [entry["val_acc1"] for entry in history]
-        axes.plot([entry["epoch"] for entry in history], accuracies, label=_label(record))
+        history = record.history
+        accuracies = [entry.val_acc1 for entry in history]
+        axes.plot([entry.epoch for entry in history], accuracies, label=_label(record))
     axes.set(xlabel="epoch", ylabel="validation accuracy (%)", ylim=(0, 100))
     axes.grid(alpha=0.3)
     axes.legend()
     save_figure(figure, path, dpi=DOTS_PER_INCH)
 
 
-def _label(record: Record) -> str:
-    privacy = record.get("privacy")
-    if not privacy:
-        return str(record["scheme"])
-    epsilon = privacy.get("epsilon")
+def _label(record: TrainRecord) -> str:
+    if record.privacy is None:
+        return record.scheme
+    epsilon = record.privacy.epsilon
     guarantee = "no guarantee" if epsilon is None else f"epsilon {epsilon:.3g}"
-    return f"{record['scheme']} ({guarantee})"
+    return f"{record.scheme} ({guarantee})"
 
 
 class ScalarLog:
@@ -125,22 +126,6 @@ class ScalarLog:
             self._writer.close()
 
 
-def load_record(folder: Path) -> dict[str, Any]:
-    """The record of the run in a folder.
-
-    Raises:
-        InputError: There is none.
-    """
-    path = folder / "record.json"
-    try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError):
-        raise InputError(f"{folder} holds no readable record.json of a training run") from None
-    if not isinstance(record, dict) or record.get("kind") != "training":
-        raise InputError(f"{path} is not the record of a training run")
-    return record
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line of the comparison picture."""
     parser = argparse.ArgumentParser(
@@ -154,7 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run(argv: Sequence[str] | None = None) -> None:
     """Draw the comparison."""
     args = build_parser().parse_args(argv)
-    plot_comparison([load_record(Path(folder)) for folder in args.runs], Path(args.output))
+    plot_comparison([read_record(Path(folder)) for folder in args.runs], Path(args.output))
 
 
 if __name__ == "__main__":

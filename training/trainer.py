@@ -12,9 +12,8 @@ import contextlib
 import dataclasses
 import logging
 import math
-import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,15 @@ from core.models.batch_norm import (
 from core.models.building import ModelSpec, load_parameters
 from core.processes.distributed import Process, all_reduce, barrier, derived_seed, seed_everything
 from core.records import provenance
-from core.storage import load_checkpoint, save_checkpoint, write_json
+from core.storage import load_checkpoint, save_checkpoint
+from training.checkpoints import (
+    BEST,
+    INITIAL,
+    checkpoint_epoch,
+    checkpoint_name,
+    checkpoints,
+    latest_checkpoint,
+)
 from training.privacy import (
     Accountant,
     PerSampleClipping,
@@ -41,7 +48,17 @@ from training.privacy import (
     noise_generator,
     sum_over_processes,
 )
+from training.record import (
+    FINISHED,
+    RUNNING,
+    CheckpointNames,
+    EpochResult,
+    PrivacySpent,
+    TrainRecord,
+    write_record,
+)
 from training.reports import ScalarLog, plot_curves, write_metrics_csv
+from training.settings import TrainingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -50,103 +67,6 @@ TOO_FEW_VALUES = (
     "--batch-size: a BatchNorm layer sees one value per channel; use larger batches, "
     "larger images, --syncbn or --norm group"
 )
-CHECKPOINT_NAME = re.compile(r"checkpoint_epoch_(\d{4,})_acc1_[\d.]+\.pth\.tar")
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How a model is trained.
-
-    Attributes:
-        scheme: Name of the scheme, for records.
-        epochs: Passes over the data.
-        batch_size: Images per step over all processes.
-        lr: Initial learning rate.
-        momentum: Of SGD.
-        weight_decay: L2 penalty.
-        lr_schedule: "step" (x0.1 every `lr_step` epochs) or "cosine" (to zero).
-        lr_step: Epochs between drops of the step schedule.
-        warmup: Epochs of linear increase before the schedule.
-        accumulate: Parts that a process' shard of a batch is computed in.
-        workers: Loading processes over all processes.
-        seed: Of everything random.
-        dp: Whether gradients are clipped and noised.
-        dp_clipping: "sample" or "batch" (no guarantee).
-        noise_multiplier: Of the noise, in clipping norms.
-        max_norm: Clipping norm.
-        delta: Of the privacy guarantee.
-        synchronized: Whether BatchNorm statistics are those of the whole batch.
-        amp: None, "bf16" or "fp16" mixed precision.
-        channels_last: Memory layout of images and weights.
-        compile: Whether the model is compiled.
-        save_every: Epochs between checkpoints that are kept; the latest always is.
-        tensorboard: Whether scalars are written for TensorBoard, if it is installed.
-    """
-
-    scheme: str = "None"
-    epochs: int = 90
-    batch_size: int = 128
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    lr_schedule: str = "step"
-    lr_step: int = 30
-    warmup: int = 0
-    accumulate: int = 1
-    workers: int = 4
-    seed: int = 0
-    dp: bool = False
-    dp_clipping: str = "sample"
-    noise_multiplier: float = 0.01
-    max_norm: float = 1.0
-    delta: float = 1e-5
-    synchronized: bool = True
-    amp: str | None = None
-    channels_last: bool = False
-    compile: bool = False
-    save_every: int = 10
-    tensorboard: bool = True
-
-    @property
-    def per_sample(self) -> bool:
-        """Whether this is DP-SGD proper."""
-        return self.dp and self.dp_clipping == "sample"
-
-    def lr_at(self, epoch: int) -> float:
-        """The learning rate of an epoch (counted from 0)."""
-        if epoch < self.warmup:
-            return self.lr * (epoch + 1) / (self.warmup + 1)
-        if self.lr_schedule == "step":
-            return self.lr * 0.1 ** (epoch // self.lr_step)
-        progress = (epoch - self.warmup) / max(1, self.epochs - self.warmup)
-        return self.lr * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-@dataclass
-class EpochResult:
-    """One line of `metrics.csv`.
-
-    Attributes:
-        epoch: Epochs finished.
-        lr: Learning rate.
-        train_loss: Mean cross-entropy over the epoch's samples.
-        train_acc1: Share of samples classified correctly, in percent.
-        val_loss: On the validation images.
-        val_acc1: In percent.
-        epsilon: Privacy budget spent; None without a guarantee.
-        images_per_second: Over all processes, training only.
-        seconds: Training and validation.
-    """
-
-    epoch: int
-    lr: float
-    train_loss: float
-    train_acc1: float
-    val_loss: float
-    val_acc1: float
-    epsilon: float | None
-    images_per_second: float
-    seconds: float
 
 
 @dataclass
@@ -178,7 +98,8 @@ class Trainer:
         config: How to train.
         process: This process.
         root: Folder of checkpoints and records.
-        args: The command line, for the checkpoints.
+        flags: The command line by flag, for the checkpoints.
+        print_freq: Steps between renewals of the progress bar.
     """
 
     def __init__(
@@ -189,11 +110,13 @@ class Trainer:
         config: TrainingConfig,
         process: Process,
         root: Path,
-        args: argparse.Namespace | None = None,
+        *,
+        flags: Mapping[str, Any] | None = None,
+        print_freq: int = 10,
     ) -> None:
         self.model, self.model_spec, self.data = model, model_spec, data
         self.config, self.process, self.root = config, process, root
-        self.args = args or argparse.Namespace()
+        self.flags, self.print_freq = flags or {}, print_freq
         self.epoch = 0
         self.best_acc1 = 0.0
         self.initial_acc1: float | None = None
@@ -270,7 +193,7 @@ class Trainer:
         if self.epoch == 0:
             self.save_initial()
             self.initial_acc1 = self.validate()[1]
-        self.write_record("running")
+        self.write_record(RUNNING)
         for epoch in range(self.epoch, self.config.epochs):
             result = self.run_epoch(epoch)
             self.history.append(result)
@@ -278,11 +201,11 @@ class Trainer:
             is_best = result.val_acc1 > self.best_acc1 or epoch == 0
             self.best_acc1 = max(self.best_acc1, result.val_acc1)
             self.save(result.val_acc1, is_best)
-            self.write_record("running")
+            self.write_record(RUNNING)
             self.scalars.write(dataclasses.asdict(result))
             logger.info("%s", self._line(result))
         self.scalars.close()
-        self.write_record("finished")
+        self.write_record(FINISHED)
         return self.history
 
     def run_epoch(self, epoch: int) -> EpochResult:
@@ -342,7 +265,7 @@ class Trainer:
                 desc=f"{self.config.scheme} epoch {epoch + 1}/{self.config.epochs}",
                 disable=None if self.process.is_main else True,
                 leave=False,
-                miniters=getattr(self.args, "print_freq", 10),
+                miniters=self.print_freq,
             )
         )
 
@@ -471,23 +394,23 @@ class Trainer:
             "scheme": self.config.scheme,
             "config": dataclasses.asdict(self.config),
             "history": [dataclasses.asdict(result) for result in self.history],
-            "args": argparse.Namespace(**_plain(vars(self.args))),
+            "args": argparse.Namespace(**_plain(self.flags)),
         }
 
     def save_initial(self) -> None:
         """Save the untrained model."""
         if self.process.is_main:
-            save_checkpoint(self.state(), self.root / "model_init.pth.tar")
+            save_checkpoint(self.state(), self.root / INITIAL)
         barrier()
 
     def save(self, acc1: float, is_best: bool) -> None:
         """Save the latest state; the one before it goes, unless it is to be kept."""
         if self.process.is_main:
-            name = f"checkpoint_epoch_{self.epoch:04d}_acc1_{acc1:.2f}.pth.tar"
+            name = checkpoint_name(self.epoch, acc1)
             state = self.state()
             # The best one first: killed in between, a resumed run makes both again.
             if is_best:
-                save_checkpoint(state, self.root / "model_best.pth.tar")
+                save_checkpoint(state, self.root / BEST)
             save_checkpoint(state, self.root / name)
             for path in checkpoints(self.root):
                 if self._superseded(checkpoint_epoch(path)):
@@ -533,9 +456,10 @@ class Trainer:
                         f"--resume: {path} was trained with {key} {name} = {theirs}, "
                         f"this command asks for {value}"
                     )
-        before = raw.get("config") or {}
+        stated = raw.get("config") or {}
+        before = dataclasses.asdict(TrainingConfig.from_dict(stated))
         for name, value in dataclasses.asdict(self.config).items():
-            if name in before and before[name] != value:
+            if name in stated and before[name] != value:
                 logger.warning("resuming with %s = %s instead of %s", name, value, before[name])
 
     # --- record ---------------------------------------------------------------
@@ -545,88 +469,64 @@ class Trainer:
         if not self.process.is_main:
             return
         record = self.record(status)
-        write_json(self.root / "record.json", record)
-        write_metrics_csv(record["history"], self.root / "metrics.csv")
-        if status == "finished" and self.history:
+        write_record(record, self.root)
+        write_metrics_csv(record.history, self.root / "metrics.csv")
+        if status == FINISHED and self.history:
             plot_curves(record, self.root / "curves.png")
 
-    def record(self, status: str) -> dict[str, Any]:
-        """The run as plain values."""
+    def record(self, status: str) -> TrainRecord:
+        """The run so far."""
         last = self.history[-1] if self.history else None
         latest = latest_checkpoint(self.root)
-        return {
-            "kind": "training",
-            "status": status,
-            "scheme": self.config.scheme,
-            "config": dataclasses.asdict(self.config),
-            "model": self.model_spec.to_dict(),
-            "data": self.data.spec.to_dict(),
-            "n_train": self.n,
-            "n_val": len(self.data.val),
-            "processes": self.process.world_size,
-            "epochs_done": self.epoch,
-            "initial_val_acc1": self.initial_acc1,
-            "best_val_acc1": self.best_acc1 if last else None,
-            "final_val_acc1": last.val_acc1 if last else None,
-            "final_train_acc1": last.train_acc1 if last else None,
-            "privacy": self._privacy_record(),
-            "images_per_second": _median([r.images_per_second for r in self.history]),
-            "seconds_per_epoch": _median([r.seconds for r in self.history]),
-            "seconds": sum(r.seconds for r in self.history),
-            "history": [dataclasses.asdict(result) for result in self.history],
-            "checkpoints": {
-                "initial": "model_init.pth.tar",
-                "best": "model_best.pth.tar" if last else None,
-                "last": latest.name if latest else None,
-            },
-            "provenance": provenance(self.process.device, self.config.seed),
-        }
+        return TrainRecord(
+            status=status,
+            scheme=self.config.scheme,
+            config=self.config,
+            model=self.model_spec,
+            data=self.data.spec,
+            n_train=self.n,
+            n_val=len(self.data.val),
+            processes=self.process.world_size,
+            epochs_done=self.epoch,
+            initial_val_acc1=self.initial_acc1,
+            best_val_acc1=self.best_acc1 if last else None,
+            final_val_acc1=last.val_acc1 if last else None,
+            final_train_acc1=last.train_acc1 if last else None,
+            privacy=self._privacy_spent(),
+            images_per_second=_median([r.images_per_second for r in self.history]),
+            seconds_per_epoch=_median([r.seconds for r in self.history]),
+            seconds=sum(r.seconds for r in self.history),
+            history=tuple(self.history),
+            checkpoints=CheckpointNames(
+                INITIAL, BEST if last else None, latest.name if latest else None
+            ),
+            provenance=provenance(self.process.device, self.config.seed),
+        )
 
-    def _privacy_record(self) -> dict[str, Any] | None:
+    def _privacy_spent(self) -> PrivacySpent | None:
         config = self.config
         if not config.dp:
             return None
-        settings = {
-            "clipping": config.dp_clipping,
-            "noise_multiplier": config.noise_multiplier,
-            "max_norm": config.max_norm,
-            "delta": config.delta,
-        }
+        settings = (config.dp_clipping, config.noise_multiplier, config.max_norm, config.delta)
         if self.accountant is None:
-            return settings | {"epsilon": None, "note": "batch clipping: no guarantee"}
+            return PrivacySpent(*settings, None, "batch clipping: no guarantee")
         spent = self.accountant.epsilon()
-        return settings | {
-            "epsilon": spent.value if math.isfinite(spent.value) else None,
-            "epsilon_rdp": spent.rdp if math.isfinite(spent.rdp) else None,
-            "accountant": spent.accountant,
-            "sample_rate": self.accountant.sample_rate,
-            "steps": spent.steps,
-            "note": spent.sentence(config.noise_multiplier),
-        }
+        return PrivacySpent(
+            *settings,
+            epsilon=spent.value if math.isfinite(spent.value) else None,
+            note=spent.sentence(config.noise_multiplier),
+            epsilon_rdp=spent.rdp if math.isfinite(spent.rdp) else None,
+            accountant=spent.accountant,
+            sample_rate=self.accountant.sample_rate,
+            steps=spent.steps,
+        )
 
 
 def _median(values: list[float]) -> float | None:
     return sorted(values)[len(values) // 2] if values else None
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """Only what a checkpoint may hold."""
     kinds = (bool, int, float, str, type(None))
     return {key: value for key, value in values.items() if isinstance(value, kinds)}
-
-
-def checkpoint_epoch(path: Path) -> int:
-    """The number of finished epochs in a checkpoint's name; -1 for other files."""
-    match = CHECKPOINT_NAME.fullmatch(path.name)
-    return int(match.group(1)) if match else -1
-
-
-def checkpoints(root: Path) -> list[Path]:
-    """The checkpoints of finished epochs in a folder, oldest first."""
-    found = [path for path in root.glob("checkpoint_epoch_*.pth.tar") if checkpoint_epoch(path) > 0]
-    return sorted(found, key=checkpoint_epoch)
-
-
-def latest_checkpoint(root: Path) -> Path | None:
-    """The checkpoint of the most epochs in a folder, if there is one."""
-    return next(reversed(checkpoints(root)), None)

@@ -63,7 +63,7 @@ class _Embedding(Attack):
         if not isinstance(projection, nn.Conv2d) or positions is None:
             raise InputError(
                 f"{what}needs a vision transformer with a learnable position embedding, like "
-                f"vit_tiny, not {target.model.arch}"
+                f"vit_tiny, not {target.model.name}"
             )
         if target.batch_size != 1 or target.local.steps != 1:
             raise InputError(f"{what}needs the gradient of one image and one local step")
@@ -134,6 +134,9 @@ class April(_Embedding):
 
     Source: Lu, Zhang, Zhao, He, Cheng, "APRIL: Finding the Achilles' Heel on Privacy for
         Vision Transformers", CVPR 2022, theorem 1, https://arxiv.org/abs/2112.14087.
+
+    Published: 23.90 dB, LPIPS 0.12, on one image of ImageNet with a small vision
+        transformer, in the notebook of https://github.com/JonasGeiping/breaching.
     """
 
     name = "april"
@@ -144,7 +147,7 @@ class April(_Embedding):
         first = next(iter(model.encoder.layers.children()))
         if hasattr(first, "ln_1"):
             raise InputError(
-                f"--attack {self.name}: in {target.model.arch} the first attention reads "
+                f"--attack {self.name}: in {target.model.name} the first attention reads "
                 "normalised tokens beside a shortcut, for which the closed form is not exact; "
                 "use --attack patch-projection, or --arch vit_april"
             )

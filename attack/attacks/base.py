@@ -1,19 +1,19 @@
-"""What every attack is: something that turns a target into a reconstruction."""
+"""What every attack is: something that turns a target into a reconstruction; and their names."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any, ClassVar, TypeVar
-
-import torch
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from attack.knowledge.threat_models import Capability
-from attack.loop.inversion import Inversion
-from attack.reconstruction import Reconstruction
-from attack.settings import InversionConfig
 from core.errors import InputError
-from core.target import Target
+
+if TYPE_CHECKING:
+    import torch
+
+    from attack.reconstruction import Reconstruction
+    from core.target import Target
 
 
 class Attack(abc.ABC):
@@ -68,54 +68,6 @@ class Attack(abc.ABC):
             seed: Of every random number.
             run: Passed on to `Inversion.run` (progress, snapshots, state file).
         """
-
-
-class OptimizationAttack(Attack):
-    """An attack that minimises a gradient loss; a subclass is its published setting.
-
-    Attributes:
-        published: The paper's hyper-parameters.
-
-    Args:
-        config: Hyper-parameters; the published ones if None.
-    """
-
-    published: ClassVar[InversionConfig]
-
-    def __init__(self, config: InversionConfig | None = None) -> None:
-        self.config = config or self.published
-
-    @property
-    def iterations(self) -> int:
-        """See `Attack.iterations`."""
-        return self.config.optimiser.iterations
-
-    def plain_settings(self) -> dict[str, Any]:
-        """See `Attack.plain_settings`; all settings side by side, whatever their topic."""
-        return self.config.to_flat()
-
-    def reconstruct(
-        self,
-        target: Target,
-        *,
-        labels: torch.Tensor,
-        device: torch.device,
-        seed: int,
-        prior: torch.Tensor | None = None,
-        first_restart: int = 0,
-        **run: Any,
-    ) -> Reconstruction:
-        """See `Attack.reconstruct`; `prior` and `first_restart` are those of `Inversion`."""
-        inversion = Inversion(
-            target,
-            labels,
-            self.config,
-            device=device,
-            seed=seed,
-            prior=prior,
-            first_restart=first_restart,
-        )
-        return inversion.run(**run)
 
 
 _ATTACKS: dict[str, type[Attack]] = {}

@@ -1,6 +1,7 @@
 """Deep Leakage from Gradients (Zhu et al. 2019)."""
 
-from attack.attacks.base import OptimizationAttack, register_attack
+from attack.attacks.base import register_attack
+from attack.attacks.optimisation import OptimizationAttack
 from attack.knowledge.threat_models import Capability
 from attack.settings import InversionConfig
 
@@ -11,6 +12,9 @@ class DLG(OptimizationAttack):
 
     Source: Zhu, Liu, Han, "Deep Leakage from Gradients", NeurIPS 2019,
     https://arxiv.org/abs/1906.08935; https://github.com/mit-han-lab/dlg.
+
+    Published: 23.41 dB on one image of CIFAR-10 with a ConvNet, in the notebook of
+    https://github.com/JonasGeiping/breaching.
 
     Needs a network with a second derivative (sigmoids; ReLU gives it little to follow) and
     gradients of a freshly initialised one. One iteration is one `step` of `torch.optim.LBFGS`

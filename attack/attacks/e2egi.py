@@ -1,6 +1,7 @@
 """E2EGI, end-to-end gradient inversion (Li et al. 2022)."""
 
-from attack.attacks.base import OptimizationAttack, register_attack
+from attack.attacks.base import register_attack
+from attack.attacks.optimisation import OptimizationAttack
 from attack.knowledge.threat_models import Capability
 from attack.settings import InversionConfig
 

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from attack.attacks.base import Attack, OptimizationAttack, get_attack
+from attack.attacks.base import Attack, get_attack
+from attack.attacks.optimisation import OptimizationAttack
 from attack.knowledge.known_defenses import Adaptation, adapt
 from attack.knowledge.label_search import (
     arrangements,

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from attack.attacks.base import OptimizationAttack, register_attack
+from attack.attacks.base import register_attack
+from attack.attacks.optimisation import OptimizationAttack
 from attack.knowledge.threat_models import Capability
 from attack.loop.inversion import Inversion, Parts
 from attack.loop.loss_terms import make_regularizers
@@ -25,6 +26,9 @@ class InvertingGradientsFedAvg(OptimizationAttack):
     Source: Geiping, Bauermeister, Droege, Moeller, "Inverting Gradients", NeurIPS 2020,
     section 6, https://arxiv.org/abs/2003.14053;
     https://github.com/JonasGeiping/invertinggradients ("Recovery from Weight Updates").
+
+    Published: 20.78 dB on four images of CIFAR-10 with a ResNet-18, in the notebook of
+    https://github.com/JonasGeiping/breaching.
 
     Args:
         config: Defaults: signed Adam 0.1, tenfold down at 3/8, 5/8 and 7/8, 8000 iterations,

@@ -8,14 +8,15 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from attack.attacks.base import OptimizationAttack, register_attack
+from attack.attacks.base import register_attack
+from attack.attacks.optimisation import OptimizationAttack
 from attack.attacks.spectral import Spectral
 from attack.knowledge.threat_models import Capability
 from attack.loop.inversion import Snapshot
 from attack.reconstruction import Reconstruction
 from core.errors import InputError
 from core.models.building import last_linear
-from core.models.malicious import parse_malice
+from core.models.malicious import malice_of, parse_malice
 from core.target import Target
 
 # Features' gradients below this share of the largest come from the drowned classes.
@@ -74,7 +75,7 @@ class Fishing(OptimizationAttack):
         """
         alone = fished_target(target, self.name)
         fished = alone.batch_size
-        label = parse_malice(target.model.malicious, target.model.n_classes).number
+        label = parse_malice(malice_of(target.model), target.data.n_classes).number
         mean = target.data.denormalize(torch.zeros((1, *target.data.shape))).clamp(0, 1)
         rest = mean.expand(target.batch_size - fished, *target.data.shape)
 
@@ -117,7 +118,7 @@ def fished_target(target: Target, attack: str) -> Target:
     """
     model = _fishing_model(target, attack)
     last, layer = last_linear(model)
-    malice = parse_malice(target.model.malicious, target.model.n_classes)
+    malice = parse_malice(malice_of(target.model), target.data.n_classes)
     before = {n: g for n, g in target.gradient.items() if n.rpartition(".")[0] != last}
     bias = target.gradient.get(f"{last}.bias")
     # Every image that passes is classified wrongly for certain: its loss pulls by one.
@@ -144,9 +145,9 @@ def fished_target(target: Target, attack: str) -> Target:
 
 def _fishing_model(target: Target, attack: str) -> nn.Module:
     """The shared model, if it fishes and nothing mixes what it fishes with the rest."""
-    if not target.model.malicious.startswith("fishing"):
+    if not malice_of(target.model).startswith("fishing"):
         raise InputError(
-            f"--attack {attack}: the last layer of {target.model.arch} is honest; a malicious "
+            f"--attack {attack}: the last layer of {target.model.name} is honest; a malicious "
             "server changes it in stage 2 with --malicious fishing:CLASS"
         )
     model = target.build_model()

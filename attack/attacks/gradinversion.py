@@ -1,6 +1,7 @@
 """GradInversion (Yin et al. 2021)."""
 
-from attack.attacks.base import OptimizationAttack, register_attack
+from attack.attacks.base import register_attack
+from attack.attacks.optimisation import OptimizationAttack
 from attack.knowledge.threat_models import Capability
 from attack.settings import InversionConfig
 
@@ -11,6 +12,9 @@ class GradInversion(OptimizationAttack):
 
     Source: Yin, Mallya, Vahdat, Alvarez, Kautz, Molchanov, "See through Gradients: Image
     Batch Recovery via GradInversion", CVPR 2021, https://arxiv.org/abs/2104.07586.
+
+    Published: 13.92 dB, LPIPS 0.72, on one image of ImageNet with a ResNet-50, in the notebook
+    of https://github.com/JonasGeiping/breaching.
 
     The norms are those of the paper (sums over layers and pixels, not means), so that its
     weights mean what they mean there. After a quarter of the iterations (5000 of 20000) the

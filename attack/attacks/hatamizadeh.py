@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from attack.attacks.base import OptimizationAttack, register_attack
+from attack.attacks.base import register_attack
+from attack.attacks.optimisation import OptimizationAttack
 from attack.knowledge.threat_models import Capability
 from attack.reconstruction import Reconstruction
 from attack.settings import InversionConfig

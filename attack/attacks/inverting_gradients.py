@@ -1,6 +1,7 @@
 """Inverting Gradients (Geiping et al. 2020)."""
 
-from attack.attacks.base import OptimizationAttack, register_attack
+from attack.attacks.base import register_attack
+from attack.attacks.optimisation import OptimizationAttack
 from attack.settings import InversionConfig
 
 
@@ -12,6 +13,9 @@ class InvertingGradients(OptimizationAttack):
     break privacy in federated learning?", NeurIPS 2020, https://arxiv.org/abs/2003.14053.
     Setting for trained networks: 24000 iterations, total variation 1e-1, learning rate 0.1
     falling tenfold at 3/8, 5/8 and 7/8.
+
+    Published: 14.21 dB, LPIPS 0.42, on one image of ImageNet with a ResNet-18, in the notebook
+    of https://github.com/JonasGeiping/breaching.
     """
 
     name = "inverting-gradients"

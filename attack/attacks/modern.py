@@ -1,6 +1,7 @@
 """The "modern" recipe of Geiping's `breaching`: what later work added to Inverting Gradients."""
 
-from attack.attacks.base import OptimizationAttack, register_attack
+from attack.attacks.base import register_attack
+from attack.attacks.optimisation import OptimizationAttack
 from attack.knowledge.threat_models import Capability
 from attack.settings import InversionConfig
 
@@ -14,6 +15,9 @@ class Modern(OptimizationAttack):
     decay (Yin et al. 2021, https://arxiv.org/abs/2104.07586), the tiled start of Wei et al.
     (2020, https://arxiv.org/abs/2004.10397), double-opponent total variation, and features
     of the last layer from its gradient's quotient.
+
+    Published: 12.04 dB, LPIPS 0.39, on one image of ImageNet with a ResNet-18, in its own
+    notebook.
 
     Args:
         config: Defaults: Adam 0.1, cosine to 0 after 50 iterations of warm-up, 24000

@@ -88,6 +88,9 @@ class RGap(Attack):
     Source: Zhu and Blaschko, "R-GAP: Recursive Gradient Attack on Privacy", ICLR 2021,
         section 3 and algorithm 1, https://arxiv.org/abs/2010.07733.
 
+    Published: 49.01 dB on one image of CIFAR-10 with cnn6, in the notebook of
+        https://github.com/JonasGeiping/breaching.
+
     Example:
         python training/get_gradients.py --data photo-patches -a cnn6 -b 1 --double
         python main_run.py --attack r-gap --checkpoint CHECKPOINT --metric
@@ -137,7 +140,7 @@ def _chain(model: nn.Module, target: Target, what: str) -> list[tuple[str, nn.Mo
         culprit = type(strange[0] if strange else model).__name__
         raise InputError(
             f"{what}needs a chain of convolutions, fully connected layers and activations, like "
-            f"cnn6 or lenet; {target.model.arch} holds {culprit}"
+            f"cnn6 or lenet; {target.model.name} holds {culprit}"
         )
     for name, module in layers:
         if isinstance(module, nn.Conv2d) and not _is_plain(module):

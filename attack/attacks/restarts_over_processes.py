@@ -7,7 +7,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from attack.attacks.base import Attack, OptimizationAttack
+from attack.attacks.base import Attack
+from attack.attacks.optimisation import OptimizationAttack
 from attack.reconstruction import Reconstruction
 from core.errors import InputError
 from core.processes import distributed

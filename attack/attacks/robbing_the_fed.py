@@ -13,6 +13,7 @@ from attack.attacks.parts.first_layer import FirstLayer, first_layer
 from attack.knowledge.threat_models import Capability
 from attack.reconstruction import Reconstruction
 from core.errors import InputError
+from core.models.malicious import malice_of
 from core.target import Target
 
 # A bin whose bias gradient is below this share of the largest is empty.
@@ -32,6 +33,9 @@ class RobbingTheFed(Attack):
         Private Data in Federated Learning with Modified Models", ICLR 2022,
         https://arxiv.org/abs/2110.13057.
 
+    Published: 47.08 dB with the one-shot block on images of ImageNet, in the notebook of
+        https://github.com/JonasGeiping/breaching.
+
     Example:
         python training/get_gradients.py --data photo-patches -b 8 --malicious imprint:256
         python main_run.py --attack robbing-the-fed --checkpoint CHECKPOINT --metric
@@ -49,9 +53,9 @@ class RobbingTheFed(Attack):
             InputError: The model has no imprint block.
         """
         began = time.perf_counter()
-        if not target.model.malicious.startswith("imprint"):
+        if not malice_of(target.model).startswith("imprint"):
             raise InputError(
-                f"--attack {self.name}: {target.model.arch} has no imprint block; a malicious "
+                f"--attack {self.name}: {target.model.name} has no imprint block; a malicious "
                 "server adds it in stage 2 with --malicious imprint:BINS"
             )
         if target.local.steps > 1:

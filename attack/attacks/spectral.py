@@ -1,6 +1,7 @@
 """Spectral balanced matching: this project's own attack."""
 
-from attack.attacks.base import OptimizationAttack, register_attack
+from attack.attacks.base import register_attack
+from attack.attacks.optimisation import OptimizationAttack
 from attack.settings import InversionConfig
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from attack.attacks.optimisation import make_attack
 from attack.attacks.restarts_over_processes import check_spreadable
-from attack.cli.request import AttackRun, Search
-from attack.cli.running import make_attack, prior_images
+from attack.cli.request import AttackRun, Search, prior_images
 from attack.knowledge.labels import rule_names
 from attack.knowledge.requirements import check_knowledge
 from attack.settings import InversionConfig
@@ -33,7 +33,7 @@ def check_run(run: AttackRun, *, cpu: bool) -> tuple[Target, Truth | None]:
     rule = run.knowledge.label_rule
     if rule not in rule_names():
         raise InputError(f"--pseudo-label-init {rule}: choose one of {', '.join(rule_names())}")
-    attack = make_attack(run)
+    attack = make_attack(run.attack, run.settings, run.knowledge)
     config = getattr(attack, "config", None)
     if isinstance(config, InversionConfig):
         config.speed.check_device("cuda" if torch.cuda.is_available() and not cpu else "cpu")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from attack.cli.parser import TUNABLE, build_parser
 from attack.cli.request import AttackRun, Measuring, Search, Showing
 from attack.settings import InversionConfig, settings_of_flags, told_by_flag
 from core.errors import InputError
-from core.launch_arguments import given_flags
+from core.launch_arguments import LaunchSettings, given_flags
 from core.plugins import import_plugin
 
 if TYPE_CHECKING:
@@ -32,22 +31,17 @@ def main(argv: list[str] | None = None) -> None:
     given = given_flags(parser, argv)
     import_plugin(args.plugin)
 
-    from core.processes.distributed import launch
+    from core.processes.launch import launch
 
     with told_by_flag():
         run, opened = _prepared(args, given)
     # Spawned processes read the checkpoint themselves; it would be copied to them otherwise.
     handed_over = None if args.multiprocessing_distributed else opened
-    launch(functools.partial(_work, run, handed_over), args)
+    launch(_work, LaunchSettings.from_arguments(args), run, handed_over)
 
 
 @told_by_flag()
-def _work(
-    run: AttackRun,
-    opened: tuple[Target, Truth | None] | None,
-    process: Process,
-    _args: argparse.Namespace,
-) -> None:
+def _work(process: Process, run: AttackRun, opened: tuple[Target, Truth | None] | None) -> None:
     """What each process does."""
     from attack.cli.running import run_attack
 
@@ -59,9 +53,9 @@ def _prepared(
 ) -> tuple[AttackRun, tuple[Target, Truth | None]]:
     """The run that the command line describes, checked, and what its checkpoint holds."""
     from attack.cli.checks import check_places, check_run, check_search
-    from core.processes.distributed import check_launch_arguments
+    from core.processes.launch import check_launch
 
-    check_launch_arguments(args)
+    check_launch(LaunchSettings.from_arguments(args))
     run = make_run(args, given)
     check_places(run, Path(args.root), args.id)
     if args.checkpoint is None:

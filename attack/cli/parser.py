@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from attack.settings import TOPICS
-from core.launch_arguments import add_launch_arguments
+from core.launch_arguments import CommandParser, add_launch_arguments
 from core.settings import add_flags
 
 # The hyper-parameters that `--superparameters-search` can search, as argparse names them.
@@ -14,7 +14,7 @@ TUNABLE = ("epochs", "lr", "TV", "BN", "input_norm", "grads_weight")
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of stage 3, with the published defaults."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="main_run.py", description="Invert a gradient checkpoint and measure the leakage."
     )
     _add_run_arguments(parser)

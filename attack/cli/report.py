@@ -17,7 +17,7 @@ from attack.record import AttackRecord, LabelRecord, RunRecord
 from core.pictures import save_comparison, save_curve, save_images
 from core.records import provenance
 from core.storage import save_checkpoint, write_json, write_text
-from gradients.describe import describe
+from gradients.record import describe
 
 if TYPE_CHECKING:
     from attack.attacks.base import Attack
@@ -92,7 +92,7 @@ def _attack_record(
         threat=run.knowledge.to_record(),
         config=output.attack.plain_settings(),
         arguments=dict(run.arguments),
-        target=describe(output.target),
+        target=describe(output.target).setting(),
         provenance=provenance(process.device, run.seed) | {"processes": process.world_size},
         seconds=found.seconds,
         iterations=found.iterations,
@@ -126,7 +126,7 @@ def write_label_results(output: Output) -> LabelRecord:
         key=output.key,
         threat=run.knowledge.to_record(),
         arguments=dict(run.arguments),
-        target=describe(output.target),
+        target=describe(output.target).setting(),
         provenance=provenance(output.process.device, run.seed),
         seconds=time.perf_counter() - began,
         label_rules=rules,
@@ -170,7 +170,7 @@ def _measure(output: Output, truth: Truth, found: Reconstruction, record: Attack
         truth.images,
         found.images[evaluation.order],
         evaluation.per_image,
-        title=f"{output.attack.name} on {target.model.arch}, batch {target.batch_size}",
+        title=f"{output.attack.name} on {target.model.name}, batch {target.batch_size}",
     )
     record.pictures.append("reconstruction.png")
     if found.members:

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
+
     from attack.knowledge.requirements import Knowledge
+    from core.target import Target
 
 
 @dataclass(frozen=True)
@@ -107,3 +110,11 @@ class Search:
     min_t: int
     max_t: int
     verbose: int
+
+
+def prior_images(path: str, target: Target) -> torch.Tensor:
+    """The image of a file for every image of the batch: N x C x H x W in [0, 1]."""
+    from core.pictures import read_image
+
+    image = read_image(path, tuple(target.data.shape), "--prior")
+    return image.expand(target.batch_size, *image.shape)

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
-from attack.attacks import Attack, OptimizationAttack, get_attack
+from attack.attacks.base import Attack
+from attack.attacks.optimisation import OptimizationAttack, make_attack
 from attack.attacks.restarts_over_processes import reconstruct_spread
 from attack.cli.report import Output, write_label_results, write_results
-from attack.cli.request import AttackRun
+from attack.cli.request import AttackRun, prior_images
 from attack.knowledge.label_search import arrange_labels
 from attack.knowledge.labels import recover_labels
 from attack.knowledge.threat_models import Capability, find_threat
@@ -23,7 +24,7 @@ from attack.metrics import assign, psnr
 from attack.reconstruction import Reconstruction
 from attack.record import AttackRecord, LabelRecord, read_record
 from attack.settings import InversionConfig
-from core.pictures import read_image, save_images
+from core.pictures import save_images
 from core.plugins import import_plugin
 from core.processes.distributed import Process, barrier, broadcast_object
 from core.storage import write_json
@@ -31,31 +32,6 @@ from core.target import Target, Truth
 from gradients.checkpoint import load_target
 
 SNAPSHOTS_OF_A_CURVE = 20
-
-
-class SeedAttack(OptimizationAttack):
-    """The attack that the flags alone describe, with their published defaults."""
-
-    name = "seed"
-
-
-def make_attack(run: AttackRun) -> Attack:
-    """The attack that a run asks for.
-
-    With a name, its published setting with the given settings on top; otherwise the
-    settings alone.
-    """
-    if run.attack is None:
-        config = InversionConfig(**run.settings)
-        config.validate()
-        return SeedAttack(config)
-    attack = get_attack(run.attack)
-    if not issubclass(attack, OptimizationAttack):
-        granted = {"granted": run.knowledge.granted, "adaptive": run.knowledge.adapts}
-        return attack.configured({**run.settings, **granted})
-    config = attack.published.changed(**run.settings)
-    config.validate()
-    return attack(config)
 
 
 def run_attack(
@@ -75,7 +51,7 @@ def run_attack(
     threat = find_threat(run.knowledge.threat)
     if threat is not None:
         target = threat.view(target)
-    attack = make_attack(run)
+    attack = make_attack(run.attack, run.settings, run.knowledge)
     output = Output(run, run_key(run, attack), attack, target, truth, process)
     if _is_finished(output):
         return
@@ -153,12 +129,6 @@ def _arranged_labels(output: Output) -> torch.Tensor | None:
     if labels is None or not recovered or not isinstance(config, InversionConfig):
         return labels
     return arrange_labels(target, labels, config, device=output.process.device, seed=run.seed)
-
-
-def prior_images(path: str, target: Target) -> torch.Tensor:
-    """The image of a file for every image of the batch: N x C x H x W in [0, 1]."""
-    image = read_image(path, tuple(target.data.shape), "--prior")
-    return image.expand(target.batch_size, *image.shape)
 
 
 def run_key(run: AttackRun, attack: Attack) -> str:

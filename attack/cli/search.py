@@ -19,13 +19,15 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from attack.cli.request import AttackRun, Search
-from attack.reconstruction import Reconstruction
 from attack.settings import InversionConfig, settings_of_flags
 from core.errors import InputError
 from core.plugins import import_plugin
+
+if TYPE_CHECKING:
+    from attack.cli.request import AttackRun, Search
+    from attack.reconstruction import Reconstruction
 
 logger = logging.getLogger(__name__)
 
@@ -313,7 +315,8 @@ def search_trial(run: AttackRun, options: Search, config: dict[str, Any], report
     """One trial: the attack on the simulated checkpoint with some flags changed."""
     import torch
 
-    from attack.cli.running import labels_for, make_attack
+    from attack.attacks.optimisation import make_attack
+    from attack.cli.running import labels_for
     from gradients.checkpoint import load_target
 
     import_plugin(run.plugin)
@@ -322,7 +325,7 @@ def search_trial(run: AttackRun, options: Search, config: dict[str, Any], report
     trial = _with_flags(run, config)
     target, truth = load_target(options.checkpoint, "--simulation-checkpoint")
     cuda = torch.cuda.is_available() and not options.cpu
-    attack = make_attack(trial)
+    attack = make_attack(trial.attack, trial.settings, trial.knowledge)
     reconstruct: Callable[..., Reconstruction] = attack.reconstruct
     reconstruct(
         target,

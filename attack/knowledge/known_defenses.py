@@ -19,6 +19,7 @@ from attack.matching.clipping import SampleClipping
 from attack.matching.objectives import Objective, Tensors
 from attack.matching.replica import Replica
 from attack.settings import InversionConfig
+from core.models.building import DEFAULT_POOL_KERNEL
 from core.target import Target
 
 # Share of kept elements from which on the bounds on pruned ones count in full.
@@ -166,7 +167,7 @@ def adapt(target: Target, config: InversionConfig) -> Adaptation:
             adaptation.notes.append(f"{word}: nothing is known against it")
         else:
             step(adaptation, target, _numbers(values))
-    if target.model.pool_kernel > 3:
+    if _pool_kernel(target) > DEFAULT_POOL_KERNEL:
         _rank_analysis(adaptation, target)
     return adaptation
 
@@ -412,6 +413,11 @@ def _rounding(shared: torch.Tensor) -> float:
 # -- The model itself -------------------------------------------------------------
 
 
+def _pool_kernel(target: Target) -> int:
+    """Kernel of the model's first pooling layer, as at 224 px, where its description says."""
+    return int(target.model.describe().get("pool_kernel") or DEFAULT_POOL_KERNEL)
+
+
 def _rank_analysis(adaptation: Adaptation, target: Target) -> None:
     """Pooling over more positions: the gradient says less of each, and descents get stuck.
 
@@ -423,7 +429,7 @@ def _rank_analysis(adaptation: Adaptation, target: Target) -> None:
     Smooth pooling that sharpens during the attack, several restarts at equal cost and a
     heavier prior did not help.
     """
-    pooling = f"pooling over {target.model.pool_kernel} px is part of the model"
+    pooling = f"pooling over {_pool_kernel(target)} px is part of the model"
     config = adaptation.config
     if config.optimiser.coordinates.startswith("dct") and not config.optimiser.signed:
         adaptation.config = config.changed(lr=POOLED_RATE * config.optimiser.lr)

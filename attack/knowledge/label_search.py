@@ -12,15 +12,18 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from attack.knowledge.labels import recover_labels, rule_names
 from attack.loop.inversion import Inversion
-from attack.settings import InversionConfig
 from core.errors import InputError
 from core.processes.distributed import shard_sizes
-from core.target import Target
+
+if TYPE_CHECKING:
+    from attack.settings import InversionConfig
+    from core.target import Target
 
 MAX_ARRANGEMENTS = 24
 FIRST_ITERATIONS = 100

@@ -7,6 +7,7 @@ samples of (p_i - [y = i]) times the embedding, and its bias gradient the mean o
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -127,6 +128,36 @@ def recover_labels(
     model = target.build_model() if model is None else model
     labels = _RULES[rule](target, model, _last_layer(target, model))
     return labels.long().cpu().sort().values
+
+
+def rules_by_exactness(target: Target) -> tuple[str, ...]:
+    """The rules for a model that nothing is known of, the most exact first.
+
+    The sign of the bias gradient is exact for one sample whatever the features are, and
+    iLRG counts repeated labels; LLG, which trusts the signs of weights, assumes features
+    that are not negative (after a ReLU).
+    """
+    if target.local.steps > 1:
+        return ("fedavg", "llg")
+    counting = "from_grads" if target.batch_size == 1 else "ilrg-robust"
+    return (counting, "llg")
+
+
+def recover_most_exactly(target: Target) -> torch.Tensor:
+    """Recover labels by the most exact rule that applies, see `rules_by_exactness`.
+
+    Returns:
+        N class indices, sorted.
+
+    Raises:
+        InputError: No rule applies.
+    """
+    model = target.build_model()
+    *earlier, last = rules_by_exactness(target)
+    for rule in earlier:
+        with contextlib.suppress(InputError):
+            return recover_labels(rule, target, model)
+    return recover_labels(last, target, model)
 
 
 def _check_rule(rule: str) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from attack.loop.fusion import combine, group_target
-from attack.loop.problem import InversionProblem
-from attack.loop.restarts import Restart, Starter
-from attack.loop.state import Progress
-from attack.matching.match import Matcher
-from attack.settings import InversionConfig
+
+if TYPE_CHECKING:
+    from attack.loop.problem import InversionProblem
+    from attack.loop.restarts import Restart, Starter
+    from attack.loop.state import Progress
+    from attack.matching.match import Matcher
+    from attack.settings import InversionConfig
 
 
 def fusions(config: InversionConfig) -> list[int]:

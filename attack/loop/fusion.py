@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from attack.metrics import pairwise_mse
+from attack.metrics.assignment import pairwise_mse
 
 # Gradient losses (B) of a group of batches (B x N x C x H x W).
 Losses = Callable[[torch.Tensor], torch.Tensor]

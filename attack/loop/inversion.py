@@ -39,7 +39,7 @@ from attack.loop.restarts import Restart, best_of, thin_out
 from attack.loop.state import Progress, StateFile
 from attack.loop.step import Stepper, scheduled_rate
 from attack.loop.stopping import Stopping
-from attack.loop.weighted_loss import Evaluation
+from attack.loop.weighted_loss import WeightedLoss
 from attack.matching.acceleration import product_precision
 from attack.matching.replica import Replica
 from attack.reconstruction import Reconstruction
@@ -117,7 +117,7 @@ class Inversion:
         self.matcher = parts.matcher(self.problem)
         self.progress = Progress()
         self.starter = parts.starter(self.problem, seed, prior)
-        self.evaluation = Evaluation(
+        self.evaluation = WeightedLoss(
             self.problem,
             self.matcher,
             parts.penalties(self.problem),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
-from attack.loop.problem import InversionProblem
 from attack.matching.objectives import OBJECTIVES, LayerWeighted, Objective, layer_weights
 from attack.priors.regularizers import (
     TOTAL_VARIATIONS,
@@ -21,7 +22,10 @@ from attack.priors.regularizers import (
 from attack.priors.shared_statistics import layer_momentum, recovered_statistics
 from attack.settings import InversionConfig, setting_error
 from core.processes import distributed
-from core.target import BatchStatistics
+
+if TYPE_CHECKING:
+    from attack.loop.problem import InversionProblem
+    from core.target import BatchStatistics
 
 
 def make_objective(config: InversionConfig, n_parameters: int) -> Objective:
@@ -66,7 +70,7 @@ def batch_norm_penalty(problem: InversionProblem) -> ModelPenalty:
     known, groups = _known_statistics(problem)
     known = [_moved(statistics, problem) for statistics in known]
     if not known[0]:
-        raise setting_error(f"{{bn}}: {target.model.arch} has no BatchNorm layer to match")
+        raise setting_error(f"{{bn}}: {target.model.name} has no BatchNorm layer to match")
     whole_batch = replica.groups is None
     if not priors.bn_from_update:
         return BatchNormPenalty(known, groups, whole_batch)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
-from attack.loop.problem import InversionProblem
-from attack.loop.restarts import Restart
-from attack.matching.match import Matcher
+if TYPE_CHECKING:
+    from attack.loop.problem import InversionProblem
+    from attack.loop.restarts import Restart
+    from attack.matching.match import Matcher
 
 
 def polish(restart: Restart, problem: InversionProblem, matcher: Matcher, iteration: int) -> None:

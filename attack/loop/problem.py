@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from attack.knowledge.known_defenses import Adaptation
-from attack.loop.restarts import Restart
-from attack.matching.replica import Replica
-from attack.priors.coordinates import Coordinates
-from attack.settings import InversionConfig
 from core.processes import distributed
-from core.target import Target
+
+if TYPE_CHECKING:
+    from attack.knowledge.known_defenses import Adaptation
+    from attack.loop.restarts import Restart
+    from attack.matching.replica import Replica
+    from attack.priors.coordinates import Coordinates
+    from attack.settings import InversionConfig
+    from core.target import Target
 
 
 @dataclass(frozen=True)

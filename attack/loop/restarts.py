@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attack.settings import InversionConfig
-
 if TYPE_CHECKING:
     from attack.loop.problem import InversionProblem
+    from attack.settings import InversionConfig
 
 MAKE_OPTIMIZER: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "Adam": torch.optim.Adam,

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attack.loop.problem import InversionProblem
 from attack.loop.restarts import Restart, Starter
-from attack.matching.match import Matcher
 from core.processes import distributed
 from core.storage import load_checkpoint, save_checkpoint
+
+if TYPE_CHECKING:
+    from attack.loop.problem import InversionProblem
+    from attack.matching.match import Matcher
 
 
 @dataclass

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 
 from attack.loop.consensus import fusions
-from attack.loop.problem import InversionProblem
-from attack.loop.restarts import Restart, Starter
 from attack.loop.schedules import learning_rate, staged_learning_rate
-from attack.loop.state import Progress
-from attack.loop.weighted_loss import Evaluation
-from attack.matching.match import Match
-from attack.settings import InversionConfig
 from core.processes import distributed
+
+if TYPE_CHECKING:
+    from attack.loop.problem import InversionProblem
+    from attack.loop.restarts import Restart, Starter
+    from attack.loop.state import Progress
+    from attack.loop.weighted_loss import WeightedLoss
+    from attack.matching.match import Match
+    from attack.settings import InversionConfig
 
 
 def scheduled_rate(config: InversionConfig, iteration: int) -> float:
@@ -91,7 +94,7 @@ class Stepper:
     def __init__(
         self,
         problem: InversionProblem,
-        evaluation: Evaluation,
+        evaluation: WeightedLoss,
         starter: Starter,
         progress: Progress,
     ) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
-from attack.loop.problem import InversionProblem
-from attack.loop.restarts import Restart
-from attack.loop.state import Progress
 from attack.priors.regularizers import AnisotropicTV
 from core.processes import distributed
+
+if TYPE_CHECKING:
+    from attack.loop.problem import InversionProblem
+    from attack.loop.restarts import Restart
+    from attack.loop.state import Progress
 
 
 class Stopping:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
-from attack.loop.problem import InversionProblem
-from attack.loop.restarts import Restart
-from attack.matching.match import Match, Matcher
 from attack.priors.regularizers import GroupConsistency, ModelPenalty, Regularizer, weighted_penalty
 from core.processes import distributed
+
+if TYPE_CHECKING:
+    from attack.loop.problem import InversionProblem
+    from attack.loop.restarts import Restart
+    from attack.matching.match import Match, Matcher
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +23,7 @@ logger = logging.getLogger(__name__)
 SMALL_MODEL = 1_000_000
 
 
-class Evaluation:
+class WeightedLoss:
     """Evaluates restarts where they stand.
 
     Args:

@@ -25,13 +25,12 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from attack.matching.clipping import SampleClipping
 from attack.matching.freed_memory import return_freed_memory
 from attack.matching.late_layers import Factored, find_layers, saves_sweeps
 from attack.matching.match import (
@@ -61,6 +60,9 @@ from attack.matching.switches import (
 from attack.settings import HVP_MODES, setting_error
 from core.errors import InputError
 from core.processes import distributed
+
+if TYPE_CHECKING:
+    from attack.matching.clipping import SampleClipping
 
 logger = logging.getLogger(__name__)
 

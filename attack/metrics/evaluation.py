@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,16 +20,23 @@ from core.errors import InputError
 from core.target import Truth
 
 if TYPE_CHECKING:
+    import pandas
     from prettytable import PrettyTable
 
 # One value per pair of images.
 Metric = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
+
+def _ssim_uniform(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
+    """Structural similarity of every image over uniform windows, scikit-image's default."""
+    return ssim(images, originals, "uniform")
+
+
 _SIMPLE: dict[str, Metric] = {
     "mse": mse,
     "psnr": psnr,
     "ssim": ssim,
-    "ssim_uniform": lambda images, originals: ssim(images, originals, "uniform"),
+    "ssim_uniform": _ssim_uniform,
     "cw_ssim": cw_ssim,
 }
 _LPIPS = {"lpips_alex": "alex", "lpips_vgg": "vgg"}
@@ -53,9 +61,27 @@ def metric_names() -> list[str]:
     return [*_SIMPLE, *_LPIPS]
 
 
+def registered_metrics() -> tuple[str, ...]:
+    """The metrics that plugins have added."""
+    return tuple(_ADDED)
+
+
+def metric_description(name: str) -> str:
+    """A metric in one line."""
+    if name in _LPIPS:
+        return f"{_TITLES[name]}: learned perceptual distance of a network's features"
+    first = (_SIMPLE[name].__doc__ or "").strip().partition("\n")[0]
+    return f"{_TITLES[name]}: {first}" if first else _TITLES[name]
+
+
 def is_smaller_better(metric: str) -> bool:
     """Whether a smaller value of the metric means a better reconstruction."""
     return metric in _SMALLER_IS_BETTER
+
+
+def metric_title(metric: str) -> str:
+    """What a column of the metric's values is called."""
+    return _TITLES[metric]
 
 
 def register_metric(
@@ -81,7 +107,7 @@ def register_metric(
         _SMALLER_IS_BETTER.add(name)
 
 
-@dataclass
+@dataclass(repr=False)
 class Evaluation:
     """What a reconstruction shows of the truth.
 
@@ -165,6 +191,20 @@ class Evaluation:
     def render(self) -> str:
         """The table and its footnotes as text."""
         return "\n".join([self.to_table().get_string(), *self.footnotes()])
+
+    def __repr__(self) -> str:
+        return self.render()
+
+    def _repr_html_(self) -> str:
+        """The table and its footnotes, as a notebook shows them."""
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.footnotes())
+        return self.to_table().get_html_string() + notes
+
+    def to_frame(self) -> pandas.DataFrame:
+        """One row per image, by its index: labels, whether it is exact, and every metric."""
+        import pandas
+
+        return pandas.DataFrame(self.per_image).set_index("index")
 
     def _titles(self) -> list[str]:
         return [_TITLES[metric] for metric in self.metrics]
@@ -262,11 +302,13 @@ def _functions(
     """The metrics that can be computed, and why the others cannot."""
     functions = {name: _SIMPLE[name] for name in names if name in _SIMPLE}
     missing = {}
-    side = min(originals.shape[-2:])
+    side, channels = min(originals.shape[-2:]), originals.shape[1]
     for name in (n for n in names if n in _LPIPS):
         network, reason = load_lpips(_LPIPS[name], weights)
         if network is None:
             missing[name] = str(reason)
+        elif channels not in (1, 3):
+            missing[name] = f"images of {channels} channels; it takes grey or coloured ones"
         elif side < network.min_size:
             missing[name] = f"images of {side} px; it needs at least {network.min_size}"
         else:

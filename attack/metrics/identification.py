@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
+import numpy as np
 import torch
 
 from attack.metrics.assignment import assign
 from attack.metrics.similarity import ssim
+
+# The prior's similarity does not count as smaller than this in a relative data leakage value.
+PRIOR_FLOOR = 0.05
+Values = TypeVar("Values", torch.Tensor, np.ndarray)
 
 
 def iip(
@@ -55,9 +61,9 @@ def rdlv(
     prior: torch.Tensor,
     similarity: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = ssim,
 ) -> torch.Tensor:
-    """Relative data leakage value of every original: what the best reconstruction adds.
+    """Relative data leakage value (RDLV) of every original: what the best reconstruction adds.
 
-    max over reconstructions r of (sim(r, x) - sim(prior, x)) / sim(prior, x).
+    The largest `relative_leakage` over all reconstructions.
 
     Args:
         reconstructions: M x C x H x W in [0, 1].
@@ -66,14 +72,41 @@ def rdlv(
         similarity: Maps two batches of images to one value per pair.
 
     Returns:
-        N values; NaN where sim(prior, x) <= 0, for which the ratio says nothing.
-
-    Source:
-        Hatamizadeh et al., Do Gradient Inversion Attacks Make Federated Learning
-        Unsafe?, 2022, eq. 9, https://arxiv.org/abs/2202.06924.
+        N values.
     """
     known = similarity(prior.reshape(1, *originals.shape[1:]).expand_as(originals), originals)
     best = torch.stack(
         [similarity(reconstructions, x.expand_as(reconstructions)).max() for x in originals]
     )
-    return torch.where(known > 0, (best - known) / known, torch.nan)
+    return relative_leakage(best, known)
+
+
+def relative_leakage(similarity: Values, prior: Values) -> Values:
+    """How much closer a reconstruction r is to an image x than public knowledge is (RDLV).
+
+    RDLV(x, r) = (sim(x, r) - sim(x, prior)) / max(|sim(x, prior)|, 0.05)
+
+    The paper divides by sim(x, prior). For a prior of ordinary similarity the two are equal.
+    Where the prior is bad they are not: of a negative similarity, the paper's value changes its
+    sign and calls a better reconstruction a smaller leak; at 0 it has no value, and near 0 it
+    calls every difference a leak. Here the sign always says whether the reconstruction is
+    closer than the prior, and every image has a value.
+
+    Args:
+        similarity: sim(x, r), of any shape.
+        prior: sim(x, prior), of a shape that broadcasts with it.
+
+    Returns:
+        The value of every pair, NaN only where a similarity is.
+
+    Source:
+        Hatamizadeh et al., Do Gradient Inversion Attacks Make Federated Learning Unsafe?,
+        2022, eq. 9, https://arxiv.org/abs/2202.06924.
+    """
+    return (similarity - prior) / scale_of_prior(prior)
+
+
+def scale_of_prior(prior: Values) -> Values:
+    """What `relative_leakage` divides by: the length of the prior's similarity, at least 0.05."""
+    scale: Values = abs(prior).clip(min=PRIOR_FLOOR)
+    return scale

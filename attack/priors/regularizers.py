@@ -55,8 +55,9 @@ class IsotropicTV(Regularizer):
     """Mean length of the image gradient.
 
     Args:
-        double_opponents: Also penalise the pairwise differences of the three
-            colour channels, which couples their edges.
+        double_opponents: Also penalise the differences between each channel and the one
+            before it in a circle (the three pairs of three colours), which couples their
+            edges. Two channels have one pair, and one channel has none.
 
     Source: Rudin, Osher, Fatemi, Physica D 60, 1992; double opponents: Aastroem et al.
     as used by Geiping's `breaching`, https://github.com/JonasGeiping/breaching.
@@ -67,8 +68,11 @@ class IsotropicTV(Regularizer):
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """See `Regularizer`."""
-        if self.double_opponents and images.shape[-3] == 3:
-            images = torch.cat([images, images - images.roll(1, dims=-3)], dim=-3)
+        channels = images.shape[-3]
+        if self.double_opponents and channels > 1:
+            pairs = images - images.roll(1, dims=-3)
+            # The second pair of two channels is the first one with another sign.
+            images = torch.cat([images, pairs if channels > 2 else pairs[..., :1, :, :]], dim=-3)
         # Differences over the border are 0, so that the last row and column count as well.
         across = F.pad(images.diff(dim=-1), (0, 1))
         down = F.pad(images.diff(dim=-2), (0, 0, 0, 1))
@@ -123,13 +127,19 @@ class PatchPrior(Regularizer):
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """See `Regularizer`."""
-        n = images.shape[-1]
-        at = torch.arange(self.patch, max(n, self.patch), self.patch, device=images.device)
-        if len(at) == 0:
-            return images.new_zeros(images.shape[0])
-        across = (images[..., :, at] - images[..., :, at - 1]).square().mean((-3, -2, -1))
-        down = (images[..., at, :] - images[..., at - 1, :]).square().mean((-3, -2, -1))
-        return across + down
+        row, column = (self._borders(side, images.device) for side in images.shape[-2:])
+        jumps = [images.new_zeros(images.shape[0])]
+        if len(column):
+            across = images[..., :, column] - images[..., :, column - 1]
+            jumps.append(across.square().mean((-3, -2, -1)))
+        if len(row):
+            down = images[..., row, :] - images[..., row - 1, :]
+            jumps.append(down.square().mean((-3, -2, -1)))
+        return sum(jumps[1:], jumps[0])
+
+    def _borders(self, side: int, device: torch.device) -> torch.Tensor:
+        """Index of the first pixel behind every border."""
+        return torch.arange(self.patch, max(side, self.patch), self.patch, device=device)
 
 
 class ColourPrior(Regularizer):

@@ -18,7 +18,6 @@ from __future__ import annotations
 import torch
 
 from attack.settings import setting_error
-from core.models.building import skeleton_of
 from core.target import BatchStatistics, Target
 from gradients.batch_statistics import (
     batch_norm_layers,
@@ -35,7 +34,7 @@ def layer_momentum(target: Target) -> dict[str, float]:
     """
     found: dict[str, float] = {}
     stated = target.local.bn_momentum
-    for name, layer in batch_norm_layers(skeleton_of(target.model)).items():
+    for name, layer in batch_norm_layers(target.model.skeleton()).items():
         momentum = getattr(layer, "momentum", None) if stated is None else stated
         if momentum is None:
             raise setting_error(
@@ -95,5 +94,5 @@ def _statistics(target: Target, counts: dict[str, int] | None) -> BatchStatistic
 def _values_per_channel(target: Target) -> dict[str, int]:
     """Values behind each statistic of one local step, found without computing any."""
     images = target.batch_size if target.synchronized else target.shards[0]
-    model = skeleton_of(target.model).to("meta").eval()
+    model = target.model.skeleton().to("meta").eval()
     return values_per_channel(model, torch.zeros((images, *target.data.shape), device="meta"))

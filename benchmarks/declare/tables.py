@@ -21,6 +21,9 @@ the table or, where it holds for one setting only, of a preset.
 `pivot: {AXIS: [columns]}` shows the values of one axis side by side: its rows become one,
 with a column per value for each of these columns; the others are those of the first value.
 
+`plugin: MODULE` is the flag `--plugin` of all stages; what the module registers, a metric as
+a column too, is known to the table.
+
 `like: schemes` starts from another table: its flags, its `data` and its repeats, and those of
 its presets; what this table gives wins. Of the repeats those are left out that vary a flag
 which this table or its axes set, and all of them where it has `repeats` of its own (`{}` for
@@ -30,34 +33,29 @@ none). Axes, chain, columns, figures and what is published are each table's own.
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import functools
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.declare.columns import COLUMNS, is_known
-from benchmarks.declare.figures import FIGURES
+from benchmarks.declare.checks import at_keys, check_names, check_structure, import_plugins, layers
+from benchmarks.declare.flags import complaint, known_flags
+from benchmarks.declare.names import unknown
 from benchmarks.declare.yaml_lines import Document, read_yaml
 from benchmarks.run.cells import Cell, Input, hash_json
-from benchmarks.run.stages import PROCESSES, STAGES, Stage, make_cell
+from benchmarks.run.stages import STAGES, Stage, make_cell
 from core.errors import InputError
 
 TABLES = Path(__file__).resolve().parents[1] / "tables"
 PRESETS = ("embedded", "small", "paper")
 DEFAULT_DATA = "photo-patches"
+# Stages whose commands import a module of the user's.
+WITH_PLUGINS = ("train", "extract", "attack")
 
 Flags = dict[str, Any]
 Overrides = dict[str, Flags]
-
-_TABLE_KEYS = {
-    "title", "description", "like", "axes", "repeats", "presets", "columns", "figures", "published",
-    "chain", "pivot", *STAGES,
-}  # fmt: skip
-_PRESET_KEYS = {"axes", "repeats", "data", "published", *STAGES}
 
 
 @dataclass(frozen=True)
@@ -159,7 +157,7 @@ def find_table(name: str) -> Path:
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         return path
-    raise InputError(f"{_unknown('table', name, known)} (or give the path of a .yaml file)")
+    raise InputError(f"{unknown('table', name, known)} (or give the path of a .yaml file)")
 
 
 @dataclass(frozen=True)
@@ -191,7 +189,9 @@ def load_table(
     """
     document = read_yaml(file)
     model = _model(document)
-    _check_structure(document, preset, model.value if model else {})
+    check_structure(document, preset, model.value if model else {})
+    import_plugins(document, model, preset)
+    check_names(document)
     if axes is not None:
         document.value["axes"] = dict(axes)
         document.value.get("presets", {}).get(preset, {}).pop("axes", None)
@@ -204,7 +204,7 @@ def _model(document: Document) -> Document | None:
     if name is None:
         return None
     if name not in table_files():
-        raise document.error(_unknown("table", str(name), table_files()), "like")
+        raise document.error(unknown("table", str(name), table_files()), "like")
     return read_yaml(table_files()[name])
 
 
@@ -223,18 +223,16 @@ class _Expansion:
         self._preset = preset
         self._raw = document.value
         self._model = _Expansion(model, None, preset, data, stages) if model else None
-        flags = model.value if model else {}
-        # Later layers win.
-        self._layers = [
-            flags, _get(flags, ("presets", preset)),
-            self._raw, _get(self._raw, ("presets", preset)),
-        ]  # fmt: skip
+        self._layers = layers(document, model, preset)
         self._stages = stages
         self._chain = tuple(self._raw.get("chain", ("train", "extract", "attack")))
-        given = [layer["data"] for layer in self._layers if "data" in layer]
-        self._data = str(data or (given or [DEFAULT_DATA])[-1])
+        self._data = str(data or self._last("data", DEFAULT_DATA))
         self._asked_data = data or ""
         self._folders: dict[str, str] = {}
+
+    def _last(self, key: str, default: str) -> Any:
+        """What the last layer that has a key says of it."""
+        return [default, *(layer[key] for layer in self._layers if key in layer)][-1]
 
     def table(self) -> Table:
         axes = self._axes("axes")
@@ -259,7 +257,7 @@ class _Expansion:
         given = self._raw.get("pivot", {})
         for axis, columns in given.items():
             if str(axis) not in self._axis_names() or len(self._axis_names()) < 2:
-                message = _unknown("axis to show side by side,", str(axis), self._axis_names())
+                message = unknown("axis to show side by side,", str(axis), self._axis_names())
                 raise self._document.error(message, "pivot", axis)
             shown = [str(name) for name in self._raw["columns"]]
             if not isinstance(columns, list) or not set(map(str, columns)) <= set(shown):
@@ -282,16 +280,18 @@ class _Expansion:
         """The flags of every row: the table's, then the preset's."""
         given = [{s: part[s] for s in self._chain if s in part} for part in self._layers]
         data = {s: {"data": self._data} for s in self._chain if s in ("train", "extract")}
-        return _merged(data, *given)
+        plugin = self._last("plugin", "")
+        plugins = {s: {"plugin": plugin} for s in self._chain if plugin and s in WITH_PLUGINS}
+        return _merged(data, plugins, *given)
 
     def _axes(self, kind: str) -> list[_Axis]:
         """The table's axes, each replaced where the preset gives it.
 
         A value of a preset's axis that the table's has too starts from the table's flags.
         """
-        axes = {name: self._axis(name, (kind, name)) for name in _get(self._raw, (kind,))}
+        axes = {name: self._axis(name, (kind, name)) for name in at_keys(self._raw, (kind,))}
         place = ("presets", self._preset, kind)
-        for name in _get(self._raw, place):
+        for name in at_keys(self._raw, place):
             before = axes.get(name, _Axis(name)).values
             new = self._axis(name, (*place, name)).values
             merged = {label: _merged(before.get(label, {}), new[label]) for label in new}
@@ -319,7 +319,7 @@ class _Expansion:
         return _Axis(axis.name, kept)
 
     def _axis(self, name: str, place: tuple[Any, ...]) -> _Axis:
-        value = _get(self._raw, place)
+        value = at_keys(self._raw, place)
         if isinstance(value, list):
             return self._flag_axis(name, name, value, place)
         flags = [key for key in value if "." in str(key) and isinstance(value[key], list)]
@@ -333,6 +333,8 @@ class _Expansion:
         stage, _, option = str(flag).partition(".")
         if not option:
             raise self._document.error(f"axis {name}: write STAGE.FLAG: [values]", *place)
+        if not values:
+            raise self._document.error(f"axis {name} has no values", *place)
         for index, value in enumerate(values):
             self._check_overrides({stage: {option: value}}, (*place, index))
         return _Axis(name, {_text(value): {stage: {option: value}} for value in values})
@@ -342,7 +344,7 @@ class _Expansion:
             raise self._document.error("expected STAGE: {flag: value}", *place)
         for stage, flags in overrides.items():
             if stage not in self._chain:
-                message = _unknown("stage", str(stage), self._chain)
+                message = unknown("stage", str(stage), self._chain)
                 raise self._document.error(message, *place, stage)
             if not isinstance(flags, dict):
                 raise self._document.error(f"{stage}: expected {{flag: value}}", *place, stage)
@@ -377,14 +379,14 @@ class _Expansion:
         return data
 
     def _check_flags(self, stage: str, config: Flags) -> None:
-        known = _known_flags(self._stages[stage])
+        known = known_flags(self._stages[stage])
         for flag, value in config.items():
             place = self._place_of(stage, flag, value)
             if known and flag not in known:
-                raise self._document.error(_unknown(f"flag of {stage},", flag, known), *place)
-            complaint = _complaint(known.get(flag), value)
-            if complaint:
-                raise self._document.error(f"{stage} --{flag} {value}: {complaint}", *place)
+                raise self._document.error(unknown(f"flag of {stage},", flag, known), *place)
+            wrong = complaint(known.get(flag), value)
+            if wrong:
+                raise self._document.error(f"{stage} --{flag} {value}: {wrong}", *place)
 
     def _place_of(self, stage: str, flag: str, value: Any) -> tuple[Any, ...]:
         """Where the file gives a flag this value; where it gives it any, if nowhere."""
@@ -395,13 +397,15 @@ class _Expansion:
         return next(iter([*exact, *places]), ())
 
     def _axis_names(self) -> list[str]:
-        names = [_get(self._raw, place) for place in (("axes",), ("presets", self._preset, "axes"))]
+        names = [
+            at_keys(self._raw, place) for place in (("axes",), ("presets", self._preset, "axes"))
+        ]
         return list(dict.fromkeys(str(name) for axes in names for name in axes))
 
     def _published(self) -> list[Published]:
         entries = []
         for place in (("published",), ("presets", self._preset, "published")):
-            for index, entry in enumerate(_get(self._raw, place) or []):
+            for index, entry in enumerate(at_keys(self._raw, place) or []):
                 if not isinstance(entry, dict) or not {"text", "source"} <= entry.keys():
                     raise self._document.error("expected where, text and source", *place, index)
                 where = self._where(entry.get("where", {}), (*place, index))
@@ -413,42 +417,6 @@ class _Expansion:
             known = ", ".join(self._axis_names())
             raise self._document.error(f"where: expected values of {known}", *place)
         return {str(k): _text(v) for k, v in given.items()}
-
-
-def _known_flags(stage: Stage) -> dict[str, argparse.Action]:
-    """The flags of a stage's command; empty without a parser."""
-    if stage.parser is None:
-        return {}
-    parser = stage.parser()
-    processes = argparse.ArgumentParser().add_argument(f"--{PROCESSES}", type=_process_count)
-    actions = [processes, *parser._actions]
-    return {o[2:]: a for a in actions for o in a.option_strings if o.startswith("--")}
-
-
-def _process_count(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
-def _complaint(action: argparse.Action | None, value: Any) -> str:
-    """Why a command would refuse a flag's value; empty if it would not."""
-    if action is None or value is None:
-        return ""
-    if action.nargs == 0:
-        return "" if isinstance(value, bool) else "a flag without a value: true or false"
-    if action.choices is not None and value not in action.choices:
-        return f"choose from {', '.join(map(str, action.choices))}"
-    if value is True:
-        return "" if action.nargs == "?" else "needs a value"
-    if isinstance(value, (list, dict)):
-        return "expected a single value"
-    try:
-        if callable(action.type) and value is not False:
-            action.type(str(value))
-    except (ValueError, TypeError, argparse.ArgumentTypeError):
-        return "not a valid value"
-    return ""
 
 
 def _at(value: Any, path: Sequence[Any]) -> Any:
@@ -463,7 +431,7 @@ def _at(value: Any, path: Sequence[Any]) -> Any:
 
 def _set_flags(parts: Iterable[Mapping[str, Any]]) -> set[tuple[str, str]]:
     """Stage and name of every flag that some part sets."""
-    return {(stage, flag) for part in parts for stage in STAGES for flag in _get(part, (stage,))}
+    return {(stage, flag) for part in parts for stage in STAGES for flag in at_keys(part, (stage,))}
 
 
 def _combinations(axes: Sequence[_Axis]) -> Iterator[tuple[dict[str, str], Overrides]]:
@@ -482,12 +450,6 @@ def _merged(*layers: Mapping[str, Mapping[str, Any]]) -> Overrides:
     return result
 
 
-def _get(value: Any, path: Sequence[Any]) -> Any:
-    for key in path:
-        value = value.get(key, {}) if isinstance(value, dict) else {}
-    return value
-
-
 @functools.cache
 def fingerprint(folder: Path) -> str:
     """The folder's name and a hash of the names and sizes of its files."""
@@ -498,76 +460,3 @@ def fingerprint(folder: Path) -> str:
 
 def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _check_structure(document: Document, preset: str, model: Mapping[str, Any]) -> None:
-    """Refuse what is not a table before looking into it."""
-    raw = document.value
-    if not isinstance(raw, dict):
-        raise document.error("a table is a mapping with title, axes and columns")
-    _check_keys(document, raw, _TABLE_KEYS, ())
-    for key in ("columns", "axes"):
-        if not raw.get(key):
-            raise document.error(f"the table has no {key}")
-    _check_types(document, raw, ())
-    presets = raw.get("presets", {})
-    for name, value in presets.items():
-        if not isinstance(value, dict):
-            raise document.error(f"preset {name}: expected a mapping", "presets", name)
-        _check_keys(document, value, _PRESET_KEYS, ("presets", name))
-        _check_types(document, value, ("presets", name))
-    available = presets or model.get("presets", {})
-    if available and preset not in available:
-        known = ", ".join(map(str, available))
-        raise document.error(f"--preset {preset}: the table has {known}", "presets")
-    _check_chain(document, raw.get("chain", []))
-    _check_names(document, raw)
-
-
-def _check_chain(document: Document, chain: list[Any]) -> None:
-    """Stages in the order in which data flows."""
-    for index, stage in enumerate(chain):
-        if stage not in STAGES:
-            raise document.error(_unknown("stage", str(stage), STAGES), "chain", index)
-    if chain != [stage for stage in STAGES if stage in chain]:
-        raise document.error(f"chain: each once, in the order {', '.join(STAGES)}", "chain")
-
-
-def _check_keys(document: Document, raw: dict[Any, Any], known: set[str], place: Any) -> None:
-    for key in raw:
-        if key not in known:
-            raise document.error(_unknown("key", str(key), sorted(known)), *place, key)
-
-
-_TYPES: dict[str, type] = {
-    "columns": list, "figures": list, "published": list, "chain": list,
-    "axes": dict, "repeats": dict, "presets": dict, "pivot": dict,
-}  # fmt: skip
-
-
-def _check_types(document: Document, raw: dict[Any, Any], place: tuple[Any, ...]) -> None:
-    for key, value in raw.items():
-        wanted = dict if key in STAGES else _TYPES.get(key)
-        if wanted is not None and not isinstance(value, wanted):
-            kind = "a list" if wanted is list else "a mapping"
-            raise document.error(f"{key}: expected {kind}", *place, key)
-    for kind in ("axes", "repeats"):
-        for name, axis in raw.get(kind, {}).items():
-            if not isinstance(axis, (dict, list)) or not axis:
-                raise document.error(f"axis {name} has no values", *place, kind, name)
-
-
-def _check_names(document: Document, raw: dict[Any, Any]) -> None:
-    for index, name in enumerate(raw["columns"]):
-        if not is_known(str(name)):
-            raise document.error(_unknown("column", str(name), COLUMNS), "columns", index)
-    for index, name in enumerate(raw.get("figures", [])):
-        if name not in FIGURES:
-            raise document.error(_unknown("figure", str(name), FIGURES), "figures", index)
-
-
-def _unknown(kind: str, name: str, known: Collection[str]) -> str:
-    """What to say of an unknown name: the nearest known one, else all."""
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(map(str, known))}"
-    return f"unknown {kind} {name}; {hint}"

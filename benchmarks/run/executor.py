@@ -145,7 +145,9 @@ def processes_of(cell: Cell) -> int:
 def command_environment(cores: int, cell: Cell) -> dict[str, str]:
     """The environment of a cell's command that may use `cores` cores."""
     threads = max(1, cores // processes_of(cell))
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    # A plugin may lie where the user stands, and commands stand at the checkout.
+    places = [str(ROOT), os.environ.get("PYTHONPATH"), os.getcwd()]
+    path = os.pathsep.join(filter(None, dict.fromkeys(places)))
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
 
 

@@ -146,7 +146,7 @@ STAGES: dict[str, Stage] = {
             rooms=("core", "training", "gradients", "attack", "audit", "federated"),
             outputs=lambda folder: {"workspace": str(folder)},
             record="run.json",
-            parser=_parser_of("federated.experiment.recipe"),
+            parser=_parser_of("federated.experiment.cli.recipe"),
             distributed=False,
         ),
     )

@@ -51,8 +51,13 @@ class Store:
         return self.folder(cell) / "log.txt"
 
     def record(self, cell: Cell) -> dict[str, Any] | None:
-        """A finished cell's result, else None."""
+        """A finished cell: what was asked for, and under `result` what came of it; else None."""
         return _read(self.folder(cell) / "record.json")
+
+    def result(self, cell: Cell) -> dict[str, Any] | None:
+        """What a finished cell's command recorded, else None."""
+        record = self.record(cell)
+        return None if record is None else record["result"]
 
     def failure(self, cell: Cell) -> dict[str, Any] | None:
         """The error of a failed cell, else None."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.declare.columns import dig, find_column, measured_leakage
+from benchmarks.declare.columns import find_column
 from benchmarks.run.store import Store
 from benchmarks.show.pictures import Picture, save_picture
 from benchmarks.show.results import RowResult, TableResult
@@ -111,7 +111,7 @@ def tradeoff(result: TableResult, store: Store, folder: Path) -> Iterator[Pictur
 
 def _summary(row: RowResult, name: str) -> Summary | None:
     column = find_column(name)
-    return summarize([v for run in row.runs for v in column.values(run) if v is not None])
+    return summarize([value for run in row.runs for value in column.values(run)])
 
 
 def _mean(row: RowResult, name: str) -> float:
@@ -217,8 +217,9 @@ def curves(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]
 
 def _trace(row: RowResult) -> list[Mapping[str, float]]:
     """Points of the first repeat: what the attack saw, and the PSNR seen from outside."""
-    attack = row.runs[0].get("attack", {}) if row.runs else {}
-    return [*(attack.get("trace") or []), *(attack.get("psnr_curve") or [])]
+    if not row.runs:
+        return []
+    return [*row.runs[0].entries("attack.trace"), *row.runs[0].entries("attack.psnr_curve")]
 
 
 def lines(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]:
@@ -243,7 +244,7 @@ def lines(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]:
 
 def layers(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]:
     """The rank-analysis index of every layer, a panel per row."""
-    analyses = [(row, dig(row.runs[0], "extract.rank_analysis.layers")) for row in result.rows]
+    analyses = [(row, row.runs[0].entries("extract.rank_analysis.layers")) for row in result.rows]
     analyses = [(row, layers) for row, layers in analyses if layers]
     if not analyses:
         return
@@ -263,14 +264,14 @@ def layers(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]
 
 def rounds(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]:
     """Leakage over the rounds of a federation: a panel per row, a line per site."""
-    rows = [row for row in result.rows if row.runs and dig(row.runs[0], "federated.leakage")]
+    rows = [row for row in result.rows if row.runs and row.runs[0].entries("federated.leakage")]
     if not rows:
         return
     figure, axes = subplots(1, len(rows), 3.2, 2.8)
     for ax, row in zip(axes[0], rows, strict=True):
         run = row.runs[0]
-        for site in sorted({entry["site"] for entry in run["federated"]["leakage"]}):
-            entries = [e for e in measured_leakage(run, site) if e["rdlv"] is not None]
+        for site in sorted({entry["site"] for entry in run.entries("federated.leakage")}):
+            entries = [e for e in run.leakage(site) if e["rdlv"] is not None]
             rounds = [entry["round"] for entry in entries]
             ax.plot(rounds, [entry["rdlv"] for entry in entries], "o-", ms=3, label=site)
         ax.axhline(0, color="k", lw=0.8)

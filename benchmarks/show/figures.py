@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.declare.columns import dig
+from benchmarks.declare.records import Run
 from benchmarks.run.cells import Cell
 from benchmarks.run.store import Store
 from benchmarks.show import charts
@@ -78,8 +78,7 @@ def _pairs_of(cells: Mapping[str, Cell], store: Store) -> list[Pair]:
     attack = cells["attack"]
     checkpoint = attack.inputs["checkpoint"]
     truth = load_target(store.input_file(checkpoint.cell, checkpoint.pattern))[1]
-    record = store.record(attack) or {}
-    scores = dig(record, "result.evaluation.per_image") or []
+    scores = Run({"attack": store.result(attack) or {}}).images
     if truth is None:
         return []
     images = load_checkpoint(store.input_file(attack, RECONSTRUCTION))["images"]

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.declare.columns import dig
+from benchmarks.declare.records import Entry
 from benchmarks.run.cells import ROOT, Cell
 from benchmarks.show.render import TextTable, to_markdown, to_terminal
 from benchmarks.show.report import ASSETS, plain_table
@@ -116,8 +116,9 @@ def check_entry(entry: Mapping[str, Any], name: str) -> None:
 
 def _check_leakage(leakage: Mapping[str, Any], name: str) -> None:
     for metric in METRICS:
+        numbers = leakage.get(metric)
         for part in ("n", "mean", "worst"):
-            value = dig(leakage, f"{metric}.{part}")
+            value = numbers.get(part) if isinstance(numbers, dict) else None
             # JSON's NaN would stand anywhere in the ranking.
             if not isinstance(value, (int, float)) or value is True or not math.isfinite(value):
                 raise InputError(f"{name}: leakage.{metric}.{part} is not a number")
@@ -134,7 +135,7 @@ def rank(entries: Iterable[Mapping[str, Any]]) -> list[TextTable]:
 
 def _ranked(title: str, entries: Iterable[Mapping[str, Any]]) -> TextTable:
     # Equal leakage: the more useful one first.
-    ordered = sorted(entries, key=lambda e: (dig(e, "leakage.ssim.worst"), -(e["utility"] or 0)))
+    ordered = sorted(entries, key=lambda e: (e["leakage"]["ssim"]["worst"], -(e["utility"] or 0)))
     rows = [[str(place), *_entry_texts(entry)] for place, entry in enumerate(ordered, 1)]
     notes = [(e["defense"], " ".join(filter(None, _about(e)))) for e in ordered]
     return TextTable(title, HEADER, rows, footnotes=[n for n in notes if n[1]], n_labels=2)
@@ -181,7 +182,7 @@ def make_entry(
         InputError: A row is not finished, or rows grant the attacker different things.
     """
     for row in rows:
-        if row.errors or not all("attack" in run for run in row.runs):
+        if row.errors or not all(run.has("attack") for run in row.runs):
             labels = " ".join(row.row.labels.values())
             raise InputError(f"the row {labels} is not finished; compute the table first")
     models = {threat_model(run["attack"].config) for row in rows for run in row.row.repeats}
@@ -200,7 +201,7 @@ def make_entry(
         "epsilon": _first(rows, "train.privacy.epsilon"),
         "leakage": {metric: _leakage(worst, metric) for metric in METRICS},
         "configuration": [_configuration(run) for run in worst.row.repeats],
-        "provenance": dict(dig(worst.runs[0], "attack.provenance") or {}),
+        "provenance": dict(worst.runs[0].value("attack.provenance") or {}),
     }
     check_entry(entry, defense)
     return entry
@@ -208,7 +209,7 @@ def make_entry(
 
 def _attack_name(row: RowResult) -> str:
     """The attack, an ensemble with its version: entries of different ones do not compare."""
-    version = dig(row.runs[0], "attack.details.ensemble")
+    version = row.runs[0].value("attack.details.ensemble")
     return str(version or row.row.repeats[0]["attack"].config.get("attack", "default"))
 
 
@@ -234,19 +235,13 @@ def _data_name(run: Mapping[str, Cell]) -> str:
 
 
 def _first(rows: Iterable[RowResult], path: str) -> float | None:
-    found = (dig(run, path) for row in rows for run in row.runs)
-    return next((float(value) for value in found if value is not None), None)
+    found = (value for row in rows for run in row.runs for value in run.numbers(path))
+    return next(found, None)
 
 
 def _values(row: RowResult, metric: str) -> list[float]:
     """Of every image: under the worst attack of an ensemble, or the only one."""
-    images = [
-        image
-        for run in row.runs
-        for image in dig(run, "attack.worst_case.per_image")
-        or dig(run, "attack.evaluation.per_image")
-        or []
-    ]
+    images: list[Entry] = [image for run in row.runs for image in run.worst_images or run.images]
     return [image[metric] for image in images if image.get(metric) is not None]
 
 

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from benchmarks.declare.columns import View, dig
+from benchmarks.declare.columns import View
 from benchmarks.run.cells import Cell
 from benchmarks.run.store import Store
 from benchmarks.show.pictures import Picture
@@ -144,14 +144,12 @@ def _common(labels: Sequence[Mapping[str, str]]) -> dict[str, str]:
 
 
 def _cell(cell: Cell, name: str, labels: Mapping[str, str], store: Store) -> str:
-    record, failure = store.record(cell), store.failure(cell)
-    state = "finished" if record else "failed" if failure else "not run"
+    result, failure = store.result(cell), store.failure(cell)
+    state = "failed" if failure else "not run" if result is None else "finished"
     facts: dict[str, Any] = {"key": cell.key, "code": cell.code}
     facts |= {f"--{flag}": value for flag, value in cell.config.items()}
     facts |= {f"--{f}": f"{i.cell.stage} {i.cell.key}/{i.pattern}" for f, i in cell.inputs.items()}
-    result = (record or {}).get("result", {})
-    facts |= dict(_flatten(dig(result, "provenance") or {}))
-    facts |= {k: result[k] for k in ("seconds", "wall_seconds") if k in result}
+    facts |= _made(result or {})
     rows = "".join(
         f"<tr><td><code>{escape(k)}</code></td><td>{escape(str(v))}</td></tr>"
         for k, v in facts.items()
@@ -161,6 +159,12 @@ def _cell(cell: Cell, name: str, labels: Mapping[str, str], store: Store) -> str
         f"<details{_data_labels(labels)}><summary>{escape(name)} ({state})</summary>"
         f"{said}<table>{rows}</table></details>"
     )
+
+
+def _made(result: Mapping[str, Any]) -> dict[str, Any]:
+    """How a cell's result was made, and what it took."""
+    seconds = {k: result[k] for k in ("seconds", "wall_seconds") if k in result}
+    return {**dict(_flatten(result.get("provenance") or {})), **seconds}
 
 
 def _flatten(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

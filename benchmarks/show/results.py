@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from benchmarks.declare.columns import Column, Run, View, dig, find_view
+from benchmarks.declare.columns import Column, View, find_view
+from benchmarks.declare.records import Run
 from benchmarks.declare.tables import Row, Table
 from benchmarks.run.cells import ROOT, Cell
 from benchmarks.run.store import Store
@@ -139,7 +140,7 @@ def _row(row: Row, views: Iterable[View], store: Store) -> RowResult:
     runs = tuple(_run(cells, store) for cells in row.repeats)
     summaries, notes = {}, {}
     for column in (view.column for view in views):
-        values = [value for run in runs for value in column.values(run) if value is not None]
+        values = [value for run in runs for value in column.values(run)]
         summaries[column.name] = summarize(values, column.leak)
         if summaries[column.name] is None:
             notes[column.name] = _why_missing(column, runs)
@@ -159,9 +160,9 @@ def _texts(runs: Iterable[Run], views: Iterable[View]) -> dict[str, str]:
     return texts
 
 
-def _run(cells: Mapping[str, Cell], store: Store) -> dict[str, Any]:
-    records = {stage: store.record(cell) for stage, cell in cells.items()}
-    return {stage: record["result"] for stage, record in records.items() if record is not None}
+def _run(cells: Mapping[str, Cell], store: Store) -> Run:
+    results = {stage: store.result(cell) for stage, cell in cells.items()}
+    return Run({stage: result for stage, result in results.items() if result is not None})
 
 
 def _why_missing(column: Column, runs: Iterable[Run]) -> str:
@@ -181,7 +182,7 @@ def _baselines(rows: Iterable[RowResult]) -> dict[str, dict[str, Summary]]:
     """Every baseline's metrics, over the runs of all rows."""
     found: dict[str, dict[str, list[float]]] = {}
     for run in (run for row in rows for run in row.runs):
-        for name, metrics in (dig(run, "attack.evaluation.baselines") or {}).items():
+        for name, metrics in run.baselines.items():
             for metric, value in metrics.items():
                 if value.get("mean") is not None:
                     found.setdefault(name, {}).setdefault(metric, []).append(value["mean"])

@@ -19,7 +19,6 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,12 +27,13 @@ from tqdm import tqdm
 from attack.attacks import OptimizationAttack, get_attack
 from attack.metrics import evaluate
 from benchmarks.speed.equal_time_report import draw, reconstruction_file, render, render_summary
+from benchmarks.speed.references import as_breaching
 from core.errors import InputError
 from core.records import provenance
 from core.storage import save_checkpoint, write_json, write_text
 from core.target import Target, Truth
 from gradients.checkpoint import load_target
-from gradients.describe import describe
+from gradients.record import describe
 
 CPU = torch.device("cpu")
 DEFAULT_ATTACKS = "spectral,inverting-gradients"
@@ -213,7 +213,7 @@ def compare(
     return {
         "attack": name,
         "checkpoint": Path(path).name,
-        "target": describe(target),
+        "target": describe(target).setting(),
         "iterations": iterations,
         "budget_seconds": seconds,
         "seed": seed,
@@ -267,29 +267,8 @@ def _breaching(name: str, target: Target, labels: torch.Tensor, seed: int) -> Ru
         import breaching
     except ImportError:
         raise InputError(f"--attacks {name}: needs `pip install breaching`") from None
-    metadata = SimpleNamespace(
-        shape=list(target.data.shape),
-        mean=target.data.mean,
-        std=target.data.std,
-        classes=target.data.n_classes,
-        modality="vision",
-    )
     model = target.build_model()
-    payload = {
-        "parameters": list(model.parameters()),
-        # In train mode it takes batch statistics, which is what no buffers mean to it.
-        "buffers": None if target.train_mode else list(model.buffers()),
-        "metadata": metadata,
-    }
-    shared = {
-        "gradients": list(target.gradient.values()),
-        "buffers": list(model.buffers()) if target.train_mode else None,
-        "metadata": {
-            "num_data_points": target.batch_size,
-            "labels": labels.sort().values,
-            "local_hyperparams": None,
-        },
-    }
+    payload, shared = as_breaching(target, model, labels.sort().values)
     config = breaching.get_attack_config(name.partition(":")[2])
 
     def run(iterations: int) -> torch.Tensor:

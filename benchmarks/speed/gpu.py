@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from attack.attacks import InvertingGradients
+from attack.attacks.inverting_gradients import InvertingGradients
 from attack.loop.inversion import Inversion
 from attack.matching.acceleration import AcceleratedMatcher, product_precision
 from attack.matching.objectives import Cosine

@@ -23,8 +23,10 @@ from benchmarks.speed.cases import CASES, Case, Problem, make_problem
 from benchmarks.speed.timing import interleaved, matrix_rate, medians, paired_ratio
 from benchmarks.speed.workers import Job, take_turns
 from core.errors import InputError
+from core.launch_arguments import LaunchSettings
 from core.models import batch_norm
 from core.processes import distributed
+from core.processes.launch import launch
 
 # An iteration needs a forward pass (1), a backward pass (2) and their derivative (4).
 PASSES = 7
@@ -157,7 +159,7 @@ def measure_processes(case: Case, processes: int, repeats: int, seed: int) -> di
         multiprocessing_distributed=True,
         nproc_per_node=processes,
     )
-    distributed.launch(_shard_of_iteration, args)
+    launch(_shard_of_iteration, LaunchSettings.from_arguments(args), args)
     return {"case": case.name, "processes": processes, **json.loads(answers.get())}
 
 

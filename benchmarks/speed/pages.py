@@ -14,7 +14,7 @@ from typing import Any
 from core.errors import InputError, exit_status
 
 Record = dict[str, Any]
-# What the front page shows of the table.
+# What the page on speed shows of the table.
 SHOWN = (
     "convnet-32px-b1-eval",
     "convnet-32px-b32-train",
@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.speed.pages", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--records", default="results/speed", metavar="DIR")
-    parser.add_argument("--readme", default="README.md", metavar="FILE")
+    parser.add_argument("--readme", default="docs/how-fast.md", metavar="FILE")
     parser.add_argument("--scaling", default="docs/scaling.md", metavar="FILE")
     return parser
 
@@ -62,7 +62,7 @@ def read_records(folder: Path) -> dict[str, Record]:
 
 
 def readme_blocks(records: dict[str, Record]) -> dict[str, str]:
-    """The front page's table of iterations."""
+    """The table of iterations of the page on speed."""
     from benchmarks.speed.render import conditions, iterations_in_short
 
     record = records["iterations"]

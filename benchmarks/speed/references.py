@@ -12,14 +12,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from attack.attacks import InvertingGradients
+from attack.attacks.inverting_gradients import InvertingGradients
 from attack.loop.inversion import Inversion
 from attack.matching.matcher import GradientMatcher
 from attack.matching.objectives import Cosine
 from attack.matching.replica import Replica
 from benchmarks.speed.cases import Problem
 from core.errors import InputError
+from core.target import Target
 
 CPU = torch.device("cpu")
 Iteration = Callable[[], torch.Tensor]
@@ -145,7 +147,8 @@ def breaching_loop(problem: Problem) -> Iteration:
     except ImportError:
         raise InputError("the comparison needs `pip install breaching`") from None
     config = breaching.get_attack_config("invertinggradients")
-    model, (payload, shared) = problem.target.build_model(), _as_breaching(problem)
+    model = problem.target.build_model()
+    payload, shared = as_breaching(problem.target, model, problem.labels.clone())
     attacker: Any = breaching.attacks.prepare_attack(
         model, torch.nn.CrossEntropyLoss(), config, {"device": CPU, "dtype": torch.float}
     )
@@ -168,9 +171,16 @@ def breaching_loop(problem: Problem) -> Iteration:
     return iteration
 
 
-def _as_breaching(problem: Problem) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What its server sends and its user shares."""
-    target, model = problem.target, problem.target.build_model()
+def as_breaching(
+    target: Target, model: nn.Module, labels: torch.Tensor
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the server of `breaching` sends and its user shares.
+
+    Args:
+        target: What was shared.
+        model: The target's.
+        labels: N class indices.
+    """
     metadata = SimpleNamespace(
         shape=list(target.data.shape),
         mean=target.data.mean,
@@ -190,7 +200,7 @@ def _as_breaching(problem: Problem) -> tuple[dict[str, Any], dict[str, Any]]:
         "buffers": buffers if target.train_mode else None,
         "metadata": {
             "num_data_points": target.batch_size,
-            "labels": problem.labels.clone(),
+            "labels": labels,
             "local_hyperparams": None,
         },
     }

@@ -1,4 +1,4 @@
-"""Data sets, their transforms, and the description that travels with every checkpoint.
+"""Data sets: images with labels, transforms and the description of every checkpoint.
 
 `load_data` turns a folder, a list of files or a built-in name into `DataSets`. A
 random augmentation is a function of (seed, epoch, image) alone: neither the number
@@ -7,7 +7,7 @@ of processes nor that of workers nor an interruption changes what a model sees.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,17 @@ import torch
 from torch.utils.data import Dataset
 
 from core.data.sources import Source, Sources, load_sources
-from core.data.specs import DataSpec
+from core.data.specs import IMAGENET_MEAN, IMAGENET_STD, DataSpec
+from core.data.transforms import (
+    SMALL_SIDE,
+    Transform,
+    evaluation_transform,
+    training_transform,
+)
 from core.errors import InputError
 from core.processes.distributed import derived_seed
 
-# Below this side images are small: they are shifted by a few pixels for training,
-# where larger ones are cropped at random scales.
-SMALL_SIDE = 96
 DEFAULT_VALIDATION_SHARE = 0.2
-
-Transform = Callable[[Any], torch.Tensor]
 
 
 class LabelledImages(Dataset[tuple[torch.Tensor, int]]):
@@ -103,9 +104,6 @@ def take_samples(
     inputs = torch.stack([image for image, _ in items])
     labels = torch.tensor([label for _, label in items])
     return spec.denormalize(inputs).clamp(0, 1), labels
-
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -208,59 +206,3 @@ def _size(image: Any) -> tuple[int, int]:
     if isinstance(image, torch.Tensor):
         return int(image.shape[-1]), int(image.shape[-2])
     return image.size
-
-
-def evaluation_transform(spec: DataSpec, native_side: int) -> Transform:
-    """The fixed transform of validation and of stage 2: resize, crop the centre, normalise.
-
-    Args:
-        spec: Size and normalisation.
-        native_side: Short side of the images as they are; large ones lose a border.
-    """
-    from torchvision.transforms import v2
-
-    size = spec.shape[1]
-    short_side = size if native_side < SMALL_SIDE else round(size * 256 / 224)
-    steps = [*_resize_small(size, native_side, short_side), v2.CenterCrop(size)]
-    return v2.Compose([v2.ToImage(), *steps, *_to_input(spec)])
-
-
-def training_transform(spec: DataSpec, native_side: int, *, flip: bool) -> Transform:
-    """The random transform of training.
-
-    Args:
-        spec: Size and normalisation.
-        native_side: Short side of the images as they are; small ones are padded and
-            cropped, large ones cropped at random scales.
-        flip: Whether mirroring keeps the label.
-    """
-    from torchvision.transforms import v2
-
-    size = spec.shape[1]
-    if native_side < SMALL_SIDE:
-        steps = [
-            *_resize_small(size, native_side, size),
-            v2.CenterCrop(size),
-            v2.RandomCrop(size, padding=size // 8),
-        ]
-    else:
-        steps = [v2.RandomResizedCrop(size, antialias=True)]
-    if flip:
-        steps.append(v2.RandomHorizontalFlip())
-    return v2.Compose([v2.ToImage(), *steps, *_to_input(spec)])
-
-
-def _resize_small(size: int, native_side: int, short_side: int) -> list[Any]:
-    from torchvision.transforms import v2
-
-    return [] if native_side == short_side == size else [v2.Resize(short_side, antialias=True)]
-
-
-def _to_input(spec: DataSpec) -> list[Any]:
-    from torchvision.transforms import v2
-
-    return [
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(spec.mean, spec.std),
-        v2.ToPureTensor(),
-    ]

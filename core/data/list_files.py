@@ -1,8 +1,9 @@
 """Lists of labelled images in the format of the Medical Segmentation Decathlon.
 
-A list is a JSON file with the sections "training", "validation" and "testing", each a
-list of `{"image": PATH, "label": NUMBER}`; paths are relative to a data folder that the
-reader names. A label may also be a list of one number, as published lists have it.
+A list is a JSON file with the sections "training", "validation" and "testing" (or "test"),
+each a list of `{"image": PATH, "label": LABEL}`; paths are relative to a data folder that
+the reader names. A label is a class index, a list of one class index as published lists
+have it, or a one-hot list. "labels" may name the classes: `{"0": "no finding", ...}`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from core.errors import InputError
 from core.storage import write_text
 
 SECTIONS = ("training", "validation", "testing")
+# What else the sections are called.
+_OTHER_NAMES = {"testing": "test"}
+LIST_FLAG = "dataset_json"
 
 
 @dataclass(frozen=True)
@@ -32,24 +36,92 @@ class Sample:
     label: int
 
 
-def load_datalist(path: str | Path, section: str) -> list[Sample]:
+@dataclass(frozen=True)
+class DataList:
+    """An opened list; its sections are read when they are asked for.
+
+    Attributes:
+        path: The JSON file.
+        content: What it holds.
+        flag: The flag or setting that named it, for messages.
+    """
+
+    path: Path
+    content: Mapping[str, Any]
+    flag: str = LIST_FLAG
+
+    def samples(self, section: str) -> list[Sample]:
+        """The images of one section.
+
+        Args:
+            section: "training", "validation" or "testing".
+
+        Raises:
+            InputError: The section is missing, or an entry of it is broken.
+        """
+        entries = self._entries(section)
+        if not isinstance(entries, list):
+            has = ", ".join(self.content) or "none"
+            raise InputError(f'{self.flag}: {self.path} has no "{section}" list; it has {has}')
+        where = f"{self.flag}: {self.path}: entry"
+        return [_sample(entry, f"{where} {i} of {section}") for i, entry in enumerate(entries)]
+
+    def has(self, section: str) -> bool:
+        """Whether there is such a section with anything in it."""
+        return bool(self._entries(section))
+
+    def class_names(self, n_classes: int) -> tuple[str, ...]:
+        """A name for every class: that of the file, else the class index.
+
+        Args:
+            n_classes: Classes that occur; the file may name more.
+        """
+        labels = self.content.get("labels")
+        named = labels if isinstance(labels, dict) else {}
+        n_classes = max([n_classes, *(int(key) + 1 for key in named if str(key).isdigit())])
+        return tuple(str(named.get(str(index), index)) for index in range(n_classes))
+
+    def _entries(self, section: str) -> Any:
+        names = (section, _OTHER_NAMES.get(section, section))
+        return next((self.content[name] for name in names if name in self.content), None)
+
+
+def open_datalist(path: str | Path, flag: str = LIST_FLAG) -> DataList:
+    """Open a list.
+
+    Args:
+        path: The JSON file.
+        flag: The flag or setting that named it, for messages.
+
+    Raises:
+        InputError: The file is missing or no JSON object.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{flag}: there is no file {path}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{flag}: {path} is not a readable JSON list ({error})") from None
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise InputError(f"{flag}: {path} is a JSON {kind}, not an object with sections")
+    return DataList(path, content, flag)
+
+
+def load_datalist(path: str | Path, section: str, flag: str = LIST_FLAG) -> list[Sample]:
     """Read one section of a list.
 
     Args:
         path: The JSON file.
         section: "training", "validation" or "testing".
+        flag: The flag or setting that named it, for messages.
 
     Raises:
         InputError: The file is missing or no JSON object, it lacks the section, or an
             entry of it is broken; the message names the file and the entry.
     """
-    content = _read(Path(path))
-    entries = content.get(section)
-    if not isinstance(entries, list):
-        raise InputError(
-            f"{path}: there is no section {section!r}; it has {', '.join(content) or 'none'}"
-        )
-    return [_sample(entry, f"{path}: entry {i} of {section}") for i, entry in enumerate(entries)]
+    return open_datalist(path, flag).samples(section)
 
 
 def write_datalist(path: str | Path, sections: Mapping[str, Sequence[Sample]]) -> None:
@@ -66,28 +138,26 @@ def write_datalist(path: str | Path, sections: Mapping[str, Sequence[Sample]]) -
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"there is no data list {path}") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"the data list {path} cannot be read ({error})") from None
-    if not isinstance(content, dict):
-        raise InputError(f"the data list {path} is a JSON {type(content).__name__}, not an object")
-    return content
-
-
 def _sample(entry: Any, where: str) -> Sample:
     if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
         raise InputError(f"{where} has no image path")
-    return Sample(entry["image"], _label(entry.get("label"), where))
+    label = _class_index(entry.get("label"))
+    if label is None:
+        raise InputError(f"{where} has the label {entry.get('label')!r}, which is no class index")
+    return Sample(entry["image"], label)
 
 
-def _label(label: Any, where: str) -> int:
-    if isinstance(label, list) and len(label) == 1:
-        label = label[0]
+def _class_index(label: Any) -> int | None:
+    """A class index, also from a list of one, or from a one-hot list; None where it is none."""
+    if isinstance(label, list):
+        return _class_index(label[0]) if len(label) == 1 else _position_of_the_one(label)
+    if isinstance(label, str) and label.isdigit():
+        return int(label)
     whole = isinstance(label, int) or (isinstance(label, float) and label.is_integer())
-    if isinstance(label, bool) or not whole or label < 0:
-        raise InputError(f"{where} has the label {label!r}, which is no class index")
-    return int(label)
+    return int(label) if whole and not isinstance(label, bool) and label >= 0 else None
+
+
+def _position_of_the_one(values: list[Any]) -> int | None:
+    """The class of a one-hot list; None where there is not exactly one 1 among zeros."""
+    is_one_hot = all(value in (0, 1) for value in values) and values.count(1) == 1
+    return values.index(1) if is_one_hot else None

@@ -6,7 +6,6 @@ decided in `core.data.data_sets`.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,10 +16,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from core.data.image_files import IMAGE_SUFFIXES, read_image
+from core.data.list_files import DataList, open_datalist
 from core.errors import InputError
 from core.processes.distributed import derived_seed
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+FLAG = "--data"
 VALIDATION_FOLDERS = ("val", "valid", "validation", "test")
 EMBEDDED = ("photo-patches", "photo-patches-64")
 
@@ -68,25 +69,7 @@ class FileSource:
 
     def image(self, index: int) -> Image.Image:
         """The decoded RGB image at `index`."""
-        path = self.paths[index]
-        try:
-            with Image.open(path) as image:
-                return _as_rgb(image)
-        # Pillow's decoders raise whatever a broken file leads them to.
-        except Exception as error:
-            raise InputError(f"--data: the image {path} cannot be read ({error})") from None
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    """The image in 8-bit RGB.
-
-    Pillow clips 16-bit grey values at 255 (https://github.com/python-pillow/Pillow/issues/3011):
-    a radiograph would turn white.
-    """
-    if image.mode.startswith("I"):
-        values = np.asarray(image)
-        image = Image.fromarray((values.clip(0, 65535) // 256).astype(np.uint8))
-    return image.convert("RGB")
+        return read_image(self.paths[index], FLAG)
 
 
 @dataclass
@@ -275,54 +258,32 @@ def _subset(source: FileSource, keep: np.ndarray) -> FileSource:
 def _json_list(
     path: Path, root: str | Path | None, name: str | None, split_seed: int, share: float
 ) -> Sources:
-    """A list {"training": [{"image": path, "label": class}, ...], "validation": [...]}."""
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"--data: there is no file {path}") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"--data: {path} is not a readable JSON list ({error})") from None
-    if not isinstance(content, dict) or not content.get("training"):
-        raise InputError(f'--data: {path} has no "training" list')
+    """A list of files, see `core.data.list_files`."""
+    content = open_datalist(path, FLAG)
     folder = path.parent if root is None else Path(root)
-    train = _json_source(content["training"], folder, path)
-    listed = content.get("validation") or content.get("test") or content.get("testing")
-    if listed:
-        val = _json_source(listed, folder, path)
-    else:
+    train = _listed(content, "training", folder)
+    listed = next((part for part in ("validation", "testing") if content.has(part)), None)
+    if listed is None:
         train, val = _held_out(train, split_seed, share)
-    names = _json_class_names(content, max([*train.labels, *val.labels]) + 1)
+    else:
+        val = _listed(content, listed, folder)
+    names = content.class_names(max([*train.labels, *val.labels]) + 1)
     if len(names) < 2:
         raise InputError(f"--data: {path} names one class; a classifier needs at least two")
     return Sources(name or path.stem, train, val, names)
 
 
-def _json_source(entries: list[dict[str, Any]], folder: Path, path: Path) -> FileSource:
-    try:
-        paths = [folder / entry["image"] for entry in entries]
-        labels = [_json_label(entry["label"]) for entry in entries]
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"--data: an entry of {path} is not understood ({error!r})") from None
-    if min(labels) < 0:
-        raise InputError(f"--data: {path} has a negative label")
-    missing = next((p for p in paths if not p.exists()), None)
+def _listed(content: DataList, section: str, folder: Path) -> FileSource:
+    samples = content.samples(section)
+    if not samples:
+        raise InputError(f'--data: {content.path} has an empty "{section}" list')
+    paths = [folder / sample.image for sample in samples]
+    missing = next((path for path in paths if not path.exists()), None)
     if missing is not None:
-        raise InputError(f"--data: {path} names {missing}, which does not exist (see --data-root)")
-    return FileSource(paths, labels)
-
-
-def _json_label(label: Any) -> int:
-    """A class index, or the position of the 1 in a one-hot list."""
-    if isinstance(label, list):
-        return int(label[0]) if len(label) == 1 else int(np.argmax(label))
-    return int(label)
-
-
-def _json_class_names(content: dict[str, Any], n_classes: int) -> tuple[str, ...]:
-    labels = content.get("labels")
-    named = labels if isinstance(labels, dict) else {}
-    n_classes = max([n_classes, *(int(key) + 1 for key in named if str(key).isdigit())])
-    return tuple(str(named.get(str(index), index)) for index in range(n_classes))
+        raise InputError(
+            f"--data: {content.path} names {missing}, which does not exist (see --data-root)"
+        )
+    return FileSource(paths, [sample.label for sample in samples])
 
 
 # --- torchvision --------------------------------------------------------------

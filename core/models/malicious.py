@@ -16,6 +16,7 @@ from torch import nn
 from core.errors import InputError
 
 if TYPE_CHECKING:
+    from core.models.architecture import Architecture
     from core.models.building import ModelSpec
 
 # What the number after the kind is, and how many words may follow the kind.
@@ -49,6 +50,11 @@ class Malice:
     number: int
     feature: int | None = None
     cut: float | None = None
+
+
+def malice_of(model: Architecture) -> str:
+    """What a malicious server did to a model, in the words of `--malicious`; empty: nothing."""
+    return str(model.describe().get("malicious") or "")
 
 
 def parse_malice(text: str, n_classes: int, flag: str = "--malicious") -> Malice:

@@ -1,34 +1,32 @@
-"""Command and recipe: the experiment in Python, for people who do not want JSON.
-
-python -m federated.recipe --n_clients 9 --num_rounds 3 --sigma0 0 0.3 1 3 --workspace DIR
-
-Every noise level is a run of its own, DIR/sigma0_LEVEL, with a `run.json` that the figures
-read. The sites run `federated.flare.client` on NVFlare's Client API under FedAvg.
-"""
+"""The experiment as NVFlare's recipe API builds it, at several levels of noise."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import federated.flare
-from core.errors import exit_status
-from federated.experiment import simulate
-from federated.experiment.create_job_config import (
+from federated.experiment.federation import (
     Client,
     JobData,
-    add_job_flags,
-    check_flags,
+    check_settings,
     inversion,
     write_prior,
 )
+from federated.experiment.run_results import (
+    FINAL_MODEL,
+    app_folder,
+    missing_results,
+    print_results,
+    write_run,
+)
+from federated.experiment.settings import FederationSettings
+from federated.experiment.simulator import read_job, read_json, require_nvflare, simulate
 
 if TYPE_CHECKING:
     from nvflare.job_config.api import FedJob
@@ -37,42 +35,33 @@ INVERSION_FILE = "config_inversion.json"
 TRAIN = ["train"]
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command's flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m federated.recipe",
-        description="Run a federation for every noise level and record what it leaks.",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--workspace", type=Path, default=simulate.WORKSPACES / "recipe", help="folder for runs")
-    add("--sigma0", type=float, nargs="+", default=[0.0], help="noise levels of GaussianPrivacy")
-    add_job_flags(parser)
-    return parser
+def run_experiments(
+    settings: FederationSettings, noise: Sequence[float], workspace: Path
+) -> list[str]:
+    """Run one federation per level of noise, but for those that are done.
 
+    Args:
+        settings: The federation.
+        noise: Levels of `GaussianPrivacy`.
+        workspace: Folder of the runs.
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status: 1 if a run left something out."""
-    args = build_parser().parse_args(arguments)
-    missing: list[str] = []
-    status = exit_status(lambda: missing.extend(_run(args)))
-    for what in missing:
-        print(f"error: {what}", file=sys.stderr)
-    return status or int(bool(missing))
+    Returns:
+        What the runs should have left and did not.
 
-
-def _run(args: argparse.Namespace) -> list[str]:
-    clients, data = check_flags(args, args.sigma0, args.workspace)
-    simulate.require_nvflare()
-    write_prior(args, clients[0], data)
+    Raises:
+        InputError: Names the flag.
+    """
+    clients, data = check_settings(settings, noise, workspace)
+    require_nvflare()
+    write_prior(settings, clients[0], data)
     missing = []
-    for sigma0 in args.sigma0:
-        experiment = Experiment(args, clients, data, sigma0)
-        workspace = args.workspace.resolve() / f"sigma0_{sigma0:g}"
-        if experiment.is_done(workspace):
-            print(f"{workspace}: done before")
+    for sigma0 in noise:
+        experiment = Experiment(settings, clients, data, sigma0)
+        folder = workspace.resolve() / f"sigma0_{sigma0:g}"
+        if experiment.is_done(folder):
+            print(f"{folder}: done before")
         else:
-            missing += experiment.run(workspace)
+            missing += experiment.run(folder)
     return missing
 
 
@@ -81,20 +70,20 @@ class Experiment:
     """One federation at one noise level.
 
     Attributes:
-        args: The command's flags.
+        settings: What was asked for.
         clients: Of the federation.
         data: Their images.
         sigma0: Noise of `GaussianPrivacy`.
     """
 
-    args: argparse.Namespace
+    settings: FederationSettings
     clients: Sequence[Client]
     data: JobData
     sigma0: float
 
-    def settings(self) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
         """All that determines the run, as plain values."""
-        given = {key: value for key, value in vars(self.args).items() if key != "workspace"}
+        given = asdict(self.settings)
         plain = {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
         return {**plain, "sigma0": self.sigma0, "clients": [asdict(c) for c in self.clients]}
 
@@ -103,22 +92,20 @@ class Experiment:
         from federated.experiment.runs import RUN_FILE
 
         path = workspace / RUN_FILE
-        return path.is_file() and simulate.read_json(path).get("settings") == self.settings()
+        return path.is_file() and read_json(path).get("settings") == self.record()
 
     def run(self, workspace: Path) -> list[str]:
         """Simulate it and write its record; returns what is missing."""
         folder = self.export(workspace.parent / "jobs" / workspace.name)
-        job = simulate.read_job(folder)
-        simulate.simulate(job, workspace)
-        missing = simulate.missing_results(job, workspace)
+        job = read_job(folder)
+        simulate(job, workspace)
+        missing = missing_results(job, workspace)
         if not missing:
-            accuracy = self.test_accuracy(
-                simulate.app_folder(workspace, "server") / simulate.FINAL_MODEL
+            accuracy = self.test_accuracy(app_folder(workspace, "server") / FINAL_MODEL)
+            write_run(
+                job, workspace, sigma0=self.sigma0, test_accuracy=accuracy, settings=self.record()
             )
-            simulate.write_run(
-                job, workspace, sigma0=self.sigma0, test_accuracy=accuracy, settings=self.settings()
-            )
-        simulate.print_results(workspace)
+        print_results(workspace)
         return missing
 
     def test_accuracy(self, checkpoint: Path) -> float | None:
@@ -146,7 +133,7 @@ class Experiment:
         for client in self.clients:
             if client.invert:
                 path = folder / f"app_{client.name}" / "config" / INVERSION_FILE
-                content = {"save_path": "gradinv", **inversion(self.args, self.data)}
+                content = {"save_path": "gradinv", **inversion(self.settings, self.data)}
                 path.write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
         return folder
 
@@ -160,14 +147,14 @@ class Experiment:
         # Installed at every site, and not to be copied into the job piece by piece.
         job.set_app_packages(["federated", "audit", "attack", "gradients", "training", "core"])
         network = {
-            "model_name": self.args.model_name,
-            "num_class": self.args.num_class,
-            "image_size": self.args.image_size,
-            "seed": self.args.seed,
+            "model_name": self.settings.model_name,
+            "num_class": self.settings.num_class,
+            "image_size": self.settings.image_size,
+            "seed": self.settings.seed,
         }
         model = PTModel({"path": "federated.flare.global_model.global_model", "args": network})
         persistor = job.to_server(model, id="persistor")["persistor_id"]
-        rounds = self.args.num_rounds
+        rounds = self.settings.num_rounds
         controller = FedAvg(
             num_clients=len(self.clients), num_rounds=rounds, persistor_id=persistor
         )
@@ -202,8 +189,8 @@ class Experiment:
             data_root=str(self.data.root),
             dataset_json=str(self.data.datalist(client)),
             prior_filename=str(self.data.prior),
-            frequency=self.args.frequency,
-            rdlv_threshold=self.args.rdlv_threshold,
+            frequency=self.settings.frequency,
+            rdlv_threshold=self.settings.rdlv_threshold,
             save_best_matches=True,
         )
         job.to(SiteDescription(**self._training(client)), client.name, id="learner")
@@ -216,13 +203,13 @@ class Experiment:
         return {
             "data_root": str(self.data.root),
             "dataset_json": str(self.data.datalist(client)),
-            "model_name": self.args.model_name,
-            "num_class": self.args.num_class,
-            "image_size": self.args.image_size,
+            "model_name": self.settings.model_name,
+            "num_class": self.settings.num_class,
+            "image_size": self.settings.image_size,
             "batch_size": client.batch_size,
-            "aggregation_epochs": self.args.local_epochs,
-            "lr": self.args.lr,
-            "seed": self.args.seed,
+            "aggregation_epochs": self.settings.local_epochs,
+            "lr": self.settings.lr,
+            "seed": self.settings.seed,
         }
 
     def _site(self, client: Client) -> Any:

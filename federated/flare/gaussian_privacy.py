@@ -52,6 +52,11 @@ class GaussianPrivacy(FailClosedFilter):
         self.seed = seed
         self._rng = np.random.default_rng(seed)
 
+    def setting(self) -> dict[str, Any]:
+        """See `FailClosedFilter.setting`."""
+        level = {"sigma0": self.sigma0, "max_percentile": self.max_percentile}
+        return {**super().setting(), **level}
+
     def process_update(self, dxo: DXO, fl_ctx: FLContext) -> DXO:
         """See `FailClosedFilter.process_update`."""
         values = {name: _array(value) for name, value in dxo.data.items()}

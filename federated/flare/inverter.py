@@ -19,7 +19,7 @@ from torchvision.utils import save_image
 from audit.inversion import UpdateReconstruction, invert_update
 from audit.settings import InversionSettings, load_inversion_settings
 from audit.updates import LocalUpdate
-from core.data.listed_images import load_image
+from core.data.image_files import load_image
 from core.errors import InputError
 from federated.flare.withholding import GLOBAL_WEIGHTS, current_round
 

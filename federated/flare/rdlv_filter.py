@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,13 @@ from nvflare.apis.shareable import Shareable
 from audit.inversion import UpdateReconstruction
 from audit.leakage import LeakageReport, measure_leakage, write_leakage
 from audit.similarity import SimMetric
+from core.data.image_files import load_image
 from core.data.list_files import load_datalist
-from core.data.listed_images import ImageListDataset, load_image
+from core.data.listed_images import ImageListDataset
 from core.errors import InputError
 from core.records import provenance
 from federated.flare.inverter import Inverter
-from federated.flare.withholding import FailClosedFilter, WithheldError, current_round
+from federated.flare.withholding import FailClosedFilter, WithheldError
 
 TRAIN_SET = "training"
 # Other patients come from the first of these that a list has. The attack may know the
@@ -27,6 +30,10 @@ TRAIN_SET = "training"
 OTHERS_SETS = ("testing", "validation")
 # Other patients that the null distribution is drawn from, at most.
 MAX_OTHERS = 200
+# Side in pixels below which a reconstruction tells nothing, and passes for harmless.
+SMALLEST_SIDE = 16
+# How far values may lie outside of 0 to 1: rounding, no more.
+OUT_OF_RANGE = 0.05
 
 
 class MeasuredLeakError(WithheldError):
@@ -36,7 +43,7 @@ class MeasuredLeakError(WithheldError):
 class RelativeDataLeakageValueFilter(FailClosedFilter):
     """Inverts the site's own outgoing update and withholds it if it leaks too much.
 
-    Every `frequency`-th round from `start_round` on, an `Inverter` reconstructs images
+    Every `frequency`-th update from number `start_round` on, an `Inverter` reconstructs images
     from the update as it would leave (put this filter after `GaussianPrivacy`), and the
     relative data leakage value (RDLV) compares them with the training images. Results are
     written to the site's app folder; see `audit.leakage.write_leakage`.
@@ -47,16 +54,20 @@ class RelativeDataLeakageValueFilter(FailClosedFilter):
     Args:
         data_root: Folder that the list's paths start from.
         dataset_json: The site's data list.
-        frequency: Measure every that many rounds.
-        start_round: The first round to measure.
+        frequency: Measure every that many updates. The site counts them itself, from 0: what
+            the server states as the round decides nothing.
+        start_round: The first update to measure.
         inverter_name: Component that inverts.
         sim_metric_name: Component that compares images.
         prior_filename: Image that was public before; grey if None.
         image_key: Name of the images in the list; only "image" is known.
-        rdlv_reduce: "max", or "min" for metrics of which small values leak.
-        rdlv_threshold: Above it the update is withheld.
+        rdlv_reduce: "max", or "min" for metrics of which small values leak (distances).
+        rdlv_threshold: The update is withheld where its RDLV is above it; with "min", where
+            minus its RDLV is, which is 1 for a perfect reconstruction.
         data_kinds: Kinds of data to filter; `["WEIGHT_DIFF", "WEIGHTS"]` if None.
         save_best_matches: Keep training images beside their reconstructions, for figures.
+        random_rounds: Measure each update with probability 1 / frequency instead, which the
+            server cannot foresee.
 
     Raises:
         InputError: Missing folder or list, or impossible values.
@@ -76,18 +87,23 @@ class RelativeDataLeakageValueFilter(FailClosedFilter):
         rdlv_threshold: float = 1.0,
         data_kinds: list[str] | None = None,
         save_best_matches: bool = False,
+        random_rounds: bool = False,
     ) -> None:
         super().__init__(data_kinds)
         if not isinstance(data_root, str) or not Path(data_root).is_dir():
             raise InputError(f"data_root: there is no folder {data_root!r}")
         if not isinstance(dataset_json, str) or not Path(dataset_json).is_file():
             raise InputError(f"dataset_json: there is no file {dataset_json!r}")
-        if frequency < 1 or start_round < 0:
-            raise InputError("frequency must be at least 1 and start_round not below 0")
-        if image_key != "image":
-            raise InputError(f"image_key {image_key!r}: data lists name their images 'image'")
+        for name, value, least in (("frequency", frequency, 1), ("start_round", start_round, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InputError(f"{name} {value!r}: must be a whole number of at least {least}")
         if rdlv_reduce not in ("max", "min"):
             raise InputError(f"rdlv_reduce {rdlv_reduce!r}: choose max or min")
+        _check_threshold(rdlv_threshold, rdlv_reduce)
+        if not isinstance(random_rounds, bool):
+            raise InputError(f"random_rounds {random_rounds!r}: must be true or false")
+        if image_key != "image":
+            raise InputError(f"image_key {image_key!r}: data lists name their images 'image'")
         self.data_root = data_root
         self.dataset_json = dataset_json
         self.frequency = frequency
@@ -99,30 +115,57 @@ class RelativeDataLeakageValueFilter(FailClosedFilter):
         self.rdlv_reduce = rdlv_reduce
         self.rdlv_threshold = rdlv_threshold
         self.save_best_matches = save_best_matches
+        self.random_rounds = random_rounds
 
     def process_update(self, dxo: DXO, fl_ctx: FLContext) -> DXO:
         """See `FailClosedFilter.process_update`."""
-        number = current_round(dxo, fl_ctx)
-        if number < self.start_round or number % self.frequency:
+        passage = self._passage
+        if not self._due(passage.count):
+            self.unmeasured(
+                f"update {passage.count} with start_round {self.start_round} and frequency "
+                f"{self.frequency}{', at random' if self.random_rounds else ''}",
+                fl_ctx,
+            )
             return dxo
         found = self._component(self.inverter_name, Inverter, fl_ctx)(dxo, Shareable(), fl_ctx)
-        images = torch.as_tensor(getattr(found, "images", found)).float()
+        images = _checked_images(getattr(found, "images", found))
         originals = self._images(TRAIN_SET, images.shape[-1])
         report = self._measure(originals, images, fl_ctx)
         details = {**self._details(), **_attack_details(found)}
+        number = passage.count if passage.number is None else passage.number
         write_leakage(
             self._folder(fl_ctx), fl_ctx.get_identity_name(), number, report, images, originals,
             details=details, keep_images=self.save_best_matches,
         )  # fmt: skip
+        passage.reason = report.reason
         self.log_info(fl_ctx, f"round {number}: {report.statement()}", fire_event=False)
         if report.withheld:
             raise MeasuredLeakError(report.reason)
         return dxo
 
-    def record_withheld(self, error: Exception, shareable: Shareable, fl_ctx: FLContext) -> None:
+    def _due(self, count: int) -> bool:
+        """Whether this update is measured."""
+        if count < self.start_round:
+            return False
+        if self.random_rounds:
+            return secrets.randbelow(self.frequency) == 0
+        return count % self.frequency == 0
+
+    def setting(self) -> dict[str, Any]:
+        """See `FailClosedFilter.setting`."""
+        return {
+            **super().setting(),
+            "frequency": self.frequency,
+            "start_round": self.start_round,
+            "random_rounds": self.random_rounds,
+            "rdlv_reduce": self.rdlv_reduce,
+            "rdlv_threshold": self.rdlv_threshold,
+        }
+
+    def record_withheld(self, error: Exception, fl_ctx: FLContext) -> None:
         """Write a result that says why nothing was measured."""
         if not isinstance(error, MeasuredLeakError):
-            super().record_withheld(error, shareable, fl_ctx)
+            super().record_withheld(error, fl_ctx)
 
     def _measure(
         self, originals: torch.Tensor, found: torch.Tensor, fl_ctx: FLContext
@@ -180,6 +223,41 @@ class RelativeDataLeakageValueFilter(FailClosedFilter):
             },
             "provenance": provenance(device, seed=0),
         }
+
+
+def _check_threshold(threshold: Any, reduce: str) -> None:
+    """Refuse a threshold that no reconstruction can exceed, whatever leaks."""
+    number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+    if not number or not math.isfinite(threshold):
+        raise InputError(f"rdlv_threshold {threshold!r}: must be a finite number")
+    if reduce == "min" and threshold >= 1:
+        raise InputError(
+            f"rdlv_threshold {threshold!r}: with rdlv_reduce 'min' a perfect reconstruction "
+            "reaches 1; give a smaller one"
+        )
+
+
+def _checked_images(found: Any) -> torch.Tensor:
+    """Reconstructions as they can be measured.
+
+    Raises:
+        WithheldError: They are no images: what cannot be measured does not leave.
+    """
+    images = torch.as_tensor(found)
+    if images.ndim != 4 or not len(images):
+        raise WithheldError(f"the inverter gave no images but shape {tuple(images.shape)}")
+    if not images.is_floating_point():
+        raise WithheldError(f"the reconstructions are of type {images.dtype}, not real numbers")
+    if min(images.shape[-2:]) < SMALLEST_SIDE:
+        raise WithheldError(
+            f"the reconstructions have {tuple(images.shape[-2:])} pixels: at fewer than "
+            f"{SMALLEST_SIDE} a side nothing can be recognised and nothing is measured"
+        )
+    images = images.float()
+    finite = images[torch.isfinite(images)]
+    if len(finite) and float((finite - finite.clamp(0, 1)).abs().max()) > OUT_OF_RANGE:
+        raise WithheldError("the reconstructions lie outside of 0 to 1: they are no images")
+    return images
 
 
 def _attack_details(found: UpdateReconstruction | Any) -> dict[str, Any]:

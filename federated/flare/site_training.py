@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader
 
 from audit.updates import LocalUpdate
 from core.data.list_files import Sample, load_datalist
-from core.data.listed_images import ImageListDataset, chest_spec
+from core.data.listed_images import ImageListDataset
 from core.errors import InputError
 from core.models.building import ModelSpec, build_model
+from federated.flare.images import chest_spec
 from federated.flare.networks import network_spec
 
 Weights = Mapping[str, np.ndarray]

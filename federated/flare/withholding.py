@@ -1,15 +1,18 @@
-"""Result filters that fail closed: what they cannot handle does not leave the site.
+"""The gate of a site: result filters that let out what is allowed, and nothing else.
 
 NVFlare's own base class lets pass what it does not understand, and an exception in a
 filter ends the whole federation. Here both lead to a withheld update: the server gets a
 zero difference of vanishing weight, which changes no average, neither with other sites'
-updates nor alone (an empty update, alone, would wipe the global model).
+updates nor alone (an empty update, alone, would wipe the global model). What leaves is made
+anew from an allow-list (`federated.flare.allowed`), and every result, passed or withheld, is a
+line in the site's own log (`audit.gate_log`).
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,12 +24,20 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.app_common.app_constant import AppConstants
 
+from audit import gate_log
 from audit.leakage import failed_report, write_leakage
 from core.errors import InputError
+from federated.flare.allowed import (
+    UPDATE_KINDS,
+    NotAllowedError,
+    cleared,
+    digest,
+    failed_reply,
+    is_name,
+    is_round,
+    left_out,
+)
 
-UPDATE_KINDS = [DataKind.WEIGHT_DIFF, DataKind.WEIGHTS]
-# Kinds of results that hold no update.
-_HARMLESS = {DataKind.METRICS}
 # In the site's own context: what later components may want to know.
 GLOBAL_WEIGHTS = "gradinvbench.global_weights"
 ROUND = "gradinvbench.round"
@@ -43,7 +54,25 @@ class WithheldError(Exception):
 
 def reason_of(error: Exception) -> str:
     """Why an update is withheld, for people."""
-    return str(error) if isinstance(error, WithheldError) else f"the check failed: {error!r}"
+    told = isinstance(error, (WithheldError, NotAllowedError))
+    return str(error) if told else f"the check failed: {error!r}"
+
+
+@dataclass
+class Passage:
+    """One result on its way through a filter.
+
+    Attributes:
+        number: The round that the result states; None where it states none that can be.
+        count: How many updates this filter has seen before, whatever rounds they state.
+        verdict: What the log says of it.
+        reason: Why, in a few words.
+    """
+
+    number: int | None = None
+    count: int = 0
+    verdict: str = "passed"
+    reason: str = ""
 
 
 class FailClosedFilter(DXOFilter):
@@ -51,12 +80,19 @@ class FailClosedFilter(DXOFilter):
 
     Args:
         data_kinds: Kinds of data to filter; all kinds of updates if None. With a shorter
-            list, other kinds pass, as whoever wrote it wanted.
+            list, updates of the other kind leave unfiltered, and the log says so.
+
+    Raises:
+        InputError: A kind that is no update's.
     """
 
     def __init__(self, data_kinds: list[str] | None = None) -> None:
+        if data_kinds is not None and not set(data_kinds) <= set(UPDATE_KINDS):
+            raise InputError(f"data_kinds {data_kinds!r}: choose from {', '.join(UPDATE_KINDS)}")
         super().__init__(UPDATE_KINDS, data_kinds or UPDATE_KINDS)
-        self.strict = set(self.data_kinds) == set(UPDATE_KINDS)
+        self._passage = Passage()
+        self._updates = 0
+        self._last_round = -1
 
     @abstractmethod
     def process_update(self, dxo: DXO, fl_ctx: FLContext) -> DXO:
@@ -66,45 +102,123 @@ class FailClosedFilter(DXOFilter):
             WithheldError: The update must stay at the site.
         """
 
-    def record_withheld(self, error: Exception, shareable: Shareable, fl_ctx: FLContext) -> None:
+    def setting(self) -> dict[str, Any]:
+        """The filter's own setting, for the log: plain values."""
+        return {"data_kinds": list(self.data_kinds)}
+
+    def record_withheld(self, error: Exception, fl_ctx: FLContext) -> None:
         """Note in the site's results that an update was withheld, and why."""
+        passage = self._passage
         write_leakage(
             fl_ctx.get_prop(FLContextKey.APP_ROOT),
             fl_ctx.get_identity_name(),
-            current_round(from_shareable(shareable), fl_ctx),
+            passage.count if passage.number is None else passage.number,
             failed_report(reason_of(error)),
             details={"filter": {"name": type(self).__name__}},
         )
 
     def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
         """Filter a task's result; never raises."""
-        if shareable.get_return_code() != ReturnCode.OK:
-            return shareable
+        self._passage = Passage(count=self._updates)
         try:
-            if self.strict:
-                _refuse_unknown(from_shareable(shareable))
-            return super().process(shareable, fl_ctx)
+            sent = self._passed(shareable, fl_ctx)
         except Exception as error:
-            if not isinstance(error, WithheldError):
+            if not isinstance(error, (WithheldError, NotAllowedError)):
                 self.log_exception(fl_ctx, "the update cannot be checked", fire_event=False)
-            return self._withhold(error, shareable, fl_ctx)
+            sent = self._withhold(error, shareable, fl_ctx)
+        try:
+            self._log(sent, fl_ctx)
+        except Exception as error:
+            self.log_exception(fl_ctx, "the gate's log cannot be written", fire_event=False)
+            if self._passage.verdict != "withheld":
+                reason = WithheldError(f"the gate's log cannot be written ({error})")
+                sent = self._withhold(reason, shareable, fl_ctx)
+        return sent
+
+    def _passed(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
+        """What may leave of a result.
+
+        Raises:
+            WithheldError: Nothing of it.
+        """
+        if shareable.get_return_code() != ReturnCode.OK:
+            self._passage.verdict = "no result"
+            return failed_reply(shareable)
+        whole = from_shareable(shareable)
+        stated = stated_round(whole, fl_ctx)
+        self._passage.number = int(stated) if is_round(stated) else None
+        updates = [part for part in _leaves(whole) if part.data_kind in UPDATE_KINDS]
+        for part in updates:
+            if part.get_meta_prop(DIVERGED):
+                raise WithheldError(str(part.get_meta_prop(DIVERGED)))
+        shapes = None if whole.data_kind == DataKind.COLLECTION else _sizes(fl_ctx)
+        allowed = cleared(shareable, shapes)
+        self._tell_what_stays(shareable, allowed, fl_ctx)
+        if not updates:
+            self._passage.verdict = "no update"
+            return allowed
+        self._count(stated)
+        kinds = sorted({part.data_kind for part in updates} - set(self.data_kinds))
+        if kinds:
+            self.unmeasured(f"{', '.join(kinds)} is not among data_kinds", fl_ctx)
+        return super().process(allowed, fl_ctx)
+
+    def _count(self, stated: Any) -> None:
+        """Count an update at the site; what it states of its round is checked, not believed."""
+        self._updates += 1
+        if stated is None:
+            return
+        number = self._passage.number
+        if number is None:
+            raise WithheldError(f"the round {stated!r} is no number of a round")
+        if number <= self._last_round:
+            raise WithheldError(
+                f"round {number} comes after round {self._last_round}: rounds do not repeat"
+            )
+        self._last_round = number
+
+    def unmeasured(self, reason: str, fl_ctx: FLContext) -> None:
+        """Note that an update leaves although this filter does nothing to it."""
+        self._passage.verdict, self._passage.reason = "passed unmeasured", reason
+        self.log_warning(fl_ctx, f"the update leaves unmeasured: {reason}", fire_event=False)
 
     def process_dxo(self, dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> DXO:
-        """See `process_update`; what another filter withheld stays as it is."""
-        if dxo.get_meta_prop(DIVERGED):
-            raise WithheldError(dxo.get_meta_prop(DIVERGED))
-        if dxo.get_meta_prop(MetaKey.NUM_STEPS_CURRENT_ROUND) == VANISHING_WEIGHT:
+        """See `process_update`; an update without content is left as it is."""
+        if holds_nothing(dxo, fl_ctx):
+            self._passage.reason = "the update holds nothing but zeros or the global weights"
             return dxo
         return self.process_update(dxo, fl_ctx)
 
+    def _tell_what_stays(self, shareable: Shareable, sent: Shareable, fl_ctx: FLContext) -> None:
+        stays = left_out(shareable, sent)
+        if stays:
+            self.log_info(fl_ctx, f"not sent: {', '.join(stays)}", fire_event=False)
+
+    def _log(self, sent: Shareable, fl_ctx: FLContext) -> None:
+        passage = self._passage
+        gate_log.append(
+            fl_ctx.get_prop(FLContextKey.APP_ROOT),
+            {
+                "site": fl_ctx.get_identity_name(),
+                "filter": type(self).__name__,
+                "setting": self.setting(),
+                "round": passage.number,
+                "count": passage.count,
+                "verdict": passage.verdict,
+                "reason": passage.reason,
+                "sent": digest(sent),
+            },
+        )
+
     def _withhold(self, error: Exception, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
         reason = reason_of(error)
+        self._passage.verdict, self._passage.reason = "withheld", reason
         name = f"{type(self).__name__} at {fl_ctx.get_identity_name()}"
         # Not as an event, which handlers might forward to the server.
         self.log_warning(fl_ctx, f"{name}: the update is withheld: {reason}", fire_event=False)
         fl_ctx.set_prop(WITHHELD, reason, private=True, sticky=True)
         try:
-            self.record_withheld(error, shareable, fl_ctx)
+            self.record_withheld(error, fl_ctx)
         except Exception:
             self.log_exception(
                 fl_ctx, "the reason for withholding could not be recorded", fire_event=False
@@ -120,20 +234,59 @@ class FailClosedFilter(DXOFilter):
             return make_reply(ReturnCode.EMPTY_RESULT)
 
 
-def current_round(dxo: DXO, fl_ctx: FLContext) -> int:
-    """The round of an update: as it says itself, as a tap saw it, or as the site knows.
+def _sizes(fl_ctx: FLContext) -> dict[str, int] | None:
+    """Number of values of each variable of the global model, where a tap saw it."""
+    weights = fl_ctx.get_prop(GLOBAL_WEIGHTS)
+    return None if weights is None else {k: int(np.asarray(v).size) for k, v in weights.items()}
 
-    Raises:
-        InputError: Nobody knows.
+
+def holds_nothing(dxo: DXO, fl_ctx: FLContext) -> bool:
+    """Whether an update says nothing of the site's data: zeros, or the global weights again.
+
+    Its values decide. What it states of itself (a vanishing weight) anybody can write who
+    writes the training script.
     """
+    if dxo.data_kind == DataKind.WEIGHT_DIFF:
+        return all(not np.any(_values(value)) for value in dxo.data.values())
+    known = fl_ctx.get_prop(GLOBAL_WEIGHTS)
+    if dxo.data_kind != DataKind.WEIGHTS or not known:
+        return False
+    return all(
+        name in known and np.array_equal(_values(value), _values(known[name]))
+        for name, value in dxo.data.items()
+    )
+
+
+def _values(value: Any) -> np.ndarray:
+    return np.asarray(value.detach().float().cpu() if isinstance(value, torch.Tensor) else value)
+
+
+def stated_round(dxo: DXO, fl_ctx: FLContext) -> Any:
+    """The round of an update: as a tap saw it, as the site knows, or as it says itself."""
     for number in (
-        dxo.get_meta_prop(AppConstants.CURRENT_ROUND),
         fl_ctx.get_prop(ROUND),
+        dxo.get_meta_prop(AppConstants.CURRENT_ROUND),
         fl_ctx.get_prop(AppConstants.CURRENT_ROUND),
     ):
         if number is not None:
-            return int(number)
-    raise InputError("the round of the update is unknown: add federated.flare.taps.GlobalModelTap")
+            return number
+    return None
+
+
+def current_round(dxo: DXO, fl_ctx: FLContext) -> int:
+    """The round of an update, for names and records.
+
+    Raises:
+        InputError: Nobody knows, or what is stated is no round.
+    """
+    number = stated_round(dxo, fl_ctx)
+    if number is None:
+        raise InputError(
+            "the round of the update is unknown: add federated.flare.taps.GlobalModelTap"
+        )
+    if not is_round(number):
+        raise InputError(f"the round {number!r} is no number of a round")
+    return int(number)
 
 
 def withheld_update(dxo: DXO, fl_ctx: FLContext) -> DXO:
@@ -149,8 +302,8 @@ def withheld_update(dxo: DXO, fl_ctx: FLContext) -> DXO:
     """
     meta = {MetaKey.NUM_STEPS_CURRENT_ROUND: VANISHING_WEIGHT}
     number = dxo.get_meta_prop(AppConstants.CURRENT_ROUND)
-    if number is not None:
-        meta[AppConstants.CURRENT_ROUND] = number
+    if is_round(number):
+        meta[AppConstants.CURRENT_ROUND] = int(number)
     if dxo.data_kind == DataKind.COLLECTION:
         parts = {name: withheld_update(part, fl_ctx) for name, part in dxo.data.items()}
         return DXO(DataKind.COLLECTION, parts, meta)
@@ -158,7 +311,9 @@ def withheld_update(dxo: DXO, fl_ctx: FLContext) -> DXO:
         known = fl_ctx.get_prop(GLOBAL_WEIGHTS) or {}
         return DXO(dxo.data_kind, {name: known[name] for name in dxo.data}, meta)
     if dxo.data_kind == DataKind.WEIGHT_DIFF:
-        return DXO(dxo.data_kind, {k: _zeros(v) for k, v in dxo.data.items()}, meta)
+        # A name is text as well, and text can say anything.
+        zeros = {name: _zeros(value) for name, value in dxo.data.items() if is_name(name)}
+        return DXO(dxo.data_kind, zeros, meta)
     raise WithheldError(f"no replacement for data of kind {dxo.data_kind}")
 
 
@@ -172,15 +327,6 @@ def diverged_meta(reason: str) -> dict[str, Any]:
 
 def _zeros(value: Any) -> Any:
     return torch.zeros_like(value) if isinstance(value, torch.Tensor) else np.zeros_like(value)
-
-
-def _refuse_unknown(dxo: DXO) -> None:
-    """A kind that no filter looks into may hold anything."""
-    for part in _leaves(dxo):
-        if part.data_kind not in {*UPDATE_KINDS, *_HARMLESS}:
-            raise WithheldError(f"data of kind {part.data_kind} cannot be checked")
-        if part.data_kind in UPDATE_KINDS and not isinstance(part.data, Mapping):
-            raise WithheldError("the update is not a dictionary of variables")
 
 
 def _leaves(dxo: DXO) -> Iterator[DXO]:

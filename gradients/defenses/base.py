@@ -90,6 +90,15 @@ def defense_names() -> list[str]:
     return sorted(_DEFENSES)
 
 
+def defense_class(name: str) -> type[Defense]:
+    """The defense of that name.
+
+    Raises:
+        KeyError: There is none.
+    """
+    return _DEFENSES[name]
+
+
 def parse_defenses(words: str) -> tuple[Defense, ...]:
     """Create defenses from words such as `clip:1,gaussian:0.01`.
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from core.launch_arguments import LaunchSettings, add_launch_arguments
 from core.models.batch_norm import (
     average_running_statistics,
     convert_batch_norm,
@@ -17,11 +18,10 @@ from core.models.batch_norm import (
 )
 from core.processes.distributed import (
     Process,
-    add_launch_arguments,
     all_reduce,
-    launch,
     shard_slice,
 )
+from core.processes.launch import launch
 
 BATCH, CHANNELS, SIDE, CLASSES = 9, 3, 6, 4
 
@@ -99,7 +99,7 @@ def run_shards(kind: str, sizes: list[int], out: Path, work: Any = shard) -> lis
     flags = ["--cpu", "--multiprocessing-distributed", "--dist-url", "tcp://127.0.0.1:0"]
     args = parser.parse_args([*flags, "--nproc-per-node", str(len(sizes))])
     args.kind, args.sizes, args.out = kind, sizes, str(out)
-    launch(work, args)
+    launch(work, LaunchSettings.from_arguments(args), args)
     return [torch.load(out / f"{rank}.pt") for rank in range(len(sizes))]
 
 

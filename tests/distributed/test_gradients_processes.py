@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import pytest
@@ -10,12 +9,14 @@ import torch
 
 from core.data.specs import DataSpec
 from core.models.building import ModelSpec, build_model
-from core.processes.distributed import Process, launch
+from core.processes.distributed import Process
+from core.processes.launch import launch
 from core.target import LocalTraining, Target
 from gradients.checkpoint import load_target as load
 from gradients.checkpoint import save_target
 from gradients.client import ClientSettings, share_update
 from gradients.private_gradient import PrivacySettings
+from tests.launched import on_cpu
 
 SMALL = ModelSpec("cnn", n_classes=5, image_size=12, width=4)
 RESIDUAL = ModelSpec("resnet18", n_classes=5, image_size=16, stem="cifar", width=4)
@@ -62,31 +63,17 @@ def _share(name: str, settings: ClientSettings, process: Process | None = None) 
     return share_update(model, spec, data, images, LABELS, settings, process)
 
 
-def _share_all(process: Process, args: argparse.Namespace) -> None:
+def _share_all(process: Process, folder: Path) -> None:
     for name, settings in SETTINGS.items():
         target = _share(name, settings, process)
         if target is not None:
-            save_target(Path(args.folder) / name, target)
+            save_target(folder / name, target)
 
 
 @pytest.fixture(scope="module")
 def by_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shared")
-    launch(
-        _share_all,
-        argparse.Namespace(
-            folder=str(folder),
-            cpu=True,
-            gpu=None,
-            nproc_per_node=2,
-            world_size=1,
-            rank=0,
-            dist_url="tcp://127.0.0.1:0",
-            dist_backend="gloo",
-            multiprocessing_distributed=True,
-            seed=0,
-        ),
-    )
+    launch(_share_all, on_cpu(2), folder)
     return folder
 
 

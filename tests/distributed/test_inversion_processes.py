@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,9 +11,11 @@ import torch
 from attack.loop.inversion import Inversion
 from attack.settings import InversionConfig
 from core.models.building import ModelSpec
-from core.processes.distributed import Process, launch
+from core.processes.distributed import Process
+from core.processes.launch import launch
 from core.storage import load_checkpoint, save_checkpoint
 from core.target import Target, Truth
+from tests.launched import on_cpu
 from tests.targets import make_target
 
 CNN = ModelSpec("cnn", 10, 8, width=4)
@@ -109,11 +111,11 @@ def compute(case: str) -> dict[str, torch.Tensor | float]:
     return evaluate(case) if "difference" in case else invert(case)
 
 
-def invert_all(process: Process, args: argparse.Namespace) -> None:
+def invert_all(process: Process, cases: Sequence[str], file: Path) -> None:
     torch.set_num_threads(1)
-    found = {case: compute(case) for case in args.cases}
+    found = {case: compute(case) for case in cases}
     if process.is_main:
-        save_checkpoint(found, Path(args.file))
+        save_checkpoint(found, file)
 
 
 @pytest.fixture(scope="module")
@@ -121,14 +123,7 @@ def by_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str
     folder, found = tmp_path_factory.mktemp("inverted"), {}
     for processes, cases in ((2, list(CASES)), (3, BY_THREE)):
         file = folder / f"{processes}.pt"
-        launch(
-            invert_all,
-            argparse.Namespace(
-                cases=cases, file=str(file), cpu=True, gpu=None, nproc_per_node=processes,
-                world_size=1, rank=0, dist_url="tcp://127.0.0.1:0", dist_backend="gloo",
-                multiprocessing_distributed=True, seed=0,
-            ),
-        )  # fmt: skip
+        launch(invert_all, on_cpu(processes), cases, file)
         found[processes] = load_checkpoint(file)
     return found
 

@@ -15,8 +15,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from core.launch_arguments import LaunchSettings, add_launch_arguments
 from core.processes import distributed, shared_memory
-from core.processes.distributed import Process, add_launch_arguments, launch
+from core.processes.distributed import Process
+from core.processes.launch import launch
 
 Work = Callable[[Process, argparse.Namespace], Any]
 # Of one value, of a table of BatchNorm, above what everyone sums alone, and far above.
@@ -31,7 +33,7 @@ def run(work: Work, processes: int, out: Path) -> list[Any]:
     flags = ["--cpu", "--multiprocessing-distributed", "--dist-url", "tcp://127.0.0.1:0"]
     args = parser.parse_args([*flags, "--nproc-per-node", str(processes)])
     args.out, args.work = str(out), work
-    launch(left_by, args)
+    launch(left_by, LaunchSettings.from_arguments(args), args)
     return [torch.load(out / f"{rank}.pt") for rank in range(processes)]
 
 

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from core.processes.distributed import Process, launch, seed_everything
+from core.launch_arguments import LaunchSettings
+from core.processes.distributed import Process, seed_everything
+from core.processes.launch import launch
 from core.storage import load_checkpoint
 from tests.image_folders import write_tree
-from training.main_pytorch import parse_args, run, work
-from training.trainer import latest_checkpoint
+from training.checkpoints import latest_checkpoint
+from training.main_pytorch import parse_args, run, run_settings
+from training.run import run_training
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -66,11 +69,11 @@ VARIANTS = {
 }
 
 
-def train_variants(process: Process, args: argparse.Namespace) -> None:
+def train_variants(process: Process, commands: Mapping[str, Sequence[str]]) -> None:
     """All variants in one group of processes: starting one takes longer than training."""
-    for command in args.commands.values():
+    for command in commands.values():
         seed_everything(0)
-        work(process, parse_args(command))
+        run_training(process, run_settings(parse_args(command)))
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +83,9 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Any:
     n, folder = 3, tmp_path_factory.mktemp("variants")
     data = write_tree(folder / "data", classes=3, per_class=8)
     launched = parse_args([*processes(n), "--cpu"])
-    launched.commands = {
-        name: flags(data, folder / f"{name}{n}", *more) for name, more in VARIANTS.items()
-    }
-    launched.commands["asynchronous"] = flags(data, folder / f"asynchronous{n}", "-b", "6")
-    launch(train_variants, launched)
+    commands = {name: flags(data, folder / f"{name}{n}", *more) for name, more in VARIANTS.items()}
+    commands["asynchronous"] = flags(data, folder / f"asynchronous{n}", "-b", "6")
+    launch(train_variants, LaunchSettings.from_arguments(launched), commands)
     groups = ["-b", "6", "--bn-groups", str(n)]
     for name, more in (VARIANTS | {"asynchronous": groups}).items():
         run(flags(data, folder / f"{name}1", *more))

@@ -9,9 +9,9 @@ import torch
 from attack.matching.replica import Replica
 from audit.update_matcher import average_of_steps
 from audit.updates import LocalUpdate, target_from_update
-from core.data.listed_images import chest_spec
 from core.target import BatchStatistics
-from federated.experiment.compare_methods import Case, Victims, train_locally
+from federated.experiment.method_comparison import Case, Victims, train_locally
+from federated.flare.images import chest_spec
 from federated.phantoms.anatomy import chest_radiograph
 from gradients.batch_statistics import observe_passes
 

@@ -37,7 +37,7 @@ FLAGS: dict[str, dict[str, tuple[Any, Any]]] = {
 
 @pytest.mark.parametrize("command", FLAGS)
 def test_flags_are_frozen(command: str) -> None:
-    parser = importlib.import_module(f"federated.experiment.{command}").build_parser()
+    parser = importlib.import_module(f"federated.experiment.cli.{command}").build_parser()
     found = {
         action.option_strings[-1]: (action.type, action.default)
         for action in parser._actions

@@ -11,11 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
+from core.data.image_files import load_image
 from core.data.list_files import Sample, load_datalist, write_datalist
-from core.data.listed_images import ImageListDataset, chest_spec, load_image
+from core.data.listed_images import ImageListDataset
 from core.errors import InputError
 from core.models.building import build_model
-from federated.experiment.make_phantoms import main as make_phantoms_command
+from federated.experiment.cli.make_phantoms import main as make_phantoms_command
+from federated.flare.images import chest_spec
 from federated.flare.networks import network_spec
 from federated.phantoms.anatomy import chest_radiograph
 from federated.phantoms.data_set import (
@@ -43,13 +45,15 @@ def test_published_list_has_labels_in_lists(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "there is no data list"),
-        ("{", "cannot be read"),
+        (None, "there is no file"),
+        ("{", "not a readable JSON list"),
         ("[]", "JSON list"),
-        ('{"validation": []}', "no section 'training'; it has validation"),
+        ('{"validation": []}', 'has no "training" list; it has validation'),
         ('{"training": [{"label": 1}]}', "entry 0 of training has no image path"),
         ('{"training": [{"image": "x", "label": "cat"}]}', "label 'cat'"),
-        ('{"training": [{"image": "x", "label": [0, 1]}]}', "entry 0"),
+        ('{"training": [{"image": "x", "label": [1, 1]}]}', "entry 0"),
+        ('{"training": [{"image": "x", "label": []}]}', "entry 0"),
+        ('{"training": [{"image": "x", "label": -1}]}', "label -1"),
         ('{"training": [{"image": "x", "label": true}]}', "True"),
     ],
 )

@@ -12,7 +12,7 @@ from PIL import Image
 from audit.leakage import failed_report, measure_leakage, write_leakage
 from audit.similarity import ImageSimMetric
 from core.errors import InputError
-from federated.experiment import plot_rdlv_per_round, plot_rdlv_vs_gauss, plot_reconstructions
+from federated.experiment.cli import plot_rdlv_per_round, plot_rdlv_vs_gauss, plot_reconstructions
 from federated.experiment.runs import read_runs
 
 

@@ -21,8 +21,8 @@ from audit.inversion import (
 )
 from audit.settings import settings_from_dict
 from core.errors import InputError
-from federated.experiment.compare_methods import Case, compare, phantom_victims, train_locally
-from federated.experiment.compare_methods import main as compare_command
+from federated.experiment.cli.compare_methods import main as compare_command
+from federated.experiment.method_comparison import Case, compare, phantom_victims, train_locally
 from tests.federated.sites import update_of, victims
 
 
@@ -237,7 +237,7 @@ def test_softened_units_become_relu() -> None:
 def test_comparison_command_writes_record_and_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import federated.experiment.compare_methods as module
+    import federated.experiment.method_comparison as module
 
     monkeypatch.setattr(module, "CASES", (Case(2, 2),))
     monkeypatch.setattr(module, "phantom_victims", lambda size, seed: victims(size))

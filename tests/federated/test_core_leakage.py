@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from attack.metrics import PRIOR_FLOOR
 from audit.leakage import (
-    PRIOR_FLOOR,
     failed_report,
     measure_leakage,
     read_leakage,

@@ -20,6 +20,7 @@ from nvflare.app_common.app_constant import AppConstants
 
 import federated
 import nvflare_gradinv
+from audit import gate_log
 from audit.similarity import ImageSimMetric
 from core.errors import InputError
 from federated.flare.gaussian_privacy import GaussianPrivacy, percentile_of_nonzero
@@ -177,7 +178,8 @@ def test_metrics_and_errors_pass(tmp_path: Path) -> None:
     context = Site(tmp_path).context
     assert from_shareable(GaussianPrivacy(1.0).process(metrics, context)).data["accuracy"] == 0.5
     failed = make_reply(ReturnCode.EXECUTION_EXCEPTION)
-    assert GaussianPrivacy(1.0).process(failed, context) is failed
+    reply = GaussianPrivacy(1.0).process(failed, context)
+    assert reply.get_return_code() == ReturnCode.EXECUTION_EXCEPTION
 
 
 def test_weights_are_replaced_by_the_global_ones(tmp_path: Path) -> None:
@@ -254,7 +256,7 @@ def test_above_the_threshold_the_update_is_withheld(
 def test_rdlv_is_relative_to_the_prior(phantoms: Path, tmp_path: Path) -> None:
     from skimage.metrics import structural_similarity
 
-    from core.data.listed_images import load_image
+    from core.data.image_files import load_image
 
     copying = Copying(training_image(phantoms), 0.7)
     site = Site(tmp_path, grad_inverter=copying, sim_metric=ImageSimMetric())
@@ -300,16 +302,53 @@ def test_an_update_is_withheld_even_if_the_reason_cannot_be_written(phantoms: Pa
     assert is_zero_difference(sent)
 
 
-@pytest.mark.parametrize(("number", "measured"), [(0, 0), (2, 0), (3, 0), (4, 1)])
-def test_rounds_that_are_measured(
-    phantoms: Path, tmp_path: Path, number: int, measured: int
-) -> None:
-    copying = Copying(training_image(phantoms), 0.5)
-    site = Site(tmp_path, grad_inverter=copying, sim_metric=ImageSimMetric())
+def stating(number: Any) -> Shareable:
+    """An update that states this round."""
     dxo = DXO(DataKind.WEIGHT_DIFF, data=update())
     dxo.set_meta_prop(AppConstants.CURRENT_ROUND, number)
-    leakage_filter(phantoms, frequency=2, start_round=3).process(dxo.to_shareable(), site.context)
-    assert copying.calls == measured
+    return dxo.to_shareable()
+
+
+@pytest.mark.parametrize("stated", [range(6), range(1, 13, 2), [None] * 6], ids=str)
+def test_the_site_counts_what_is_measured(phantoms: Path, tmp_path: Path, stated: Any) -> None:
+    copying = Copying(training_image(phantoms), 0.5)
+    site = Site(tmp_path, grad_inverter=copying, sim_metric=ImageSimMetric())
+    checked = leakage_filter(phantoms, frequency=2, start_round=3)
+    measured = []
+    for number in stated:
+        before = copying.calls
+        checked.process(stating(number), site.context)
+        measured.append(copying.calls - before)
+    assert measured == [0, 0, 0, 0, 1, 0]
+    verdicts = [entry["verdict"] for entry in gate_log.verify(tmp_path)]
+    assert verdicts == ["passed unmeasured"] * 4 + ["passed", "passed unmeasured"]
+
+
+def test_random_rounds_are_the_site_s_choice(phantoms: Path, tmp_path: Path) -> None:
+    copying = Copying(training_image(phantoms), 0.5)
+    site = Site(tmp_path, grad_inverter=copying, sim_metric=ImageSimMetric())
+    checked = leakage_filter(phantoms, frequency=2, random_rounds=True)
+    for number in range(40):
+        checked.process(stating(number), site.context)
+    # 40 throws of a coin: outside of 6 to 34 once in a million.
+    assert 6 <= copying.calls <= 34
+
+
+@pytest.mark.parametrize("number", [-1, 1.5, True, float("nan"), float("inf"), "0", 2**40])
+def test_a_round_that_is_none_does_not_leave(phantoms: Path, tmp_path: Path, number: Any) -> None:
+    copying = Copying(training_image(phantoms), 0.5)
+    site = Site(tmp_path, grad_inverter=copying, sim_metric=ImageSimMetric())
+    sent = leakage_filter(phantoms, start_round=1).process(stating(number), site.context)
+    assert is_zero_difference(sent)
+
+
+def test_rounds_do_not_repeat(phantoms: Path, tmp_path: Path) -> None:
+    site = Site(tmp_path)
+    checked = GaussianPrivacy(0.1)
+    assert not is_zero_difference(checked.process(stating(4), site.context))
+    for again in (4, 3, 0):
+        assert is_zero_difference(checked.process(stating(again), site.context))
+    assert not is_zero_difference(checked.process(stating(7), site.context))
 
 
 def test_what_one_filter_withheld_the_next_one_leaves_alone(phantoms: Path, tmp_path: Path) -> None:
@@ -329,6 +368,12 @@ def test_what_one_filter_withheld_the_next_one_leaves_alone(phantoms: Path, tmp_
         {"data_root": "nowhere"},
         {"dataset_json": "nowhere.json"},
         {"frequency": 0},
+        *[{"frequency": value} for value in (float("nan"), float("inf"), 1.5, True, "2")],
+        *[{"start_round": value} for value in (float("inf"), 0.5, -1, True)],
+        *[{"rdlv_threshold": value} for value in (float("nan"), float("inf"), True, "1", None)],
+        {"rdlv_threshold": 1.0, "rdlv_reduce": "min"},
+        {"data_kinds": ["METRICS"]},
+        {"random_rounds": 1},
         {"rdlv_reduce": "mean"},
         {"image_key": "picture"},
     ],

@@ -71,7 +71,7 @@ COMPONENTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(("flag", "kind"), FLAGS.items())
 def test_flag(flag: str, kind: Any) -> None:
-    from federated.experiment.create_job_config import build_parser
+    from federated.experiment.cli.create_job_config import build_parser
 
     action = build_parser()._option_string_actions[flag]
     assert (action.type or str) is kind

@@ -15,7 +15,10 @@ from PIL import Image
 
 from core.data.list_files import Sample, write_datalist
 from core.errors import InputError
-from federated.experiment import create_job_config, recipe, simulate
+from federated.experiment import federation, run_results, simulator
+from federated.experiment.cli import create_job_config, recipe, simulate
+from federated.experiment.cli.job_flags import federation_settings
+from federated.experiment.recipe import Experiment
 from federated.phantoms.data_set import BATCH_SIZES, CACHE_VARIABLE
 
 
@@ -105,7 +108,7 @@ def test_the_published_command_line_works(tmp_path: Path, own_images: Path) -> N
             f"--prior_file={prior}",
             *("--output", str(tmp_path / "job")),
         ],
-        cwd=simulate.REPOSITORY,
+        cwd=simulator.REPOSITORY,
         capture_output=True,
         text=True,
     )
@@ -163,7 +166,7 @@ def test_only_a_job_folder_is_replaced(tmp_path: Path) -> None:
     [(9, 0, []), (1, 1, ["--gpu", "0"]), (5, 2, ["--gpu", "0,1,0,1,0"])],
 )
 def test_clients_are_spread_over_gpus(n_clients: int, n_gpus: int, expected: list[str]) -> None:
-    assert simulate.gpu_arguments(n_clients, n_gpus) == expected
+    assert simulator.gpu_arguments(n_clients, n_gpus) == expected
 
 
 @pytest.mark.parametrize("n_gpus", [0, 2])
@@ -174,7 +177,7 @@ def test_the_simulator_is_told_of_its_clients_and_gpus(tmp_path: Path, n_gpus: i
         reason="needs pip install 'gradinvbench[federated]'",
     ).define_simulator_parser
     sites = ["site-1", "site-2", "site-9"]
-    command = simulate.simulator_command(tmp_path / "job", tmp_path / "run", sites, n_gpus)
+    command = simulator.simulator_command(tmp_path / "job", tmp_path / "run", sites, n_gpus)
     given = argparse.ArgumentParser()
     parser(given)
     read = given.parse_args(command[3:])
@@ -216,7 +219,7 @@ def test_a_workspace_with_spaces_is_refused(
 
 def test_a_run_without_results_is_a_failure(tmp_path: Path) -> None:
     create(tmp_path / "job", "--num_rounds", "3", "--frequency", "2")
-    missing = simulate.missing_results(simulate.read_job(tmp_path / "job"), tmp_path)
+    missing = run_results.missing_results(simulator.read_job(tmp_path / "job"), tmp_path)
     assert len(missing) == 4
     assert "FL_global_model.pt" in missing[0]
     assert [text[-7:] for text in missing[2:]] == ["round 0", "round 2"]
@@ -229,10 +232,10 @@ def test_old_jobs_are_completed_in_a_copy(tmp_path: Path) -> None:
     path = tmp_path / "old/server/config/config_fed_server.json"
     server = load(path)
     network = {"model_name": "resnet18", "num_classes": 2, "bias": True, "pretrained": True}
-    server["components"][0]["args"]["model"] = {"path": simulate.MONAI_NETWORK, "args": network}
+    server["components"][0]["args"]["model"] = {"path": simulator.MONAI_NETWORK, "args": network}
     path.write_text(json.dumps(server))
     before = path.read_text()
-    simulate.prepare(simulate.read_job(tmp_path / "old"), tmp_path / "new")
+    simulator.prepare(simulator.read_job(tmp_path / "old"), tmp_path / "new")
     found = load(tmp_path, "new/server/config/config_fed_server.json")
     model = found["components"][0]["args"]["model"]
     assert model["path"] == "federated.flare.global_model.global_model"
@@ -252,13 +255,14 @@ def test_the_recipe_exports_a_job_that_the_simulator_reads(tmp_path: Path) -> No
     pytest.importorskip("nvflare", reason="needs pip install 'gradinvbench[federated]'")
     flags = ["--n_clients", "2", "--invert_clients", "2", "--num_rounds", "4", "--scale", "0.02"]
     args = recipe.build_parser().parse_args([*flags, "--workspace", str(tmp_path)])
-    clients, data = create_job_config.check_flags(args, args.sigma0, args.workspace)
-    experiment = recipe.Experiment(args, clients, data, 0.3)
-    job = simulate.read_job(experiment.export(tmp_path / "jobs" / "one"))
+    settings = federation_settings(args)
+    clients, data = federation.check_settings(settings, args.sigma0, args.workspace)
+    experiment = Experiment(settings, clients, data, 0.3)
+    job = simulator.read_job(experiment.export(tmp_path / "jobs" / "one"))
     assert job.sites == ["site-1", "site-2"]
     assert (job.num_rounds, job.evaluates) == (4, False)
-    assert simulate.measured_rounds(job, "site-2") == [0, 1, 2, 3]
-    assert simulate.measured_rounds(job, "site-1") == []
+    assert run_results.measured_rounds(job, "site-2") == [0, 1, 2, 3]
+    assert run_results.measured_rounds(job, "site-1") == []
     # The script alone; the packages are installed at the sites.
     copied = {path.name for path in tmp_path.rglob("custom/**/*.py")}
     assert copied == {"client.py"}

@@ -17,7 +17,8 @@ import torch
 
 pytest.importorskip("nvflare", reason="needs pip install 'gradinvbench[federated]'")
 
-from federated.experiment import recipe, simulate
+from federated.experiment import run_results, simulator
+from federated.experiment.cli import recipe
 from federated.flare.global_model import global_model
 from federated.phantoms.data_set import CACHE_VARIABLE
 from tests.federation import edit, make_job, run, started, wait_for
@@ -76,7 +77,7 @@ def test_a_published_job_of_one_client_leaks_its_image(tmp_path: Path) -> None:
     assert (content["sigma0"], content["num_rounds"]) == (0, 2)
     assert 0 <= content["test_accuracy"] <= 1
     # Global, best global and the site's own model, all validated at the site.
-    scores = simulate.cross_validation(finished.workspace)["site-9"]
+    scores = run_results.cross_validation(finished.workspace)["site-9"]
     assert set(scores) >= {"SRV_FL_global_model.pt", "site-9"}
     assert scores["site-9"]["train_auc"] is None
     assert not same_as_at_the_start(finished.global_model())
@@ -112,13 +113,13 @@ def test_a_recipe_whose_only_site_withholds_keeps_its_global_model(tmp_path: Pat
     assert recipe.main(arguments) == 0
     workspace = tmp_path / "sigma0_0.2"
     records = [
-        json.loads((simulate.app_folder(workspace, "site-9") / name).read_text())
+        json.loads((run_results.app_folder(workspace, "site-9") / name).read_text())
         for name in ("leakage_round0.json", "leakage_round1.json")
     ]
     assert [record["decision"] for record in records] == ["withhold"] * 2
     from core.storage import load_checkpoint
 
-    path = simulate.app_folder(workspace, "server") / simulate.FINAL_MODEL
+    path = run_results.app_folder(workspace, "server") / run_results.FINAL_MODEL
     assert same_as_at_the_start(load_checkpoint(path)["model"])
     assert json.loads((workspace / "run.json").read_text())["sigma0"] == 0.2
 
@@ -131,9 +132,9 @@ def test_a_killed_site_does_not_stop_the_others(tmp_path: Path) -> None:
     )
     folder = tmp_path / "runs"
     with started(job, folder, 2) as (process, log):
-        victim = simulate.app_folder(folder / "exp", "site-2") / "local_model.pt"
+        victim = run_results.app_folder(folder / "exp", "site-2") / "local_model.pt"
         wait_for(victim.is_file)
-        for pid in simulate.descendants(process.pid):
+        for pid in simulator.descendants(process.pid):
             # Its worker alone: the simulator's arguments name all clients in one.
             if "site-2" in Path(f"/proc/{pid}/cmdline").read_text().split("\0"):
                 os.kill(pid, signal.SIGKILL)
@@ -141,5 +142,5 @@ def test_a_killed_site_does_not_stop_the_others(tmp_path: Path) -> None:
     output = log.read_text()
     assert process.returncode == 1, output[-3000:]
     assert "site-2 left no cross-site validation" in output
-    assert (simulate.app_folder(folder / "exp", "server") / simulate.FINAL_MODEL).is_file()
-    assert "site-1" in simulate.cross_validation(folder / "exp")
+    assert (run_results.app_folder(folder / "exp", "server") / run_results.FINAL_MODEL).is_file()
+    assert "site-1" in run_results.cross_validation(folder / "exp")

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.command import main
 from benchmarks.declare.columns import find_column
+from benchmarks.declare.records import Run
 from benchmarks.show.leaderboard import (
     FOLDER,
     check_entry,
@@ -181,7 +182,7 @@ def test_columns_tell_the_choice_from_the_worst_case() -> None:
         "evaluation": {"per_image": [{"psnr": 20.0}]},
         "label_rules": {"yin": {"accuracy": None, "reason": "labels repeat"}},
     }
-    run = {"attack": record}
+    run = Run({"attack": record})
     assert find_column("psnr").values(run) == [20.0]
     assert find_column("worst-case psnr").values(run) == [30.0]
     texts = ("threat", "chosen attack", "strongest attack")

@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks.declare.columns import find_column
 from benchmarks.declare.figures import FIGURES
+from benchmarks.declare.records import Run
 from benchmarks.run.store import Store
 from benchmarks.show.charts import _looks, heatmap
 from benchmarks.show.figures import _DRAW, _distinct_slugs
@@ -254,7 +255,7 @@ def test_a_round_that_was_not_measured_does_not_borrow_an_earlier_value() -> Non
     measured = {"site": "site-9", "round": 10, "rdlv": -0.6, "images": [{"rdlv": -0.6}]}
     why = "The update does not leave the site: local training diverged."
     blind = {"site": "site-9", "round": 20, "rdlv": None, "images": [], "statement": why}
-    run = {"federated": {"leakage": [measured, blind]}}
+    run = Run({"federated": {"leakage": [measured, blind]}})
     column = find_column("rdlv site-9")
     assert list(column.values(run)) == []
     assert column.note(run) == f"round 20: {why}; round 10: RDLV -0.60"

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from pathlib import Path
 
 import pytest
 
+from attack.metrics import evaluation
+from benchmarks.declare.columns import find_column, find_view
+from benchmarks.declare.records import Run
 from benchmarks.declare.tables import PRESETS, find_table, load_table, table_files
 from benchmarks.run.cells import in_order
 from benchmarks.run.stages import STAGES
@@ -131,11 +135,25 @@ def test_a_changed_folder_of_data_makes_new_cells(tmp_path: Path) -> None:
         (("title:", "titel:"), r"example.yaml:2: unknown key titel; did you mean title\?"),
         (("columns:", "colums:"), r":15: unknown key colums; did you mean columns\?"),
         (("psnr,", "psrn,"), r":15: unknown column psrn; did you mean psnr\?"),
+        (("psnr,", "attack.whatever.typo,"), r":15: unknown column attack.whatever.typo; did you"),
+        (("psnr,", "attack.second,"), r":15: unknown column attack.second; did you mean attack.s"),
+        (
+            ("psnr,", "attack.evaluation.per_image.psrn,"),
+            r":15: unknown column .*; did you mean attack.evaluation.per_image.psnr",
+        ),
+        (("psnr,", "worst pnsr,"), r":15: unknown column pnsr; did you mean psnr"),
+        (("psnr,", "worst-case pnsr,"), r"did you mean worst-case psnr"),
+        (
+            ("columns:", "plugin: not_there\ncolumns:"),
+            r":15: --plugin not_there: cannot be imported",
+        ),
+        (("columns:", "plugin: 3\ncolumns:"), r":15: plugin: expected the name of a module"),
         (("bars,", "pies,"), r":16: unknown figure pies; did you mean lines"),
         (("noise: {extract", "noise: {extrakt"), r":7: unknown stage extrakt; did you mean"),
         (("{sigma: 0.1}", "0.1"), r":7: extract: expected {flag: value}"),
         (("{extract.batch-size: [1, 4]}", "[1, 4]"), r":9: axis batch size: write STAGE.FLAG"),
         (("{extract.batch-size: [1, 4]}", "{}"), r":9: axis batch size has no values"),
+        (("[1, 4]", "[]"), r":9: axis batch size has no values"),
         (("text: 14.2 dB, ", ""), r":18: expected where, text and source"),
         (("train: {epochs: 1}", "train: 5"), r":12: train: expected a mapping"),
         (("train: {epochs: 1}", "train: {epochs: 1}\ntrain: {}"), r":13: train is given twice"),
@@ -178,6 +196,56 @@ def test_what_is_not_a_table_is_refused(tmp_path: Path, content: str, message: s
         load(tmp_path, content)
 
 
+PLUGIN = """
+from attack.metrics import metric_names, register_metric
+
+if "mae" not in metric_names():
+    register_metric("mae", lambda a, b: (a - b).abs().mean((1, 2, 3)), title="MAE",
+                    smaller_is_better=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("train: {epochs", "plugin: my_metric\ntrain: {epochs"),
+        ("attack: {", "attack: {plugin: my_metric, "),
+        ("none: {}", "none: {attack: {plugin: my_metric}}"),
+        ("repeats:\n", "repeats:\n  attack.plugin: [my_metric]\n"),
+    ],
+)
+def test_a_metric_of_a_plugin_is_a_column(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: tuple[str, str]
+) -> None:
+    text = TABLE.replace("[psnr,", "[mae, worst mae, psnr,")
+    with monkeypatch.context() as here:
+        for name in ("_SIMPLE", "_TITLES", "_ADDED", "_SMALLER_IS_BETTER"):
+            here.setattr(evaluation, name, getattr(evaluation, name).copy())
+        with pytest.raises(InputError, match="unknown column mae; did you mean mse"):
+            load(tmp_path, text)
+        (tmp_path / "my_metric.py").write_text(PLUGIN)
+        here.syspath_prepend(tmp_path)
+        here.delitem(sys.modules, "my_metric", raising=False)
+        table = load(tmp_path, text.replace(*change))
+        view = find_view("worst mae")
+        assert (view.header, view.column.leak) == ("worst MAE", "low")
+        run = Run({"attack": {"evaluation": {"per_image": [{"mae": 0.2}, {"mae": 0.1}]}}})
+        assert view.column.values(run) == [0.2, 0.1]
+        assert table.rows[0].repeats[0]["attack"].config["plugin"] == "my_metric"
+        given = {
+            stage: cell.config.get("plugin") for stage, cell in table.rows[0].repeats[0].items()
+        }
+        everywhere = change[1].startswith("plugin")
+        assert given["train"] == given["extract"] == ("my_metric" if everywhere else None)
+
+
+def test_a_path_into_a_list_of_images_has_a_value_per_image() -> None:
+    column = find_column("attack.evaluation.per_image.ssim")
+    run = Run({"attack": {"evaluation": {"per_image": [{"ssim": 0.5}, {"ssim": None}]}}})
+    assert column.values(run) == [0.5]
+    assert find_column("attack.labels").values(Run({"attack": {"labels": [3, 4]}})) == [3, 4]
+
+
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser()
     made.add_argument("--epochs", type=int)
@@ -196,6 +264,7 @@ def parser() -> argparse.ArgumentParser:
         ("{epochs: 2020-01-01}", r":12: train --epochs 2020-01-01: not a valid value"),
         ("{epochs: [1, 2]}", r":12: train --epochs .*: expected a single value"),
         ("{epochs: true}", r":12: train --epochs True: needs a value"),
+        ("{epochs: false}", r":12: train --epochs False: needs a value; null leaves the flag out"),
         ("{syncbn: 3}", r":12: train --syncbn 3: a flag without a value"),
         ("{processes: 0}", r":12: train --processes 0: not a valid value"),
         ("{processes: two}", r":12: train --processes two: not a valid value"),

@@ -39,7 +39,7 @@ def _shared(settings: ClientSettings | None = None) -> tuple[Target, Truth]:
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "target.tar"
-    save_target(path, *_shared(), argparse.Namespace(epochs=1, lr=0.1))
+    save_target(path, *_shared(), {"epochs": 1, "lr": 0.1})
     return path
 
 

@@ -93,7 +93,7 @@ def test_sixteen_bit_greys_keep_their_contrast(tmp_path: Path) -> None:
         if tmp_path / "class0" / "000.png" in s.paths  # type: ignore[attr-defined]
     )  # fmt: skip
     pixels = np.asarray(source.image(0))
-    np.testing.assert_array_equal(pixels[..., 0], ramp // 256)
+    np.testing.assert_array_equal(pixels[..., 0], np.round(ramp * (255 / 65535)))
 
 
 def test_an_image_that_claims_gigabytes_is_refused_by_name(tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from attack.attacks import Attack, Spectral, get_attack
+from attack.attacks import Attack, get_attack
 from attack.attacks.auto import Auto, ensemble_members
 from attack.attacks.base import _ATTACKS, register_attack
 from attack.attacks.ensemble import VERSION, Ensemble, EnsembleConfig, Member, _standing
+from attack.attacks.spectral import Spectral
 from attack.cli.command import main
 from attack.knowledge.label_search import (
     arrange_labels,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -20,8 +19,10 @@ from attack.matching.replica import Replica
 from attack.metrics import evaluate
 from attack.settings import InversionConfig, SpeedSettings
 from core.errors import exit_status
+from core.launch_arguments import LaunchSettings
 from core.models.building import ModelSpec
-from core.processes.distributed import Process, launch
+from core.processes.distributed import Process
+from core.processes.launch import launch
 from core.storage import load_checkpoint, save_checkpoint
 from gradients.checkpoint import load_target, save_target
 from tests.targets import make_target
@@ -160,26 +161,25 @@ def test_metrics_on_the_device_are_those_on_the_cpu() -> None:
             assert mine[name] == pytest.approx(theirs[name], abs=1e-4)
 
 
-def invert_on_ranks(process: Process, args: argparse.Namespace) -> None:
+def invert_on_ranks(process: Process, file: Path) -> None:
     target, truth = make_target(CNN, 4)
     with product_precision("float32"):
         found = Inversion(target, truth.labels, EXACT, device=process.device, seed=4).run()
     if process.is_main:
-        save_checkpoint({"images": found.images}, Path(args.file))
+        save_checkpoint({"images": found.images}, file)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_nccl_gives_what_one_process_does(processes: int, tmp_path: Path) -> None:
     if torch.cuda.device_count() < processes:
         pytest.skip(f"needs {processes} GPUs")
-    launch(
-        invert_on_ranks,
-        argparse.Namespace(
-            file=str(tmp_path / "found.pt"), cpu=False, gpu=None, nproc_per_node=processes,
-            world_size=1, rank=0, dist_url="tcp://127.0.0.1:0", dist_backend="nccl",
-            multiprocessing_distributed=True, seed=0,
-        ),
-    )  # fmt: skip
+    settings = LaunchSettings(
+        dist_url="tcp://127.0.0.1:0",
+        dist_backend="nccl",
+        multiprocessing_distributed=True,
+        nproc_per_node=processes,
+    )
+    launch(invert_on_ranks, settings, tmp_path / "found.pt")
     target, truth = make_target(CNN, 4)
     expected = Inversion(target, truth.labels, EXACT, device=CPU, seed=4).run().images
     found = load_checkpoint(tmp_path / "found.pt")["images"]

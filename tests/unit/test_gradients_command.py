@@ -574,3 +574,35 @@ def test_published_command_lines_parse() -> None:
     ]
     for line in lines:
         assert isinstance(build_parser().parse_args(line.split()), argparse.Namespace)
+
+
+def described_checkpoint(path: Path, **changes: Any) -> Path:
+    """A training's checkpoint of a small CNN, which says how the CNN is built."""
+    spec = ModelSpec("cnn", CLASSES, SIDE, "cifar", 4, **changes)
+    torch.save({"state_dict": build_model(spec).state_dict(), "model": spec.to_dict()}, path)
+    return path
+
+
+@pytest.mark.parametrize("flag", ["-a", "--arch"])
+def test_the_default_architecture_given_in_words_is_not_ignored(
+    flag: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = described_checkpoint(tmp_path / "cnn.tar")
+    argv = ["--data", str(data), "--results", str(tmp_path / "out"), "-b", "2", "--cpu"]
+    assert main([*argv, "--pretrained", str(path), flag, "resnet18"]) == 2
+    assert f"--arch resnet18: the model in {path} has cnn" in capsys.readouterr().err
+
+
+def test_the_default_pooling_given_in_words_is_not_ignored(run: Run, tmp_path: Path) -> None:
+    path = described_checkpoint(tmp_path / "ra.tar", pool_kernel=19)
+    source = ["--pretrained", str(path)]
+    assert run(model=source).target.model.pool_kernel == 19
+    given = run("--kernel-size-of-maxpool", "3", model=source)
+    assert given.target.model.pool_kernel == 3
+
+
+@pytest.mark.parametrize("word", ["per-sample", "sample"])
+def test_both_words_for_clipping_every_image(word: str, run: Run) -> None:
+    shared = run("--enable-dp", "--sigma", "0.5", "--dp-clipping", word)
+    assert shared.record["privacy"]["clipping"] == "per-sample"
+    assert shared.target.defenses == ("dp-sgd:0.5:1",)

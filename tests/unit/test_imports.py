@@ -16,6 +16,8 @@ ORDER = ["core", "training", "gradients", "attack", "audit", "federated", "bench
 MAY_IMPORT = {room: set(ORDER[:number]) for number, room in enumerate(ORDER)}
 # The published path of the federation's components.
 MAY_IMPORT["nvflare_gradinv"] = MAY_IMPORT["benchmarks"]
+# The front door. It finds `benchmarks`, which is not installed, by name.
+MAY_IMPORT["gradinvbench"] = MAY_IMPORT["federated"]
 # What each part of a room may import from its other parts.
 PARTS = {
     "benchmarks": {

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ from attack.metrics import (
     pairwise_mse,
     psnr,
     rdlv,
+    relative_leakage,
     ssim,
 )
 from core.errors import InputError
@@ -203,10 +205,36 @@ class TestIdentification:
             best = max(float(cw_ssim(g[None], originals[i : i + 1])) for g in guesses)
             assert value == pytest.approx((best - known) / known, rel=1e-5)
 
-    def test_rdlv_of_a_prior_without_similarity_is_undefined(self) -> None:
+    @pytest.mark.parametrize(
+        ("similarity", "prior", "expected"),
+        [
+            # Of an ordinary prior, the published ratio.
+            (0.9, 0.3, 2.0),
+            (0.1, 0.4, -0.75),
+            # The published ratio would say -4 for a better reconstruction, and 0.5 for a worse.
+            (0.6, -0.2, 4.0),
+            (-0.3, -0.2, -0.5),
+            # It would have no value, and 99.
+            (0.4, 0.0, 8.0),
+            (0.1, 0.001, 1.98),
+        ],
+    )
+    def test_rdlv_where_the_prior_is_bad(
+        self, similarity: float, prior: float, expected: float
+    ) -> None:
+        tensors = relative_leakage(torch.tensor([similarity]), torch.tensor([prior]))
+        arrays = relative_leakage(np.array([similarity]), np.array([prior]))
+        assert float(tensors) == pytest.approx(expected, rel=1e-6)
+        assert float(arrays[0]) == pytest.approx(expected)
+
+    def test_rdlv_is_unknown_only_where_a_similarity_is(self) -> None:
+        values = relative_leakage(torch.tensor([torch.nan, 0.5]), torch.tensor([0.5, torch.nan]))
+        assert values.isnan().all()
+
+    def test_a_prior_without_similarity_gives_a_value(self) -> None:
         originals = pictures(1)
         nothing = rdlv(originals, originals, originals[0], lambda a, b: torch.zeros(len(a)))
-        assert nothing.isnan().all()
+        assert nothing.tolist() == [0.0]
 
 
 class TestEvaluate:

@@ -53,6 +53,24 @@ def test_no_pixel_is_free(name: str) -> None:
     assert (gradient.abs().sum(1) > 0).all()
 
 
+def test_double_opponents_are_pairs_of_whatever_channels_there_are() -> None:
+    images = torch.rand(2, 4, 5, 7, generator=torch.Generator().manual_seed(0))
+    plain, opponents = IsotropicTV(), IsotropicTV(double_opponents=True)
+    for channels, pairs in ((1, []), (2, [(0, 1)]), (4, [(0, 3), (1, 0), (2, 1), (3, 2)])):
+        some = images[:, :channels]
+        differences = [some[:, [a]] - some[:, [b]] for a, b in pairs]
+        expected = plain(torch.cat([some, *differences], dim=1))
+        torch.testing.assert_close(opponents(some), expected)
+
+
+def test_patches_end_at_their_own_borders_where_images_are_not_square() -> None:
+    images = torch.zeros(1, 1, 4, 8)
+    images[..., 4:] = 1
+    # One column of jumps of 1 along the only border across; no border down.
+    assert float(PatchPrior(4)(images)) == pytest.approx(1)
+    assert float(PatchPrior(4)(images.mT)) == pytest.approx(1)
+
+
 def test_double_opponents_count_edges_of_colour() -> None:
     grey = ramp().expand(1, 3, 3, 3)
     one_channel = float(IsotropicTV()(ramp()))

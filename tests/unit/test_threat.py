@@ -7,9 +7,9 @@ import itertools
 
 import pytest
 
+from attack.attacks.optimisation import make_attack
 from attack.cli.command import build_parser, make_run
 from attack.cli.request import AttackRun
-from attack.cli.running import make_attack
 from attack.knowledge.requirements import check_knowledge
 from attack.knowledge.threat_models import (
     Capability,
@@ -39,7 +39,7 @@ def run_of(*words: str) -> AttackRun:
 
 def check(target: Target, *words: str) -> None:
     run = run_of(*words)
-    check_knowledge(run.knowledge, make_attack(run), target)
+    check_knowledge(run.knowledge, make_attack(run.attack, run.settings, run.knowledge), target)
 
 
 WITHHELD = [

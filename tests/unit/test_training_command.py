@@ -17,8 +17,9 @@ import torch
 from core.models.building import ModelSpec, build_model
 from core.storage import load_checkpoint
 from tests.image_folders import write_tree
-from training import schemes, trainer
+from training import checkpoints, schemes, trainer
 from training.main_pytorch import build_parser, main, parse_args, run
+from training.settings import TrainingConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -68,6 +69,11 @@ def test_published_flags(flag: str, kind: type | None, default: Any) -> None:
     action = build_parser()._option_string_actions[flag]
     assert action.default == default
     assert (action.nargs == 0) if kind is None else ((action.type or str) is kind)
+
+
+@pytest.mark.parametrize("word", ["per-sample", "sample"])
+def test_both_words_for_clipping_every_sample(word: str) -> None:
+    assert parse_args(["--enable-dp", "--dp-clipping", word]).dp_clipping == "per-sample"
 
 
 def test_scheme_sets_defaults_and_flags_win() -> None:
@@ -200,7 +206,7 @@ def test_it_learns(data: Path, tmp_path: Path) -> None:
 
 
 def final_state(root: Path) -> dict[str, torch.Tensor]:
-    path = trainer.latest_checkpoint(root)
+    path = checkpoints.latest_checkpoint(root)
     assert path is not None
     return load_checkpoint(path)["state_dict"]
 
@@ -263,7 +269,7 @@ def test_an_earlier_run_is_not_overwritten_silently(
     assert main(flags(data, root)) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert main(flags(data, root, "--overwrite")) == 0
-    assert len(trainer.checkpoints(root)) == 1
+    assert len(checkpoints.checkpoints(root)) == 1
     assert not list(root.glob(".model_best*"))
     assert main(flags(data, root, "--resume", "auto", "--width", "8")) == 2
     assert "width = 4" in capsys.readouterr().err
@@ -271,7 +277,9 @@ def test_an_earlier_run_is_not_overwritten_silently(
 
 def test_checkpoints_in_between_are_removed(data: Path, tmp_path: Path) -> None:
     run(flags(data, tmp_path / "out", "--epochs", "5", "--save-every", "2"))
-    kept = [trainer.checkpoint_epoch(path) for path in trainer.checkpoints(tmp_path / "out")]
+    kept = [
+        checkpoints.checkpoint_epoch(path) for path in checkpoints.checkpoints(tmp_path / "out")
+    ]
     assert kept == [2, 4, 5]
 
 
@@ -402,11 +410,11 @@ def test_accumulation_without_batch_norm_is_the_same_training(data: Path, tmp_pa
 
 
 def test_learning_rate_schedules() -> None:
-    step = trainer.TrainingConfig(lr=0.1)
+    step = TrainingConfig(lr=0.1)
     assert [step.lr_at(epoch) for epoch in (0, 29, 30, 60)] == pytest.approx(
         [0.1, 0.1, 0.01, 0.001]
     )
-    cosine = trainer.TrainingConfig(lr=0.1, lr_schedule="cosine", epochs=10, warmup=2)
+    cosine = TrainingConfig(lr=0.1, lr_schedule="cosine", epochs=10, warmup=2)
     rates = [cosine.lr_at(epoch) for epoch in range(10)]
     assert rates[:3] == pytest.approx([0.1 / 3, 0.2 / 3, 0.1])
     assert all(later < earlier for earlier, later in itertools.pairwise(rates[2:]))

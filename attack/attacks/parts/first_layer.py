@@ -97,7 +97,7 @@ def first_layer(target: Target, attack: str, device: torch.device) -> FirstLayer
 def _unsuitable(target: Target, attack: str, reason: str) -> InputError:
     return InputError(
         f"--attack {attack}: needs a model whose first layer is fully connected with bias, like "
-        f"mlp; {target.model.arch} is not: {reason}"
+        f"mlp; {target.model.name} is not: {reason}"
     )
 
 

@@ -1,6 +1,4 @@
-"""Command: what each inversion method recovers from the same updates.
-
-python -m federated.compare_methods --output results/methods
+"""What each inversion method recovers from the same updates.
 
 Sites train for real with `torch.optim.SGD`; every method gets the same update, the same
 public images and the same number of iterations. Written: methods.json with one entry per
@@ -9,13 +7,12 @@ case, seed and method, and methods.png with originals and reconstructions.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.errors import InputError, exit_status
+from core.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -129,7 +126,8 @@ def train_locally(
 def phantom_victims(size: int, seed: int = 0) -> Victims:
     """Site 2 of the embedded phantoms, starting elsewhere for every seed."""
     from core.data.list_files import load_datalist
-    from core.data.listed_images import ImageListDataset, chest_spec
+    from core.data.listed_images import ImageListDataset
+    from federated.flare.images import chest_spec
     from federated.phantoms.data_set import LIST_PREFIX, cached_phantoms
 
     root, data = cached_phantoms(scale=0.1, size=size), chest_spec(size)
@@ -147,7 +145,8 @@ def folder_victims(folder: str | Path, size: int, seed: int = 0) -> Victims:
     """
     import torch
 
-    from core.data.listed_images import chest_spec, load_image
+    from core.data.image_files import load_image
+    from federated.flare.images import chest_spec
 
     classes = sorted(path for path in Path(folder).glob("*") if path.is_dir())
     if len(classes) < 2:
@@ -236,30 +235,28 @@ def _scores(
     }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command's flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m federated.compare_methods",
-        description="Compare inversion methods on the same updates of real local training.",
-    )
-    parser.add_argument("--output", required=True, help="folder for methods.json and methods.png")
-    parser.add_argument("--size", type=int, default=32, help="side of the images in pixels")
-    parser.add_argument("--iterations", type=int, default=300, help="of every method")
-    parser.add_argument("--seeds", type=int, default=3, help="number of networks and sites")
-    parser.add_argument(
-        "--images", help="folder with one folder of X-rays per class instead of the phantoms"
-    )
-    parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated")
-    return parser
+def compare_all(
+    output: Path,
+    *,
+    images: str | None = None,
+    size: int = 32,
+    iterations: int = 300,
+    seeds: int = 3,
+    methods: str = ",".join(METHODS),
+) -> None:
+    """Attack every case with every method, and write record and picture.
 
+    Args:
+        output: Folder for methods.json and methods.png.
+        images: Folder with one folder of pictures per class; None for the phantoms.
+        size: Side of the images in pixels.
+        iterations: Of every method.
+        seeds: Number of networks and sites.
+        methods: Names between commas.
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
-    args = build_parser().parse_args(arguments)
-    return exit_status(lambda: _run(args))
-
-
-def _run(args: argparse.Namespace) -> None:
+    Raises:
+        InputError: There are too few pictures, or no such method.
+    """
     import torch
 
     from core.records import provenance
@@ -268,37 +265,46 @@ def _run(args: argparse.Namespace) -> None:
     results: list[dict[str, Any]] = []
     rows: list[tuple[str, torch.Tensor]] = []
     for case in CASES:
-        for seed in range(args.seeds):
-            victims = (
-                phantom_victims(args.size, seed)
-                if args.images is None
-                else folder_victims(args.images, args.size, seed)
+        for seed in range(seeds):
+            chosen = methods.split(",")
+            _compare_case(
+                case, seed, _victims(images, size, seed), chosen, iterations, results, rows
             )
-            if seed == 0:
-                rows.append((f"{case}: original", victims.images[: case.n_images]))
-            for result, images in compare(
-                victims,
-                case,
-                iterations=args.iterations,
-                methods=args.methods.split(","),
-                seed=seed,
-            ):
-                results.append(result)
-                print(f"{case}, seed {seed}, {result['method']}: SSIM {result['ssim']:.3f}")
-                if seed == 0:
-                    rows.append((f"{result['method']}: SSIM {result['ssim']:.2f}", images))
-    output = Path(args.output)
     # Where the user's files lie is nobody's business.
-    command = {k: v for k, v in vars(args).items() if k not in ("output", "images")}
+    command = {"size": size, "iterations": iterations, "seeds": seeds, "methods": methods}
     record = {
         "command": command,
-        "data": "phantoms" if args.images is None else Path(args.images).name,
+        "data": "phantoms" if images is None else Path(images).name,
         "summary": _summary(results),
         "results": results,
         "provenance": provenance(torch.device("cpu"), 0),
     }
     write_json(output / "methods.json", record)
     _draw(rows, output / "methods.png")
+
+
+def _victims(images: str | None, size: int, seed: int) -> Victims:
+    return phantom_victims(size, seed) if images is None else folder_victims(images, size, seed)
+
+
+def _compare_case(
+    case: Case,
+    seed: int,
+    victims: Victims,
+    methods: Sequence[str],
+    iterations: int,
+    results: list[dict[str, Any]],
+    rows: list[tuple[str, torch.Tensor]],
+) -> None:
+    """Add what every method finds; the first seed's images are rows of the picture."""
+    if seed == 0:
+        rows.append((f"{case}: original", victims.images[: case.n_images]))
+    compared = compare(victims, case, iterations=iterations, methods=methods, seed=seed)
+    for result, images in compared:
+        results.append(result)
+        print(f"{case}, seed {seed}, {result['method']}: SSIM {result['ssim']:.3f}")
+        if seed == 0:
+            rows.append((f"{result['method']}: SSIM {result['ssim']:.2f}", images))
 
 
 def _summary(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,11 +1,7 @@
-"""Command: run a job folder in NVFlare's simulator and say whether all of it worked.
-
-python -m federated.simulate 1 jobs/cxr_1client exp1
-"""
+"""A job folder in NVFlare's simulator: read, made ready, run, ended."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -17,58 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.errors import InputError, exit_status
+from core.errors import InputError
 
 WORKSPACES = Path("results") / "federated"
-RUN_NAME = "simulate_job"
-FINAL_MODEL = "FL_global_model.pt"
 REPOSITORY = Path(__file__).resolve().parents[2]
 MONAI_NETWORK = "monai.networks.nets.torchvision_fc.TorchVisionFCModel"
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command's flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m federated.simulate",
-        description="Run a job folder in NVFlare's simulator, every client in its own process.",
-    )
-    parser.add_argument("n_clients", type=int, help="number of clients in the job")
-    parser.add_argument("job", type=Path, help="job folder, see federated.create_job_config")
-    parser.add_argument("exp_name", help="name of the run's folder")
-    parser.add_argument(
-        "--workspaces", type=Path, default=WORKSPACES, help="folder for runs (default: %(default)s)"
-    )
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status: 1 if the run left something out."""
-    args = build_parser().parse_args(arguments)
-    missing: list[str] = []
-    status = exit_status(lambda: missing.extend(_run(args)))
-    for what in missing:
-        print(f"error: {what}", file=sys.stderr)
-    return status or int(bool(missing))
-
-
-def _run(args: argparse.Namespace) -> list[str]:
-    job = read_job(args.job)
-    if args.n_clients != len(job.sites):
-        raise InputError(
-            f"{args.n_clients} clients: the job {args.job} is for {len(job.sites)} "
-            f"({', '.join(job.sites)})"
-        )
-    if Path(args.exp_name).name != args.exp_name:
-        raise InputError(f"{args.exp_name!r}: must be the name of a folder, not a path")
-    require_nvflare()
-    workspace = (args.workspaces / args.exp_name).resolve()
-    print(f"{len(job.sites)} clients, workspace {workspace}", flush=True)
-    simulate(job, workspace)
-    missing = missing_results(job, workspace)
-    if not missing:
-        write_run(job, workspace)
-    print_results(workspace)
-    return missing
 
 
 @dataclass(frozen=True)
@@ -118,7 +67,7 @@ def read_job(folder: Path) -> Job:
 
 def _rounds(server: Mapping[str, Any]) -> int | None:
     for workflow in server.get("workflows", []):
-        found = _value(workflow.get("args", {}).get("num_rounds"), server)
+        found = value_of(workflow.get("args", {}).get("num_rounds"), server)
         if isinstance(found, int):
             return found
     return None
@@ -127,6 +76,11 @@ def _rounds(server: Mapping[str, Any]) -> int | None:
 def _evaluates(server: Mapping[str, Any]) -> bool:
     workflows = server.get("workflows", [])
     return any("Eval" in str(w.get("path") or w.get("name")) for w in workflows)
+
+
+def value_of(value: Any, content: Mapping[str, Any]) -> Any:
+    """A value of a configuration, or that of the variable it names as `{KEY}`."""
+    return content.get(value.strip("{}")) if isinstance(value, str) else value
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -248,7 +202,7 @@ def prepare(job: Job, target: Path) -> Path:
         `target`.
     """
     from core.storage import write_text
-    from federated.experiment.create_job_config import CUSTOM_NOTE
+    from federated.experiment.job_folder import CUSTOM_NOTE
 
     shutil.copytree(job.folder, target)
     for app in {path.name for path in job.apps.values()}:
@@ -304,123 +258,3 @@ def environment() -> dict[str, str]:
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
     }
-
-
-# --- Results ------------------------------------------------------------------------
-
-
-def run_folder(workspace: Path, site: str) -> Path:
-    """A site's folder of the run."""
-    return workspace / "run" / site / RUN_NAME
-
-
-def app_folder(workspace: Path, site: str) -> Path:
-    """A site's app in the run, where its results are."""
-    return run_folder(workspace, site) / f"app_{site}"
-
-
-def cross_validation(workspace: Path) -> dict[str, Any]:
-    """Scores by site and model; empty if there are none."""
-    path = run_folder(workspace, "server") / "cross_site_val" / "cross_val_results.json"
-    return read_json(path) if path.is_file() else {}
-
-
-def missing_results(job: Job, workspace: Path) -> list[str]:
-    """What a complete run would have left; NVFlare's own status says nothing about it."""
-    missing = []
-    if not (app_folder(workspace, "server") / FINAL_MODEL).is_file():
-        missing.append(f"the federation left no {FINAL_MODEL}; see {workspace / 'simulator.log'}")
-    for site in job.sites:
-        if job.evaluates and site not in cross_validation(workspace):
-            missing.append(f"{site} left no cross-site validation")
-        for number in measured_rounds(job, site):
-            if not (app_folder(workspace, site) / f"leakage_round{number}.json").is_file():
-                missing.append(f"{site} left no leakage result of round {number}")
-    return missing
-
-
-def measured_rounds(job: Job, site: str) -> list[int]:
-    """The rounds in which a site measures leakage."""
-    content = job.client(site)
-    for chain in content.get("task_result_filters", []):
-        for component in chain.get("filters", []):
-            if str(component.get("path", "")).endswith("RelativeDataLeakageValueFilter"):
-                given = component.get("args", {})
-                every = _value(given.get("frequency", 1), content)
-                start = _value(given.get("start_round", 0), content)
-                return [n for n in range(start, job.num_rounds or 0) if n % every == 0]
-    return []
-
-
-def _value(value: Any, content: Mapping[str, Any]) -> Any:
-    """A value, or that of the variable it names."""
-    return content.get(value.strip("{}")) if isinstance(value, str) else value
-
-
-def write_run(job: Job, workspace: Path, **details: Any) -> Path:
-    """Write the run's record, which the figures read.
-
-    Args:
-        job: What ran.
-        workspace: Where.
-        details: More for the record; wins over what is found here.
-
-    Returns:
-        The file, `run.json`.
-    """
-    import torch
-
-    from core.records import provenance
-    from core.storage import write_json
-    from federated.experiment.runs import RUN_FILE, configured_noise
-
-    config = job.apps[job.sites[0]] / "config" / "config_fed_client.json"
-    device = torch.device("cuda" if count_gpus() and torch.cuda.is_available() else "cpu")
-    scores = cross_validation(workspace)
-    record = {
-        "sigma0": configured_noise(config),
-        "n_clients": len(job.sites),
-        "num_rounds": job.num_rounds,
-        "test_accuracy": _mean_accuracy(scores, f"SRV_{FINAL_MODEL}"),
-        "best_test_accuracy": _mean_accuracy(scores, f"SRV_best_{FINAL_MODEL}"),
-        "leakage": measured_leakage(workspace),
-        "provenance": provenance(device, seed=0),
-    }
-    write_json(workspace / RUN_FILE, {**record, **details})
-    return workspace / RUN_FILE
-
-
-def measured_leakage(workspace: Path) -> list[dict[str, Any]]:
-    """What every site measured in every round, as far as tables need it."""
-    from audit.leakage import read_leakage
-
-    try:
-        records = read_leakage(workspace)
-    except InputError:
-        return []
-    keys = ("site", "round", "rdlv", "images", "decision", "statement")
-    return [{key: record.content[key] for key in keys} for record in records]
-
-
-def _mean_accuracy(scores: Mapping[str, Any], model: str) -> float | None:
-    """Of one model at all sites that tested it."""
-    found = [site[model].get("test_accuracy") for site in scores.values() if model in site]
-    known = [value for value in found if value is not None]
-    return sum(known) / len(known) if known else None
-
-
-def print_results(workspace: Path) -> None:
-    """Print scores and leakage."""
-    from audit.leakage import read_leakage
-
-    print("cross-site validation:")
-    print(json.dumps(cross_validation(workspace), indent=2))
-    try:
-        records = read_leakage(workspace)
-    except InputError:
-        return
-    print("leakage:")
-    for record in records:
-        value = "unknown" if record.rdlv is None else f"{record.rdlv:+.3f}"
-        withheld = f": withheld, {record.reason}" if record.decision == "withhold" else ""
-        print(f"  {record.site} round {record.round_number}: RDLV {value}{withheld}")

@@ -1,0 +1,129 @@
+"""The site's own log of what left it: append-only, each line sealed by the one before.
+
+One JSON object per line, with the SHA-256 of the line before it and of itself. A line that
+was changed, removed or put in later breaks the chain from there on; lines cut off at the end
+do not, so a site that wants to see those too keeps the last seal somewhere else.
+
+python -m audit.gate_log PATH    checks a log
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from core.errors import InputError, exit_status
+
+LOG_NAME = "gate_log.jsonl"
+# What the first line names as the line before it.
+START = "0" * 64
+
+
+def append(folder: str | Path, entry: Mapping[str, Any]) -> str:
+    """Add a line to a site's log, and wait until the disk has it.
+
+    Args:
+        folder: Where the log is.
+        entry: Plain values.
+
+    Returns:
+        The line's seal.
+
+    Raises:
+        InputError: The log is damaged.
+        OSError: The line cannot be written.
+    """
+    path = Path(folder) / LOG_NAME
+    with open(path, "a+b") as file:
+        content = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            **entry,
+            "previous": _last_seal(file, path),
+        }
+        sealed = {**content, "seal": _seal(content)}
+        file.write(json.dumps(sealed, sort_keys=True).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    return str(sealed["seal"])
+
+
+def verify(path: str | Path) -> list[dict[str, Any]]:
+    """Read a log and check its chain.
+
+    Args:
+        path: The log, or the folder that holds it.
+
+    Returns:
+        Its entries, the oldest first.
+
+    Raises:
+        InputError: There is no such log, or a line does not follow from the one before; the
+            message names the line.
+    """
+    path = Path(path)
+    path = path / LOG_NAME if path.is_dir() else path
+    entries: list[dict[str, Any]] = []
+    previous = START
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                entry = _parsed(line, f"{path}: line {number}")
+                sealed = {key: value for key, value in entry.items() if key != "seal"}
+                if entry.get("previous") != previous or entry.get("seal") != _seal(sealed):
+                    raise InputError(f"{path}: line {number} does not follow from the one before")
+                previous = str(entry["seal"])
+                entries.append(entry)
+    except OSError as error:
+        raise InputError(f"the log {path} cannot be read ({error.strerror})") from None
+    return entries
+
+
+def _last_seal(file: Any, path: Path) -> str:
+    """The seal of the last line, read from the end of the file."""
+    end = file.seek(0, os.SEEK_END)
+    file.seek(max(0, end - (1 << 20)))
+    lines = file.read().splitlines()
+    if not lines:
+        return START
+    return str(_parsed(lines[-1], f"{path}: the last line").get("seal"))
+
+
+def _parsed(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        raise InputError(f"{where} is damaged: it is no JSON") from None
+    if not isinstance(entry, dict):
+        raise InputError(f"{where} is damaged: it is no JSON object")
+    return entry
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _check(argv: Sequence[str] | None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m audit.gate_log", description="Check the chain of a site's gate log."
+    )
+    parser.add_argument("path", help="the log, or the folder that holds it")
+    path = parser.parse_args(argv).path
+    entries = verify(path)
+    seal = entries[-1]["seal"] if entries else START
+    print(f"{len(entries)} entries, the chain holds; last seal {seal}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    return exit_status(lambda: _check(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

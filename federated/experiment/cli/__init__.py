@@ -1,0 +1,1 @@
+"""The commands of the experiment: flags in, settings out."""

@@ -1,0 +1,60 @@
+"""Command: run a job folder in NVFlare's simulator and say whether all of it worked.
+
+python -m federated.simulate 1 jobs/cxr_1client exp1
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from core.errors import InputError, exit_status
+from federated.experiment.run_results import missing_results, print_results, write_run
+from federated.experiment.simulator import WORKSPACES, read_job, require_nvflare, simulate
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m federated.simulate",
+        description="Run a job folder in NVFlare's simulator, every client in its own process.",
+    )
+    parser.add_argument("n_clients", type=int, help="number of clients in the job")
+    parser.add_argument("job", type=Path, help="job folder, see federated.create_job_config")
+    parser.add_argument("exp_name", help="name of the run's folder")
+    parser.add_argument(
+        "--workspaces", type=Path, default=WORKSPACES, help="folder for runs (default: %(default)s)"
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status: 1 if the run left something out."""
+    args = build_parser().parse_args(arguments)
+    missing: list[str] = []
+    status = exit_status(lambda: missing.extend(_run(args)))
+    for what in missing:
+        print(f"error: {what}", file=sys.stderr)
+    return status or int(bool(missing))
+
+
+def _run(args: argparse.Namespace) -> list[str]:
+    job = read_job(args.job)
+    if args.n_clients != len(job.sites):
+        raise InputError(
+            f"{args.n_clients} clients: the job {args.job} is for {len(job.sites)} "
+            f"({', '.join(job.sites)})"
+        )
+    if Path(args.exp_name).name != args.exp_name:
+        raise InputError(f"{args.exp_name!r}: must be the name of a folder, not a path")
+    require_nvflare()
+    workspace = (args.workspaces / args.exp_name).resolve()
+    print(f"{len(job.sites)} clients, workspace {workspace}", flush=True)
+    simulate(job, workspace)
+    missing = missing_results(job, workspace)
+    if not missing:
+        write_run(job, workspace)
+    print_results(workspace)
+    return missing

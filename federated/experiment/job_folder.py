@@ -1,0 +1,167 @@
+"""A job folder for NVFlare, filled in from the template app."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core.errors import InputError
+from federated.experiment.federation import (
+    Client,
+    JobData,
+    check_settings,
+    inversion,
+    write_prior,
+)
+from federated.experiment.settings import FederationSettings
+
+TEMPLATE = Path(__file__).resolve().parents[2] / "jobs" / "app_template"
+CUSTOM_NOTE = (
+    "NVFlare loads classes from outside its own package only for apps that have this folder.\n"
+    "Python files put here can be imported by the app.\n"
+)
+
+
+def create_job(
+    settings: FederationSettings, output: Path, *, sigma0: float = 0.0, template: Path = TEMPLATE
+) -> list[Client]:
+    """Write the job folder.
+
+    Args:
+        settings: The federation.
+        output: The job folder; a job folder that is there is replaced.
+        sigma0: Noise of `GaussianPrivacy`.
+        template: Folder with the template app.
+
+    Returns:
+        The job's clients.
+
+    Raises:
+        InputError: Names the flag.
+    """
+    files = _Template(template)
+    _check_output(output)
+    clients, data = check_settings(settings, [sigma0], output)
+    if output.exists():
+        shutil.rmtree(output)
+    _write_job(_Plan(settings, clients, files, data, sigma0), output)
+    return clients
+
+
+def _check_output(output: Path) -> None:
+    """Only a job folder is replaced."""
+    is_job = (output / "meta.json").is_file()
+    if output.exists() and not is_job and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"--output: {output} exists and is no job folder")
+
+
+class _Template:
+    """The files of a template app.
+
+    Args:
+        folder: Holds `server/config`, `client/config` and `meta.json`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise InputError(f"--app_folder: there is no folder {folder}")
+        self.server = _load(folder / "server/config/config_fed_server.json")
+        self.inverting = _load(folder / "client/config/config_fed_client_inv.json")
+        self.plain = _load(folder / "client/config/config_fed_client_noinv.json")
+        self.inversion = _load(folder / "client/config/config_inversion.json")
+        self.meta = _load(folder / "meta.json")
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"--app_folder: there is no file {path}") from None
+    except ValueError as error:
+        raise InputError(f"--app_folder: {path} is not JSON ({error})") from None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """All that the job's files are made from."""
+
+    settings: FederationSettings
+    clients: Sequence[Client]
+    template: _Template
+    data: JobData
+    sigma0: float
+
+
+def _write_job(plan: _Plan, output: Path) -> None:
+    settings, clients, template = plan.settings, plan.clients, plan.template
+    write_prior(settings, clients[0], plan.data)
+    least = settings.min_clients or len(clients)
+    names = [client.name for client in clients]
+    deploy = {"server": ["server"], **{name: [name] for name in names}}
+    _write(output / "meta.json", {**template.meta, "deploy_map": deploy, "min_clients": least})
+    values = {**_shared(settings), "min_clients": least, "num_rounds": settings.num_rounds}
+    server = fill(template.server, values)
+    _write_app(output / "server", {"config_fed_server.json": server})
+    for client in clients:
+        files = {"config_fed_client.json": _client(plan, client)}
+        if client.invert:
+            files["config_inversion.json"] = {
+                **template.inversion,
+                **inversion(settings, plan.data),
+            }
+        _write_app(output / client.name, files)
+
+
+def _shared(settings: FederationSettings) -> dict[str, Any]:
+    return {
+        "MODEL_NAME": settings.model_name,
+        "NUM_CLASS": settings.num_class,
+        "IMAGE_SIZE": settings.image_size,
+        "SEED": settings.seed,
+    }
+
+
+def _client(plan: _Plan, client: Client) -> dict[str, Any]:
+    settings, data = plan.settings, plan.data
+    values = {
+        **_shared(settings),
+        "DATA_ROOT": str(data.root),
+        "DATASET_JSON": str(data.datalist(client)),
+        "PRIOR_FILE": str(data.prior),
+        "BATCH_SIZE": client.batch_size,
+        "SIGMA0": plan.sigma0,
+        "LR": settings.lr,
+        "LOCAL_EPOCHS": settings.local_epochs,
+        "FREQUENCY": settings.frequency,
+        "RDLV_THRESHOLD": settings.rdlv_threshold,
+    }
+    return fill(plan.template.inverting if client.invert else plan.template.plain, values)
+
+
+def fill(template: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with its variables set; those that it does not have are left out.
+
+    Args:
+        template: Variables are top-level keys that the rest refers to as `{KEY}`.
+        values: By variable.
+    """
+    return {key: values.get(key, old) for key, old in template.items()}
+
+
+def _write_app(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    from core.storage import write_text
+
+    for name, content in files.items():
+        _write(folder / "config" / name, content)
+    write_text(folder / "custom" / "README.txt", CUSTOM_NOTE)
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    from core.storage import write_text
+
+    # Keys in the template's order: variables stand before what refers to them.
+    write_text(path, json.dumps(content, indent=4) + "\n")

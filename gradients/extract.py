@@ -1,0 +1,223 @@
+"""One run of stage 2 on every process: batch, model, update, and what is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from core.clipping import PER_SAMPLE
+from core.data.data_sets import DataSets, load_data
+from core.data.specs import DataSpec
+from core.errors import InputError
+from core.models.building import DEFAULT_POOL_KERNEL, ModelSpec, default_stem, skeleton_of
+from core.models.malicious import parse_malice
+from core.plugins import import_plugin
+from core.processes.distributed import Process
+from core.target import Target, Truth
+from gradients.batch_statistics import batch_norm_layers
+from gradients.client import ClientSettings, share_update
+from gradients.client_batch import (
+    batch_indices,
+    duplicate_label_indices,
+    load_batch,
+    public_samples,
+    validation_guesses,
+)
+from gradients.malicious_server import tamper
+from gradients.output import peak_memory, write_results
+from gradients.rank_analysis import LayerRank, format_table, rank_analysis
+from gradients.received_model import Pretrained, build_received_model, read_pretrained
+from gradients.record import Measured
+from gradients.settings import (
+    DEFAULT_ARCH,
+    BatchSettings,
+    DataSettings,
+    ExtractSettings,
+    ModelSettings,
+)
+
+
+def extract(process: Process, settings: ExtractSettings) -> Path | None:
+    """Compute and write, on one of the client's processes.
+
+    Args:
+        process: This process.
+        settings: The same on every process.
+
+    Returns:
+        The checkpoint's path on the first process, else None.
+
+    Raises:
+        InputError: Something that was asked for cannot be done.
+    """
+    import_plugin(settings.plugin)
+    began = time.perf_counter()
+    chosen = settings.model
+    pretrained = None if chosen.pretrained is None else read_pretrained(chosen.pretrained)
+    data, data_spec = _load_data(settings.data, pretrained, settings.seed)
+    spec = _model_spec(chosen, pretrained, data_spec)
+    if chosen.malicious:
+        parse_malice(chosen.malicious, spec.n_classes)
+    spec, client = _suit_privacy(spec, settings, process)
+    indices = _choose(settings.batch, data, settings.seed)
+    truth = _truth(data, indices, settings.data.workers, process)
+    model = build_received_model(spec, pretrained, chosen.outlayer_state, settings.seed)
+    model = model.double() if chosen.double else model
+    if chosen.malicious:
+        spec, model = _tampered(model, spec, data, data_spec, settings)
+    ranks = _rank_analysis(model, data_spec, settings, process)
+    if process.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(process.device)
+    loaded = time.perf_counter()
+    cost: dict[str, Any] = {}
+    target = share_update(model, spec, data_spec, truth.images, truth.labels, client, process, cost)
+    if target is None:
+        return None
+    _check_finite(target, settings)
+    measured = Measured(
+        seconds=round(time.perf_counter() - began, 3),
+        seconds_of_update=round(time.perf_counter() - loaded, 3),
+        peak_memory_mib=peak_memory(process.device),
+        processes=process.world_size,
+        indices=tuple(indices),
+        update_cosine=cost.get("update_cosine"),
+    )
+    return write_results(settings, target, truth, ranks, process.device, measured)
+
+
+def _truth(data: DataSets, indices: list[int], workers: int, process: Process) -> Truth:
+    """The client's images, and on the first process what one could guess without them."""
+    images, labels = load_batch(data, indices, workers)
+    mean, nearest = validation_guesses(data, images, workers) if process.is_main else (None, None)
+    return Truth(images, labels, mean_image=mean, nearest_images=nearest)
+
+
+def _tampered(
+    model: nn.Module,
+    spec: ModelSpec,
+    data: DataSets,
+    described: DataSpec,
+    settings: ExtractSettings,
+) -> tuple[ModelSpec, nn.Module]:
+    """What a malicious server sends instead of the model."""
+    spec = dataclasses.replace(spec, malicious=settings.model.malicious)
+    public, classes = public_samples(data, settings.data.workers)
+    return spec, tamper(model, spec, described.normalize(public), classes, settings.batch.size)
+
+
+def _check_finite(target: Target, settings: ExtractSettings) -> None:
+    """Refuse to share NaN: nothing could be learnt from it, nor read in a table."""
+    if all(gradient.isfinite().all() for gradient in target.gradient.values()):
+        return
+    if all(value.isfinite().all() for value in target.state_dict.values()):
+        lr = settings.client.local.lr
+        raise InputError(f"the update is not finite: local training diverges with --lr {lr:g}")
+    raise InputError(f"--pretrained: the parameters in {settings.model.pretrained} are not finite")
+
+
+def _load_data(
+    settings: DataSettings, pretrained: Pretrained | None, seed: int
+) -> tuple[DataSets, DataSpec]:
+    """The data set, and its description with the normalisation that the model expects."""
+    described = None if pretrained is None else pretrained.model
+    size = settings.image_size or (None if described is None else described.image_size)
+    data = load_data(
+        settings.data,
+        image_size=size,
+        root=settings.root,
+        name=settings.name,
+        seed=seed,
+        split_seed=settings.split_seed,
+    )
+    if pretrained is None or pretrained.data is None:
+        return data, data.spec
+    trained = pretrained.data
+    return data, dataclasses.replace(data.spec, mean=trained.mean, std=trained.std)
+
+
+def _model_spec(
+    settings: ModelSettings, pretrained: Pretrained | None, data: DataSpec
+) -> ModelSpec:
+    """The architecture: as the checkpoint says, else as the settings say."""
+    size = data.shape[1]
+    kernel = settings.pool_kernel
+    described = None if pretrained is None else pretrained.model
+    if described is None:
+        return ModelSpec(
+            arch=settings.arch or DEFAULT_ARCH,
+            n_classes=data.n_classes,
+            image_size=size,
+            stem=settings.stem or default_stem(size),
+            width=settings.width,
+            pool_kernel=kernel or DEFAULT_POOL_KERNEL,
+            norm=settings.norm or "batch",
+        )
+    _check_described(settings, described)
+    return dataclasses.replace(
+        described,
+        n_classes=data.n_classes,
+        image_size=size,
+        pool_kernel=kernel or described.pool_kernel,
+    )
+
+
+def _check_described(settings: ModelSettings, described: ModelSpec) -> None:
+    """Refuse flags that contradict what the checkpoint says about its model."""
+    for name in ("arch", "stem", "width", "norm"):
+        value, stated = getattr(settings, name), getattr(described, name)
+        if value is not None and value != stated:
+            raise InputError(f"--{name} {value}: the model in {settings.pretrained} has {stated}")
+
+
+def _suit_privacy(
+    spec: ModelSpec, settings: ExtractSettings, process: Process
+) -> tuple[ModelSpec, ClientSettings]:
+    """Make per-sample gradients well defined: no layer may mix the images of a batch.
+
+    An initial model gets GroupNorm, as in training with DP-SGD. Given parameters
+    belong to BatchNorm, which then runs with its running statistics.
+    """
+    client, privacy = settings.client, settings.client.privacy
+    per_sample = privacy is not None and privacy.clipping == PER_SAMPLE
+    if not (per_sample and client.train_mode and batch_norm_layers(skeleton_of(spec))):
+        return spec, client
+    if settings.model.norm == "batch":
+        raise InputError(
+            "--norm batch with --enable-dp: train-mode BatchNorm mixes the images of a batch, so "
+            "that none can be clipped alone; use --norm group, --model-eval or --dp-clipping batch"
+        )
+    if settings.model.pretrained is None:
+        _say(process, "per-sample clipping: BatchNorm is replaced by GroupNorm")
+        return dataclasses.replace(spec, norm="group"), client
+    _say(process, "per-sample clipping: BatchNorm runs with its running statistics (eval mode)")
+    return spec, dataclasses.replace(client, train_mode=False)
+
+
+def _say(process: Process, sentence: str) -> None:
+    if process.is_main:
+        print(sentence)
+
+
+def _choose(settings: BatchSettings, data: DataSets, seed: int) -> list[int]:
+    """Which training images are the client's."""
+    images = data.train_plain
+    if settings.duplicates is None:
+        return batch_indices(len(images), settings.size, settings.index, seed)
+    return duplicate_label_indices(
+        images.labels, settings.size, settings.duplicates, settings.index, seed
+    )
+
+
+def _rank_analysis(
+    model: nn.Module, data: DataSpec, settings: ExtractSettings, process: Process
+) -> list[LayerRank]:
+    if not settings.rank_analysis or not process.is_main:
+        return []
+    layers = rank_analysis(model, data.shape, settings.batch.size)
+    print(format_table(layers))
+    return layers

@@ -1,0 +1,118 @@
+"""What federated learning leaks: share an update, invert it, measure what was recovered.
+
+>>> import gradinvbench as gib
+>>> target, truth = gib.share(model, images, labels, defense="clip:1")  # any nn.Module
+>>> found = gib.invert(target, attack="spectral", iterations=500)  # never sees the truth
+>>> print(gib.evaluate(found, truth))
+
+Everything that a user needs is a name of this package. Names are imported when they are
+first used, so that the command line answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from gradinvbench._shadowing import check_packages
+
+if TYPE_CHECKING:
+    from attack.attacks import Attack, OptimizationAttack, register_attack
+    from attack.metrics import Evaluation, register_metric
+    from attack.reconstruction import Reconstruction
+    from attack.settings import InversionConfig as Settings
+    from core.data.specs import DataSpec
+    from core.errors import InputError
+    from core.models.architecture import Architecture, GivenModel
+    from core.models.building import ModelSpec
+    from core.target import LocalTraining, Target, Truth
+    from core.version import __version__
+    from gradients.defenses import ClientView, Defense, Gradient, register_defense
+    from gradinvbench._catalogue import attacks, defenses, metrics
+    from gradinvbench._evaluate import evaluate
+    from gradinvbench._files import load_target, save_target
+    from gradinvbench._invert import invert
+    from gradinvbench._share import share
+
+__all__ = [
+    "Architecture",
+    "Attack",
+    "ClientView",
+    "DataSpec",
+    "Defense",
+    "Evaluation",
+    "GivenModel",
+    "Gradient",
+    "InputError",
+    "LocalTraining",
+    "ModelSpec",
+    "OptimizationAttack",
+    "Reconstruction",
+    "Settings",
+    "Target",
+    "Truth",
+    "__version__",
+    "attacks",
+    "defenses",
+    "evaluate",
+    "invert",
+    "load_target",
+    "metrics",
+    "register_attack",
+    "register_defense",
+    "register_metric",
+    "save_target",
+    "share",
+]
+
+# Where each name is defined, and what it is called there if it differs.
+_HOMES = {
+    "Architecture": "core.models.architecture",
+    "Attack": "attack.attacks",
+    "ClientView": "gradients.defenses",
+    "DataSpec": "core.data.specs",
+    "Defense": "gradients.defenses",
+    "Evaluation": "attack.metrics",
+    "GivenModel": "core.models.architecture",
+    "Gradient": "gradients.defenses",
+    "InputError": "core.errors",
+    "LocalTraining": "core.target",
+    "ModelSpec": "core.models.building",
+    "OptimizationAttack": "attack.attacks",
+    "Reconstruction": "attack.reconstruction",
+    "Settings": "attack.settings:InversionConfig",
+    "Target": "core.target",
+    "Truth": "core.target",
+    "__version__": "core.version",
+    "attacks": "gradinvbench._catalogue",
+    "defenses": "gradinvbench._catalogue",
+    "evaluate": "gradinvbench._evaluate",
+    "invert": "gradinvbench._invert",
+    "load_target": "gradinvbench._files",
+    "metrics": "gradinvbench._catalogue",
+    "register_attack": "attack.attacks",
+    "register_defense": "gradients.defenses",
+    "register_metric": "attack.metrics",
+    "save_target": "gradinvbench._files",
+    "share": "gradinvbench._share",
+}
+
+check_packages()
+
+
+def _find(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, called = _HOMES[name].partition(":")
+    value: object = getattr(importlib.import_module(module), called or name)
+    globals()[name] = value
+    return value
+
+
+if not TYPE_CHECKING:
+    # A type checker reads the imports above and finds misspelt names.
+    __getattr__ = _find
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,7 @@
+"""The command `python -m gradinvbench`."""
+
+import sys
+
+from gradinvbench.command import main
+
+sys.exit(main())

@@ -1,0 +1,54 @@
+"""`evaluate`: how much of the private images a reconstruction shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from attack.metrics import Evaluation, metric_names, registered_metrics
+from attack.metrics import evaluate as measure
+from attack.reconstruction import Reconstruction
+from core.target import Truth
+from gradinvbench._names import check_name
+
+DEFAULT = ("psnr", "ssim", "mse")
+
+
+def evaluate(
+    found: Reconstruction | torch.Tensor,
+    truth: Truth,
+    *,
+    metrics: Sequence[str] | None = None,
+    device: torch.device | str | None = None,
+) -> Evaluation:
+    """Compare a reconstruction with the truth.
+
+    Every reconstructed image is assigned to one true image, once, by the mean squared
+    error; all metrics use that assignment. Flat colours stand beside it as a guess that
+    needs no gradient.
+
+    Args:
+        found: What `invert` returned, or images (N x C x H x W in [0, 1]).
+        truth: The second thing that `share` returned.
+        metrics: Names in `metrics()`; default: PSNR, SSIM, MSE and those of plugins.
+        device: Where to compute; default: where the images are.
+
+    Returns:
+        Prints as a table; `to_frame()` has one row per image.
+
+    Raises:
+        InputError: An unknown metric, or shapes that do not belong together.
+    """
+    names = (*DEFAULT, *registered_metrics()) if metrics is None else tuple(metrics)
+    for name in names:
+        check_name("metric", name, metric_names())
+    return measure(
+        found.images if isinstance(found, Reconstruction) else found,
+        found.labels if isinstance(found, Reconstruction) else None,
+        truth,
+        metrics=names,
+        device=device,
+        mean_image=truth.mean_image,
+        nearest_images=truth.nearest_images,
+    )

@@ -1,0 +1,135 @@
+"""The model that a training starts from: built, initialised, or read from a file."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from core.data.specs import DataSpec
+from core.errors import InputError
+from core.models.batch_norm import convert_batch_norm
+from core.models.building import (
+    ModelSpec,
+    build_model,
+    counts_batches,
+    default_stem,
+    load_parameters,
+)
+from core.processes.distributed import Process
+from core.storage import load_checkpoint
+from training.settings import ModelSettings, TrainingConfig
+
+logger = logging.getLogger(__name__)
+
+
+def model_spec(settings: ModelSettings, data: DataSpec, *, per_sample: bool) -> ModelSpec:
+    """The architecture that the settings and the data ask for.
+
+    Args:
+        settings: Of the architecture.
+        data: Size of the images and number of classes.
+        per_sample: Whether the gradient of every sample is clipped by itself.
+    """
+    size = data.shape[1]
+    return ModelSpec(
+        arch=settings.arch,
+        n_classes=data.n_classes,
+        image_size=size,
+        stem=default_stem(size) if settings.stem == "auto" else settings.stem,
+        width=settings.width,
+        pool_kernel=settings.pool_kernel,
+        norm=("group" if per_sample else "batch") if settings.norm == "auto" else settings.norm,
+    )
+
+
+def build_client_model(
+    settings: ModelSettings, config: TrainingConfig, spec: ModelSpec, process: Process
+) -> nn.Module:
+    """The model of one process: initialised, BatchNorm converted, on its device.
+
+    Args:
+        settings: Of the architecture.
+        config: How it will be trained.
+        spec: The architecture.
+        process: This process.
+
+    Raises:
+        InputError: The BatchNorm that was asked for needs CUDA or another package.
+    """
+    # Every process draws the same initial parameters.
+    model = build_model(spec)
+    if settings.bn_groups:
+        model = convert_batch_norm(model, "grouped", groups=settings.bn_groups)
+    elif config.synchronized and process.world_size > 1:
+        model = _synchronized(model, settings.bn_backend, process)
+    model = model.to(process.device)
+    return model.to(memory_format=torch.channels_last) if config.channels_last else model
+
+
+def _synchronized(model: nn.Module, backend: str, process: Process) -> nn.Module:
+    nccl = torch.distributed.get_backend() == "nccl"
+    if backend == "torch" and process.device.type != "cuda":
+        raise InputError("--bn-backend torch needs CUDA; use --bn-backend own")
+    if backend == "apex":
+        return _apex_synchronized(model)
+    if backend == "torch" or (backend == "auto" and nccl):
+        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return convert_batch_norm(model, "synchronized")
+
+
+def _apex_synchronized(model: nn.Module) -> nn.Module:
+    try:
+        from apex.parallel import convert_syncbn_model
+    except ImportError:
+        raise InputError(
+            "--bn-backend apex: NVIDIA Apex is not installed; use --bn-backend torch"
+        ) from None
+    return convert_syncbn_model(model)
+
+
+def load_pretrained(model: nn.Module, source: str, arch: str) -> None:
+    """Load the parameters that `--pretrained` names into a model, in place.
+
+    Args:
+        model: Changed.
+        source: "torchvision", or a file.
+        arch: The model's architecture.
+
+    Raises:
+        InputError: They cannot be had, or do not fit.
+    """
+    if source == "torchvision":
+        state = _torchvision_weights(arch)
+    else:
+        raw = load_checkpoint(source, "--pretrained")
+        state = raw.get("state_dict", raw)
+    state = {str(name).removeprefix("module."): value for name, value in state.items()}
+    own = model.state_dict()
+    # Another number of classes: the last layer is trained anew.
+    fitting = {n: v for n, v in state.items() if n in own and v.shape == own[n].shape}
+    if not any(name in fitting for name, _ in model.named_parameters()):
+        raise InputError(f"--pretrained {source}: no parameter fits --arch {arch}")
+    load_parameters(model, own | fitting)
+    skipped = sorted(n for n in set(own) - set(fitting) if not counts_batches(n))
+    if skipped:
+        logger.warning(
+            "--pretrained: %d tensors do not fit and keep their initialisation (%s, ...)",
+            len(skipped),
+            skipped[0],
+        )
+
+
+def _torchvision_weights(arch: str) -> dict[str, Any]:
+    import torchvision
+
+    try:
+        weights = torchvision.models.get_model_weights(arch).DEFAULT
+        return weights.get_state_dict(progress=False)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--pretrained: torchvision's weights of {arch} cannot be fetched here ({error}); "
+            "give the path of a file instead: --pretrained PATH"
+        ) from None

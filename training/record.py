@@ -1,0 +1,220 @@
+"""What a training was and what came of it: one typed record, its writer and its reader."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from core.clipping import clipping_word
+from core.data.specs import DataSpec
+from core.errors import InputError
+from core.models.building import ModelSpec
+from core.storage import write_json
+from training.settings import TrainingConfig
+
+# Version 1 is a record without a version.
+SCHEMA_VERSION = 2
+KIND, FILE = "training", "record.json"
+RUNNING, FINISHED = "running", "finished"
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """One line of `metrics.csv`.
+
+    Attributes:
+        epoch: Epochs finished.
+        lr: Learning rate.
+        train_loss: Mean cross-entropy over the epoch's samples.
+        train_acc1: Share of samples classified correctly, in percent.
+        val_loss: On the validation images.
+        val_acc1: In percent.
+        epsilon: Privacy budget spent; None without a guarantee.
+        images_per_second: Over all processes, training only.
+        seconds: Training and validation.
+    """
+
+    epoch: int
+    lr: float
+    train_loss: float
+    train_acc1: float
+    val_loss: float
+    val_acc1: float
+    epsilon: float | None
+    images_per_second: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PrivacySpent:
+    """What a differentially private training promises.
+
+    Attributes:
+        clipping: "per-sample" or "batch".
+        noise_multiplier: Of the noise, in clipping norms.
+        max_norm: Clipping norm.
+        delta: Of the guarantee.
+        epsilon: Budget spent; None without a guarantee.
+        note: The guarantee in words.
+        epsilon_rdp: The same by the accountant of Renyi's divergence.
+        accountant: Name of the accountant behind `epsilon`.
+        sample_rate: Probability that an image is in a batch.
+        steps: Steps taken.
+    """
+
+    clipping: str
+    noise_multiplier: float
+    max_norm: float
+    delta: float
+    epsilon: float | None
+    note: str
+    epsilon_rdp: float | None = None
+    accountant: str | None = None
+    sample_rate: float | None = None
+    steps: int | None = None
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> PrivacySpent:
+        """What a record of any version holds."""
+        return PrivacySpent(**{**values, "clipping": clipping_word(values["clipping"])})
+
+
+@dataclass(frozen=True)
+class CheckpointNames:
+    """The checkpoints in the run's folder.
+
+    Attributes:
+        initial: The untrained model.
+        best: The model of the best validation accuracy; None before the first epoch.
+        last: The latest model; None before the first epoch.
+    """
+
+    initial: str
+    best: str | None = None
+    last: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainRecord:
+    """One run of stage 1, as `record.json` holds it.
+
+    Attributes:
+        status: "running" or "finished".
+        scheme: Name of the defense scheme.
+        config: How it was trained.
+        model: The architecture.
+        data: The images' description.
+        n_train: Training images.
+        n_val: Validation images.
+        processes: Over all nodes.
+        epochs_done: Epochs finished.
+        initial_val_acc1: Validation accuracy before the first epoch, in percent.
+        best_val_acc1: Best so far, in percent; None before the first epoch.
+        final_val_acc1: Of the latest epoch, in percent.
+        final_train_acc1: Of the latest epoch, in percent.
+        privacy: What differential privacy promises; None where it is not used.
+        images_per_second: Median over epochs.
+        seconds_per_epoch: Median over epochs.
+        seconds: Of all epochs.
+        history: One result per epoch.
+        checkpoints: Their names.
+        provenance: Versions, device and seed.
+        schema_version: Of this description.
+    """
+
+    status: str
+    scheme: str
+    config: TrainingConfig
+    model: ModelSpec
+    data: DataSpec
+    n_train: int
+    n_val: int
+    processes: int
+    epochs_done: int
+    initial_val_acc1: float | None
+    best_val_acc1: float | None
+    final_val_acc1: float | None
+    final_train_acc1: float | None
+    privacy: PrivacySpent | None
+    images_per_second: float | None
+    seconds_per_epoch: float | None
+    seconds: float
+    history: tuple[EpochResult, ...]
+    checkpoints: CheckpointNames
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as the file holds them."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return values | {
+            "kind": KIND,
+            "config": dataclasses.asdict(self.config),
+            "model": self.model.to_dict(),
+            "data": self.data.to_dict(),
+            "privacy": None if self.privacy is None else dataclasses.asdict(self.privacy),
+            "history": [dataclasses.asdict(result) for result in self.history],
+            "checkpoints": dataclasses.asdict(self.checkpoints),
+            "provenance": dict(self.provenance),
+        }
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> TrainRecord:
+        """The inverse of `to_dict`, for this version of the schema and those before it.
+
+        Raises:
+            InputError: It is no record of a training, or one of a later version.
+        """
+        _check_version(values)
+        privacy = values.get("privacy")
+        read = {
+            "config": TrainingConfig.from_dict(values["config"]),
+            "model": ModelSpec.from_dict(values["model"]),
+            "data": DataSpec.from_dict(values["data"]),
+            "privacy": None if privacy is None else PrivacySpent.from_dict(privacy),
+            "history": tuple(EpochResult(**result) for result in values["history"]),
+            "checkpoints": CheckpointNames(**values["checkpoints"]),
+            "schema_version": SCHEMA_VERSION,
+        }
+        names = [f.name for f in dataclasses.fields(TrainRecord)]
+        plain = {name: values[name] for name in names if name in values}
+        return TrainRecord(**{**plain, **read})
+
+
+def _check_version(values: Mapping[str, Any]) -> None:
+    version = values.get("schema_version", 1)
+    if not isinstance(version, int) or not 1 <= version <= SCHEMA_VERSION:
+        raise InputError(
+            f"the training's record has schema version {version!r} and this program reads up "
+            f"to {SCHEMA_VERSION}; update the program"
+        )
+
+
+def write_record(record: TrainRecord, folder: Path) -> None:
+    """Write a run's `record.json`, atomically."""
+    write_json(folder / FILE, record.to_dict())
+
+
+def read_record(folder: Path) -> TrainRecord:
+    """The record of the run in a folder.
+
+    Raises:
+        InputError: There is none, or it is not one of a training.
+    """
+    path = folder / FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError(f"{folder} holds no readable {FILE} of a training run") from None
+    if not isinstance(values, dict) or values.get("kind") != KIND:
+        raise InputError(f"{path} is not the record of a training run")
+    try:
+        return TrainRecord.from_dict(values)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is not a whole record of a training run ({error!r})") from None

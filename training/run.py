@@ -1,0 +1,196 @@
+"""One run of stage 1 on every process: data, model, trainer, and the folder it writes to."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from core.data.data_sets import load_data
+from core.errors import InputError
+from core.models.building import DEFAULT_POOL_KERNEL
+from core.plugins import import_plugin
+from core.processes.distributed import Process, barrier, broadcast_object
+from training.checkpoints import checkpoints, latest_checkpoint, remove_unfinished
+from training.initial_model import build_client_model, load_pretrained, model_spec
+from training.settings import RunSettings
+from training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def run_training(process: Process, settings: RunSettings) -> None:
+    """Train, on one of the run's processes.
+
+    Args:
+        process: This process.
+        settings: The same on every process.
+
+    Raises:
+        InputError: Something that was asked for cannot be done.
+    """
+    import_plugin(settings.plugin)
+    logging.basicConfig(
+        level=logging.INFO if process.is_main else logging.ERROR, format="%(message)s"
+    )
+    with _product_precision(tf32=settings.tf32):
+        _train(process, settings)
+
+
+@contextlib.contextmanager
+def _product_precision(*, tf32: bool) -> Iterator[None]:
+    """Within the block, float32 products may use TF32; whoever called gets its setting back."""
+    held = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(held[0])
+        torch.backends.cudnn.allow_tf32 = held[1]
+
+
+def _train(process: Process, settings: RunSettings) -> None:
+    trainer = _make_trainer(process, settings)
+    checkpoint = _agreed(prepare_root(settings) if process.is_main else None)
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+    trainer.epoch = settings.start_epoch or trainer.epoch
+    barrier()
+    if settings.evaluate:
+        _evaluate(trainer)
+        return
+    _announce(settings, trainer)
+    trainer.fit()
+    _conclude(trainer)
+
+
+def _make_trainer(process: Process, settings: RunSettings) -> Trainer:
+    chosen, model_settings, config = settings.data, settings.model, settings.training
+    data = load_data(
+        chosen.data,
+        image_size=chosen.image_size,
+        seed=config.seed,
+        root=chosen.root,
+        name=chosen.name,
+        split_seed=chosen.split_seed,
+    )
+    spec = model_spec(model_settings, data.spec, per_sample=config.per_sample)
+    model = build_client_model(model_settings, config, spec, process)
+    if model_settings.pretrained:
+        load_pretrained(model, model_settings.pretrained, model_settings.arch)
+    return Trainer(
+        model,
+        spec,
+        data,
+        config,
+        process,
+        settings.root,
+        flags=settings.flags,
+        print_freq=settings.print_freq,
+    )
+
+
+def _agreed(checkpoint: Path | None) -> Path | None:
+    """Rank 0's choice on every process: the others must not look at a changing folder."""
+    chosen = broadcast_object(None if checkpoint is None else str(checkpoint))
+    return None if chosen is None else Path(chosen)
+
+
+def _evaluate(trainer: Trainer) -> None:
+    loss, acc1 = trainer.validate()
+    if trainer.process.is_main:
+        print(f"validation loss {loss:.4f} acc1 {acc1:.2f} (epoch {trainer.epoch})")
+
+
+def _announce(settings: RunSettings, trainer: Trainer) -> None:
+    process, config, spec = trainer.process, trainer.config, trainer.data.spec
+    norm = trainer.model_spec.norm
+    if norm == "batch":
+        norm = "synchronized BatchNorm" if config.synchronized else "asynchronous BatchNorm"
+    logger.info(
+        "scheme %s: %s on %s (%d training, %d validation images of %d classes), %s, batch %d, "
+        "%d process(es) on %s",
+        config.scheme,
+        trainer.model_spec.arch,
+        spec.name,
+        trainer.n,
+        len(trainer.data.val),
+        spec.n_classes,
+        norm,
+        config.batch_size,
+        process.world_size,
+        process.device.type,
+    )
+    _announce_pooling(trainer)
+    if config.scheme == "GH" and process.world_size == 1 and not settings.model.bn_groups:
+        logger.warning(
+            "GH on one process: asynchronous BatchNorm is plain BatchNorm of the whole batch; "
+            "use --multiprocessing-distributed --nproc-per-node N, or --bn-groups N"
+        )
+    if config.dp and not config.per_sample:
+        logger.warning("--dp-clipping batch clips the mean gradient: it gives no privacy guarantee")
+    if trainer.accountant is not None:
+        planned = trainer.accountant.planned(config.epochs * len(trainer.batches))
+        logger.info("after all epochs: %s", planned.sentence(config.noise_multiplier))
+    if trainer.epoch:
+        logger.info("continuing after epoch %d", trainer.epoch)
+
+
+def _announce_pooling(trainer: Trainer) -> None:
+    """Say so where the kernel of the RA defense is scaled to a small feature map."""
+    asked = trainer.model_spec.pool_kernel
+    if asked == DEFAULT_POOL_KERNEL:
+        return
+    pools = (m for m in trainer.model.modules() if isinstance(m, torch.nn.MaxPool2d))
+    actual = getattr(next(pools, None), "kernel_size", asked)
+    if actual != asked:
+        logger.info(
+            "max-pooling kernel %s (for 224 px images) becomes %s at this resolution", asked, actual
+        )
+
+
+def _conclude(trainer: Trainer) -> None:
+    if not trainer.process.is_main:
+        return
+    if trainer.accountant is not None:
+        spent = trainer.accountant.epsilon()
+        print(spent.sentence(trainer.config.noise_multiplier))
+    reached = f"best validation accuracy {trainer.best_acc1:.2f} %"
+    if not trainer.history:
+        reached = "no epoch was trained"
+    print(f"{trainer.config.scheme}: {reached}, results in {trainer.root}")
+
+
+def prepare_root(settings: RunSettings) -> Path | None:
+    """The checkpoint to continue from, if any; refuses to mix two runs in one folder.
+
+    Args:
+        settings: Of the run.
+
+    Raises:
+        InputError: The folder holds another run, or the checkpoint does not exist.
+    """
+    root = settings.root
+    if root.exists() and not root.is_dir():
+        raise InputError(f"--result-root: {root} is a file, not a folder")
+    remove_unfinished(root)
+    latest = latest_checkpoint(root)
+    if settings.resume == "auto":
+        return latest
+    if settings.resume:
+        if not Path(settings.resume).exists():
+            raise InputError(f"--resume: there is no file {settings.resume}")
+        return Path(settings.resume)
+    if latest is not None and not settings.evaluate:
+        if not settings.overwrite:
+            raise InputError(
+                f"--result-root: {root} holds a run already ({latest.name}); continue it with "
+                "--resume auto, discard it with --overwrite, or choose another folder"
+            )
+        for path in checkpoints(root):
+            path.unlink()
+    return None
