@@ -9,20 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from attack.loop.loss_terms import make_objective, make_penalties, make_regularizers
-from attack.loop.problem import InversionProblem
 from attack.loop.restarts import Starter
 from attack.matching.acceleration import AcceleratedMatcher
 from attack.matching.clipping import CLIPPED_FROM
-from attack.matching.match import Matcher
 from attack.matching.matcher import GradientMatcher
-from attack.priors.coordinates import Coordinates, make_coordinates
-from attack.priors.regularizers import ModelPenalty, Regularizer
-from attack.settings import InversionConfig
-from core.target import Target
+from attack.priors.coordinates import make_coordinates
+
+if TYPE_CHECKING:
+    from attack.loop.problem import InversionProblem
+    from attack.matching.match import Matcher
+    from attack.priors.coordinates import Coordinates
+    from attack.priors.regularizers import ModelPenalty, Regularizer
+    from attack.settings import InversionConfig
+    from core.target import Target
 
 
 def make_variables(

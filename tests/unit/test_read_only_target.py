@@ -9,8 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from attack.attacks import get_attack
-from attack.attacks.base import OptimizationAttack
+from attack.attacks import OptimizationAttack, get_attack
 from attack.loop.inversion import Inversion
 from attack.matching.replica import Replica
 from attack.settings import InversionConfig
