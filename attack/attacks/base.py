@@ -22,7 +22,7 @@ class Attack(abc.ABC):
 
     Attributes:
         name: What `--attack` and tables call it.
-        requires: What the threat model must grant.
+        requires: What the threat model must grant to the attack.
         label_rule: How its paper gets the labels, see `attack.knowledge.labels`.
         recovers_labels: Whether it recovers the labels itself where no rule is asked for.
         adapts_by_default: Whether it takes a known defense into account unasked.
@@ -67,8 +67,8 @@ class Attack(abc.ABC):
         Args:
             target: What was shared; never the truth.
             labels: N class indices, recovered or granted.
-            device: Where to compute.
-            seed: Of every random number.
+            device: Device that runs the computation.
+            seed: Seed of every random number of the attack.
             run: Passed on to `Inversion.run` (progress, snapshots, state file).
         """
 

@@ -67,7 +67,7 @@ class EnsembleConfig:
 
     Attributes:
         members: Names of the attacks, in the order in which they are run.
-        version: Of the ensemble.
+        version: Version of the ensemble.
         iterations: The budget: gradient evaluations of all members together.
         time_budget: Seconds instead; the budget is then measured, and not reproducible.
         granted: Names of the capabilities that the threat model grants.
@@ -98,14 +98,14 @@ class Member:
 
     Attributes:
         name: The attack's, with its variant.
-        attack: Its class.
+        attack: Class of the member's attack.
         changes: Fields of its setting that this variant changes.
         status: "waiting", "finished", "dropped", "withheld", "not applicable" or "failed".
         reason: Why, for the last three.
         loss: Common gradient loss of its last result.
         rounds: Times it was run.
         evaluations: Gradient evaluations it was granted.
-        result: Its last result.
+        result: The member's last result.
     """
 
     name: str
@@ -148,8 +148,8 @@ class Ensemble:
         target: What was shared, as far as the threat model shows it.
         config: Budget and members.
         labels: N labels, in order; None to recover and arrange them.
-        device: Where to compute.
-        seed: Of all members.
+        device: Device that runs the computation.
+        seed: Seed that every member of the ensemble uses.
         state_file: Files beside it keep finished and running members for a resumed run.
         progress: Show a bar on rank 0.
         save_every: Iterations between two saves of a running member.

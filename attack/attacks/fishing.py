@@ -105,7 +105,7 @@ def fished_target(target: Target, attack: str) -> Target:
     """The smaller batch behind the shared gradient of a model tampered with by fishing.
 
     Args:
-        target: What was shared.
+        target: What the client shared.
         attack: Who asks, for messages.
 
     Returns:

@@ -21,8 +21,8 @@ def reconstruct_spread(
     """Run each process's share of the restarts; the same result as one process running all.
 
     Args:
-        attack: Its configuration says how many restarts.
-        target: What was shared.
+        attack: The attack; its settings state the number of restarts.
+        target: What the client shared.
         options: As for `OptimizationAttack.reconstruct`.
 
     Returns:

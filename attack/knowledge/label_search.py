@@ -74,7 +74,7 @@ def arrangements(
         labels: N class indices, in any order.
         parts: Sizes that add up to N.
         limit: Where there are more ways, so many of them at random.
-        seed: Of that choice.
+        seed: Seed of that choice.
 
     Returns:
         N class indices each, part by part; sorted within a part, where order means nothing.

@@ -72,7 +72,7 @@ class Inversion:
         target: What was shared. The truth is never seen here.
         labels: N recovered labels of the whole batch.
         config: Hyper-parameters.
-        device: Where to compute.
+        device: Device that runs the computation.
         seed: Of the starts and the noise; restart r uses `seed` and r only, so that the
             same restart is the same whatever else runs beside it.
         prior: Images to start from (N x C x H x W in [0, 1]) instead of `config.starts.start`.

@@ -62,11 +62,11 @@ def measure_case(
     are whole iterations of Inverting Gradients with total variation and optimizer.
 
     Args:
-        case: The target.
+        case: The target that is timed.
         repeats: Rounds at most.
         seconds: Enough time to stop after three rounds.
         seed: Of model, images and candidate.
-        threads: Of each method.
+        threads: Number of threads of each method.
     """
     methods = [name for name in METHODS if _available(name)]
     jobs: dict[str, Job] = {m: (build_iteration, (m, case.name, seed)) for m in methods}
