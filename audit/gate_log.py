@@ -109,12 +109,16 @@ def _seal(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _check(argv: Sequence[str] | None) -> None:
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m audit.gate_log", description="Check the chain of a site's gate log."
     )
     parser.add_argument("path", help="the log, or the folder that holds it")
-    path = parser.parse_args(argv).path
+    return parser
+
+
+def _check(path: str) -> None:
     entries = verify(path)
     seal = entries[-1]["seal"] if entries else START
     print(f"{len(entries)} entries, the chain holds; last seal {seal}")
@@ -122,7 +126,8 @@ def _check(argv: Sequence[str] | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    return exit_status(lambda: _check(argv))
+    path = build_parser().parse_args(argv).path
+    return exit_status(lambda: _check(path))
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ COMMANDS = {
     "python -m federated.plot_reconstructions": "federated.plot_reconstructions",
     "python -m federated.compare_methods": "federated.compare_methods",
     "python -m gradients.inspect": "gradients.inspect",
+    "python -m audit.gate_log": "audit.gate_log",
     "python -m training.reports": "training.reports",
     "python -m benchmarks.equal_time": "benchmarks.speed.equal_time",
     "python -m benchmarks.speed": "benchmarks.speed.__main__",
