@@ -22,7 +22,7 @@ class Reconstruction:
         objective: The gradient loss of `images`.
         trace: One dictionary per printed iteration (iteration, objective, ...).
         seconds: Wall-clock time of the attack.
-        iterations: Iterations done.
+        iterations: Number of finished iterations.
         status: "finished", "target-tv", "patience", "time" or "diverged".
         details: Anything else worth recording, plain values.
         members: Of an ensemble, every attack's own result by its name.

@@ -62,7 +62,7 @@ class AttackRecord(RunRecord):
     Attributes:
         attack: Its name.
         config: Its settings by name; None where it has none.
-        iterations: Iterations done.
+        iterations: Number of finished iterations.
         objective: The gradient loss of the result.
         labels: The N labels of the result.
         details: Further plain values of the attack.

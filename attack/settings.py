@@ -157,10 +157,10 @@ class OptimiserSettings(Topic):
 
     Attributes:
         name: One of `OPTIMIZERS`.
-        iterations: Of the whole attack.
+        iterations: Number of iterations of the whole attack.
         betas: Of Adam.
         lr: The largest learning rate.
-        lr_min: Where the cosine schedule ends.
+        lr_min: Learning rate at the end of the cosine schedule.
         schedule: See `attack.loop.schedules.learning_rate`.
         warmup: Iterations of linear growth of the learning rate.
         signed: Use only the sign of the image gradient.
@@ -393,13 +393,13 @@ class InversionConfig:
     """Everything that determines an inversion beside the target and the seed.
 
     Attributes:
-        matching: How gradients are compared.
-        priors: What is known about images.
+        matching: Settings of the matching loss.
+        priors: Settings of the priors on the images.
         optimiser: What is optimised, and by which steps.
         starts: Where it starts, and how often.
-        consensus: What several restarts have to do with each other.
+        consensus: Settings of what several restarts share.
         stopping: When it ends, and which iterate is the result.
-        speed: What is sped up.
+        speed: Settings of the speed-ups.
 
     Example:
         >>> config = InversionConfig(iterations=24000, tv_kind="isotropic", tv=0.01, restarts=5)

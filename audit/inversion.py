@@ -64,11 +64,11 @@ class UpdateReconstruction:
         losses: "gradient" (objective of the update) and "bn" (distance of BatchNorm
             statistics) of these images, as far as the method has them.
         seconds: Wall-clock time.
-        method: As in the settings.
-        iterations: Done.
+        method: Name of the method, as in the settings.
+        iterations: Number of finished iterations.
         labels_from: Where the labels come from: the rule, or "joint".
         bn_statistics: Whether BatchNorm statistics were matched.
-        granted: What the attacker was told that a server does not see.
+        granted: What the attacker was told although a server does not see it.
         status: "finished", or why the attack ended early.
         trace: One dictionary per printed iteration.
         settings: The settings as plain values.
@@ -106,8 +106,8 @@ def invert_update(
         prior: 3 x H x W in [0, 1] to start from, such as the mean of public images.
         public: P x 3 x H x W in [0, 1], images of other people, for methods full and bn: how
             people differ. Without a prior their mean is the prior.
-        seed: Of every random number.
-        device: Where to compute.
+        seed: Seed of every random number of the attack.
+        device: Device that runs the computation.
         progress: Show a bar.
 
     Raises:

@@ -39,8 +39,8 @@ class ImageLeakage:
 
     Attributes:
         reconstruction: Index of the best reconstruction.
-        similarity: Of that reconstruction to the image.
-        prior_similarity: Of the prior to the image.
+        similarity: Similarity of that reconstruction to the image.
+        prior_similarity: Similarity of the prior image to the image.
         rdlv: Relative data leakage value.
         p_value: Share of other patients for whom the reconstructions have at least this
             RDLV (counting the image itself); None without other patients.
@@ -129,7 +129,7 @@ def failed_report(reason: str, threshold: float = 1.0) -> LeakageReport:
     """The report where nothing could be measured: the update stays at the site.
 
     Args:
-        reason: What broke.
+        reason: Why nothing could be measured.
         threshold: For the record.
     """
     return LeakageReport(WITHHOLD, reason, math.nan, threshold)
@@ -290,9 +290,9 @@ class LeakageRecord:
         site: Name of the site.
         round_number: From 0.
         decision: "pass" or "withhold".
-        reason: Why.
+        reason: Why the update was passed or withheld.
         rdlv: Reduced over images; None where nothing could be measured.
-        rdlv_per_image: Of every training image.
+        rdlv_per_image: RDLV of every training image.
         content: Everything that was recorded.
         path: The record's file.
     """
@@ -332,9 +332,9 @@ def write_leakage(
 
     Args:
         folder: The site's results.
-        site: Its name.
+        site: Name of the site.
         round_number: From 0.
-        report: What was measured.
+        report: The measured leakage.
         reconstructions: M x C x H x W in [0, 1]; None where there are none.
         originals: N x C x H x W in [0, 1].
         details: Plain values to keep beside: attack, settings, noise, provenance.

@@ -48,7 +48,7 @@ class PublishedResult:
     Attributes:
         images: N x C x H x W in [0, 1], each stretched to that range, as it is compared.
         labels: N class indices.
-        losses: Its terms at the last iteration.
+        losses: Loss terms at the last iteration, by name.
         trace: The same every `print_every` iterations.
     """
 
@@ -62,11 +62,11 @@ class PublishedAttack:
     """One run of the published attack.
 
     Args:
-        update: What the site sent.
+        update: The update that the site is about to send.
         settings: Iterations, learning rate and the published factors.
         prior: 3 x H x W in [0, 1].
-        seed: Of the first targets.
-        device: Where to compute.
+        seed: Seed of the first label targets.
+        device: Device that runs the computation.
     """
 
     def __init__(

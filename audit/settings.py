@@ -43,7 +43,7 @@ class InversionSettings:
         method: "full" (match update, BatchNorm statistics and prior), "bn" (BatchNorm
             statistics and prior alone), "published" (the published attack as it was,
             a baseline), or the name of an attack of stage 3.
-        iterations: Of the whole attack.
+        iterations: Number of iterations of the whole attack.
         learning_rate: The largest one; cosine after a linear warm-up.
         warmup: Iterations of linear growth of the learning rate.
         objective: How the update is compared, a name in `attack.matching.objectives`.

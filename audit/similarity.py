@@ -69,7 +69,7 @@ def similarity_matrix(
     """Every image against every reference.
 
     Args:
-        metric: What to compare with.
+        metric: The similarity that compares two images.
         references: N x C x H x W in [0, 1].
         images: M x C x H x W in [0, 1].
 

@@ -23,7 +23,7 @@ class LocalUpdate:
     """One site's weight difference of one round.
 
     Attributes:
-        model: The architecture.
+        model: How the client's model is built.
         data: Shape and normalisation of the images.
         global_weights: State dictionary before local training, buffers included.
         weight_diff: Local minus global state by the same names; the buffers (running

@@ -52,8 +52,8 @@ def compute(
     """Run every cell of a table that is not finished.
 
     Args:
-        table: Whose cells.
-        store: Where results go.
+        table: The table whose cells are computed.
+        store: Store that keeps the results.
         workers: Who computes them.
         quiet: Whether only errors are said.
         retry_failed: Whether cells that failed before are run again.

@@ -48,14 +48,14 @@ class Submission:
     """What is to be entered.
 
     Attributes:
-        defense: Its name on the leaderboard.
+        defense: Name of the defense on the leaderboard.
         source: What all attacks are to be run on, or a table that was computed and holds
             the defense (its name, or a YAML file).
         where: "AXIS=VALUE" of the table's rows that count; all rows if empty.
-        description: One sentence.
+        description: The defense in one sentence.
         reference: Paper or address.
         utility: Accuracy in percent of a model trained under it; None for the table's.
-        preset: Of the table.
+        preset: Preset of the table.
         data: Data set instead of the preset's.
         store: Folder of the cells.
         entries: Folder of the entries.
@@ -115,9 +115,9 @@ def ensemble_table(
     """The leaderboard's table with one defense as its only row.
 
     Args:
-        name: Of the defense on the leaderboard.
+        name: Name of the defense on the leaderboard.
         defended: The defense, and what the attacks may do.
-        preset: Of the table.
+        preset: Preset of the table.
         data: Data set instead of the preset's.
 
     Raises:

@@ -17,8 +17,8 @@ def blank_figure(
     """Make an empty figure.
 
     Args:
-        width: In inches.
-        height: In inches.
+        width: Width of the figure in inches.
+        height: Height of the figure in inches.
         constrained: Whether matplotlib moves the panels until no text overlaps.
         dpi: Dots per inch of the figure; None for matplotlib's own.
     """
@@ -57,7 +57,7 @@ def save_figure(
     """Write a figure as PNG, atomically.
 
     Args:
-        figure: What was drawn.
+        figure: The drawn figure.
         path: File to write; ends in .png.
         dpi: Dots per inch; None for the figure's own.
         tight: Whether empty margins are cut off.

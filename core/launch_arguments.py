@@ -71,7 +71,7 @@ class LaunchSettings:
     """How the processes of a command start and where they compute.
 
     Attributes:
-        seed: Of every random number.
+        seed: Seed of every random number of the attack.
         gpu: Index of the one GPU to use; None for all.
         world_size: Number of nodes.
         rank: Index of this node.

@@ -16,7 +16,7 @@ def provenance(device: torch.device, seed: int) -> dict[str, Any]:
     """Versions, device, threads and seed of this run, as plain values for a JSON record.
 
     Args:
-        device: Where the run computes.
+        device: Device that runs the computation.
         seed: The seed it was started with.
     """
     cuda = device.type == "cuda"

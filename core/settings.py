@@ -75,8 +75,8 @@ def setting(default: T, *flags: str, **told: Any) -> T:
     """Declare a setting: the field of a settings record.
 
     Args:
-        default: Its default.
-        flags: Its flags on the command line.
+        default: Default of the setting.
+        flags: Flags of the setting on the command line.
         told: Further fields of `Setting`.
     """
     return cast(T, field(default=default, metadata={_KEY: Setting(flags, **told)}))
@@ -87,9 +87,9 @@ class Declared:
     """One declared setting of a record.
 
     Attributes:
-        name: Of the field.
+        name: Name of the field.
         kinds: The types that its value can have.
-        default: Its default.
+        default: Default of the setting.
         about: Its flags, its help and its limits.
     """
 
@@ -194,7 +194,7 @@ def add_flags(parser: argparse.ArgumentParser, record: type, title: str) -> None
     """Add a group of flags, one for each setting of a record that has one.
 
     Args:
-        parser: Where to add them.
+        parser: Parser that receives the flags.
         record: A dataclass of settings.
         title: Of the group in `--help`.
     """
@@ -223,7 +223,7 @@ def is_given(each: Declared, values: Mapping[str, Any]) -> bool:
     """Whether one of a setting's flags is among the given ones.
 
     Args:
-        each: The setting.
+        each: The declared setting.
         values: Values of flags under the names that argparse gives them.
     """
     return any(destination(flag) in values for flag in each.about.flags)
@@ -233,7 +233,7 @@ def from_flags(each: Declared, values: Mapping[str, Any], base: Value) -> Value:
     """The value of a setting under the given flags.
 
     Args:
-        each: The setting.
+        each: The declared setting.
         values: Values of flags under the names that argparse gives them.
         base: What it is, or what a part of it is, where no flag says anything.
     """

@@ -25,7 +25,7 @@ class LocalTraining:
     Attributes:
         epochs: Passes over the local data ("local iterations" where there is one batch).
         batches: Batches per epoch; the images are split in order into this many.
-        lr: Learning rate.
+        lr: Learning rate of SGD.
         momentum: SGD momentum.
         weight_decay: L2 penalty.
         proximal: mu of FedProx: the local loss has mu/2 |theta - theta_0|^2 added.

@@ -34,14 +34,15 @@ SECTION = re.compile(
 )
 ADDRESS = re.compile(r"https?://[^\s<>]+[^\s<>.,;:)]")
 
-# Every published command, and its module; after a colon the name of a command of that command.
-# The three stages are asked for through the harness, which knows where their parsers are.
+# Every published command: its module, then the function that builds its parser if that has a name
+# of its own, then the command of that parser. The three stages are asked for through the harness,
+# which knows where their parsers are.
 COMMANDS = {
     "python training/main_pytorch.py": "stage:train",
     "python training/get_gradients.py": "stage:extract",
     "python main_run.py": "stage:attack",
-    "python -m benchmarks leaderboard": "benchmarks.show.leaderboard:leaderboard",
-    "python -m benchmarks submit": "benchmarks.show.leaderboard:submit",
+    "python -m benchmarks leaderboard": "benchmarks.command:build_leaderboard_parser:leaderboard",
+    "python -m benchmarks submit": "benchmarks.command:build_leaderboard_parser:submit",
     "python -m benchmarks": "benchmarks.command",
     "python -m federated.create_job_config": "federated.create_job_config",
     "./start_fl_sim.sh": "federated.simulate",
@@ -219,18 +220,19 @@ def _setting(kind: type[Any], said: Mapping[str, str]) -> str:
         return ""
     changed = [[f"`{name}`", f"`{value}`"] for name, value in differences(published)]
     below = "What differs from the settings of `python main_run.py` without `--attack`:"
-    return "\n\n".join(filter(None, [linked(words), below, table(["setting", "value"], changed)]))
+    return "\n\n".join(filter(None, [linked(words), below, table(["flag", "value"], changed)]))
 
 
 def differences(config: Any) -> Iterator[tuple[str, Any]]:
-    """Settings that are not their defaults, those of nested records too."""
+    """Settings that are not their defaults, by their flags, topic by topic."""
+    from core.settings import declared
+
     plain = type(config)()
     for field in dataclasses.fields(config):
-        value, default = getattr(config, field.name), getattr(plain, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from differences(value)
-        elif value != default:
-            yield field.name, value
+        topic, default = getattr(config, field.name), getattr(plain, field.name)
+        for each in declared(type(topic)):
+            if getattr(topic, each.name) != getattr(default, each.name):
+                yield each.flag, getattr(topic, each.name)
 
 
 def _needs(kind: type[Any], said: Mapping[str, str]) -> str:
@@ -366,19 +368,22 @@ def _label(result: Result, what: str) -> Iterator[str]:
 
 def parser_of(command: str) -> argparse.ArgumentParser:
     """The parser of a published command."""
-    place, _, name = COMMANDS[command].partition(":")
+    place, *names = COMMANDS[command].split(":")
     if place == "stage":
         from benchmarks.run.stages import STAGES
 
-        build = STAGES[name].parser
+        build = STAGES[names[0]].parser
         assert build is not None
         return build()
     home = importlib.import_module(place)
+    if names:
+        builder, command_name = names
+        return subcommands(getattr(home, builder)())[command_name]
     if not hasattr(home, "build_parser"):
         # A published path, which imports its `main` from where the command is.
         home = importlib.import_module(home.main.__module__)
     parser: argparse.ArgumentParser = home.build_parser()
-    return subcommands(parser)[name] if name else parser
+    return parser
 
 
 def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
@@ -445,12 +450,12 @@ def records_page() -> str:
     parts = [
         (f"{title}: {kind.__name__}" if number else title, _fields(kind))
         for title, module, names in RECORDS
-        for number, kind in enumerate(declared(module, names))
+        for number, kind in enumerate(dataclasses_of(module, names))
     ]
     return page("Fields of the records", "the docstrings of the classes", parts)
 
 
-def declared(module: str, names: Sequence[str]) -> list[type[Any]]:
+def dataclasses_of(module: str, names: Sequence[str]) -> list[type[Any]]:
     """The dataclasses of a module; none where there is no such module.
 
     Args:
@@ -468,7 +473,9 @@ def declared(module: str, names: Sequence[str]) -> list[type[Any]]:
 
 def _fields(kind: type[Any]) -> str:
     said = sections(kind.__doc__ or "")
-    meaning = entries(said.get("Attributes", ""))
+    meaning: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        meaning |= entries(sections(base.__doc__ or "").get("Attributes", ""))
     rows = [
         [f"`{f.name}`", f"`{_type(f.type)}`", cell(meaning.get(f.name, ""))]
         for f in dataclasses.fields(kind)

@@ -42,8 +42,8 @@ def save_target(
     """Write a gradient checkpoint atomically.
 
     Args:
-        path: Where to.
-        target: What was shared.
+        path: File to write.
+        target: What the client shared.
         truth: What lies behind it; left out, the file is a stripped checkpoint.
         arguments: The command line by flag, for the record.
         builder: For a given module, the function that builds it, as `module:function`. It is
@@ -139,7 +139,7 @@ def load_target(
     """Read a gradient checkpoint of ours or of the original tools. Nothing in it is run.
 
     Args:
-        path: The file.
+        path: File to read.
         flag: The flag the user gave it with, for messages.
         build: Builds the module, for a checkpoint of a module that the user gave.
 

@@ -56,8 +56,8 @@ class ClientSettings:
         synchronized: BatchNorm statistics over all processes instead of each one's.
         privacy: Clipping and noise in every local step.
         defenses: Applied to the update, in order.
-        seed: Of noise and defenses.
-        dropout_seed: Of dropout masks.
+        seed: Seed of the noise and of the defenses.
+        dropout_seed: Seed of the dropout masks.
         share_running: Share BatchNorm's running statistics as they are afterwards, as
             clients do that share their whole state.
     """
@@ -94,7 +94,7 @@ def share_update(
         data_spec: Normalisation of the images.
         images: N x C x H x W in [0, 1].
         labels: N class indices.
-        settings: What the client does.
+        settings: What the client computes and what it does to the gradient.
         process: This process among the client's processes.
         measured: Takes what the defenses cost, for the record: `update_cosine` between
             what is shared and the update before them.
@@ -166,7 +166,7 @@ def spread(n: int, local: LocalTraining, processes: int) -> tuple[int, ...]:
     Args:
         n: Images of the client.
         local: Its local SGD.
-        processes: Their number.
+        processes: Number of processes.
     """
     batches = [shard_sizes(size, processes) for size in shard_sizes(n, local.batches)]
     return tuple(map(sum, zip(*batches, strict=True)))

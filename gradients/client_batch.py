@@ -18,8 +18,8 @@ def batch_indices(n: int, batch_size: int, index: int, seed: int) -> list[int]:
     Args:
         n: Images in the data set.
         batch_size: Images per batch.
-        index: Which batch.
-        seed: Of the shuffle.
+        index: Number of the batch, from 0.
+        seed: Seed of the shuffle.
 
     Raises:
         InputError: The data set has no such batch.
@@ -41,11 +41,11 @@ def duplicate_label_indices(
     """A batch in which every label occurs `duplicates` times, with different images.
 
     Args:
-        labels: Of the whole data set.
+        labels: Class index of every image of the data set.
         batch_size: Images per batch, a multiple of `duplicates`.
         duplicates: Images per label.
         index: Which batch; every index draws classes and images anew.
-        seed: Of the draw.
+        seed: Seed of the draw.
 
     Returns:
         Indices, grouped by class.
@@ -81,7 +81,7 @@ def load_batch(
 
     Args:
         data: The data set.
-        indices: Which images.
+        indices: Positions of the images in the data set.
         workers: Threads that decode; 0: none besides the caller.
 
     Returns:

@@ -46,7 +46,7 @@ def extract(process: Process, settings: ExtractSettings) -> Path | None:
     """Compute and write, on one of the client's processes.
 
     Args:
-        process: This process.
+        process: Rank, device and number of processes.
         settings: The same on every process.
 
     Returns:

@@ -286,10 +286,10 @@ def dropout_masks(seed: int | None, step: int, shard: int, device: torch.device)
 
     Args:
         seed: None leaves torch's random numbers as they are.
-        step: Local step.
+        step: Number of the local step, from 0.
         shard: Index of the process; so that several processes and one process that
             plays them all draw the same masks.
-        device: Where the model runs.
+        device: Device that the model runs on.
     """
     if seed is None:
         yield

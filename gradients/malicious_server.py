@@ -108,7 +108,7 @@ def _fish_by_feature(
     given cut, it lies where one of `batch_size` images of the class is expected below.
 
     Args:
-        model: Its last layer is changed in place.
+        model: The model; the function changes its last layer in place.
         malice: Class, feature and cut.
         values: The feature of public images, taken for normally distributed.
         batch_size: Images of the client.

@@ -46,10 +46,10 @@ def write_results(
 
     Args:
         settings: What was asked for.
-        target: What is shared.
-        truth: What lies behind it.
+        target: What the client shares.
+        truth: The images and labels that the client keeps private.
         ranks: The rank analysis, if asked for.
-        device: Where it was computed.
+        device: Device that computed the gradient.
         measured: What it cost.
 
     Returns:

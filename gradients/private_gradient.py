@@ -89,7 +89,7 @@ def private_gradient(
     """The private gradient of a client's loss at each of its local steps.
 
     Args:
-        model: In the mode the client runs it in.
+        model: The model, in the mode (train or eval) that the client runs it in.
         images: N x C x H x W, normalised.
         labels: N class indices.
         local: The client's local SGD.
@@ -149,8 +149,8 @@ def clipped_gradient_sum(
 
     Args:
         model: No layer of it may mix samples.
-        parameters: Where the gradients are taken.
-        buffers: Of the model.
+        parameters: Parameters at which the gradients are computed.
+        buffers: The model's buffers by name.
         images: N x C x H x W, normalised.
         labels: N class indices, or N x classes probabilities.
         max_norm: C: every image's gradient g becomes g min(1, C / |g|).
@@ -225,7 +225,7 @@ def gaussian_epsilon(noise_multiplier: float, delta: float, steps: int = 1) -> f
 
     Args:
         noise_multiplier: sigma, relative to the sensitivity C.
-        delta: Target delta.
+        delta: Delta of the (epsilon, delta) guarantee.
         steps: Local steps K.
 
     Returns:

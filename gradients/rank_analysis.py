@@ -25,7 +25,7 @@ class LayerRank:
     """The balance of unknowns and equations at one layer, over the whole batch.
 
     Attributes:
-        name: Module name.
+        name: Name of the module in the model.
         n_x: Unknowns: elements of the layer's input.
         n_w: Equations from the gradient of its weights.
         n_z: Equations from its output.
@@ -60,7 +60,7 @@ def rank_analysis(
     weights count once, inputs and outputs once per image.
 
     Args:
-        model: Left unchanged.
+        model: The model; the function does not change it.
         shape: C, H, W of one image.
         batch_size: Images in the batch.
 

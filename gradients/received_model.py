@@ -27,7 +27,7 @@ class Pretrained:
     """Parameters from a file, and what the file says about them.
 
     Attributes:
-        path: The file.
+        path: File to read.
         state_dict: By name, without the prefixes of wrappers.
         model: The architecture, where the file states it.
         data: What it was trained on, where the file states it.
@@ -45,7 +45,7 @@ def read_pretrained(path: str | Path, flag: str = "--pretrained") -> Pretrained:
     """Read a training checkpoint (`state_dict` inside), plain parameters, or MoCo's.
 
     Args:
-        path: The file.
+        path: File to read.
         flag: The flag the user gave it with, for messages.
 
     Raises:
@@ -105,11 +105,11 @@ def build_received_model(
     A classification layer for another number of classes is left as initialised.
 
     Args:
-        spec: The architecture.
+        spec: How the model is built.
         pretrained: Parameters; None for the initial model.
         outlayer_state: How to initialise the last layer: "None" (leave it),
             "kaiming_uniform" or "normal" (std 0.01, bias 0).
-        seed: Of the initialisation.
+        seed: Seed of the random initialisation.
 
     Raises:
         InputError: The parameters do not belong to this architecture.

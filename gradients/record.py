@@ -133,7 +133,7 @@ class UpdatePrivacy:
     Attributes:
         clipping: "per-sample" or "batch".
         noise_multiplier: Of the noise, in clipping norms.
-        max_norm: Clipping norm.
+        max_norm: Largest Euclidean norm of one sample's gradient.
         delta: Of the guarantee.
         epsilon: None without a guarantee.
     """

@@ -14,8 +14,8 @@ def save_target(
     """Write what a client shared to a file, which the command `attack` reads as well.
 
     Args:
-        path: Where to.
-        target: What was shared.
+        path: File to write.
+        target: What the client shared.
         truth: What lies behind it; left out, the file holds nothing private.
         builder: For a module of your own, the function without arguments that builds it, as
             `module:function`. A file holds no code, only this text.
@@ -32,7 +32,7 @@ def load_target(
     """Read a file of `save_target` or of the command `extract`; nothing in it is run.
 
     Args:
-        path: The file.
+        path: File to read.
         build: Builds the module, if the file is of a module of your own; its parameters
             are then those of the file.
 

@@ -36,7 +36,7 @@ def invert(
     """Reconstruct the images behind what a client shared.
 
     Args:
-        target: What was shared.
+        target: What the client shared.
         attack: A name in `attacks()`, run under its published setting, or an `Attack`.
         iterations: Of the whole attack; default: the published number.
         labels: N class indices, if they are known in the order of the images; default: they

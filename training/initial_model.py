@@ -53,8 +53,8 @@ def build_client_model(
     Args:
         settings: Of the architecture.
         config: How it will be trained.
-        spec: The architecture.
-        process: This process.
+        spec: How the model is built.
+        process: Rank, device and number of processes.
 
     Raises:
         InputError: The BatchNorm that was asked for needs CUDA or another package.

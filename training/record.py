@@ -27,8 +27,8 @@ class EpochResult:
     """One line of `metrics.csv`.
 
     Attributes:
-        epoch: Epochs finished.
-        lr: Learning rate.
+        epoch: Number of finished epochs.
+        lr: Learning rate of SGD.
         train_loss: Mean cross-entropy over the epoch's samples.
         train_acc1: Share of samples classified correctly, in percent.
         val_loss: On the validation images.
@@ -56,7 +56,7 @@ class PrivacySpent:
     Attributes:
         clipping: "per-sample" or "batch".
         noise_multiplier: Of the noise, in clipping norms.
-        max_norm: Clipping norm.
+        max_norm: Largest Euclidean norm of one sample's gradient.
         delta: Of the guarantee.
         epsilon: Budget spent; None without a guarantee.
         note: The guarantee in words.
@@ -106,7 +106,7 @@ class TrainRecord:
         status: "running" or "finished".
         scheme: Name of the defense scheme.
         config: How it was trained.
-        model: The architecture.
+        model: How the client's model is built.
         data: The images' description.
         n_train: Training images.
         n_val: Validation images.

@@ -27,7 +27,7 @@ def write_metrics_csv(history: Sequence[EpochResult], path: Path) -> None:
 
     Args:
         history: One result per epoch.
-        path: Where to.
+        path: File to write.
     """
     if not history:
         return
@@ -92,7 +92,7 @@ class ScalarLog:
     """TensorBoard scalars, where TensorBoard is installed.
 
     Args:
-        folder: Of the event files.
+        folder: Folder that receives the event files.
         enabled: False for a log that does nothing.
     """
 

@@ -26,7 +26,7 @@ def run_training(process: Process, settings: RunSettings) -> None:
     """Train, on one of the run's processes.
 
     Args:
-        process: This process.
+        process: Rank, device and number of processes.
         settings: The same on every process.
 
     Raises:

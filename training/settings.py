@@ -29,12 +29,12 @@ class TrainingConfig:
         warmup: Epochs of linear increase before the schedule.
         accumulate: Parts that a process' shard of a batch is computed in.
         workers: Loading processes over all processes.
-        seed: Of everything random.
+        seed: Seed of every random number of the run.
         dp: Whether gradients are clipped and noised.
         dp_clipping: "per-sample" or "batch" (no guarantee).
         noise_multiplier: Of the noise, in clipping norms.
-        max_norm: Clipping norm.
-        delta: Of the privacy guarantee.
+        max_norm: Largest Euclidean norm of one sample's gradient.
+        delta: Delta of the (epsilon, delta) guarantee.
         synchronized: Whether BatchNorm statistics are those of the whole batch.
         amp: None, "bf16" or "fp16" mixed precision.
         channels_last: Memory layout of images and weights.

@@ -94,9 +94,9 @@ class Trainer:
         model: On this process' device, BatchNorm already converted; all processes
             must hold the same parameters.
         model_spec: How to rebuild it, for the checkpoints.
-        data: Data sets.
-        config: How to train.
-        process: This process.
+        data: The data sets to train and to validate on.
+        config: Settings of the training.
+        process: Rank, device and number of processes.
         root: Folder of checkpoints and records.
         flags: The command line by flag, for the checkpoints.
         print_freq: Steps between renewals of the progress bar.

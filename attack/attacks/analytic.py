@@ -72,7 +72,7 @@ def layer_inputs(
     """Candidate inputs of the layer.
 
     Args:
-        layer: What was shared of it.
+        layer: What the client shared of the layer.
         batch_size: Of one image all rows speak, and noise is averaged out.
         tolerance: Relative distance of rows that are counted as the same.
 

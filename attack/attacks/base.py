@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from attack.reconstruction import Reconstruction
+    from attack.settings import InversionConfig
     from core.target import Target
 
 
@@ -21,10 +22,11 @@ class Attack(abc.ABC):
 
     Attributes:
         name: What `--attack` and tables call it.
-        requires: What the threat model must grant.
+        requires: What the threat model must grant to the attack.
         label_rule: How its paper gets the labels, see `attack.knowledge.labels`.
         recovers_labels: Whether it recovers the labels itself where no rule is asked for.
         adapts_by_default: Whether it takes a known defense into account unasked.
+        published: The paper's hyper-parameters; None for an attack without an optimisation loop.
     """
 
     name: ClassVar[str]
@@ -32,6 +34,7 @@ class Attack(abc.ABC):
     label_rule: ClassVar[str] = "llg"
     recovers_labels: ClassVar[bool] = False
     adapts_by_default: ClassVar[bool] = False
+    published: ClassVar[InversionConfig | None] = None
 
     @classmethod
     def configured(cls, given: dict[str, Any]) -> Attack:
@@ -64,8 +67,8 @@ class Attack(abc.ABC):
         Args:
             target: What was shared; never the truth.
             labels: N class indices, recovered or granted.
-            device: Where to compute.
-            seed: Of every random number.
+            device: Device that runs the computation.
+            seed: Seed of every random number of the attack.
             run: Passed on to `Inversion.run` (progress, snapshots, state file).
         """
 

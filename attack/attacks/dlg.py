@@ -2,8 +2,8 @@
 
 from attack.attacks.base import register_attack
 from attack.attacks.optimisation import OptimizationAttack
+from attack.attacks.parts import published
 from attack.knowledge.threat_models import Capability
-from attack.settings import InversionConfig
 
 
 @register_attack
@@ -34,15 +34,4 @@ class DLG(OptimizationAttack):
 
     name = "dlg"
     requires = frozenset({Capability.BATCH_SIZE})
-    published = InversionConfig(
-        objective="L2",
-        optimizer="LBFGS",
-        lr=1.0,
-        schedule="constant",
-        iterations=300,
-        signed=False,
-        tv=0.0,
-        box=False,
-        joint_labels=True,
-        hvp="exact",
-    )
+    published = published.DLG

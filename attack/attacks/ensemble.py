@@ -23,7 +23,6 @@ import torch
 from tqdm import tqdm
 
 from attack.attacks.base import Attack, get_attack
-from attack.attacks.optimisation import OptimizationAttack
 from attack.knowledge.known_defenses import Adaptation, adapt
 from attack.knowledge.label_search import (
     arrangements,
@@ -33,6 +32,7 @@ from attack.knowledge.label_search import (
     parts_of,
 )
 from attack.knowledge.threat_models import Capability
+from attack.loop.inversion import label_trial
 from attack.matching.matcher import GradientMatcher
 from attack.matching.objectives import Cosine
 from attack.matching.replica import Replica
@@ -67,7 +67,7 @@ class EnsembleConfig:
 
     Attributes:
         members: Names of the attacks, in the order in which they are run.
-        version: Of the ensemble.
+        version: Version of the ensemble.
         iterations: The budget: gradient evaluations of all members together.
         time_budget: Seconds instead; the budget is then measured, and not reproducible.
         granted: Names of the capabilities that the threat model grants.
@@ -98,14 +98,14 @@ class Member:
 
     Attributes:
         name: The attack's, with its variant.
-        attack: Its class.
+        attack: Class of the member's attack.
         changes: Fields of its setting that this variant changes.
         status: "waiting", "finished", "dropped", "withheld", "not applicable" or "failed".
         reason: Why, for the last three.
         loss: Common gradient loss of its last result.
         rounds: Times it was run.
         evaluations: Gradient evaluations it was granted.
-        result: Its last result.
+        result: The member's last result.
     """
 
     name: str
@@ -121,7 +121,7 @@ class Member:
     @property
     def optimises(self) -> bool:
         """Whether it takes a budget of iterations."""
-        return issubclass(self.attack, OptimizationAttack)
+        return self.attack.published is not None
 
     def record(self) -> dict[str, Any]:
         """What is worth knowing, as plain values."""
@@ -148,8 +148,8 @@ class Ensemble:
         target: What was shared, as far as the threat model shows it.
         config: Budget and members.
         labels: N labels, in order; None to recover and arrange them.
-        device: Where to compute.
-        seed: Of all members.
+        device: Device that runs the computation.
+        seed: Seed that every member of the ensemble uses.
         state_file: Files beside it keep finished and running members for a resumed run.
         progress: Show a bar on rank 0.
         save_every: Iterations between two saves of a running member.
@@ -181,7 +181,7 @@ class Ensemble:
         for name in self.config.members:
             attack = get_attack(name)
             yield self._admitted(Member(name, attack))
-            if not issubclass(attack, OptimizationAttack) or name != "spectral":
+            if attack.published is None or name != "spectral":
                 continue
             if self._sees_statistics() and attack.published.priors.bn == 0:
                 changes = {"bn": STATISTICS_STEP, "exact_bn": True}
@@ -205,8 +205,8 @@ class Ensemble:
 
     def _setting(self, member: Member, evaluations: int) -> InversionConfig:
         """A member's published setting within a budget of gradient evaluations."""
-        assert issubclass(member.attack, OptimizationAttack)
         published = member.attack.published
+        assert published is not None
         cost = LBFGS_COST if published.optimiser.name == "LBFGS" else 1
         restarts = max(1, min(published.starts.restarts, evaluations // (cost * PER_RESTART)))
         iterations = max(1, evaluations // (cost * restarts))
@@ -288,10 +288,9 @@ class Ensemble:
         if saved is None:
             budget = int(SHARE_FOR_LABELS * self.budget)
             chooser = self._chooser()
-            labels, spent = choose_labels(
-                self.target, candidates, chooser, device=self.device, seed=self.seed,
-                first_iterations=iterations_for(len(candidates), budget),
-            )  # fmt: skip
+            trial = label_trial(self.target, chooser, device=self.device, seed=self.seed)
+            first = iterations_for(len(candidates), budget)
+            labels, spent = choose_labels(candidates, trial, first_iterations=first)
             saved = {"labels": labels, "spent": spent}
             self._save("labels", saved)
         self.budget = max(1, self.budget - int(saved["spent"]))

@@ -10,7 +10,7 @@ from torch import nn
 
 from attack.attacks.base import register_attack
 from attack.attacks.optimisation import OptimizationAttack
-from attack.attacks.spectral import Spectral
+from attack.attacks.parts import published
 from attack.knowledge.threat_models import Capability
 from attack.loop.inversion import Snapshot
 from attack.reconstruction import Reconstruction
@@ -54,7 +54,7 @@ class Fishing(OptimizationAttack):
 
     name = "fishing"
     requires: ClassVar[frozenset[Capability]] = frozenset({Capability.MALICIOUS_SERVER})
-    published = Spectral.published
+    published = published.SPECTRAL
 
     def reconstruct(
         self,
@@ -105,7 +105,7 @@ def fished_target(target: Target, attack: str) -> Target:
     """The smaller batch behind the shared gradient of a model tampered with by fishing.
 
     Args:
-        target: What was shared.
+        target: What the client shared.
         attack: Who asks, for messages.
 
     Returns:

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 
 from attack.attacks.base import register_attack
-from attack.attacks.dlg import DLG
 from attack.attacks.optimisation import OptimizationAttack
+from attack.attacks.parts import published
 from attack.knowledge.threat_models import Capability
 from attack.reconstruction import Reconstruction
 from core.errors import InputError
@@ -34,7 +34,7 @@ class IDLG(OptimizationAttack):
     name = "idlg"
     requires = frozenset({Capability.BATCH_SIZE})
     label_rule = "idlg"
-    published = DLG.published.changed(joint_labels=False)
+    published = published.DLG.changed(joint_labels=False)
 
     def reconstruct(
         self, target: Target, *, labels: torch.Tensor, device: torch.device, seed: int, **run: Any

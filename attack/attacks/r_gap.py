@@ -213,7 +213,7 @@ class _LinearMap:
         bias: outputs.
         patches: kernel positions x output positions x input positions, 0 or 1: which pixel
             each weight meets; a fully connected layer is one position.
-        channels: Input channels.
+        channels: Number of input channels.
     """
 
     matrix: torch.Tensor

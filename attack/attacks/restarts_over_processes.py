@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from attack.attacks.base import Attack
-from attack.attacks.optimisation import OptimizationAttack
 from attack.reconstruction import Reconstruction
-from core.errors import InputError
 from core.processes import distributed
 from core.target import Target
 
-
-def check_spreadable(attack: Attack) -> None:
-    """Refuse attacks whose restarts have to see each other.
-
-    Raises:
-        InputError: Names the flag.
-    """
-    if not isinstance(attack, OptimizationAttack):
-        raise InputError(f"--spread restarts: {attack.name} has no restarts")
-    if attack.config.consensus.combine or attack.config.consensus.group > 0:
-        raise InputError(
-            "--spread restarts: --MinCombine and --Group compare restarts while they run; "
-            "use --spread batch"
-        )
+if TYPE_CHECKING:
+    from attack.attacks.optimisation import OptimizationAttack
 
 
 def reconstruct_spread(
@@ -36,8 +21,8 @@ def reconstruct_spread(
     """Run each process's share of the restarts; the same result as one process running all.
 
     Args:
-        attack: Its configuration says how many restarts.
-        target: What was shared.
+        attack: The attack; its settings state the number of restarts.
+        target: What the client shared.
         options: As for `OptimizationAttack.reconstruct`.
 
     Returns:

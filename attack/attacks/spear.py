@@ -69,7 +69,7 @@ def factorize(layer: FirstLayer, dtype: torch.dtype) -> Factorization:
     """Low-rank decomposition of the layer's weight gradient.
 
     Args:
-        layer: What was shared of it.
+        layer: What the client shared of the layer.
         dtype: Precision in which it was shared.
 
     Source: SPEAR, theorem 3.1.
@@ -166,7 +166,7 @@ def solve(layer: FirstLayer, factors: Factorization, directions: torch.Tensor) -
 
     Args:
         layer: Weights and bias gradient.
-        factors: Of the weight gradient.
+        factors: Factors of the weight gradient.
         directions: r x r, one per row.
 
     Source: SPEAR, theorem 3.3 (scale) and section 4.3 (sparsity matching).
@@ -461,7 +461,7 @@ def rest_of_space(factors: Factorization, known: torch.Tensor) -> torch.Tensor |
     switches cannot be explained so are not those of an image.
 
     Args:
-        factors: Of the gradient.
+        factors: Factors of the gradient.
         known: k x r directions.
 
     Returns:

@@ -2,7 +2,7 @@
 
 from attack.attacks.base import register_attack
 from attack.attacks.optimisation import OptimizationAttack
-from attack.settings import InversionConfig
+from attack.attacks.parts import published
 
 
 @register_attack
@@ -23,16 +23,4 @@ class Spectral(OptimizationAttack):
     """
 
     name = "spectral"
-    published = InversionConfig(
-        iterations=2000,
-        lr=0.2,
-        lr_min=0.0,
-        signed=False,
-        tv=1.0,
-        tv_kind="double-opponents",
-        balance=0.5,
-        balance_end=0.05,
-        balance_hold=0.002,
-        coordinates="dct",
-        race=8,
-    )
+    published = published.SPECTRAL

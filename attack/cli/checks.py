@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from attack.attacks.optimisation import make_attack
-from attack.attacks.restarts_over_processes import check_spreadable
+from attack.attacks.base import Attack
+from attack.attacks.optimisation import OptimizationAttack, make_attack
 from attack.cli.request import AttackRun, Search, prior_images
 from attack.knowledge.labels import rule_names
 from attack.knowledge.requirements import check_knowledge
@@ -85,3 +85,18 @@ def check_places(run: AttackRun, root: Path, name: str) -> None:
 def check_search(search: Search) -> None:
     """Refuse a search whose simulated checkpoint cannot be read."""
     load_target(search.checkpoint, "--simulation-checkpoint")
+
+
+def check_spreadable(attack: Attack) -> None:
+    """Refuse attacks whose restarts have to see each other.
+
+    Raises:
+        InputError: Names the flag.
+    """
+    if not isinstance(attack, OptimizationAttack):
+        raise InputError(f"--spread restarts: {attack.name} has no restarts")
+    if attack.config.consensus.combine or attack.config.consensus.group > 0:
+        raise InputError(
+            "--spread restarts: --MinCombine and --Group compare restarts while they run; "
+            "use --spread batch"
+        )

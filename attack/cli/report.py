@@ -35,9 +35,9 @@ class Output:
         run: What was asked for.
         key: Identifies it.
         attack: What is run.
-        target: On what.
+        target: What the client shared.
         truth: To compare with; None where it is unknown.
-        process: Where it runs.
+        process: Rank and device that run the attack.
     """
 
     run: AttackRun

@@ -63,7 +63,7 @@ class AttackRun:
         spread: What several processes share: "batch" or "restarts".
         measuring: What is measured.
         showing: What is shown on the way.
-        seed: Of every random number.
+        seed: Seed of every random number of the attack.
         plugin: Module to import first.
         arguments: The whole command line as plain values, for the record.
     """
@@ -92,7 +92,7 @@ class Search:
         names: What to search, as argparse names the flags.
         iterations: Of a trial, where they are not searched.
         cpu: Do not use a GPU even if there is one.
-        num_samples: Settings tried.
+        num_samples: Number of settings that are tried.
         max_concurrent: Trials at a time.
         gpus_per_trial: Share of a GPU reserved for a trial.
         min_t: Iterations before which no trial is stopped.

@@ -19,6 +19,7 @@ from attack.cli.request import AttackRun, prior_images
 from attack.knowledge.label_search import arrange_labels
 from attack.knowledge.labels import recover_labels
 from attack.knowledge.threat_models import Capability, find_threat
+from attack.loop.inversion import label_trial
 from attack.matching.freed_memory import keep_freed_memory
 from attack.metrics import assign, psnr
 from attack.reconstruction import Reconstruction
@@ -128,7 +129,8 @@ def _arranged_labels(output: Output) -> torch.Tensor | None:
     recovered = run.knowledge.adaptive and run.knowledge.label_rule != "known"
     if labels is None or not recovered or not isinstance(config, InversionConfig):
         return labels
-    return arrange_labels(target, labels, config, device=output.process.device, seed=run.seed)
+    trial = label_trial(target, config, device=output.process.device, seed=run.seed)
+    return arrange_labels(target, labels, trial, seed=run.seed)
 
 
 def run_key(run: AttackRun, attack: Attack) -> str:

@@ -45,8 +45,8 @@ class Range:
     """The values a hyper-parameter may take.
 
     Attributes:
-        low: Smallest.
-        high: Largest.
+        low: Smallest value.
+        high: Largest value.
         scale: "linear", "log" or "integer".
     """
 
@@ -76,7 +76,7 @@ class SearchResult:
 
     Attributes:
         config: The best setting: the constants and the values found.
-        loss: Its smallest gradient loss.
+        loss: Smallest gradient loss that the setting reached.
         trials: Per trial: config, loss (None if it failed), iterations, error.
     """
 
@@ -125,13 +125,13 @@ def search(
             exception that it must let pass.
         space: What to search, by name.
         constants: Further entries of every trial's setting.
-        num_samples: Settings tried.
+        num_samples: Number of settings that are tried.
         max_concurrent: Trials at a time.
         cpus_per_trial: Cores reserved for a trial.
         gpus_per_trial: Share of a GPU reserved for a trial; not asked for without a GPU.
         min_t: Iterations before which no trial is stopped.
         max_t: Iterations after which every trial is stopped.
-        seed: Of the settings proposed.
+        seed: Seed of the proposed settings.
         verbose: Ray Tune's verbosity, 0 to 3.
         storage: Folder for Ray's own files; a temporary one if None.
         ray_options: For `ray.init` where Ray isn't running; it is then shut down again.

@@ -67,7 +67,7 @@ class Adaptation:
         """The comparison of gradients that knows the defense.
 
         Args:
-            inner: How gradients are compared without one.
+            inner: The objective without any adaptation.
         """
         if self.through is not None:
             inner = Through(inner, self.through)
@@ -90,7 +90,7 @@ class ElementWeighted(Objective):
     """Another objective on gradients whose elements are weighted.
 
     Args:
-        objective: What to compute on them.
+        objective: The distance that is computed on the weighted gradients.
         weights: Per shared parameter, a factor or a tensor of the parameter's shape.
     """
 
@@ -116,7 +116,7 @@ class Through(Objective):
     """Another objective between the target and what the defense makes of a gradient.
 
     Args:
-        objective: What to compute.
+        objective: The distance that is computed on the transformed gradients.
         defense: A differentiable stand-in for the defense.
     """
 
@@ -156,7 +156,7 @@ def adapt(target: Target, config: InversionConfig) -> Adaptation:
     """What to change about an attack, given the defenses that the target states.
 
     Args:
-        target: What was shared.
+        target: What the client shared.
         config: The attack's hyper-parameters when it knows of no defense.
     """
     adaptation = Adaptation.none(target, config)

@@ -11,19 +11,20 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from attack.knowledge.labels import recover_labels, rule_names
-from attack.loop.inversion import Inversion
 from core.errors import InputError
 from core.processes.distributed import shard_sizes
 
 if TYPE_CHECKING:
-    from attack.settings import InversionConfig
     from core.target import Target
+
+# The objective that an inversion with these N labels reaches within so many iterations.
+Trial = Callable[[torch.Tensor, int], float]
 
 MAX_ARRANGEMENTS = 24
 FIRST_ITERATIONS = 100
@@ -73,7 +74,7 @@ def arrangements(
         labels: N class indices, in any order.
         parts: Sizes that add up to N.
         limit: Where there are more ways, so many of them at random.
-        seed: Of that choice.
+        seed: Seed of that choice.
 
     Returns:
         N class indices each, part by part; sorted within a part, where order means nothing.
@@ -116,22 +117,16 @@ def _choices(counts: list[tuple[int, int]], size: int) -> Iterator[tuple[int, ..
 
 
 def choose_labels(
-    target: Target,
     candidates: Sequence[torch.Tensor],
-    config: InversionConfig,
+    trial: Trial,
     *,
-    device: torch.device,
-    seed: int,
     first_iterations: int = FIRST_ITERATIONS,
 ) -> tuple[torch.Tensor, int]:
     """The hypothesis whose inversion matches the gradient best, by successive halving.
 
     Args:
-        target: What was shared.
         candidates: N labels each.
-        config: How to invert; the number of iterations and restarts is chosen here.
-        device: Where to compute.
-        seed: Of the starts, the same for all.
+        trial: Inverts with some labels, see `attack.loop.inversion.label_trial`.
         first_iterations: For each of them in the first round; doubled in every further one.
 
     Returns:
@@ -139,14 +134,7 @@ def choose_labels(
     """
     field, iterations, spent = list(candidates), first_iterations, 0
     while len(field) > 1:
-        trial = config.changed(
-            iterations=iterations, restarts=1, combine=False, polish=0, warmup=0,
-            time_budget=None,
-        )  # fmt: skip
-        losses = [
-            Inversion(target, labels, trial, device=device, seed=seed).run().objective
-            for labels in field
-        ]
+        losses = [trial(labels, iterations) for labels in field]
         spent += iterations * len(field)
         order = sorted(range(len(field)), key=lambda i: (losses[i], i))
         field = [field[i] for i in order[: math.ceil(len(field) / 2)]]
@@ -155,12 +143,7 @@ def choose_labels(
 
 
 def arrange_labels(
-    target: Target,
-    labels: torch.Tensor,
-    config: InversionConfig,
-    *,
-    device: torch.device,
-    seed: int,
+    target: Target, labels: torch.Tensor, trial: Trial, *, seed: int
 ) -> torch.Tensor:
     """Put recovered labels where they belong, if the batch has parts that differ.
 
@@ -168,14 +151,13 @@ def arrange_labels(
     known, it costs 24 dB.
 
     Args:
-        target: What was shared.
+        target: What the client shared.
         labels: N recovered labels in any order.
-        config: How to invert.
-        device: Where to compute.
-        seed: Of the trials.
+        trial: Inverts with some labels, see `attack.loop.inversion.label_trial`.
+        seed: Seed of the choice among too many arrangements.
     """
     candidates = arrangements(labels, parts_of(target), seed=seed)
-    return choose_labels(target, candidates, config, device=device, seed=seed)[0]
+    return choose_labels(candidates, trial)[0]
 
 
 def iterations_for(n_candidates: int, budget: int) -> int:

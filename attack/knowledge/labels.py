@@ -111,7 +111,7 @@ def recover_labels(
 
     Args:
         rule: A name in `rule_names()`.
-        target: What was shared.
+        target: What the client shared.
         model: `target.build_model()`, if it is at hand already; left as it was.
         truth_labels: The labels, where the threat model grants them (rule "known").
 
@@ -389,7 +389,7 @@ def _whole_counts(counts: torch.Tensor, total: int, certain: torch.Tensor) -> to
 
     Args:
         counts: n estimates.
-        total: K.
+        total: Number of samples K.
         certain: n booleans, the classes that occur at least once.
     """
     floor = certain.double() if int(certain.sum()) <= total else torch.zeros_like(counts)
@@ -421,7 +421,7 @@ def accuracy_by_rule(target: Target, labels: torch.Tensor) -> dict[str, dict[str
     """Every rule but "known" on one target.
 
     Args:
-        target: What was shared.
+        target: What the client shared.
         labels: The true labels, to compare with.
 
     Returns:

@@ -38,7 +38,7 @@ class ThreatModel:
 
     Attributes:
         name: What `--threat` and tables call it.
-        grants: What it is given beside the model and the shared gradient.
+        grants: What the attacker is given beside the model and the shared gradient.
         description: Who that is, in one sentence.
     """
 
@@ -147,7 +147,7 @@ def check_capabilities(
 
     Args:
         what: Who asks (an attack, a flag), as the message calls it.
-        requires: What it needs.
+        requires: What the attack or flag needs.
         granted: What the threat model grants.
         threat: The threat model's name, for the message.
 

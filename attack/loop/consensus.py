@@ -29,7 +29,7 @@ class Consensus:
     """Group consistency, and E2EGI's three stages.
 
     Args:
-        problem: What is inverted.
+        problem: The target and how this process inverts it.
         matcher: The gradient loss, which chooses among combinations.
         starter: Begins the final stage.
         progress: Holds the newest fusion, so that a resumed run has it.

@@ -134,7 +134,7 @@ def align_repeated_labels(restarts: torch.Tensor, labels: torch.Tensor) -> torch
 
     Args:
         restarts: S x N x C x H x W.
-        labels: N.
+        labels: Class indices of the N images.
 
     Returns:
         The restarts, reordered within every label.

@@ -72,7 +72,7 @@ class Inversion:
         target: What was shared. The truth is never seen here.
         labels: N recovered labels of the whole batch.
         config: Hyper-parameters.
-        device: Where to compute.
+        device: Device that runs the computation.
         seed: Of the starts and the noise; restart r uses `seed` and r only, so that the
             same restart is the same whatever else runs beside it.
         prior: Images to start from (N x C x H x W in [0, 1]) instead of `config.starts.start`.
@@ -261,6 +261,30 @@ class Inversion:
                 **({"adaptations": adaptation.notes} if self.config.matching.adaptive else {}),
             },
         )
+
+
+def label_trial(
+    target: Target, config: InversionConfig, *, device: torch.device, seed: int
+) -> Callable[[torch.Tensor, int], float]:
+    """A function that tries labels out, for `attack.knowledge.label_search`.
+
+    Args:
+        target: What the client shared.
+        config: Settings of the inversion; the trial sets iterations and restarts itself.
+        device: Device that runs the computation.
+        seed: Seed of the start, which all labels share.
+
+    Returns:
+        From N labels and a number of iterations to the objective that is reached.
+    """
+
+    def objective(labels: torch.Tensor, iterations: int) -> float:
+        short = config.changed(
+            iterations=iterations, restarts=1, combine=False, polish=0, warmup=0, time_budget=None
+        )
+        return Inversion(target, labels, short, device=device, seed=seed).run().objective
+
+    return objective
 
 
 def _check(target: Target, config: InversionConfig, prior: torch.Tensor | None) -> None:

@@ -16,7 +16,7 @@ def polish(restart: Restart, problem: InversionProblem, matcher: Matcher, iterat
     """Improve a restart's best iterate with exact gradients, without any prior.
 
     Args:
-        restart: Its result is replaced by a better one.
+        restart: The restart; a better result replaces its own.
         problem: What is inverted; `config.optimiser.polish` iterations.
         matcher: The gradient loss of the iterations before.
         iteration: At which this happens.

@@ -23,13 +23,13 @@ class InversionProblem:
     """One target, and how it is inverted on this process.
 
     Attributes:
-        target: What was shared.
+        target: What the client shared.
         config: Hyper-parameters.
         adaptation: What is done about the client's stated defenses.
         replica: The client's computation for this process's images.
         labels: n labels of this process's images.
-        coordinates: What is optimised in place of pixels.
-        device: Where to compute.
+        coordinates: Coordinates that are optimised in place of pixels.
+        device: Device that runs the computation.
         dtype: Precision of the computation.
     """
 

@@ -40,7 +40,7 @@ class Race:
     Attributes:
         starts: Number of starts.
         halvings: Iteration of each halving, and how many go on from there.
-        iterations: Of the winner.
+        iterations: Number of iterations that the winner takes.
     """
 
     starts: int
@@ -72,7 +72,7 @@ def plan_race(iterations: int, starts: int, share: float = LARGEST_SHARE) -> Rac
     """A race that evaluates the objective as often as one start without a race.
 
     Args:
-        iterations: Of one start without a race.
+        iterations: Number of iterations of one start without a race.
         starts: As many as possible up to this number; fewer where laps would be too short.
         share: Of all iterations, that may at most be spent on starts that are dropped.
 

@@ -32,14 +32,14 @@ class Restart:
         index: Its number; with the seed it determines the start.
         variable: Coordinates of this process's images, a leaf.
         label_logits: Optimised labels; None where they are fixed.
-        optimizer: Over both.
-        generator: Of its noise.
+        optimizer: Optimizer of the variable and of the label logits.
+        generator: Generator of the restart's noise.
         smallest: Smallest objective so far.
         best_value: The objective of `best_inputs`: the smallest, or (without
             `smallest_loss`) the last.
         best_inputs: The result so far.
         best_labels: The labels that go with it, where they are optimised.
-        best_iteration: When the objective was smallest.
+        best_iteration: Iteration at which the objective was smallest.
         shrink: Factor on the learning rate, below 1 after a divergence.
         divergences: Number of those.
         fallen: Iterations in which the balance has fallen.
@@ -73,8 +73,8 @@ class Restart:
 
         Args:
             inputs: n x C x H x W network inputs.
-            value: Their objective.
-            iteration: When.
+            value: Value of the objective at these inputs.
+            iteration: Number of the iteration, from 0.
             smallest: Only if the objective is smaller than ever before.
         """
         improved = value < self.smallest
@@ -109,7 +109,7 @@ class Starter:
     """Begins restarts, and brings diverged ones back.
 
     Args:
-        problem: What is inverted.
+        problem: The target and how this process inverts it.
         seed: Restart r uses `seed` and r only, so that the same restart is the same
             whatever else runs beside it.
         prior: Images to start from (N x C x H x W in [0, 1]) instead of `config.starts.start`.
@@ -132,7 +132,7 @@ class Starter:
         """The restart of that number, at its beginning.
 
         Args:
-            index: Its number.
+            index: Number of the restart.
             amplitude: Factor of its first coordinates; at 0 all images are the mean colour.
         """
         problem = self.problem

@@ -17,9 +17,9 @@ def learning_rate(
         schedule: "cosine" (from `lr` to `lr_min`), "step" (x 0.1 at 3/8, 5/8 and 7/8, as
             Inverting Gradients does) or "constant".
         iteration: From 0.
-        iterations: Of the whole attack.
+        iterations: Number of iterations of the whole attack.
         lr: The largest value.
-        lr_min: Where the cosine ends.
+        lr_min: Learning rate at the end of the cosine schedule.
         warmup: Iterations of linear growth at the start.
 
     Raises:
@@ -46,7 +46,7 @@ def staged_learning_rate(iteration: int, ends: Sequence[int], lr: float, lr_min:
         iteration: From 0.
         ends: Where each stage ends; the last is the end of the attack.
         lr: The largest value.
-        lr_min: The smallest.
+        lr_min: Learning rate at the end of each stage.
     """
     end = min(lr, lr_min)
     start, stop = 0, 0

@@ -22,10 +22,10 @@ class Progress:
     """What a resumed run needs beside the restarts.
 
     Attributes:
-        iteration: Iterations done.
+        iteration: Number of finished iterations.
         seconds: Wall-clock time so far.
         trace: One entry per printed iteration.
-        events: Divergences.
+        events: Sentences about restarts that diverged.
         fusion: What group consistency pulls towards; n x C x H x W inputs.
         final_stage_from: First iteration of E2EGI's final stage; 0 before it.
         was_rough: Whether total variation has ever been above `target_tv`.
@@ -57,7 +57,7 @@ class StateFile:
 
     Args:
         path: The file of a run on one process; others add their rank.
-        problem: What is inverted.
+        problem: The target and how this process inverts it.
         matcher: Whose settled difference step is kept.
         starter: Makes the restored optimizers.
         progress: Is saved and restored.
@@ -91,7 +91,7 @@ class StateFile:
         """Continue where all processes have a state of the same iteration.
 
         Args:
-            restarts: What to go on with where they have not.
+            restarts: The restarts to continue with if no state was saved.
         """
         saved = load_checkpoint(self.path, "--root") if self.path.exists() else None
         at = torch.tensor(float(saved["progress"]["iteration"]) if saved else -1.0)

@@ -85,8 +85,8 @@ class Stepper:
     """Takes the steps.
 
     Args:
-        problem: What is inverted.
-        evaluation: Its terms.
+        problem: The target and how this process inverts it.
+        evaluation: Computes the values and gradients of the loss terms.
         starter: Brings diverged restarts back.
         progress: Takes note of those.
     """
@@ -112,9 +112,9 @@ class Stepper:
         """Move a restart by one iteration.
 
         Args:
-            restart: What is moved.
+            restart: The restart that takes the step.
             iteration: From 0.
-            consensus: What group consistency pulls towards.
+            consensus: Images that group consistency pulls the restart towards; None for none.
             match: The evaluation where it stands, if there is one already.
         """
         for group in restart.optimizer.param_groups:

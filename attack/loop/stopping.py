@@ -21,7 +21,7 @@ class Stopping:
 
     Args:
         problem: What is inverted, and its limits.
-        progress: How far it is.
+        progress: State of the loop.
     """
 
     def __init__(self, problem: InversionProblem, progress: Progress) -> None:

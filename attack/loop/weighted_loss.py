@@ -27,7 +27,7 @@ class WeightedLoss:
     """Evaluates restarts where they stand.
 
     Args:
-        problem: What is inverted.
+        problem: The target and how this process inverts it.
         matcher: The gradient loss.
         penalties: Weighted penalties on what the model shows of the candidates.
         regularizers: Weighted penalties on the images alone.

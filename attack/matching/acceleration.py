@@ -102,7 +102,7 @@ class AcceleratedMatcher(GradientMatcher):
         replica: The client's computation.
         objective: Distance between gradients.
         hvp: As of `GradientMatcher`; "auto" keeps checking.
-        speed: What to speed up.
+        speed: Which speed-ups are used.
         clipping: As of `GradientMatcher`.
         clipped_from: Likewise.
 
@@ -390,7 +390,7 @@ class _Tracer:
         replica: The client's computation.
         model: Whose parameters are replaced by arguments.
         penalty: As of `GradientMatcher`; it rides along in the second pass.
-        apart: Likewise.
+        apart: See `GradientMatcher.__call__`.
     """
 
     def __init__(

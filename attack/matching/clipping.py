@@ -24,7 +24,7 @@ class SampleClipping:
     Args:
         model: The client's model; no layer of it may mix samples.
         names: The shared parameters.
-        max_norm: C.
+        max_norm: Clipping norm C, the largest Euclidean norm that is left as it is.
         batch_size: Of the client, over which the mean is taken.
 
     Source: Abadi et al., "Deep Learning with Differential Privacy", algorithm 1,

@@ -27,8 +27,8 @@ class FixedConv2d:
     Args:
         weight: M x C x k x k.
         stride: As of `torch.nn.functional.conv2d`, with one group.
-        padding: Likewise.
-        dilation: Likewise.
+        padding: Padding, as in `torch.nn.functional.conv2d`.
+        dilation: Dilation, as in `torch.nn.functional.conv2d`.
     """
 
     def __init__(self, weight: torch.Tensor, stride: Any, padding: Any, dilation: Any) -> None:

@@ -74,7 +74,7 @@ class Windows:
     """Where a convolution reads, for inputs of one shape.
 
     Args:
-        geometry: Of the convolution.
+        geometry: Kernel, stride, padding and dilation of the convolution.
         shape: Of its inputs, N x C x H x W.
     """
 
@@ -139,7 +139,7 @@ class Layer:
     """A layer whose weight gradient is kept as a product.
 
     Attributes:
-        index: Of the weight among the shared parameters.
+        index: Position of the weight among the shared parameters.
         geometry: Of its convolution; None if fully connected.
     """
 
@@ -206,7 +206,7 @@ class Factored:
     """The layers of a model whose weight gradients are kept as products.
 
     Args:
-        layers: Them.
+        layers: The late layers whose gradients stay products.
         models: Parameters of every model that runs them, each in the order shared.
         goal: The shared gradient, in the same order and layout.
         sizes: Images of each process.

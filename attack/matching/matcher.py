@@ -100,11 +100,11 @@ class _Swept:
     """Parameters whose gradients are written out.
 
     Args:
-        theta: They.
+        theta: The parameters.
         goal: Their shared gradients, in the same layout.
 
     Attributes:
-        theta: As given.
+        theta: The parameters.
         goal_pieces: See `pieces_of`; cut once.
     """
 

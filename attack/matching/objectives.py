@@ -41,7 +41,7 @@ class AffineSeed:
     """An objective whose derivative is a combination of g and t.
 
     Attributes:
-        value: The objective.
+        value: Value of the objective.
         on_gradient: Factor of g in the derivative.
         on_target: Factor of t.
         length: Norm of the derivative.
@@ -241,7 +241,7 @@ class LayerWeighted(Objective):
     """Another objective on layers that are scaled first; a weight of 0 leaves one out.
 
     Args:
-        objective: What to compute on the scaled layers.
+        objective: The distance that is computed on the scaled layers.
         weights: One factor per shared parameter.
     """
 

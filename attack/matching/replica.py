@@ -21,8 +21,8 @@ class Replica:
     """The client's computation, rebuilt by the attacker for this process's images.
 
     Args:
-        target: What was shared.
-        device: Where to compute.
+        target: What the client shared.
+        device: Device that runs the computation.
         dtype: Precision of the computation.
 
     Attributes:

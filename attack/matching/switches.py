@@ -58,7 +58,7 @@ class ReplayActivations(TorchFunctionMode):
     Args:
         replays: From `RecordActivations`, of a pass through the same model with
             inputs of the same shape.
-        switches: Likewise.
+        switches: The recorded switches of each call, in the order of the calls.
     """
 
     def __init__(self, replays: list[Replay], switches: list[Tensors]) -> None:

@@ -90,9 +90,9 @@ def register_metric(
     """Add a metric to every evaluation.
 
     Args:
-        name: Its key in records.
+        name: Key of the metric in records.
         metric: From reconstructions and originals (both N x C x H x W in [0, 1]) to N values.
-        title: Its column in tables.
+        title: Header of the metric's column in tables.
         smaller_is_better: For the best match and for the margin over baselines.
 
     Raises:

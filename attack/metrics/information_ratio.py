@@ -25,7 +25,7 @@ class GradientInformation:
     """What every sample of a batch has to do with the gradient (all of length N, CPU).
 
     Attributes:
-        labels: True classes.
+        labels: The true class of each image.
         confidence: Probability the model gives the true class.
         predicted: Most probable class.
         norm: Norm of the sample's own gradient.

@@ -53,8 +53,8 @@ class Cosines(Coordinates):
     Args:
         size: Height and width of the images.
         exponent: How fast the spectrum falls; 1 for photographs.
-        device: Where the images are.
-        dtype: Their precision.
+        device: Device of the images.
+        dtype: Floating-point type of the images.
 
     Source: Field, Relations between the statistics of natural images, JOSA A 4, 1987
     (1/f amplitude spectra).
@@ -105,8 +105,8 @@ def make_coordinates(
     Args:
         name: "pixels", "dct" or "dct:EXPONENT".
         size: Height and width of the images.
-        device: Where the images are.
-        dtype: Their precision.
+        device: Device of the images.
+        dtype: Floating-point type of the images.
 
     Raises:
         InputError: Unknown name.

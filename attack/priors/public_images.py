@@ -104,7 +104,7 @@ class PriorDistance(Regularizer):
     normal density, per pixel.
 
     Args:
-        coordinates: In which the distance is taken.
+        coordinates: Coordinates in which the distance is computed.
         prior: N x C x H x W, network inputs.
         scale: Length of a unit of the coordinates.
     """

@@ -180,9 +180,9 @@ class EpochOrderPrior(Regularizer):
 
     Args:
         epochs: The batch holds so many copies of the data, one epoch after the other.
-        channels: Of the images.
-        seed: Of the convolution.
-        features: Its output channels.
+        channels: Number of the images' channels.
+        seed: Seed of the convolution's random weights.
+        features: Number of the convolution's output channels.
 
     Source: Dimitrov et al., Data Leakage in Federated Averaging, TMLR 2022, section 4.2,
     https://openreview.net/forum?id=e7A0B99zJf; `l2_max_conv` of its code.
@@ -300,7 +300,7 @@ class MovingAveragePenalty:
 
     Args:
         known: Average mean and average unbiased variance, per layer.
-        momentum: Per layer.
+        momentum: Momentum of each BatchNorm layer, by module name.
         processes: Of the client; every step is a forward pass for each of them, and the
             first one's statistics are the known ones.
     """
@@ -392,7 +392,7 @@ def shared_features(target: Target, labels: torch.Tensor) -> torch.Tensor:
     """The features that the last layer's gradient gives away for each label.
 
     Args:
-        target: What was shared.
+        target: What the client shared.
         labels: n class indices.
 
     Returns:

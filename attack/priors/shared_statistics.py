@@ -48,7 +48,7 @@ def recovered_statistics(target: Target) -> BatchStatistics:
     """Statistics of the client's batch (of its first process, where asynchronous).
 
     Args:
-        target: What was shared.
+        target: What the client shared.
 
     Returns:
         By module name, in float64: mean and biased variance after one local step; after
@@ -65,7 +65,7 @@ def average_statistics(target: Target) -> BatchStatistics:
     """The local steps' average of mean and unbiased variance, also of a single step.
 
     Args:
-        target: What was shared.
+        target: What the client shared.
 
     Returns:
         By module name, in float64.

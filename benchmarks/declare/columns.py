@@ -31,8 +31,8 @@ class Column:
     """One column.
 
     Attributes:
-        name: What tables call it.
-        header: What readers see.
+        name: Name that tables use.
+        header: Header of the column.
         values: The numbers of one run; per image where there are several.
         digits: After the decimal point; None for three significant ones.
         leak: "high" or "low", on which side the metric says that more leaked.
@@ -279,7 +279,7 @@ class View:
     """One column as a table shows it.
 
     Attributes:
-        column: Whose numbers.
+        column: The column whose numbers are collected.
         part: "mean" (with the standard deviation), "worst" or "interval".
     """
 

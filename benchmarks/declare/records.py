@@ -18,9 +18,13 @@ METRIC, KEY, REST = "<metric>", "*", "**"
 
 
 _PRIVACY = "clipping noise_multiplier max_norm delta epsilon"
-_MODEL = "arch n_classes image_size width pool_kernel stem norm malicious"
+_MODEL = "arch n_classes image_size width pool_kernel stem norm malicious builder"
 _DATA = "name shape mean std n_classes class_names"
 _PROVENANCE = "seed device device_type threads processes versions.*"
+_TARGET = (
+    "mode train_mode batch_size shards synchronized bn_statistics defenses dropout_seed "
+    "running_after"
+)
 _LOCAL = "epochs batches steps lr momentum weight_decay"
 
 # What the stages write: by the place in the record, the keys there.
@@ -38,8 +42,7 @@ _WRITTEN: dict[str, dict[str, str]] = {
         "provenance": _PROVENANCE,
     },
     "extract": {
-        "": "schema_version mode batch_size synchronized bn_statistics dropout_seed "
-        "running_after n_gradients gradient_norm gradient_norms.** shards defenses labels "
+        "": f"schema_version {_TARGET} n_gradients gradient_norm gradient_norms.** labels "
         "checkpoint seconds seconds_of_update wall_seconds peak_memory_mib processes indices "
         "update_cosine arguments.**",
         "model": _MODEL,
@@ -54,7 +57,7 @@ _WRITTEN: dict[str, dict[str, str]] = {
         "": "schema_version key status attack seconds wall_seconds iterations objective "
         "label_accuracy labels pictures tables arguments.** config.** details.**",
         "threat": "name granted adaptive",
-        "target": "train_mode batch_size synchronized shards defenses",
+        "target": _TARGET,
         "target.model": _MODEL,
         "target.data": _DATA,
         "target.local_training": _LOCAL,

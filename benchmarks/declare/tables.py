@@ -64,7 +64,7 @@ class Published:
 
     Attributes:
         where: Axis values of the rows it belongs to.
-        text: What the paper reports.
+        text: The value as the paper reports it.
         source: Paper, as a citation or address.
     """
 
@@ -80,7 +80,7 @@ class Row:
     Attributes:
         labels: Value by axis.
         repeats: For each repeat, the cell of every stage by the stage's name.
-        published: What papers report for it.
+        published: Values that papers report for the row.
     """
 
     labels: Mapping[str, str]
@@ -94,12 +94,12 @@ class Table:
 
     Attributes:
         name: File name without ending.
-        title: One line.
+        title: Title of the table, in one line.
         description: What it shows, for the report.
-        preset: Which preset.
+        preset: Name of the preset.
         folders: Folders of data sets by the name that configurations use.
         axes: Axis names in order.
-        rows: In order.
+        rows: The rows, in the order they are shown.
         columns: Names of columns (`benchmarks.declare.columns`).
         figures: Names of figures (`benchmarks.declare.figures`).
         chain: Stages in order.
@@ -181,7 +181,7 @@ def load_table(
         file: The YAML file.
         preset: One of the file's presets.
         data: Data set instead of the preset's.
-        stages: The commands.
+        stages: The commands that a table may run, by stage.
         axes: Instead of those in the file.
 
     Raises:

@@ -17,7 +17,7 @@ class Document:
     """A parsed file.
 
     Attributes:
-        file: Where it came from.
+        file: File that the text came from.
         value: Plain dictionaries, lists and scalars.
         lines: Line (from 1) of every value, by the keys and indices that lead to it.
     """

@@ -103,7 +103,7 @@ def code_version(paths: tuple[str, ...], root: Path = ROOT) -> str:
 
     Args:
         paths: Files or folders relative to `root`.
-        root: The checkout.
+        root: Folder of the checkout.
     """
     digest = hashlib.sha256()
     for path in _python_files(paths, root):

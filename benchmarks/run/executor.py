@@ -24,11 +24,11 @@ class Job:
     """A cell on its way.
 
     Attributes:
-        cell: What to run.
-        stage: How.
+        cell: The cell to run.
+        stage: The command that runs it.
         inputs: Files of other cells by flag.
-        files: Where the results go.
-        log: Where everything said goes.
+        files: Folder that receives the results.
+        log: File that receives everything the command prints.
         data: Folders of data sets by name.
         lock: Descriptor of the cell's lock, held while the job runs.
         started: Clock at the start.

@@ -31,7 +31,7 @@ class Grid:
 
     Args:
         cells: What is wanted; what they need is added.
-        store: Where results go.
+        store: Store that keeps the results.
         executor: Who runs the commands.
         stages: How, by the cells' stage.
         progress: Who is told.

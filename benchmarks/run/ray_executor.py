@@ -40,7 +40,7 @@ class RayExecutor:
             far as a node has as many.
         jobs: At most so many at a time; None: as many as the cluster has room for.
         shared_data: Data sets are at the same paths on every node and need not travel.
-        code: What of the checkout travels.
+        code: Names of the checkout's folders and files that are sent to the workers.
     """
 
     def __init__(

@@ -97,8 +97,8 @@ def run_cell(
     """Run a cell's command.
 
     Args:
-        key: Of the cell.
-        mailbox: Where to send what is said and left behind meanwhile.
+        key: Key of the cell.
+        mailbox: Receives the log and the saved files while the cell runs.
         code: The checkout, packed.
         command: Its words without the interpreter; `HERE` stands for the cell's folder.
         inputs: Files of other cells, by name below the cell's folder.

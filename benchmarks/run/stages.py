@@ -24,7 +24,7 @@ class Stage:
     """One of the commands, as cells run it.
 
     Attributes:
-        name: What tables call it.
+        name: Name that tables use.
         script: The command's arguments in front of its flags.
         rooms: Code that decides its results.
         outputs: Flags that tell the command where to write, from the cell's folder.
@@ -57,7 +57,7 @@ class Stage:
         Args:
             config: Flags and values.
             inputs: Files of other cells by flag.
-            folder: Where the command writes.
+            folder: Folder that the command writes to.
             data: Folders of data sets by the name that configurations use.
         """
         flags = {k: v for k, v in config.items() if k != PROCESSES}

@@ -14,8 +14,8 @@ def write_outputs(result: TableResult, store: Store, folder: Path) -> None:
     """Write a table in every format, its figures and its report.
 
     Args:
-        result: What to show.
-        store: Where its cells are.
+        result: The results to show.
+        store: Store that holds the table's cells.
         folder: Where to; made if missing.
     """
     text = render.to_text_table(result)

@@ -21,7 +21,7 @@ class Picture:
 
     Attributes:
         file: PNG.
-        caption: One sentence.
+        caption: The figure's content in one sentence.
         labels: Axis values it belongs to, for the filter; may be empty.
     """
 
@@ -36,9 +36,9 @@ def save_picture(
     """Write a figure as PNG for screens and, beside it, as PDF for papers.
 
     Args:
-        figure: What was drawn.
+        figure: The drawn figure.
         file: Ends in .png.
-        caption: One sentence.
+        caption: The figure's content in one sentence.
         labels: Axis values that the figure belongs to.
     """
     save_figure(figure, file, dpi=DOTS_PER_INCH, pdf=True)

@@ -25,12 +25,12 @@ class TextTable:
     """A table whose every entry is text.
 
     Attributes:
-        title: One line.
+        title: Title of the table, in one line.
         header: Names of columns.
         rows: Entries, as many as names.
         baselines: Rows below a rule.
         footnotes: Mark and sentence.
-        n_labels: How many columns at the left are axes.
+        n_labels: Number of columns at the left that show axes.
     """
 
     title: str

@@ -25,7 +25,7 @@ class RowResult:
     """One row with its numbers.
 
     Attributes:
-        row: Its declaration.
+        row: Declaration of the row.
         runs: Records of the finished stages, by repeat.
         summaries: By column name; None where there is no value.
         notes: By column name, why there is none.
@@ -46,7 +46,7 @@ class ShownColumn:
     """A column as a reader sees it.
 
     Attributes:
-        view: What it shows.
+        view: The column that the value belongs to.
         value: Of the axis that is shown side by side; None for columns that are shown once.
     """
 
@@ -91,9 +91,9 @@ class TableResult:
     """A table with its numbers.
 
     Attributes:
-        table: Its declaration.
-        views: Its columns.
-        rows: In order.
+        table: Declaration of the table.
+        views: Columns of the table.
+        rows: The rows, in the order they are shown.
         baselines: For guesses that know nothing of the gradient: by name, by metric.
     """
 

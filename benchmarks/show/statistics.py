@@ -18,10 +18,10 @@ class Summary:
 
     Attributes:
         n: Size of the sample.
-        mean: Arithmetic mean.
+        mean: Arithmetic mean of the values.
         std: Standard deviation of the sample (n - 1); None for a single value.
         low: Lower end of the bootstrap 95 % interval of the mean; None for a single value.
-        high: Its upper end.
+        high: Upper end of the interval.
         worst: The value of greatest leakage, where the metric has such a side.
     """
 
@@ -39,7 +39,7 @@ def summarize(values: Sequence[float], leak: str | None = None, seed: int = 0) -
     Args:
         values: Over images and seeds; those that are not finite are left out.
         leak: "high" or "low": on which side the metric says that more leaked.
-        seed: Of the resampling.
+        seed: Seed of the bootstrap's resampling.
 
     Returns:
         None for an empty sample.
@@ -67,8 +67,8 @@ def bootstrap_interval(
     Args:
         sample: At least two values.
         seed: Of the resampling; the same seed gives the same interval.
-        level: Coverage.
-        resamples: How many samples are drawn.
+        level: Coverage of the interval, between 0 and 1.
+        resamples: Number of bootstrap samples.
 
     Source:
         Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.

@@ -18,7 +18,7 @@ class Case:
     """One target.
 
     Attributes:
-        model: The architecture.
+        model: How the client's model is built.
         batch: Number of images.
         train_mode: BatchNorm with the statistics of the batch.
         quick: Part of the short run.
@@ -65,7 +65,7 @@ class Problem:
     """A target with a candidate to evaluate.
 
     Attributes:
-        target: What was shared.
+        target: What the client shared.
         inputs: The candidate, N x C x H x W, normalised.
         labels: N class indices.
     """

@@ -51,7 +51,7 @@ class TargetGrid:
     Attributes:
         data: Names of built-in data sets, or folders; empty for no targets.
         models: "ARCHITECTURE:WIDTH", or checkpoints of stage 1.
-        batches: Batch sizes.
+        batches: Batch sizes of the targets.
         images: Which batches of the data, counted from 0.
         train_mode: Whether BatchNorm takes the statistics of the batch.
     """

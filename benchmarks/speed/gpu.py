@@ -46,9 +46,9 @@ def measure_iterations(case: Case, device: torch.device, repeats: int, seed: int
     """Both textbook loops and ours, in full float32.
 
     Args:
-        case: The target.
-        device: Where.
-        repeats: Rounds.
+        case: The target that is timed.
+        device: Device that is timed.
+        repeats: Number of rounds.
         seed: Of model, images and candidate.
     """
     problem = make_problem(case, seed).to(device)
@@ -118,9 +118,9 @@ def measure_levers(
     """Each lever beside none: seconds, cosine to float64, PSNR of a short attack.
 
     Args:
-        case: The target.
+        case: The target that is timed.
         device: Where; levers it does not have are left out.
-        repeats: Rounds.
+        repeats: Number of rounds.
         seed: Of model, images and candidate.
         iterations: Of the attack that PSNR is of.
         names: Which levers of `LEVERS`.

@@ -32,7 +32,7 @@ class Inversion:
     """What is inverted, and how.
 
     Attributes:
-        arch: The architecture.
+        arch: Name of the architecture.
         image_size: Height and width in pixels.
         pretrained: File of weights (a state_dict); None for initial ones.
         attack: Name of the attack.
@@ -42,7 +42,7 @@ class Inversion:
         compile: Whether torch compiles the model.
         cuda_graphs: Whether iterations are replayed as a CUDA graph.
         channels_last: Whether images and weights lie channels last.
-        seed: Of weights and start.
+        seed: Seed of the model's weights and of the attack's start.
     """
 
     arch: str = "resnet18"

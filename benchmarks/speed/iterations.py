@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import importlib.util
 import json
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
@@ -27,6 +26,9 @@ from core.launch_arguments import LaunchSettings
 from core.models import batch_norm
 from core.processes import distributed
 from core.processes.launch import launch
+
+if TYPE_CHECKING:
+    from multiprocessing.queues import SimpleQueue
 
 # An iteration needs a forward pass (1), a backward pass (2) and their derivative (4).
 PASSES = 7
@@ -60,11 +62,11 @@ def measure_case(
     are whole iterations of Inverting Gradients with total variation and optimizer.
 
     Args:
-        case: The target.
+        case: The target that is timed.
         repeats: Rounds at most.
         seconds: Enough time to stop after three rounds.
         seed: Of model, images and candidate.
-        threads: Of each method.
+        threads: Number of threads of each method.
     """
     methods = [name for name in METHODS if _available(name)]
     jobs: dict[str, Job] = {m: (build_iteration, (m, case.name, seed)) for m in methods}
@@ -145,29 +147,25 @@ def measure_processes(case: Case, processes: int, repeats: int, seed: int) -> di
     from multiprocessing import get_context
 
     answers = get_context("spawn").SimpleQueue()
-    args = argparse.Namespace(
-        case=case.name,
-        repeats=repeats,
+    settings = LaunchSettings(
         seed=seed,
-        answers=answers,
-        cpu=True,
-        gpu=None,
-        world_size=1,
-        rank=0,
         dist_url="tcp://127.0.0.1:0",
         dist_backend="gloo",
         multiprocessing_distributed=True,
         nproc_per_node=processes,
+        cpu=True,
     )
-    launch(_shard_of_iteration, LaunchSettings.from_arguments(args), args)
+    launch(_shard_of_iteration, settings, case.name, repeats, seed, answers)
     return {"case": case.name, "processes": processes, **json.loads(answers.get())}
 
 
-def _shard_of_iteration(process: distributed.Process, args: argparse.Namespace) -> None:
+def _shard_of_iteration(
+    process: distributed.Process, case: str, repeats: int, seed: int, answers: SimpleQueue[str]
+) -> None:
     # Each process as on a core of its own, also where it is alone.
     torch.set_num_threads(1)
     keep_freed_memory()
-    problem = make_problem(CASES[args.case], args.seed)
+    problem = make_problem(CASES[case], seed)
     replica = Replica(problem.target, process.device)
     matcher = GradientMatcher(replica, Cosine(), "difference")
     inputs, labels = problem.inputs[replica.share], problem.labels[replica.share]
@@ -179,13 +177,13 @@ def _shard_of_iteration(process: distributed.Process, args: argparse.Namespace) 
         functions |= {"sockets": sockets, **apart}
     functions["all-reduce"] = lambda: distributed.all_reduce(flat)
     turns = {name: functools.partial(_turn, function) for name, function in functions.items()}
-    in_turns = medians(interleaved(turns, args.repeats))
+    in_turns = medians(interleaved(turns, repeats))
     times = {name: seconds / CALLS_PER_TURN for name, seconds in in_turns.items()}
     with counted_bytes() as sent:
         matcher(inputs, labels)
     if process.is_main:
         sizes = {"bytes": flat.numel() * 4, "sent_bytes": sum(sent)}
-        args.answers.put(json.dumps({"seconds": times, **sizes}))
+        answers.put(json.dumps({"seconds": times, **sizes}))
 
 
 def _turn(function: Callable[[], Any]) -> None:

@@ -110,7 +110,7 @@ class Lever:
     """One change and what it is compared with.
 
     Attributes:
-        name: What it does.
+        name: Name of the lever.
         without: Builds the iteration before the change.
         with_: Builds the one after it.
         cases: Targets to try it on.
@@ -172,7 +172,7 @@ def measure_levers(quick: bool, repeats: int, seed: int) -> Iterator[dict[str, A
 
     Args:
         quick: The first case of each only, and nothing that has to be compiled.
-        repeats: Rounds.
+        repeats: Number of rounds.
         seed: Of models, images and candidates.
     """
     for lever in LEVERS.values():

@@ -78,7 +78,7 @@ class Timing:
     Attributes:
         seconds: By the clock on the wall.
         cpu_seconds: Of this process, which other work on the machine hardly changes.
-        scores: What was computed.
+        scores: The computed scores.
     """
 
     seconds: float

@@ -63,7 +63,7 @@ def analytic_seed(problem: Problem, dtype: torch.dtype = torch.float32) -> Itera
     """R2: double backward whose seed dD/dg is written down, without a graph on the loss.
 
     Args:
-        problem: What to evaluate.
+        problem: The target and the inputs to evaluate the loss at.
         dtype: float64 makes it the reference of the accuracy column.
     """
     device = problem.inputs.device
@@ -101,7 +101,7 @@ def our_loop(problem: Problem, restarts: int = 1, at_once: int = 1) -> Iteration
     """One iteration of this project's Inverting Gradients: matching, TV, signed Adam, box.
 
     Args:
-        problem: What to invert.
+        problem: The target and the inputs that the loop starts from.
         restarts: Restarts that advance together.
         at_once: How many of them one call evaluates; 0: as the program chooses.
     """
@@ -119,9 +119,9 @@ def our_attack(problem: Problem, iterations: int, restarts: int, halving: bool) 
     """A whole attack of so many iterations by this project's Inverting Gradients.
 
     Args:
-        problem: What to invert.
-        iterations: Of each restart that is not dropped.
-        restarts: How many begin.
+        problem: The target and the inputs that the loop starts from.
+        iterations: Number of iterations of each restart that is not dropped.
+        restarts: Number of restarts at the beginning.
         halving: Drop the worse half of them three times.
     """
     options = {"iterations": iterations, "restarts": restarts, "halving": halving}
@@ -177,7 +177,7 @@ def as_breaching(
     """What the server of `breaching` sends and its user shares.
 
     Args:
-        target: What was shared.
+        target: What the client shared.
         model: The target's.
         labels: N class indices.
     """

@@ -70,7 +70,7 @@ class Machine:
         Args:
             flops: One image's forward pass.
             traffic: With so many GPUs.
-            batch: Images.
+            batch: Number of images in the batch.
             gpus: At most one per image works.
         """
         share = -(-batch // gpus)
@@ -96,7 +96,7 @@ class LayerSize:
     """A convolution or a fully connected layer, per image.
 
     Attributes:
-        rows: Output positions.
+        rows: Number of output positions.
         patch: Values that one of them reads.
         channels: Outputs of one of them.
         values: Inputs and outputs.
@@ -113,7 +113,7 @@ class ModelSize:
     """What scaling depends on.
 
     Attributes:
-        parameters: Their number.
+        parameters: Number of parameters.
         flops: Of one image's forward pass.
         layers: Those whose gradient may be kept as a product.
     """

@@ -29,7 +29,7 @@ class Worker:
 
     Args:
         job: What builds its iteration, and the arguments.
-        threads: For torch.
+        threads: Number of torch's threads.
     """
 
     def __init__(self, job: Job, threads: int) -> None:

@@ -34,7 +34,7 @@ class LabelledImages(Dataset[tuple[torch.Tensor, int]]):
     """Normalised images with labels.
 
     Args:
-        source: Where images come from.
+        source: The images before any transform.
         transform: Image to normalised tensor C x H x W.
         seed: Seed of a random transform; None where the transform is fixed.
     """

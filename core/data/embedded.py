@@ -70,7 +70,7 @@ class Patch:
     Attributes:
         label: Index of the photograph in `PHOTOGRAPHS`.
         left: Left edge in pixels of the resized photograph.
-        top: Upper edge.
+        top: Row of the patch's upper edge in pixels.
         side: Side of the square.
         validation: Whether its block is kept for validation.
     """
@@ -90,7 +90,7 @@ class EmbeddedImages:
         images: N x 3 x H x W, uint8.
         labels: N class indices.
         validation: N, whether the image is for validation.
-        patches: Where each image comes from.
+        patches: The patch of a photograph that each image was cut from.
     """
 
     images: np.ndarray

@@ -29,7 +29,7 @@ class Sample:
 
     Attributes:
         image: Path, relative to the data folder.
-        label: Class index.
+        label: Index of the class.
     """
 
     image: str

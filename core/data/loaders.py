@@ -31,7 +31,7 @@ def shuffled_batches(n: int, batch_size: int, seed: int, epoch: int) -> list[np.
     Args:
         n: Number of images.
         batch_size: Upper limit of a batch.
-        seed: Of the run.
+        seed: Seed of the run.
         epoch: Counted from 0.
 
     Returns:
@@ -50,8 +50,8 @@ def poisson_batches(n: int, batch_size: int, seed: int, epoch: int) -> list[np.n
 
     Args:
         n: Number of images.
-        batch_size: Expected size.
-        seed: Of the run.
+        batch_size: Expected number of samples in a batch.
+        seed: Seed of the run.
         epoch: Counted from 0.
     """
     generator = np.random.default_rng(derived_seed(seed, POISSON, epoch))
@@ -66,8 +66,8 @@ class ShardedBatches(Sampler[list[Key]]):
     Args:
         n: Number of images.
         batch_size: Over all processes; expected size where `poisson`.
-        process: Whose share.
-        seed: Of the run.
+        process: The process whose share is returned.
+        seed: Seed of the run.
         poisson: Sample independently instead of shuffling.
     """
 
@@ -132,7 +132,7 @@ def make_loader(
     """A loader for one process.
 
     Args:
-        dataset: Images.
+        dataset: The labelled images.
         batches: Yields lists of keys of `dataset`.
         shape: Of one image, for empty shards.
         process: Whose share it loads.

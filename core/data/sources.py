@@ -95,10 +95,10 @@ class Sources:
     """Both parts of a data set before transforms.
 
     Attributes:
-        name: Of the data set.
-        train: Training images.
-        val: Validation images.
-        class_names: In the order of labels.
+        name: Name of the data set.
+        train: The images to train on.
+        val: The images to validate on.
+        class_names: Names of the classes, in the order of their indices.
     """
 
     name: str
@@ -121,7 +121,7 @@ def load_sources(
         folder: A folder or `.json` list; None where there is only a name.
         name: Name of the data set, if it has one.
         built_in: Names to suggest where the folder does not exist.
-        root: Where the paths of a list start.
+        root: Folder that the paths of a list are relative to.
         split_seed: Seed of a held-out split.
         validation_share: Share of such a split, per class.
 

@@ -104,7 +104,7 @@ class Moments(NamedTuple):
     """Mean and variance of a batch over all processes, by channel.
 
     Attributes:
-        mean: C.
+        mean: Mean of each of the C channels.
         var: Biased, C.
         n: Values of each channel, C.
     """

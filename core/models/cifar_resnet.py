@@ -46,7 +46,7 @@ class CifarResNet(nn.Module):
     Parameters are named as in the widespread checkpoints (`layer1.0.conv1`, `linear`).
 
     Args:
-        blocks: Per stage.
+        blocks: Number of residual blocks in each stage.
         n_classes: Number of outputs.
         width: Channels of the first stage.
     """

@@ -62,8 +62,8 @@ def parse_malice(text: str, n_classes: int, flag: str = "--malicious") -> Malice
 
     Args:
         text: The flag's value.
-        n_classes: Of the model.
-        flag: For messages.
+        n_classes: Number of the model's outputs.
+        flag: Flag that error messages name.
 
     Raises:
         InputError: Unknown kind, or a number out of range.

@@ -31,7 +31,7 @@ class Process:
     Attributes:
         rank: Index of this process over all nodes.
         world_size: Number of processes over all nodes.
-        device: Where this process computes.
+        device: Device that this process computes on.
     """
 
     rank: int = 0

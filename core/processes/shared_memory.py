@@ -50,7 +50,7 @@ class _Address:
     """Where other processes find a segment.
 
     Attributes:
-        path: Of its file.
+        path: Path of the file that is mapped.
         token: What it begins with. On another machine the path may lead to something else.
         size: Bytes of values.
     """
@@ -64,12 +64,12 @@ class _Segment:
     """Memory that a process shares.
 
     Args:
-        file: Open descriptor.
+        file: Open file descriptor.
         size: Bytes of values.
 
     Attributes:
         counters: Integers of 64 bits.
-        values: Bytes.
+        values: Size of the mapped memory in bytes.
     """
 
     def __init__(self, file: int, size: int) -> None:

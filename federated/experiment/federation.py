@@ -37,7 +37,7 @@ class JobData:
 
     Attributes:
         root: Folder of images.
-        prefix: Of the lists.
+        prefix: Prefix of the names of the data lists.
         prior: The public image.
     """
 
@@ -58,7 +58,7 @@ def check_settings(
     Args:
         settings: What was asked for.
         noise: Levels of `GaussianPrivacy`.
-        folder: Where a missing prior image is written.
+        folder: Folder that receives the prior image if none was given.
 
     Returns:
         Clients, and the data with the prior image in its place.
@@ -126,7 +126,7 @@ def job_data(settings: FederationSettings, clients: Sequence[Client], folder: Pa
     Args:
         settings: What was asked for.
         clients: Whose lists must exist.
-        folder: Where the prior image will be written if there is none.
+        folder: Folder that receives the prior image if none was given.
 
     Raises:
         InputError: A folder, list or image is missing.

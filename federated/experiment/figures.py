@@ -55,7 +55,7 @@ def rdlv_vs_gauss(runs: Sequence[Run], path: str | Path) -> None:
     """RDLV over the noise level, a line per site, with the test accuracy on a second axis.
 
     Args:
-        runs: Of different noise levels.
+        runs: Runs with different noise levels.
         path: PNG to write.
 
     Raises:
@@ -90,9 +90,9 @@ def reconstruction_table(
     """A site's training images beside their best reconstructions at every noise level.
 
     Args:
-        runs: Of different noise levels.
+        runs: Runs with different noise levels.
         path: PNG to write.
-        site: Whose images.
+        site: Name of the site whose images are drawn.
         round_number: Of which round; the first one recorded if None.
 
     Raises:

@@ -147,7 +147,7 @@ def fill(template: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         template: Variables are top-level keys that the rest refers to as `{KEY}`.
-        values: By variable.
+        values: The value of each variable of the template.
     """
     return {key: values.get(key, old) for key, old in template.items()}
 

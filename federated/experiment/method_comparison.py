@@ -29,9 +29,9 @@ class Case:
     """A site's local training.
 
     Attributes:
-        n_images: Of the site.
+        n_images: Number of the site's images.
         batch_size: Images per local step.
-        epochs: Local epochs.
+        epochs: Number of local epochs.
     """
 
     n_images: int
@@ -76,7 +76,7 @@ def train_locally(
     """Train a fresh network on the first images with `torch.optim.SGD`, as a client does.
 
     Args:
-        victims: Whose images.
+        victims: The images that are attacked.
         case: How many of them, and in which batches.
         model_name: See `federated.flare.networks.network_spec`.
         learning_rate: Of the local SGD.
@@ -183,9 +183,9 @@ def compare(
     Args:
         victims: Whose images, and the public ones.
         case: The local training.
-        iterations: Of every method.
-        methods: Their names.
-        seed: Of the network and of the attacks.
+        iterations: Number of iterations of every method.
+        methods: Names of the methods.
+        seed: Seed of the network's weights and of the attacks.
 
     Yields:
         A result (plain values) and the reconstructions, one per original in its order.
@@ -250,7 +250,7 @@ def compare_all(
         output: Folder for methods.json and methods.png.
         images: Folder with one folder of pictures per class; None for the phantoms.
         size: Side of the images in pixels.
-        iterations: Of every method.
+        iterations: Number of iterations of every method.
         seeds: Number of networks and sites.
         methods: Names between commas.
 

@@ -71,8 +71,8 @@ class Experiment:
 
     Attributes:
         settings: What was asked for.
-        clients: Of the federation.
-        data: Their images.
+        clients: The clients of the federation.
+        data: The clients' images.
         sigma0: Noise of `GaussianPrivacy`.
     """
 

@@ -61,8 +61,8 @@ def write_run(job: Job, workspace: Path, **details: Any) -> Path:
     """Write the run's record, which the figures read.
 
     Args:
-        job: What ran.
-        workspace: Where.
+        job: The job that ran.
+        workspace: Folder that the job ran in.
         details: More for the record; wins over what is found here.
 
     Returns:

@@ -20,7 +20,7 @@ class Run:
     """One run of a federation.
 
     Attributes:
-        folder: Its workspace.
+        folder: Folder of the run.
         sigma0: Noise level of the privacy filter.
         test_accuracy: Of the final global model; None where unknown.
         records: Leakage of every site and round.

@@ -25,7 +25,7 @@ class Job:
     """A job folder.
 
     Attributes:
-        folder: Where it is.
+        folder: Folder of the job.
         apps: App folder by site, the server's included.
         num_rounds: Rounds of the federation; None where the job does not say.
         evaluates: Whether models are validated across sites at the end.
@@ -155,7 +155,7 @@ def simulator_command(prepared: Path, run: Path, sites: Sequence[str], n_gpus: i
 
     Args:
         prepared: The job's folder, see `prepare`.
-        run: Where the simulator works.
+        run: Folder that the simulator works in.
         sites: Names of the clients; each has a thread of its own, fewer make it crawl.
         n_gpus: GPUs to spread them over; 0 for the CPU.
     """
@@ -195,7 +195,7 @@ def prepare(job: Job, target: Path) -> Path:
     which they name at the server, becomes the network itself.
 
     Args:
-        job: The job.
+        job: The job that runs.
         target: The copy's folder.
 
     Returns:

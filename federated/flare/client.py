@@ -50,7 +50,7 @@ def answer(site: SiteTraining, model: FLModel) -> FLModel:
     """One round: the weight difference and the global model's accuracy.
 
     Args:
-        site: The site.
+        site: The site that trains.
         model: The global model, with the number of the round.
 
     Returns:

@@ -98,7 +98,7 @@ def with_noise(value: np.ndarray, sigma: float, rng: np.random.Generator) -> np.
     Args:
         value: Any shape, an array without dimensions included.
         sigma: Standard deviation of the noise.
-        rng: Where the noise comes from.
+        rng: Generator of the noise.
     """
     noisy = value + rng.normal(0.0, sigma, value.shape)
     if np.issubdtype(value.dtype, np.integer):

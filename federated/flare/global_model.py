@@ -18,7 +18,7 @@ def global_model(
         model_name: See `federated.flare.networks.network_spec`.
         num_class: Number of classes.
         image_size: Side of the images in pixels.
-        seed: Of the first weights.
+        seed: Seed of the initial weights.
 
     Returns:
         The network; a torchvision network keeps torchvision's names.

@@ -34,9 +34,9 @@ class Inverter(FLComponent, ABC):
         """Invert an update.
 
         Args:
-            dxo: The update.
-            shareable: What it came in.
-            fl_ctx: Of the site.
+            dxo: The update, as NVFlare's data exchange object.
+            shareable: The task result that the update came in.
+            fl_ctx: NVFlare's context of the site.
 
         Returns:
             Reconstructions, M x C x H x W in [0, 1], alone or with their details.

@@ -48,7 +48,7 @@ class CXRLearner(Learner):
         model_name: The network, see `federated.flare.networks`.
         num_class: Number of classes.
         cache_rate: Share of the images kept in memory.
-        seed: Of the order of the images.
+        seed: Seed of the order in which a round visits the images.
         image_size: Side in pixels that images are resized to.
 
     Raises:
@@ -147,7 +147,7 @@ class CXRLearner(Learner):
         """What an attacker who knows this site's settings knows of the round's update.
 
         Args:
-            change: What is about to leave the site.
+            change: The update that is about to leave the site, by variable.
             bn_momentum: Of the network's BatchNorm layers.
 
         Raises:

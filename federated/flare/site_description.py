@@ -21,13 +21,13 @@ class SiteDescription(FLComponent):
     Args:
         data_root: Folder that the list's paths start from.
         dataset_json: The site's data list.
-        model_name: The network.
+        model_name: Name of the network.
         num_class: Number of classes.
         image_size: Side in pixels.
         batch_size: Images per local step.
         aggregation_epochs: Passes over the training images per round.
         lr: Learning rate of the first rounds.
-        seed: Of the order of the images.
+        seed: Seed of the order in which a round visits the images.
     """
 
     def __init__(

@@ -50,7 +50,7 @@ class SiteSettings:
         valid_set: Section to validate on.
         test_set: Section to test on; may be absent.
         cache_rate: Share of the images kept in memory.
-        seed: Of the order of the images.
+        seed: Seed of the order in which a round visits the images.
     """
 
     data_root: str
@@ -121,7 +121,7 @@ class SiteTraining:
     """A site's network and images.
 
     Args:
-        settings: What to train on and how.
+        settings: What the site trains on, and how.
         device: Where to compute; a GPU if there is one.
     """
 
@@ -310,7 +310,7 @@ class SiteTraining:
         Args:
             change: What leaves the site, noise included.
             weights: The global model before.
-            round_number: Of the update.
+            round_number: Round of the update.
             bn_momentum: Of the network's BatchNorm layers.
         """
         return LocalUpdate(

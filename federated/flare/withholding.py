@@ -293,7 +293,7 @@ def withheld_update(dxo: DXO, fl_ctx: FLContext) -> DXO:
     """What is sent in place of an update.
 
     Args:
-        dxo: The update.
+        dxo: The update, as NVFlare's data exchange object.
         fl_ctx: Of the site; holds the global weights if a `GlobalModelTap` saw them.
 
     Returns:

@@ -33,10 +33,10 @@ class Anatomy:
         ribs: Height of the first rib, spacing, slope, strength.
         clavicle: Height and slope.
         tissue: Thickness of soft tissue, and how far it spreads beyond the ribs.
-        air: How far the lungs are filled.
+        air: Share to which the lungs are filled with air.
         breast: Attenuation of overlaying soft tissue.
         vessels: Strength of the lung's texture.
-        gamma: Exposure curve.
+        gamma: Exponent of the exposure curve.
         noise: Standard deviation of detector noise.
     """
 

@@ -81,10 +81,10 @@ def make_phantoms(
     place in the full data set: a smaller set holds some of the same patients.
 
     Args:
-        output: The folder.
+        output: Folder to write.
         scale: Share of the published sizes, see `phantom_sizes`.
         size: Side in pixels.
-        seed: Of all patients.
+        seed: Seed that decides all patients.
 
     Returns:
         Number of images by section or site.

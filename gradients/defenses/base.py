@@ -150,9 +150,9 @@ def apply_defenses(defenses: Sequence[Defense], gradient: Gradient, client: Clie
     """Apply several defenses one after the other.
 
     Args:
-        defenses: In the order of application.
+        defenses: The defenses in the order in which they are applied.
         gradient: By parameter name.
-        client: What the client knows.
+        client: What the client knows about its own computation.
 
     Returns:
         The gradient to share.

@@ -17,7 +17,7 @@ class Clip(Defense):
     g' = g min(1, C / |g|), |g| over all parameters.
 
     Args:
-        max_norm: C.
+        max_norm: Clipping norm C, the largest Euclidean norm that is left as it is.
 
     Source: Wei et al., "A Framework for Evaluating Gradient Leakage Attacks in
         Federated Learning", https://arxiv.org/abs/2004.10397; clipping as in Pascanu

@@ -20,7 +20,7 @@ class Gaussian(Defense):
     """Add N(0, std^2) to every element. Without clipping this bounds no privacy loss.
 
     Args:
-        std: Standard deviation.
+        std: Standard deviation of the noise.
 
     Source: Zhu et al., "Deep Leakage from Gradients", section 5.1,
         https://arxiv.org/abs/1906.08935.

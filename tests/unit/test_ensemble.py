@@ -25,6 +25,7 @@ from attack.knowledge.label_search import (
     label_candidates,
 )
 from attack.knowledge.threat_models import Capability, find_threat
+from attack.loop.inversion import label_trial
 from attack.metrics import evaluate
 from attack.metrics.worst_case import worst_case
 from attack.reconstruction import Reconstruction
@@ -173,7 +174,8 @@ def test_labels_find_their_shards() -> None:
     """Images of each shard have known statistics, which fit the right labels only."""
     target, truth = sharded()
     config = Spectral.published.changed(bn=0.5, exact_bn=True)
-    labels = arrange_labels(target, truth.labels.flip(0), config, device=CPU, seed=0)
+    trial = label_trial(target, config, device=CPU, seed=0)
+    labels = arrange_labels(target, truth.labels.flip(0), trial, seed=0)
     assert labels.tolist() == truth.labels.tolist()
 
 

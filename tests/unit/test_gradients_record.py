@@ -35,7 +35,7 @@ def test_the_commands_record_reads_back(folder: Path, tmp_path: Path) -> None:
     (path,) = folder.glob("*.json")
     record = read_record(path)
     assert record.schema_version == SCHEMA_VERSION
-    assert record.target.model.arch == "cnn"
+    assert record.target.model["arch"] == "cnn"
     assert record.target.gradient_norm > 0
     assert record.privacy is not None
     assert record.privacy.clipping == "per-sample"

@@ -21,10 +21,10 @@ def gradient_loss(
     """Cosine distance of a candidate batch's gradient to the shared one, in float64.
 
     Args:
-        target: What was shared.
+        target: What the client shared.
         inputs: N x C x H x W, normalised.
         labels: N class indices.
-        device: Where to compute.
+        device: Device that runs the computation.
     """
     with distributed.alone():
         replica = Replica(target, device, torch.float64)
@@ -44,11 +44,11 @@ def closed_form_reconstruction(
     """A reconstruction from solved network inputs.
 
     Args:
-        target: What was shared.
+        target: What the client shared.
         solved: k x (C * H * W) network inputs, k at most the batch size; images that
             were not found are shown in the mean colour.
         labels: N class indices, those of `solved` first.
-        device: Where to evaluate the gradient loss.
+        device: Device that evaluates the gradient loss.
         began: `time.perf_counter()` at the start of the attack.
         result: Further fields of the reconstruction.
     """

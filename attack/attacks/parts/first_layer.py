@@ -20,7 +20,7 @@ class FirstLayer:
     """A first fully connected layer that sees the whole image.
 
     Attributes:
-        name: Module name.
+        name: Name of the module in the model.
         weight: m x d, what the client received.
         bias: m.
         weight_gradient: m x d, as shared.
@@ -57,9 +57,9 @@ def first_layer(target: Target, attack: str, device: torch.device) -> FirstLayer
     """Find the layer, in float64.
 
     Args:
-        target: What was shared.
+        target: What the client shared.
         attack: Who asks, for messages.
-        device: Where its tensors go.
+        device: Device that the layer's tensors are moved to.
 
     Raises:
         InputError: There is none, it has no bias, it sees features instead of the image,
