@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attack.attacks import Spectral
+from attack.attacks.spectral import Spectral
 from attack.knowledge.known_defenses import _STEPS, Adaptation, adapt
 from attack.loop.inversion import Inversion
 from attack.matching.matcher import GradientMatcher
