@@ -202,7 +202,7 @@ def shortened(case: Case) -> Case:
         if attack.published.optimiser.name == "LBFGS":
             changes["iterations"] = 1
     if isinstance(config := changes.get("config"), EnsembleConfig):
-        changes["config"] = config.changed(iterations=3)
+        changes["config"] = dataclasses.replace(config, iterations=3)
     return dataclasses.replace(case, changes=changes)
 
 

@@ -25,7 +25,7 @@ _TARGET = (
     "mode train_mode batch_size shards synchronized bn_statistics defenses dropout_seed "
     "running_after"
 )
-_LOCAL = "epochs batches steps lr momentum weight_decay"
+_LOCAL = "epochs batches steps lr momentum weight_decay proximal bn_momentum order"
 
 # What the stages write: by the place in the record, the keys there.
 _WRITTEN: dict[str, dict[str, str]] = {

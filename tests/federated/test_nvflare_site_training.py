@@ -34,6 +34,8 @@ def settings(phantoms: Path, site: int = 1, **more: Any) -> SiteSettings:
 
 
 def site(phantoms: Path, number: int = 1, **more: Any) -> SiteTraining:
+    # A network's first weights are those of the random numbers that a neighbour left.
+    torch.manual_seed(0)
     return SiteTraining(settings(phantoms, number, **more), torch.device("cpu"))
 
 
@@ -65,7 +67,6 @@ def test_the_simulated_local_training_explains_the_update(phantoms: Path) -> Non
     """
     from tests.federated.sites import simulate
 
-    torch.manual_seed(0)
     local = site(phantoms, aggregation_epochs=2)
     local.model.double()
     start = local.weights()

@@ -22,7 +22,7 @@ from attack.matching.acceleration import (
 from attack.matching.matcher import GradientMatcher, cosine_of_images
 from attack.matching.objectives import Cosine
 from attack.matching.replica import Replica
-from attack.settings import InversionConfig, SpeedSettings
+from attack.settings import InversionConfig, SpeedSettings, told_by_flag
 from core.errors import InputError
 from core.models.building import ModelSpec
 from core.target import LocalTraining, Target
@@ -290,7 +290,7 @@ def test_resumed_ends_as_uninterrupted(tmp_path: Path) -> None:
 )
 def test_what_excludes_each_other_is_refused(changes: dict[str, Any], sentence: str) -> None:
     target, truth = make_target(LENET, 1)
-    with pytest.raises(InputError, match=sentence):
+    with pytest.raises(InputError, match=sentence), told_by_flag():
         Inversion(target, truth.labels, FAST.changed(**changes), device=CPU)
 
 
