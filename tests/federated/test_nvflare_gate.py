@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("nvflare", reason="needs pip install 'gradinvbench[federated]'")
 
 from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable
-from nvflare.apis.fl_constant import FLContextKey, ReturnCode
+from nvflare.apis.fl_constant import ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.app_common.app_constant import AppConstants
@@ -26,31 +26,10 @@ from federated.flare.inverter import Inverter
 from federated.flare.rdlv_filter import RelativeDataLeakageValueFilter
 from federated.flare.withholding import GLOBAL_WEIGHTS, VANISHING_WEIGHT
 from federated.phantoms.data_set import LIST_PREFIX, make_phantoms
+from tests.federated.site_context import Site
 
 # What must never be found in anything that leaves.
 SECRET = np.arange(64, dtype=np.float32) + 0.125
-
-
-class Site:
-    """A site's context and its components."""
-
-    def __init__(self, folder: Path, **components: Any) -> None:
-        self.components, self.context = components, FLContext()
-        self.context.set_prop(FLContextKey.APP_ROOT, str(folder), private=True)
-        self.context.get_engine = lambda *_, **__: self  # type: ignore[method-assign]
-        self.context.get_identity_name = lambda *_, **__: "site-1"  # type: ignore[method-assign]
-
-    def get_component(self, name: str) -> Any:
-        return self.components.get(name)
-
-    def get_all_components(self) -> dict[str, Any]:
-        return self.components
-
-    def new_context(self) -> FLContext:
-        return self.context
-
-    def fire_event(self, event: str, context: FLContext) -> None:
-        """Nobody listens here."""
 
 
 class Gives(Inverter):
