@@ -110,14 +110,18 @@ def _add(found: Any, value: Any) -> None:
             found.update(f"{name}:".encode())
             _add(found, value[name])
     elif isinstance(value, (np.ndarray, torch.Tensor)):
-        array = np.ascontiguousarray(_array(value))
+        array = np.ascontiguousarray(array_of(value))
         found.update(f"{array.dtype}{array.shape}".encode())
         found.update(array.tobytes())
     else:
         found.update(json.dumps(value, default=str).encode())
 
 
-def _array(value: Any) -> np.ndarray:
+def array_of(value: Any) -> np.ndarray:
+    """A variable as an array of its own values: nothing is rounded.
+
+    NumPy has no bfloat16; float32 holds all of its numbers.
+    """
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
         value = value.float() if value.dtype == torch.bfloat16 else value
@@ -158,7 +162,7 @@ def _variable(name: str, value: Any, shapes: Mapping[str, int] | None) -> Any:
     tensor = isinstance(value, torch.Tensor)
     if not tensor and not isinstance(value, (np.ndarray, np.number, int, float)):
         raise NotAllowedError(f"the variable {name} is a {type(value).__name__}, not an array")
-    array = _array(value)
+    array = array_of(value)
     if array.dtype.kind not in "iuf":
         raise NotAllowedError(f"the variable {name} is of type {array.dtype}, not real numbers")
     if shapes is not None and shapes.get(name) != array.size:
@@ -178,8 +182,8 @@ def _scores(values: Any, what: str) -> dict[str, Any]:
 def _score(value: Any, what: str) -> float | int | None:
     if value is None:
         return None
-    if isinstance(value, (np.ndarray, torch.Tensor)) and _array(value).size == 1:
-        value = _array(value).item()
+    if isinstance(value, (np.ndarray, torch.Tensor)) and array_of(value).size == 1:
+        value = array_of(value).item()
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e300:

@@ -11,6 +11,7 @@ from nvflare.apis.dxo import DXO
 from nvflare.apis.fl_context import FLContext
 
 from core.errors import InputError
+from federated.flare.allowed import array_of
 from federated.flare.withholding import FailClosedFilter, WithheldError
 
 
@@ -59,7 +60,7 @@ class GaussianPrivacy(FailClosedFilter):
 
     def process_update(self, dxo: DXO, fl_ctx: FLContext) -> DXO:
         """See `FailClosedFilter.process_update`."""
-        values = {name: _array(value) for name, value in dxo.data.items()}
+        values = {name: array_of(value) for name, value in dxo.data.items()}
         sigma = self.sigma0 * percentile_of_nonzero(values, self.max_percentile)
         self.log_info(
             fl_ctx,
@@ -104,10 +105,6 @@ def with_noise(value: np.ndarray, sigma: float, rng: np.random.Generator) -> np.
     if np.issubdtype(value.dtype, np.integer):
         noisy = np.rint(noisy)
     return np.asarray(noisy).astype(value.dtype)
-
-
-def _array(value: Any) -> np.ndarray:
-    return np.asarray(value.detach().cpu() if isinstance(value, torch.Tensor) else value)
 
 
 def _like(old: Any, new: np.ndarray) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from audit.settings import InversionSettings, load_inversion_settings
 from audit.updates import LocalUpdate
 from core.data.image_files import load_image
 from core.errors import InputError
+from federated.flare.allowed import array_of
 from federated.flare.withholding import GLOBAL_WEIGHTS, current_round
 
 
@@ -108,7 +109,7 @@ class GradInversionInverter(Inverter):
         app_root = Path(fl_ctx.get_prop(FLContextKey.APP_ROOT) or ".")
         settings = load_inversion_settings(app_root / self.cfg_file)
         learner = self._learner(dxo, fl_ctx)
-        change = {name: _array(value) for name, value in dxo.data.items()}
+        change = {name: array_of(value) for name, value in dxo.data.items()}
         update = learner.local_update(change, self.bn_momentum)
         if self.compute_update_sums:
             self._log_sums(update, fl_ctx)
@@ -169,7 +170,3 @@ class GradInversionInverter(Inverter):
 
 def _round_name(fl_ctx: FLContext, dxo: DXO) -> str:
     return f"{fl_ctx.get_identity_name()}_rnd{current_round(dxo, fl_ctx)}"
-
-
-def _array(value: Any) -> np.ndarray:
-    return np.asarray(value.detach().cpu() if isinstance(value, torch.Tensor) else value)

@@ -170,6 +170,20 @@ def test_a_stated_vanishing_weight_switches_nothing_off(
     assert inverter.calls == 1
 
 
+@pytest.mark.parametrize(
+    "value",
+    [torch.full((12,), 1e-300, dtype=torch.float64), np.full(12, 1e-300), np.full(12, -0.0)],
+    ids=["tiny tensor", "tiny array", "signs of zeros"],
+)
+def test_what_only_looks_like_nothing_is_measured(
+    phantoms: Path, tmp_path: Path, value: Any
+) -> None:
+    inverter = Gives(torch.rand(1, 3, 32, 32))
+    site = Site(tmp_path, grad_inverter=inverter, sim_metric=ImageSimMetric())
+    leakage_filter(phantoms).process(result(data={"w": value}), site.context)
+    assert inverter.calls == 1
+
+
 def leakage_filter(phantoms: Path, **more: Any) -> RelativeDataLeakageValueFilter:
     return RelativeDataLeakageValueFilter(
         str(phantoms), str(phantoms / f"{LIST_PREFIX}9.json"), **more
