@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from core.clipping import BATCH
 from core.data.specs import DataSpec
 from core.errors import InputError
 from core.models.architecture import Architecture, GivenModel
@@ -22,6 +23,7 @@ from core.models.building import ModelSpec, default_stem
 from core.processes.distributed import shard_sizes
 from core.storage import load_checkpoint, save_checkpoint
 from core.target import RUNNING_STATISTICS, BatchStatistics, LocalTraining, Target, Truth
+from gradients.private_gradient import PrivacySettings
 
 FORMAT_VERSION = 1
 # The original tools' word for "no layer is frozen".
@@ -196,7 +198,7 @@ def _parse_target(raw: Mapping[str, Any], build: Builder | None) -> Target:
         shards=shards,
         synchronized=synchronized,
         bn_statistics=_bn_statistics(raw, skeleton, 1 if synchronized else len(shards)),
-        defenses=tuple(str(word) for word in raw.get("defenses") or ()),
+        defenses=_defenses(raw),
         dropout_seed=None if seed is None else int(seed),
         running_after=_running_after(raw, skeleton),
     )
@@ -380,6 +382,20 @@ def _order(stated: Any, batch_size: int) -> tuple[tuple[int, ...], ...] | None:
     if any(not step or not 0 <= min(step) <= max(step) < batch_size for step in order):
         raise InputError(f"its local steps do not use images 0 to {batch_size - 1} only")
     return order
+
+
+def _defenses(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the client says it did; the original tools say it in their command line."""
+    args = raw.get("args")
+    if raw.get("defenses") is not None or not getattr(args, "enable_dp", False):
+        return tuple(str(word) for word in raw.get("defenses") or ())
+    # Their --enable-dp clips the mean gradient and adds noise of sigma C to it.
+    privacy = PrivacySettings(
+        noise_multiplier=float(getattr(args, "sigma", 0.01)),
+        max_norm=float(getattr(args, "max_per_sample_grad_norm", 1.0)),
+        clipping=BATCH,
+    )
+    return (privacy.word,)
 
 
 def _bn_statistics(
