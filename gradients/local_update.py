@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from core.errors import InputError
+from core.losses import DEFAULT_LOSS, Loss
 from core.processes.distributed import shard_sizes, shard_slice
 from core.target import LocalTraining
 
@@ -171,6 +171,7 @@ def unrolled_update(
     placement: Placement = ONE_PROCESS,
     buffers: Mapping[str, torch.Tensor] | None = None,
     parameters: Parameters | None = None,
+    loss: Loss = DEFAULT_LOSS,
 ) -> Parameters:
     """The update a client would share for `images`, as a differentiable function of them.
 
@@ -180,14 +181,14 @@ def unrolled_update(
         model: Architecture and theta_0, in the mode the client runs it in. Its
             parameters that do not require gradients are frozen.
         images: N x C x H x W, normalised.
-        labels: N class indices, or N x n_classes probabilities (then differentiable
-            in them too).
+        labels: N x ..., as the loss takes them; floating-point ones are differentiable too.
         local: The client's local SGD.
         create_graph: Keep the graph for derivatives of the update.
         placement: Groups of images, processes and dropout masks.
         buffers: Take the changes of the running statistics of this (or the first)
             process; default: copies of the model's.
         parameters: theta_0 instead of the model's own.
+        loss: What the client minimises.
 
     Returns:
         (theta_0 - theta_K) / (lr K) by parameter name; the gradient for one step.
@@ -206,6 +207,7 @@ def unrolled_update(
         create_graph=create_graph,
         placement=placement,
         buffers=buffers,
+        loss=loss,
     )
     start = trainable_parameters(model) if parameters is None else parameters
     if not create_graph:
@@ -222,6 +224,7 @@ def client_gradient(
     create_graph: bool = False,
     placement: Placement = ONE_PROCESS,
     buffers: Mapping[str, torch.Tensor] | None = None,
+    loss: Loss = DEFAULT_LOSS,
 ) -> StepGradient:
     """The gradient of a client's loss at each of its local steps, see `unrolled_update`."""
     steps = images_of_steps(len(images), local, placement.shards)
@@ -240,6 +243,7 @@ def client_gradient(
             with dropout_masks(placement.dropout_seed, step, index, images.device):
                 share = _weighted_gradient(
                     model,
+                    loss,
                     # Every process moves buffers of its own; the first one's are shared.
                     {**(moving if index == parts[0] else _copies(moving)), **current},
                     list(current.values()),
@@ -261,6 +265,7 @@ def _copies(tensors: Mapping[str, torch.Tensor]) -> Parameters:
 
 def _weighted_gradient(
     model: nn.Module,
+    client_loss: Loss,
     state: Mapping[str, torch.Tensor],
     parameters: Sequence[torch.Tensor],
     images: torch.Tensor,
@@ -268,8 +273,8 @@ def _weighted_gradient(
     weight: float,
     create_graph: bool,
 ) -> list[torch.Tensor]:
-    """Gradient of weight x (mean cross-entropy); zero for parameters that are not used."""
-    loss = F.cross_entropy(torch.func.functional_call(model, dict(state), (images,)), labels)
+    """Gradient of weight x (the client's loss); zero for parameters that are not used."""
+    loss = client_loss(torch.func.functional_call(model, dict(state), (images,)), labels)
     if weight != 1:
         loss = weight * loss
     gradients = torch.autograd.grad(
