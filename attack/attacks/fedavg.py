@@ -113,11 +113,11 @@ class DataLeakageFedAvg(OptimizationAttack):
 
         inversion = Inversion(
             one_long_epoch(target),
-            labels.repeat(epochs),
+            labels.repeat(epochs, *[1] * (labels.dim() - 1)),
             config,
             device=device,
             seed=seed,
-            prior=None if prior is None else prior.repeat(epochs, 1, 1, 1),
+            prior=None if prior is None else prior.repeat(epochs, *[1] * (prior.dim() - 1)),
             first_restart=first_restart,
             parts=Parts(regularizers=regularizers),
         )

@@ -134,14 +134,16 @@ def align_repeated_labels(restarts: torch.Tensor, labels: torch.Tensor) -> torch
 
     Args:
         restarts: S x N x C x H x W.
-        labels: Class indices of the N images.
+        labels: Of the N images.
 
     Returns:
         The restarts, reordered within every label.
     """
     aligned = restarts.clone()
-    for label in labels.unique():
-        members = (labels == label).nonzero().flatten().to(restarts.device)
+    # Of targets that are no class indices, whole rows are compared.
+    _, numbers = labels.unique(dim=0, return_inverse=True)
+    for number in numbers.unique():
+        members = (numbers == number).nonzero().flatten().to(restarts.device)
         if len(members) < 2:
             continue
         reference = restarts[0, members]

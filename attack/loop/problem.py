@@ -60,9 +60,12 @@ class InversionProblem:
         return self.coordinates.decode(restart.variable.detach())
 
     def boxed(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Network inputs moved into the range of valid images."""
-        low = self.target.data.normalize(torch.zeros_like(inputs[:1, :, :1, :1]))
-        high = self.target.data.normalize(torch.ones_like(inputs[:1, :, :1, :1]))
+        """Network inputs moved into the range of valid images, where there is one."""
+        if not self.target.data.bounded:
+            return inputs
+        one = (1, inputs.shape[1], *[1] * (inputs.dim() - 2))
+        low = self.target.data.normalize(inputs.new_zeros(one))
+        high = self.target.data.normalize(inputs.new_ones(one))
         return torch.minimum(torch.maximum(inputs, low), high)
 
     def images(self, restart: Restart) -> torch.Tensor:
@@ -70,4 +73,4 @@ class InversionProblem:
         inputs = restart.best_inputs
         whole = self.whole(self.inputs(restart) if inputs is None else inputs)
         # Pictures and metrics are in float32 whatever the attack computed in.
-        return self.target.data.denormalize(whole).clamp(0, 1).float().cpu()
+        return self.target.data.clamp(self.target.data.denormalize(whole)).float().cpu()

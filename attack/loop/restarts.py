@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from core.losses import DEFAULT_LOSS, Loss
+
 if TYPE_CHECKING:
     from attack.loop.problem import InversionProblem
     from attack.settings import InversionConfig
@@ -44,6 +46,7 @@ class Restart:
         divergences: Number of those.
         fallen: Iterations in which the balance has fallen.
         last_value: The objective of the last evaluation.
+        loss: What the client minimises: says which labels the optimised ones stand for.
     """
 
     index: int
@@ -60,6 +63,7 @@ class Restart:
     divergences: int = 0
     fallen: int = 0
     last_value: float = math.nan
+    loss: Loss = DEFAULT_LOSS
 
     @property
     def alive(self) -> bool:
@@ -84,7 +88,7 @@ class Restart:
             self.best_value = value
             self.best_inputs = inputs.clone()
             if self.label_logits is not None:
-                self.best_labels = self.label_logits.detach().argmax(-1)
+                self.best_labels = self.loss.decided(self.label_logits.detach())
 
 
 def best_of(restarts: Sequence[Restart]) -> Restart:
@@ -172,11 +176,13 @@ class Starter:
         variable = variable.clone().requires_grad_()
         logits = None
         if self.config.matching.joint_labels:
-            shape = (self.problem.shape[0], self.problem.target.data.n_classes)
+            shape = (self.problem.shape[0], *self.problem.replica.variables_shape())
             whole = torch.randn(shape, generator=generator)
             mine = self.problem.mine(whole).to(self.problem.device, self.problem.dtype)
             logits = mine.requires_grad_()
-        return Restart(index, variable, logits, self.optimizer(variable, logits), generator)
+        optimizer = self.optimizer(variable, logits)
+        loss = self.problem.target.loss
+        return Restart(index, variable, logits, optimizer, generator, loss=loss)
 
     def optimizer(
         self, variable: torch.Tensor, logits: torch.Tensor | None
