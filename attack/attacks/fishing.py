@@ -76,7 +76,7 @@ class Fishing(OptimizationAttack):
         alone = fished_target(target, self.name)
         fished = alone.batch_size
         label = parse_malice(malice_of(target.model), target.data.n_classes).number
-        mean = target.data.denormalize(torch.zeros((1, *target.data.shape))).clamp(0, 1)
+        mean = target.data.clamp(target.data.denormalize(torch.zeros((1, *target.data.shape))))
         rest = mean.expand(target.batch_size - fished, *target.data.shape)
 
         def whole(images: torch.Tensor) -> torch.Tensor:
