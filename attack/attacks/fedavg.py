@@ -105,7 +105,7 @@ class DataLeakageFedAvg(OptimizationAttack):
         config = self.config.changed(
             gradient_weight=self.config.matching.gradient_weight * target.local.updates
         )
-        order = EpochOrderPrior(epochs, target.data.shape[0], seed)
+        order = EpochOrderPrior(epochs, target.data.shape[0], seed, dims=len(target.data.shape) - 1)
 
         def regularizers(problem: InversionProblem) -> list[tuple[float, Regularizer]]:
             tied = [(self.order_weight, order)] if epochs > 1 else []

@@ -44,7 +44,7 @@ class InversionProblem:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """N x C x H x W of the whole batch."""
+        """N x C x H x W of the whole batch (of signals N x C x L, of tables N x F)."""
         return (self.target.batch_size, *self.target.data.shape)
 
     def mine(self, batch: torch.Tensor) -> torch.Tensor:
@@ -69,7 +69,7 @@ class InversionProblem:
         return torch.minimum(torch.maximum(inputs, low), high)
 
     def images(self, restart: Restart) -> torch.Tensor:
-        """The restart's result: N x C x H x W in [0, 1], on the CPU."""
+        """The restart's result on the CPU: N x C x H x W in [0, 1], or what has no bounds."""
         inputs = restart.best_inputs
         whole = self.whole(self.inputs(restart) if inputs is None else inputs)
         # Pictures and metrics are in float32 whatever the attack computed in.

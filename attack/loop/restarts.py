@@ -153,7 +153,9 @@ class Starter:
         inputs = self._drawn(generator)
         if self.noise is None:
             return inputs
-        return inputs + self.noise * torch.randn(inputs[:, :1].shape, generator=generator)
+        # Features of a table are no colours of one pixel.
+        like = inputs[:, :1] if inputs.dim() > 2 else inputs
+        return inputs + self.noise * torch.randn(like.shape, generator=generator)
 
     def _drawn(self, generator: torch.Generator) -> torch.Tensor:
         shape, data = self.problem.shape, self.problem.target.data
@@ -162,14 +164,19 @@ class Starter:
         if self.config.starts.start == "normal":
             return torch.randn(shape, generator=generator)
         if self.config.starts.start == "uniform":
-            return data.normalize(torch.rand(shape, generator=generator))
+            return self._uniform(torch.rand(shape, generator=generator))
         if self.config.starts.start == "zeros":
             return torch.zeros(shape)
         if self.config.starts.start == "pattern":
-            tile = torch.randn((*shape[:2], 4, 4), generator=generator)
+            tile = torch.randn((*shape[:2], *[4] * len(shape[2:])), generator=generator)
             repeats = [math.ceil(side / 4) for side in shape[2:]]
-            return tile.repeat(1, 1, *repeats)[..., : shape[2], : shape[3]]
+            return tile.repeat(1, 1, *repeats)[tuple(slice(side) for side in shape)]
         raise ValueError(f"unknown start {self.config.starts.start}")
+
+    def _uniform(self, shares: torch.Tensor) -> torch.Tensor:
+        """Network inputs from random numbers in [0, 1]: of the valid range, or of unit variance."""
+        data = self.problem.target.data
+        return data.normalize(shares) if data.bounded else math.sqrt(12) * (shares - 0.5)
 
     def restart(self, index: int, variable: torch.Tensor, generator: torch.Generator) -> Restart:
         """A restart that begins at these coordinates of this process's images."""
