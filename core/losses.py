@@ -229,6 +229,21 @@ def as_loss(given: str | Function | Loss | None) -> Loss:
     return _of_torch(given) or GivenLoss(given)
 
 
+def as_function(given: object, flag: str) -> Function | Loss:
+    """An object of the user's own code as a loss.
+
+    Args:
+        given: A `Loss`, or a function of (outputs, targets).
+        flag: The flag that the user gave it with, for messages.
+
+    Raises:
+        InputError: It cannot be called.
+    """
+    if not callable(given):
+        raise InputError(f"{flag}: a {type(given).__name__} is no function of outputs and targets")
+    return given
+
+
 def _named(name: str) -> Loss:
     try:
         return loss_class(name)()

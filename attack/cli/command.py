@@ -65,7 +65,7 @@ def _prepared(
         from attack.cli.search import with_best_settings
 
         search = _make_search(args)
-        check_search(search)
+        check_search(search, run)
         run = with_best_settings(run, search)
     return run, opened
 
@@ -87,6 +87,8 @@ def make_run(args: argparse.Namespace, given: Mapping[str, Any]) -> AttackRun:
         attack=args.attack,
         settings=settings,
         labels_only=args.labels_only,
+        model=args.model,
+        loss=args.loss,
         prior=args.prior,
         spread=args.spread,
         measuring=Measuring(
