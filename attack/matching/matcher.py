@@ -198,7 +198,7 @@ class GradientMatcher:
             apart: Keep the penalty's gradient apart, at the cost of a backward pass.
         """
         inputs = self._laid_out(inputs)
-        with explain_missing_derivative(self.replica.model, inputs):
+        with explain_missing_derivative(self.replica.model, inputs, self.replica.local.steps):
             match = self._evaluate(inputs, labels, weight, penalty, apart)
         match.input_gradient = match.input_gradient.contiguous()
         if match.penalty_gradient is not None:

@@ -18,11 +18,13 @@ from torchvision.ops import deform_conv2d
 
 import gradinvbench as gib
 from attack.knowledge.labels import recover_labels
+from attack.loop.inversion import Inversion
 from attack.matching.matcher import GradientMatcher
 from attack.matching.objectives import Cosine
 from attack.matching.replica import Replica
 from attack.metrics.information_ratio import gradient_information
 from core.errors import InputError
+from gradients.inspect import format_report
 
 CPU = torch.device("cpu")
 
@@ -385,6 +387,26 @@ def test_a_file_keeps_the_client(name: str, tmp_path: Path) -> None:
         for one in (target, read)
     ]
     assert values[0] == values[1]
+    report = format_report(read, again)
+    plain = target.loss.describe() == gib.CrossEntropy().describe()
+    assert ("\nloss " in report) != plain
+    assert f"{target.batch_size} images" in report
+
+
+@pytest.mark.parametrize("name", ["own module, MSE", "segmentation", "volume"])
+def test_an_interrupted_inversion_goes_on_to_the_bit(name: str, tmp_path: Path) -> None:
+    target, truth, _ = shared(CASES[name])
+    config = gib.Settings(iterations=6, joint_labels=name != "volume", tv=0.0, signed=False)
+
+    def run(iterations: int, state: Path | None) -> gib.Reconstruction:
+        changed = config.changed(iterations=iterations, schedule="constant")
+        inversion = Inversion(target, truth.targets, changed, device=CPU)
+        return inversion.run(state_file=state, save_every=3)
+
+    run(3, tmp_path / "state.pt")
+    resumed, whole = run(6, tmp_path / "state.pt"), run(6, None)
+    assert torch.equal(resumed.images, whole.images)
+    assert torch.equal(resumed.labels, whole.labels)
 
 
 def test_only_files_of_other_clients_are_closed_to_earlier_readers(tmp_path: Path) -> None:
