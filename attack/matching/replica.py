@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from attack.matching.held_state import hold_buffers
 from core.errors import InputError
 from core.processes import distributed
 from core.target import Target
@@ -59,6 +60,9 @@ class Replica:
                 # Counting the attacker's passes means nothing, and transformed
                 # functions may not write to a counter.
                 module.num_batches_tracked = None
+        if self.local.steps == 1:
+            # Several steps run on copies, along which buffers move as the client's did.
+            hold_buffers(self.model)
         shared = dict(self.model.named_parameters())
         self.model.requires_grad_(False)
         self.parameters: Tensors = [shared[name].requires_grad_() for name in self.names]

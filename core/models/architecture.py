@@ -13,7 +13,14 @@ import torch
 from torch import nn
 
 from core.errors import InputError
+from core.models.batch_norm import without_synchronization
 
+# Where wrappers that change nothing of what a model computes keep it.
+_WRAPPERS = {
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+}
 # Plain values, as a record or a checkpoint holds them.
 Description = dict[str, str | int | None]
 
@@ -45,11 +52,11 @@ class GivenModel:
             the module, as `module:function`; empty if there is none.
 
     Raises:
-        InputError: The module cannot be copied.
+        InputError: The module cannot be copied, or is TorchScript.
     """
 
     def __init__(self, module: nn.Module, builder: str = "") -> None:
-        self._module = _copied(module, {})
+        self._module = without_synchronization(copied(_bare(module), {}))
         self.builder = builder
 
     @property
@@ -59,31 +66,56 @@ class GivenModel:
 
     def build(self) -> nn.Module:
         """A copy, with the parameters and the mode that the module was given with."""
-        return _copied(self._module, {})
+        return copied(self._module, {})
 
     def skeleton(self) -> nn.Module:
         """A copy whose parameters and buffers have shapes but no memory."""
         tensors = [*self._module.parameters(), *self._module.buffers()]
-        return _copied(self._module, {id(tensor): _without_memory(tensor) for tensor in tensors})
+        return copied(self._module, {id(tensor): _without_memory(tensor) for tensor in tensors})
 
     def describe(self) -> Description:
         """See `Architecture`."""
         return {"arch": self.name, "builder": self.builder or None}
 
 
-def _copied(module: nn.Module, known: dict[int, torch.Tensor]) -> nn.Module:
+def copied(module: nn.Module, known: dict[int, torch.Tensor]) -> nn.Module:
     """A deep copy in which some tensors are replaced.
 
     Args:
-        module: Left as it is.
+        module: Left as it is. What its layers compute in each pass and keep as a plain
+            attribute (`torch.nn.utils.weight_norm` does) is copied without its history.
         known: The replacements, by the identity of what they stand for.
+
+    Raises:
+        InputError: A part of it cannot be copied.
     """
+    computed = {id(t): t.detach().clone() for t in _computed_tensors(module)}
     try:
-        return copy.deepcopy(module, dict[int, object](known))
+        return copy.deepcopy(module, dict[int, object](computed | known))
     except (RuntimeError, TypeError) as error:
         raise InputError(
             f"the model {type(module).__name__} cannot be copied ({str(error).splitlines()[0]})"
         ) from None
+
+
+def _computed_tensors(module: nn.Module) -> list[torch.Tensor]:
+    return [
+        value
+        for layer in module.modules()
+        for value in vars(layer).values()
+        if isinstance(value, torch.Tensor) and not value.is_leaf
+    ]
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    """The module without what only spreads it over devices or compiles it."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise InputError(
+            f"the model {module.original_name} is TorchScript, whose parameters cannot be "
+            "replaced in a pass; give the nn.Module that it was made from"
+        )
+    inner = getattr(module, _WRAPPERS.get(type(module).__name__, ""), None)
+    return _bare(inner) if isinstance(inner, nn.Module) else module
 
 
 def _without_memory(tensor: torch.Tensor) -> torch.Tensor:
