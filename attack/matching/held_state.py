@@ -7,7 +7,9 @@ that the client received.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -33,26 +35,73 @@ def hold_buffers(model: nn.Module) -> None:
         model.register_forward_pre_hook(_StartingBuffers(held, values))
 
 
+def restart_buffers(model: nn.Module) -> None:
+    """Put held buffers back now, and not before the next pass."""
+    for hook in _hooks(model):
+        hook.restore()
+
+
+@contextlib.contextmanager
+def buffers_standing(model: nn.Module) -> Iterator[None]:
+    """A block of batched passes, in which held buffers cannot be put back.
+
+    Raises:
+        RuntimeError: A pass moves them.
+    """
+    restart_buffers(model)
+    for hook in _hooks(model):
+        hook.standing = True
+    try:
+        yield
+    finally:
+        for hook in _hooks(model):
+            hook.standing = False
+            hook.restore()
+
+
+def _hooks(model: nn.Module) -> list[_StartingBuffers]:
+    return [h for h in model._forward_pre_hooks.values() if isinstance(h, _StartingBuffers)]
+
+
 def _is_statistic(buffer: Buffer) -> bool:
     return isinstance(buffer.owner, _NormBase) and buffer.name in STATISTICS
 
 
 class _StartingBuffers:
-    """A hook that runs before each pass."""
+    """A hook that runs before each pass.
+
+    Attributes:
+        standing: Refuse to put back what has moved.
+    """
 
     def __init__(self, buffers: list[Buffer], values: list[torch.Tensor]) -> None:
         self._buffers, self._values = buffers, values
+        self.standing = False
         # Each buffer as the last pass found it; None: it is not known to be untouched since.
         self._found: list[tuple[torch.Tensor, int] | None] = [None] * len(buffers)
 
     def __call__(self, model: nn.Module, given: object) -> None:
+        if self.standing and any(map(self._has_moved, range(len(self._buffers)))):
+            raise RuntimeError("a buffer moves in a batched pass")
+        self.restore()
+
+    def restore(self) -> None:
+        """Put back every buffer that has moved."""
         for index, (owner, name) in enumerate(self._buffers):
-            tensor, found = owner._buffers[name], self._found[index]
-            if found is None or tensor is not found[0] or tensor._version != found[1]:
+            if self._has_moved(index):
                 # Not written in place: a graph may still hold what was there.
                 fresh = self._values[index].clone()
                 owner._buffers[name] = fresh
                 self._found[index] = (fresh, fresh._version)
+
+    def _has_moved(self, index: int) -> bool:
+        tensor, found = self._buffers[index].tensor, self._found[index]
+        return (
+            tensor is None
+            or found is None
+            or tensor is not found[0]
+            or (tensor._version != found[1])
+        )
 
     def __deepcopy__(self, memo: dict[int, object]) -> _StartingBuffers:
         """For a copied model; its tensors' versions say nothing of what happened before."""

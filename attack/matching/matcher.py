@@ -31,7 +31,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attack.matching.freed_memory import return_freed_memory
-from attack.matching.held_state import RandomNumbers
+from attack.matching.held_state import RandomNumbers, buffers_standing
 from attack.matching.late_layers import Factored, find_layers, saves_sweeps
 from attack.matching.match import (
     Match,
@@ -263,7 +263,8 @@ class GradientMatcher:
             return [self._exact(one, labels, 1.0, None) for one in inputs]
         if self._batches:
             try:
-                return self._several_differences(inputs, labels, self.step)
+                with buffers_standing(self._perturbed):
+                    return self._several_differences(inputs, labels, self.step)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:

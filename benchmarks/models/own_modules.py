@@ -84,7 +84,7 @@ class ScaledDotProduct(nn.Module):
 class Recurrent(nn.Module):
     """A recurrent layer over the columns of an image."""
 
-    def __init__(self, kind: type[nn.RNNBase], **options: float) -> None:
+    def __init__(self, kind: Callable[..., nn.Module], **options: float) -> None:
         super().__init__()
         self.layer = kind(CHANNELS * SIDE, 16, batch_first=True, **options)
         self.head = nn.Linear(16, N_CLASSES)

@@ -399,7 +399,9 @@ def without_synchronization(model: nn.Module) -> nn.Module:
         The model (a new module where the model itself is one).
     """
     return _replace(
-        model, lambda old, options: OneProcessBatchNorm(old.num_features, **options), nn.SyncBatchNorm
+        model,
+        lambda old, options: OneProcessBatchNorm(old.num_features, **options),
+        nn.SyncBatchNorm,
     )
 
 
