@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -40,9 +39,8 @@ class Agreement:
         exact: Cosine of two backward passes in float64 to the reference; None where the model
             is refused.
         difference: Likewise, of the difference of two passes.
-        exact_float32: Cosine of two backward passes in float32.
-        difference_float32: Likewise, of the difference.
-        chosen: What the automatic choice takes in float32: "difference" or "exact".
+        automatic: Cosine of what the automatic choice gives in float32, the default.
+        chosen: What that choice took: "difference" or "exact".
         refusal: The sentence with which the model is refused; else empty.
     """
 
@@ -52,8 +50,7 @@ class Agreement:
     parameters: int = 0
     exact: float | None = None
     difference: float | None = None
-    exact_float32: float | None = None
-    difference_float32: float | None = None
+    automatic: float | None = None
     chosen: str = ""
     refusal: str = ""
 
@@ -92,16 +89,24 @@ def _measured(blank: Agreement, target: Target, labels: torch.Tensor) -> Agreeme
     candidate = torch.rand(BATCH, *target.data.shape, generator=generator, dtype=torch.float64)
     layout = Replica(target, CPU).layout
     reference = double_backward(target, candidate, labels, layout)
-    ways = itertools.product((torch.float64, torch.float32), ("exact", "difference"))
-    found = [_cosine(_matched(target, candidate, labels, layout, *way), reference) for way in ways]
+    ways = (("exact", torch.float64), ("difference", torch.float64), ("auto", torch.float32))
+    cosines, chosen = [], ""
+    for hvp, dtype in ways:
+        replica = Replica(target, CPU, dtype)
+        # Random masks are drawn in the order of memory.
+        replica.lay_out(layout)
+        matcher = GradientMatcher(replica, Cosine(), hvp)
+        torch.manual_seed(SEED)
+        found = matcher(candidate.to(dtype), labels).input_gradient
+        cosines.append(_cosine(found, reference))
+        chosen = "exact" if matcher.step is None else "difference"
     return dataclasses.replace(
         blank,
         parameters=sum(g.numel() for g in target.gradient.values()),
-        exact=found[0],
-        difference=found[1],
-        exact_float32=found[2],
-        difference_float32=found[3],
-        chosen=_choice(target, candidate, labels),
+        exact=cosines[0],
+        difference=cosines[1],
+        automatic=cosines[2],
+        chosen=chosen,
     )
 
 
@@ -127,27 +132,7 @@ def _laid_out(inputs: torch.Tensor, layout: torch.memory_format) -> torch.Tensor
     return inputs.clone().contiguous(memory_format=layout)
 
 
-def _matched(
-    target: Target,
-    candidate: torch.Tensor,
-    labels: torch.Tensor,
-    layout: torch.memory_format,
-    dtype: torch.dtype,
-    hvp: str,
-) -> torch.Tensor:
-    replica = Replica(target, CPU, dtype)
-    # Random masks are drawn in the order of memory.
-    replica.lay_out(layout)
-    matcher = GradientMatcher(replica, Cosine(), hvp)
-    torch.manual_seed(SEED)
-    return matcher(candidate.to(dtype), labels).input_gradient
-
-
-def _choice(target: Target, candidate: torch.Tensor, labels: torch.Tensor) -> str:
-    matcher = GradientMatcher(Replica(target, CPU), Cosine(), "auto")
-    matcher(candidate.float(), labels)
-    return "exact" if matcher.step is None else "difference"
-
-
 def _cosine(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float(F.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0))
+    # Not torch's cosine similarity, which takes lengths below 1e-8 for 1e-8.
+    a, b = (t.double().flatten() / t.double().abs().max() for t in (a, b))
+    return float(a @ b / (a.norm() * b.norm()))

@@ -9,7 +9,7 @@ from torch import nn
 from torch.autograd.graph import Node
 
 from core.errors import InputError
-from core.models.unchanged import unchanged
+from core.models.unchanged import refused_inputs, unchanged
 
 # The node of `torch.utils.checkpoint.checkpoint(..., use_reentrant=True)`.
 REENTRANT = "CheckpointFunctionBackward"
@@ -26,7 +26,7 @@ def refuse_reentrant_blocks(model: nn.Module, inputs: torch.Tensor) -> None:
         inputs: N x ..., what the model takes.
 
     Raises:
-        InputError: Names the module that calls the block.
+        InputError: Names the module that calls the block, or the model refuses the inputs.
 
     Source: https://docs.pytorch.org/docs/stable/checkpoint.html
     """
@@ -36,6 +36,11 @@ def refuse_reentrant_blocks(model: nn.Module, inputs: torch.Tensor) -> None:
     try:
         with torch.enable_grad(), unchanged(model):
             model(inputs.detach().requires_grad_())
+    except ValueError:
+        # BatchNorm over a single value: the client's own pass says which flags to change.
+        return
+    except (RuntimeError, TypeError, AssertionError, IndexError) as error:
+        raise refused_inputs(model, inputs, error) from None
     finally:
         for handle in handles:
             handle.remove()

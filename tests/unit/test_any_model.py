@@ -40,7 +40,7 @@ def test_an_own_module_agrees_or_says_why_not(name: str) -> None:
             continue
         assert found.refusal == ""
         assert found.agrees, found
-        assert min(found.exact_float32 or 0, found.difference_float32 or 0) >= ENOUGH, found
+        assert (found.automatic or 0) >= ENOUGH, found
         assert found.chosen == "difference"
 
 
