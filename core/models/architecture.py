@@ -7,13 +7,16 @@ Nothing behind it asks which kind it is.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from core.errors import InputError
 from core.models.batch_norm import without_synchronization
+from core.models.unchanged import modes_held, refused_inputs
 
 # Where wrappers that change nothing of what a model computes keep it.
 _WRAPPERS = {
@@ -50,13 +53,19 @@ class GivenModel:
         module: Any `nn.Module`, with the parameters that the client starts from.
         builder: Where a program that reads a checkpoint finds the function that builds
             the module, as `module:function`; empty if there is none.
+        shape: Of one input; lazy layers get their parameters from it.
 
     Raises:
-        InputError: The module cannot be copied, or is TorchScript.
+        InputError: The module cannot be copied, is TorchScript, or has lazy layers and takes
+            no inputs of this shape.
     """
 
-    def __init__(self, module: nn.Module, builder: str = "") -> None:
+    def __init__(
+        self, module: nn.Module, builder: str = "", shape: Sequence[int] | None = None
+    ) -> None:
         self._module = without_synchronization(copied(_bare(module), {}))
+        if shape is not None and any(map(is_lazy, self._module.parameters())):
+            _materialise(self._module, shape)
         self.builder = builder
 
     @property
@@ -116,6 +125,17 @@ def _bare(module: nn.Module) -> nn.Module:
         )
     inner = getattr(module, _WRAPPERS.get(type(module).__name__, ""), None)
     return _bare(inner) if isinstance(inner, nn.Module) else module
+
+
+@torch.no_grad()
+def _materialise(module: nn.Module, shape: Sequence[int]) -> None:
+    """Give lazy layers their parameters, from torch's random numbers, by one pass."""
+    inputs = torch.zeros(1, *shape)
+    with modes_held(module):
+        try:
+            module.eval()(inputs)
+        except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
+            raise refused_inputs(module, inputs, error) from None
 
 
 def _without_memory(tensor: torch.Tensor) -> torch.Tensor:

@@ -82,6 +82,15 @@ def find_linear_head(model: nn.Module, example: torch.Tensor) -> tuple[str, nn.L
     return name, layer
 
 
+def head_for(model: nn.Module, data: DataSpec) -> tuple[str, nn.Linear]:
+    """`find_linear_head` for inputs that are described.
+
+    Raises:
+        InputError: See `find_linear_head`.
+    """
+    return find_linear_head(model, example_for(model, data))
+
+
 def example_for(model: nn.Module, data: DataSpec) -> torch.Tensor:
     """One sample of the right shape, on the model's device and in its precision."""
     example = torch.full((1, *data.shape), PROBE_VALUE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -10,10 +12,14 @@ import gradinvbench as gib
 from attack.matching.matcher import GradientMatcher
 from attack.matching.objectives import L2, Cosine
 from attack.matching.replica import Replica
+from attack.priors.regularizers import shared_features
 from benchmarks.models.measure import BATCH, CPU, ENOUGH, agreements
 from benchmarks.models.own_modules import CHANNELS, N_CLASSES, OWN_MODULES, SIDE
+from benchmarks.models.record import Record
+from core.models.head import head_for
 from core.models.unchanged import buffers_of, unchanged
 from core.target import Target, Truth
+from gradients.checkpoint import load_target, save_target
 
 SHAPE = (CHANNELS, SIDE, SIDE)
 REFUSED = {
@@ -126,3 +132,45 @@ def test_a_model_of_the_front_door_is_the_one_inside_its_wrapper() -> None:
     found, _ = gib.share(wrapped, images, labels)  # type: ignore[arg-type]
     assert list(found.gradient) == list(expected.gradient)
     assert all(torch.equal(g, expected.gradient[n]) for n, g in found.gradient.items())
+
+
+@pytest.mark.parametrize("name", ["scaled_dot_product_attention", "lazy layers", "SyncBatchNorm"])
+def test_a_file_of_it_is_read_again(name: str, tmp_path: Path) -> None:
+    target, truth = shared(name)
+    path = tmp_path / "update.tar"
+    save_target(path, target, truth, builder="somewhere:build")
+    read, _ = load_target(path, build=OWN_MODULES[name])
+    assert all(torch.equal(value, target.state_dict[n]) for n, value in read.state_dict.items())
+    matcher = GradientMatcher(Replica(read, CPU), Cosine(), "exact")
+    assert float(matcher.value(truth.images, truth.labels)) < 1e-6
+
+
+def test_a_file_whose_statistics_are_infinite_is_refused(tmp_path: Path) -> None:
+    target, truth = shared("BatchNorm")
+    target.state_dict["1.running_mean"][0] = float("inf")
+    save_target(tmp_path / "update.tar", target, truth, builder="somewhere:build")
+    with pytest.raises(gib.InputError, match=r"1.running_mean is not finite"):
+        load_target(tmp_path / "update.tar", build=OWN_MODULES["BatchNorm"])
+
+
+def test_soteria_and_the_feature_prior_find_the_head() -> None:
+    torch.manual_seed(0)
+    model = OWN_MODULES["unused parameters"]()
+    images, labels = torch.rand(2, *SHAPE), torch.arange(2)
+    target, _ = gib.share(model, images, labels, defense="soteria:0.5")
+    assert int((target.gradient["head.weight"] == 0).all(0).sum()) == 64
+    honest, _ = gib.share(model, images[:1], labels[:1])
+    features = shared_features(honest, labels[:1], head_for(model, honest.data)[0])
+    seen: list[torch.Tensor] = []
+    model.get_submodule("head").register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    model(images[:1])
+    torch.testing.assert_close(features, seen[0].detach(), rtol=1e-3, atol=1e-5)
+
+
+def test_the_page_shows_the_record() -> None:
+    root = Path(__file__).resolve().parents[2]
+    record = Record.read(root / "results" / "models")
+    assert (root / "docs" / "models.md").read_text(encoding="utf-8") == record.page()
+    # Whatever falls short says why.
+    for rows in record.rows.values():
+        assert all(row.agrees or row.refusal for row in rows)
