@@ -27,7 +27,7 @@ def share(
     labels: torch.Tensor | Sequence[int],
     *,
     defense: str | Defense | Sequence[str | Defense] = (),
-    local: LocalTraining | None = None,
+    local: LocalTraining | str | None = None,
     train_mode: bool | None = None,
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
@@ -44,7 +44,8 @@ def share(
         labels: N class indices.
         defense: What the client does to its update, in this order: words such as "clip:1" or
             "clip:1,gaussian:0.01" (see `defenses()`), or instances of `Defense`.
-        local: The client's local training; default: one step, whose gradient is shared.
+        local: The client's local training, or words of it such as "adamw lr=1e-3 steps=3"
+            (see `LocalTraining.parse`); default: one step, whose gradient is shared.
         train_mode: Run the model in train mode (BatchNorm over the batch, active dropout);
             default: in the mode that it is in.
         mean: Mean of the normalisation that the model expects of images in [0, 1]; one
@@ -68,7 +69,7 @@ def share(
     data = _data(truth.images, mean, std, class_names)
     data = _with_classes(data, _logits(received, data, truth.images), truth.labels)
     settings = ClientSettings(
-        local=local or LocalTraining(),
+        local=_local(local, len(truth.images)),
         train_mode=received.training if train_mode is None else train_mode,
         defenses=_defenses(defense),
         seed=seed,
@@ -82,6 +83,12 @@ def share(
     if not all(gradient.isfinite().all() for gradient in target.gradient.values()):
         raise InputError("the update is not finite: the model or its local training diverges")
     return target, truth
+
+
+def _local(given: LocalTraining | str | None, n_images: int) -> LocalTraining:
+    if isinstance(given, str):
+        return LocalTraining.parse(given, n_images)
+    return given or LocalTraining()
 
 
 def _checked_truth(images: torch.Tensor, labels: torch.Tensor | Sequence[int]) -> Truth:
