@@ -615,7 +615,7 @@ def test_running_statistics_are_a_prior_on_every_local_step(
 def test_private_steps_take_no_accumulated_batches() -> None:
     model, batch = _model(), _batch()
     local = LocalTraining.parse("sgd batches=2 accumulate=2")
-    with pytest.raises(InputError, match="--enable-dp.*leave accumulate out"):
+    with pytest.raises(InputError, match=r"--enable-dp.*leave accumulate out"):
         private_gradient(model, *batch, local, PrivacySettings(), torch.Generator())
 
 
