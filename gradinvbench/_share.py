@@ -41,7 +41,7 @@ def share(
     shared: str | Sequence[str] | None = None,
     bounds: tuple[float, float] | None = (0.0, 1.0),
     defense: str | Defense | Sequence[str | Defense] = (),
-    local: LocalTraining | None = None,
+    local: LocalTraining | str | None = None,
     train_mode: bool | None = None,
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
@@ -68,7 +68,8 @@ def share(
         bounds: (0, 1), or None for inputs without bounds, which an attack then does not box.
         defense: What the client does to its update, in this order: words such as "clip:1" or
             "clip:1,gaussian:0.01" (see `defenses()`), or instances of `Defense`.
-        local: The client's local training; default: one step, whose gradient is shared.
+        local: The client's local training, or words of it such as "adamw lr=1e-3 steps=3"
+            (see `LocalTraining.parse`); default: one step, whose gradient is shared.
         train_mode: Run the model in train mode (BatchNorm over the batch, active dropout);
             default: in the mode that it is in.
         mean: Mean of the normalisation that the model expects of its inputs; one number, or
@@ -101,7 +102,7 @@ def share(
     data = _with_classes(data, chosen, outputs)
     _freeze_others(received, shared)
     settings = ClientSettings(
-        local=local or LocalTraining(),
+        local=_local(local, len(given)),
         train_mode=received.training,
         defenses=_defenses(defense),
         seed=seed,
@@ -114,6 +115,12 @@ def share(
     if not all(gradient.isfinite().all() for gradient in target.gradient.values()):
         raise InputError("the update is not finite: the model or its local training diverges")
     return target, Truth(given, wanted)
+
+
+def _local(given: LocalTraining | str | None, n_images: int) -> LocalTraining:
+    if isinstance(given, str):
+        return LocalTraining.parse(given, n_images)
+    return given or LocalTraining()
 
 
 def _one_of(name: str, given: object, other: object) -> torch.Tensor:
