@@ -113,6 +113,9 @@ def _of_settings(config: InversionConfig, target: Target) -> Iterator[tuple[str,
         yield "--bn-from-update", frozenset({Capability.BATCH_STATISTICS})
     elif config.priors.bn > 0:
         yield "--BN", frozenset({Capability.RUNNING_STATISTICS})
-    if target.local.steps > 1 and config.matching.local_steps == UNROLL:
-        steps = f"inverting {target.local.steps} local steps"
-        yield steps, frozenset({Capability.LOCAL_TRAINING})
+    if not target.local.shares_gradient and config.matching.local_steps == UNROLL:
+        steps = f"inverting {target.local.steps} local step"
+        yield (
+            f"{steps}s" if target.local.steps > 1 else steps,
+            frozenset({Capability.LOCAL_TRAINING}),
+        )

@@ -46,7 +46,7 @@ from attack.matching.replica import Replica
 from attack.reconstruction import Reconstruction
 from attack.settings import RANDOM_STARTS, UNROLL, InversionConfig, setting_error
 from core.processes import distributed
-from core.target import Target
+from core.target import LocalTraining, Target
 
 __all__ = [
     "Inversion",
@@ -275,9 +275,10 @@ def as_matched(target: Target, config: InversionConfig) -> Target:
     Returns:
         The target itself where nothing changes.
     """
-    if config.matching.local_steps == UNROLL or target.local.steps == 1:
+    local = target.local
+    if config.matching.local_steps == UNROLL or local.shares_gradient:
         return target
-    one = dataclasses.replace(target.local, epochs=1, batches=1, order=None)
+    one = LocalTraining(lr=local.lr, weight_decay=local.weight_decay, bn_momentum=local.bn_momentum)
     # What several steps left in the running statistics is not what one would have left.
     return dataclasses.replace(target, local=one, running_after=None)
 
