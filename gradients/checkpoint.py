@@ -8,7 +8,6 @@ either origin load in both. Loading never runs code.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -121,9 +120,9 @@ def _our_keys(target: Target, builder: str) -> dict[str, Any]:
 
 
 def _local_keys(local: LocalTraining) -> dict[str, Any]:
-    """The local SGD as plain values; what few clients do is left out where it was not done."""
+    """The local training as plain values; what few clients do is left out where it was not done."""
     defaults, rare = LocalTraining(), ("proximal", "bn_momentum", "order")
-    values = dataclasses.asdict(local)
+    values = local.to_dict()
     return {k: v for k, v in values.items() if k not in rare or v != getattr(defaults, k)}
 
 
@@ -358,23 +357,20 @@ def _stem_of(state_dict: Mapping[str, torch.Tensor]) -> str:
 
 
 def _local_training(raw: Mapping[str, Any], batch_size: int) -> LocalTraining:
-    if raw.get("local_training") is not None:
-        stated = dict(raw["local_training"])
-        order = _order(stated.pop("order", None), batch_size)
-        local = LocalTraining(**stated, order=order)
-    else:
+    if raw.get("local_training") is None:
         # The original tools split the images into one batch per local iteration.
         args = raw.get("args")
         batches = int(getattr(args, "epochs", 1) or 1)
-        local = LocalTraining(batches=batches, lr=float(getattr(args, "lr", 0.1) or 0.1))
-    momentum = 0.1 if local.bn_momentum is None else local.bn_momentum
-    numbers = (local.lr, local.momentum, local.weight_decay, local.proximal, momentum)
-    finite = all(isinstance(n, (int, float)) and 0 <= n < float("inf") for n in numbers)
-    if not finite or local.lr == 0 or not 0 < momentum <= 1:
-        raise InputError("its local training has a learning rate, momentum or weight decay amiss")
-    _count(local.epochs, "number of local epochs", 10**6)
-    _count(local.batches, "number of local batches", MAX_BATCH_SIZE)
-    return local
+        stated: dict[str, Any] = {"batches": batches, "lr": float(getattr(args, "lr", 0.1) or 0.1)}
+    else:
+        stated = dict(raw["local_training"])
+    stated["epochs"] = _count(stated.get("epochs", 1), "number of local epochs", 10**6)
+    stated["batches"] = _count(stated.get("batches", 1), "number of local batches", MAX_BATCH_SIZE)
+    stated["order"] = _order(stated.get("order"), batch_size)
+    try:
+        return LocalTraining.from_dict(stated)
+    except InputError as error:
+        raise InputError(f"its local training is amiss: {error}") from None
 
 
 def _order(stated: Any, batch_size: int) -> tuple[tuple[int, ...], ...] | None:

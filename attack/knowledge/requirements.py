@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from attack.knowledge.labels import rule_requires
+from attack.knowledge.labels import DEFAULT_RULE, rule_requires
 from attack.knowledge.threat_models import (
     CUSTOM,
     Capabilities,
@@ -40,7 +40,7 @@ class Knowledge:
     """
 
     threat: str | None = None
-    label_rule: str = "llg"
+    label_rule: str = DEFAULT_RULE
     rule_given: bool = False
     adaptive: bool | None = None
     adapts_by_default: bool = False
@@ -97,7 +97,7 @@ def requirements(
     yield f"--attack {attack.name}", attack.requires
     if not knowledge.leaves_labels_to(attack):
         rule = knowledge.label_rule
-        yield f"--pseudo-label-init {rule}", rule_requires(rule)
+        yield f"--pseudo-label-init {rule}", rule_requires(rule, target.local.steps)
     if knowledge.adaptive:
         yield "--adaptive", frozenset({Capability.DEFENSE})
     config = getattr(attack, "config", None)
@@ -113,6 +113,9 @@ def _of_settings(config: InversionConfig, target: Target) -> Iterator[tuple[str,
         yield "--bn-from-update", frozenset({Capability.BATCH_STATISTICS})
     elif config.priors.bn > 0:
         yield "--BN", frozenset({Capability.RUNNING_STATISTICS})
-    if target.local.steps > 1:
-        steps = f"inverting {target.local.steps} local steps"
-        yield steps, frozenset({Capability.LOCAL_TRAINING})
+    if not target.local.shares_gradient:
+        steps = f"inverting {target.local.steps} local step"
+        yield (
+            f"{steps}s" if target.local.steps > 1 else steps,
+            frozenset({Capability.LOCAL_TRAINING}),
+        )

@@ -415,7 +415,7 @@ BROKEN = {
         _set("bn_statistics", 0, "bn1", [torch.zeros(3), -torch.ones(3)]),
         "variance of bn1 is negative",
     ),
-    "learning rate of zero": (_set("local_training", "lr", 0.0), "learning rate"),
+    "learning rate of zero": (_set("local_training", "lr", 0.0), "lr must be a positive number"),
     "images that are not there": (
         _set("local_training", "order", [[0, 1, 2, 4]]),
         "images 0 to 3 only",

@@ -51,19 +51,36 @@ def _exact(target: Target, model: nn.Module, last: LastLayer) -> torch.Tensor:
 def _one_label(target: Target, model: nn.Module, last: LastLayer) -> torch.Tensor:
     """The label of one sample."""
     gradient = last.bias_gradient
-    if gradient is not None and gradient.any():
-        if last.label_smoothing == 0:
-            return gradient.argmin()
-        # Smoothed targets have no sign of their own, but the features are a quotient.
-        largest = gradient.abs().argmax()
-        features = last.weight_gradient[largest] / gradient[largest]
-        return (last.outputs(features).softmax(0) - gradient).argmax()
-    left = torch.linalg.svd(last.weight_gradient, full_matrices=False).U[:, 0]
+    features = None if gradient is None else _features_of_one(last.weight_gradient, gradient)
+    if gradient is not None and features is not None:
+        # Smoothed targets have no sign of their own, but y = p - (p - y) with p at the features.
+        smooth = last.label_smoothing > 0
+        return (last.outputs(features).softmax(0) - gradient).argmax() if smooth else gradient.argmin()
+    everything = last.weight_gradient
+    if gradient is not None:
+        everything = torch.cat([everything, gradient[:, None]], dim=1)
+    left = torch.linalg.svd(everything, full_matrices=False).U[:, 0]
     if last.n_classes > 2:
-        # The entry of y is minus the sum of all others.
+        # The entry of y is minus the sum of all others, whatever the sign of the whole.
         return left.abs().argmax()
     direction = random_features(target, model).mean(0)
-    return (last.weight_gradient @ direction).argmin()
+    if gradient is not None:
+        direction = torch.cat([direction, torch.ones(1)])
+    return (everything @ direction).argmin()
+
+
+def _features_of_one(weight_gradient: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor | None:
+    """The last layer's input, where its gradient is the outer product that one sample leaves.
+
+    Returns:
+        None where noise or a defense has made it something else.
+    """
+    largest = gradient.abs().argmax()
+    if not gradient[largest]:
+        return None
+    features = weight_gradient[largest] / gradient[largest]
+    rest = weight_gradient - gradient[:, None] * features
+    return features if rest.norm() <= EXPLAINED * weight_gradient.norm() else None
 
 
 @dataclass(frozen=True)
