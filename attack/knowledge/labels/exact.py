@@ -53,9 +53,12 @@ def _one_label(target: Target, model: nn.Module, last: LastLayer) -> torch.Tenso
     gradient = last.bias_gradient
     features = None if gradient is None else _features_of_one(last.weight_gradient, gradient)
     if gradient is not None and features is not None:
-        # Smoothed targets have no sign of their own, but y = p - (p - y) with p at the features.
-        smooth = last.label_smoothing > 0
-        return (last.outputs(features).softmax(0) - gradient).argmax() if smooth else gradient.argmin()
+        if last.label_smoothing > 0:
+            # Smoothed targets y have no sign of their own: y = p - (p - y), p at the features.
+            return (last.outputs(features).softmax(0) - gradient).argmax()
+        return gradient.argmin()
+    if gradient is not None and target.local.steps > 1:
+        return gradient.argmin()
     everything = last.weight_gradient
     if gradient is not None:
         everything = torch.cat([everything, gradient[:, None]], dim=1)

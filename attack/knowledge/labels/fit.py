@@ -1,11 +1,11 @@
 """Do labels explain the last layer's gradient? A hypothesis is tried against the model.
 
 The weight gradient is (P - Y)^T X / K: K samples' probabilities P, labels Y and features X, with
-P = softmax(X W^T + b). Given Y, the K vectors of features are all that is unknown; they lie in the
-span of the gradient's rows, which has at most K dimensions. So K^2 numbers have to satisfy n (K + 1)
-equations: with fewer samples than classes that is possible for the right labels only, and what is
-left of the equations tells them from wrong ones, whatever the features are (signed, in train
-mode, behind dropout).
+P = softmax(X W^T + b). Given Y, the K vectors of features are all that is unknown; they lie in
+the span of the gradient's rows, which has at most K dimensions. So K^2 numbers have to satisfy
+n (K + 1) equations: with fewer samples than classes that is possible for the right labels only,
+and what is left of the equations tells them from wrong ones, whatever the features are (signed,
+in train mode, behind dropout).
 """
 
 from __future__ import annotations
@@ -59,11 +59,12 @@ class Equations:
             return None
         span = torch.linalg.svd(last.weight_gradient, full_matrices=False).Vh[:rank].T
         norm, bias_gradient = float(last.weight_gradient.norm()), last.bias_gradient
-        bias_norm = 0.0 if bias_gradient is None else float(bias_gradient.norm())
-        usable = bias_gradient is not None and bias_norm > 0
+        if bias_gradient is not None and not bias_gradient.any():
+            bias_gradient = None
+        bias_norm = 1.0 if bias_gradient is None else float(bias_gradient.norm())
         return cls(
             weight_gradient=last.weight_gradient @ span / norm,
-            bias_gradient=bias_gradient / bias_norm if usable and bias_gradient is not None else None,
+            bias_gradient=None if bias_gradient is None else bias_gradient / bias_norm,
             weight=last.layer.weight.detach().double().cpu() @ span,
             bias=last.outputs(torch.zeros(last.weight_gradient.shape[1], dtype=torch.float64)),
             span=span,
