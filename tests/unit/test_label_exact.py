@@ -71,7 +71,7 @@ HEADS = {
 
 
 def head_case(
-    head: str | nn.Module,
+    head: str,
     labels: list[int],
     n_classes: int = 10,
     seed: int = 0,
