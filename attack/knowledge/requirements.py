@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from attack.knowledge.clients import check_client
 from attack.knowledge.labels import DEFAULT_RULE, rule_requires
 from attack.knowledge.threat_models import (
     CUSTOM,
@@ -14,7 +15,7 @@ from attack.knowledge.threat_models import (
     check_capabilities,
     find_threat,
 )
-from attack.settings import InversionConfig
+from attack.settings import UNROLL, InversionConfig
 
 if TYPE_CHECKING:
     from attack.attacks.base import Attack
@@ -78,11 +79,12 @@ class Knowledge:
 
 
 def check_knowledge(knowledge: Knowledge, attack: Attack, target: Target) -> None:
-    """Refuse a run that uses what its threat model withholds.
+    """Refuse a run that uses what its threat model withholds, or that does not fit the client.
 
     Raises:
-        InputError: Names the flag and what is withheld.
+        InputError: Names the flag, and what is withheld or does not fit.
     """
+    check_client(attack, target)
     threat = find_threat(knowledge.threat)
     if threat is None:
         return
@@ -113,7 +115,7 @@ def _of_settings(config: InversionConfig, target: Target) -> Iterator[tuple[str,
         yield "--bn-from-update", frozenset({Capability.BATCH_STATISTICS})
     elif config.priors.bn > 0:
         yield "--BN", frozenset({Capability.RUNNING_STATISTICS})
-    if not target.local.shares_gradient:
+    if not target.local.shares_gradient and config.matching.local_steps == UNROLL:
         steps = f"inverting {target.local.steps} local step"
         yield (
             f"{steps}s" if target.local.steps > 1 else steps,

@@ -7,6 +7,7 @@ samples of (p_i - [y = i]) times the embedding, and its bias gradient the mean o
 - `last_layer`: what was shared of the classification layer, and what reaches it;
 - `registry`: rules by name, and what each of them assumes;
 - `signs`, `counts`: the published rules;
+- `other_losses`: findings and values instead of classes;
 - `fit`, `exact`: the default, which tries hypotheses against the model;
 - `recovery`: labels by a rule's name; `accuracy`: how many of them are right.
 """

@@ -20,9 +20,11 @@ from torch import nn
 from attack.knowledge.labels.counts import NO_GRADIENT, robust_counts, whole_counts
 from attack.knowledge.labels.fit import EXPLAINED, Equations, misfit
 from attack.knowledge.labels.last_layer import LastLayer, random_features
-from attack.knowledge.labels.registry import find_rule, register_rule
+from attack.knowledge.labels.other_losses import binary, features_of_one, regression
+from attack.knowledge.labels.registry import Rule, find_rule, register_rule
 from attack.knowledge.threat_models import Capability
 from core.errors import InputError
+from core.losses import Targets
 from core.target import Target
 
 # Hypotheses that differ in one label from the best one: so many classes are tried, so many rounds.
@@ -33,14 +35,24 @@ _HOPELESS = 0.5
 _TINY = 1e-30
 
 
-@register_rule("exact", over_steps=frozenset({Capability.LOCAL_TRAINING}))
+@register_rule(
+    "exact",
+    over_steps=frozenset({Capability.LOCAL_TRAINING}),
+    targets=frozenset({Targets.CLASSES, Targets.LABELS, Targets.VALUES}),
+)
 def _exact(target: Target, model: nn.Module, last: LastLayer) -> torch.Tensor:
     """What is exact for what was shared: bias signs, a rank-one factor, or verified counts.
 
     For one sample exact whatever the features are; for fewer samples than classes exact
     wherever a hypothesis explains the gradient, under an unknown common factor (clipping), too;
-    for more samples as good as the model's probabilities on noise.
+    for more samples as good as the model's probabilities on noise. Under binary cross-entropy
+    it is the rule "binary", under squared error "regression".
     """
+    return _BY_TARGETS[target.loss.targets](target, model, last)
+
+
+def _classes(target: Target, model: nn.Module, last: LastLayer) -> torch.Tensor:
+    """K class indices."""
     if last.batch_size == 1:
         return _one_label(target, model, last).view(1)
     if target.local.steps > 1:
@@ -48,10 +60,17 @@ def _exact(target: Target, model: nn.Module, last: LastLayer) -> torch.Tensor:
     return _Batch(last, random_features(target, model)).labels()
 
 
+_BY_TARGETS: dict[Targets, Rule] = {
+    Targets.CLASSES: _classes,
+    Targets.LABELS: binary,
+    Targets.VALUES: regression,
+}
+
+
 def _one_label(target: Target, model: nn.Module, last: LastLayer) -> torch.Tensor:
     """The label of one sample."""
     gradient = last.bias_gradient
-    features = None if gradient is None else _features_of_one(last.weight_gradient, gradient)
+    features = None if gradient is None else features_of_one(last.weight_gradient, gradient)
     if gradient is not None and features is not None:
         if last.label_smoothing > 0:
             # Smoothed targets y have no sign of their own: y = p - (p - y), p at the features.
@@ -70,20 +89,6 @@ def _one_label(target: Target, model: nn.Module, last: LastLayer) -> torch.Tenso
     if gradient is not None:
         direction = torch.cat([direction, torch.ones(1)])
     return (everything @ direction).argmin()
-
-
-def _features_of_one(weight_gradient: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor | None:
-    """The last layer's input, where its gradient is the outer product that one sample leaves.
-
-    Returns:
-        None where noise or a defense has made it something else.
-    """
-    largest = gradient.abs().argmax()
-    if not gradient[largest]:
-        return None
-    features = weight_gradient[largest] / gradient[largest]
-    rest = weight_gradient - gradient[:, None] * features
-    return features if rest.norm() <= EXPLAINED * weight_gradient.norm() else None
 
 
 @dataclass(frozen=True)

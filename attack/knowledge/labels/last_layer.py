@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from core.errors import InputError
+from core.losses import CrossEntropy, main_output
 from core.models.head import example_for, find_linear_head
 from core.models.unchanged import unchanged
 from core.target import Target
@@ -87,7 +88,29 @@ def last_layer_of(target: Target, model: nn.Module) -> LastLayer:
             "about labels"
         )
     bias = None if bias is None else bias.detach().double().cpu()
-    return LastLayer(weight.detach().double().cpu(), bias, layer, target.batch_size)
+    smoothing = target.loss.label_smoothing if isinstance(target.loss, CrossEntropy) else 0.0
+    return LastLayer(weight.detach().double().cpu(), bias, layer, target.batch_size, smoothing)
+
+
+def require_plain_head(target: Target, model: nn.Module) -> None:
+    """Refuse a model that does more to the last layer's output than to hand it on.
+
+    Raises:
+        InputError: The outputs are not those of the layer.
+    """
+    name, layer = head_of(target, model)
+    outputs: list[torch.Tensor] = []
+    handle = layer.register_forward_hook(lambda _, __, output: outputs.append(output.detach()))
+    try:
+        with torch.no_grad(), unchanged(model):
+            given = main_output(model.eval()(example_for(model, target.data)))
+    finally:
+        handle.remove()
+    if given.numel() != outputs[-1].numel() or not torch.equal(given.ravel(), outputs[-1].ravel()):
+        raise InputError(
+            f"the model changes the outputs of its last layer {name} (a sigmoid, a scale), so that "
+            "no rule recovers its targets: give them, or optimise them with the inputs"
+        )
 
 
 def random_features(target: Target, model: nn.Module, n_inputs: int = 16) -> torch.Tensor:

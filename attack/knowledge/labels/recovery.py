@@ -7,9 +7,11 @@ import logging
 import torch
 from torch import nn
 
+from attack.knowledge.clients import require_classes
 from attack.knowledge.labels.last_layer import LastLayer, last_layer_of, lowest_feature
 from attack.knowledge.labels.registry import KNOWN, RegisteredRule, check_rule, find_rule
 from core.errors import InputError
+from core.losses import Targets
 from core.target import Target
 
 logger = logging.getLogger(__name__)
@@ -25,7 +27,7 @@ def recover_labels(
     *,
     truth_labels: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Recover the labels of a batch from its shared gradient.
+    """Recover the labels, or other targets, of a batch from its shared gradient.
 
     A warning says where the rule's assumptions do not hold.
 
@@ -36,21 +38,26 @@ def recover_labels(
         truth_labels: The labels, where the threat model grants them (rule "known").
 
     Returns:
-        K class indices (int64, CPU), sorted unless they are the granted ones.
+        On the CPU. Of classes: K indices (int64), sorted unless they are the granted ones; of
+        other targets: K x outputs, in the model's precision.
 
     Raises:
-        InputError: Unknown rule, labels not granted, or a gradient without what the
-            rule reads.
+        InputError: Unknown rule, one that does not fit the client's loss, labels not granted,
+            or a gradient without what the rule reads.
     """
     check_rule(rule)
     if rule == KNOWN:
         return _known(target, truth_labels)
+    if target.loss.targets is Targets.CLASSES or target.loss.targets not in find_rule(rule).targets:
+        require_classes(f"label recovery {rule}", target.loss)
     model = target.build_model() if model is None else model
     last = last_layer_of(target, model)
     labels = find_rule(rule).recover(target, model, last)
     broken = _broken_assumption(rule, find_rule(rule), target, model, last)
     if broken is not None:
         logger.warning(broken)
+    if target.loss.targets is not Targets.CLASSES:
+        return labels.to(last.layer.weight.dtype)
     return labels.long().cpu().sort().values
 
 
@@ -103,4 +110,6 @@ def _known(target: Target, labels: torch.Tensor | None) -> torch.Tensor:
         )
     if len(labels) != target.batch_size:
         raise InputError(f"{len(labels)} known labels for a batch of {target.batch_size}")
-    return labels.detach().long().cpu().clone()
+    # Soft labels and values of other losses are no indices.
+    labels = labels if labels.is_floating_point() else labels.long()
+    return labels.detach().cpu().clone()
