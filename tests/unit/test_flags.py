@@ -99,7 +99,7 @@ ATTACK: Flags = {
     "--BN": (float, 0.0),
     "--input-norm": (float, 0.0),
     "--target-tv": (float, 0.28),
-    "--pseudo-label-init": (str, "llg"),
+    "--pseudo-label-init": (str, "exact"),
     "--MinCombine": (FLAG, False),
     "--Group": (float, 0.0),
     "--T-init-rate": (float, 0.3),
