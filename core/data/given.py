@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch.utils.data import Dataset
 
+from core.data.data_sets import DataSets
 from core.data.specs import DataSpec
 from core.errors import InputError
 from core.processes.distributed import derived_seed
@@ -63,10 +64,15 @@ class GivenSamples(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         place: Where they are from, for messages.
     """
 
+    # Whatever the user's code reads, it reads in this process: it need not be picklable.
     in_memory = True
 
     def __init__(self, samples: Samples, spec: DataSpec, seed: int, place: str) -> None:
         self.samples, self.spec, self.seed, self.place = samples, spec, seed, place
+
+    def target_like(self) -> torch.Tensor:
+        """A target, for the shape and the type of an empty batch's."""
+        return _pair(self.samples, 0, self.place)[1]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -125,6 +131,25 @@ def _are_samples(found: object) -> bool:
     if isinstance(found, tuple):
         return len(found) == 2 and all(isinstance(part, torch.Tensor) for part in found)
     return isinstance(found, Samples) and not isinstance(found, (torch.Tensor, str, dict))
+
+
+def given_data_sets(found: object, n_classes: int, seed: int, place: str) -> DataSets:
+    """The user's own data as training and extraction read them.
+
+    Args:
+        found: See `given_data`.
+        n_classes: Number of outputs where targets are classes or labels, else 0.
+        seed: Seed of random numbers that the user's code draws.
+        place: Where they are from, for messages.
+
+    Raises:
+        InputError: They cannot be read as data.
+    """
+    given = given_data(found, place)
+    spec = spec_of(given, n_classes, place)
+    train = GivenSamples(samples_of(given.train, place), spec, seed, place)
+    others: Samples = () if given.validation is None else samples_of(given.validation, place)
+    return DataSets(spec, train, train, GivenSamples(others, spec, seed, place))
 
 
 def samples_of(given: Samples | tuple[torch.Tensor, torch.Tensor], place: str) -> Samples:
