@@ -25,6 +25,7 @@ COMMON: Flags = {
     "--dist-backend": (str, None),
     "--multiprocessing-distributed": (FLAG, False),
     "--nproc-per-node": (int, None),
+    "--timeout": (float, 600.0),
 }
 TRAIN: Flags = {
     "--data": (str, "photo-patches"),
