@@ -307,6 +307,7 @@ def _local_training(args: argparse.Namespace, given: Mapping[str, Any]) -> Local
 
 
 def _client_settings(args: argparse.Namespace, given: Mapping[str, Any]) -> ClientSettings:
+    from core.client import loss_named
     from gradients.client import ClientSettings
     from gradients.defenses import parse_defenses
     from gradients.private_gradient import PrivacySettings
