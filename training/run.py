@@ -185,12 +185,16 @@ def _conclude(trainer: Trainer) -> None:
     if trainer.accountant is not None:
         spent = trainer.accountant.epsilon()
         print(spent.sentence(trainer.config.noise_multiplier))
-    reached = f"best validation accuracy {trainer.best_acc1:.2f} %"
-    if trainer.best_acc1 is None:
-        reached = f"smallest validation loss {min(e.val_loss for e in trainer.history):.4g}"
+    print(f"{trainer.config.scheme}: {_reached(trainer)}, results in {trainer.root}")
+
+
+def _reached(trainer: Trainer) -> str:
+    """How good the best epoch was, in words."""
     if not trainer.history:
-        reached = "no epoch was trained"
-    print(f"{trainer.config.scheme}: {reached}, results in {trainer.root}")
+        return "no epoch was trained"
+    if trainer.best_acc1 is None:
+        return f"smallest validation loss {min(e.val_loss for e in trainer.history):.4g}"
+    return f"best validation accuracy {trainer.best_acc1:.2f} %"
 
 
 def prepare_root(settings: RunSettings) -> Path | None:
