@@ -285,7 +285,7 @@ def _architecture(raw: Mapping[str, Any], data: DataSpec, build: Builder | None)
             f"its model is a module of the user's own, built by {builder}; import that function "
             "and pass it: load_target(path, build=function)"
         )
-    return GivenModel(build(), str(builder))
+    return GivenModel(build(), str(builder), data.shape)
 
 
 def _check_sizes(raw: Mapping[str, Any], model: ModelSpec) -> None:
@@ -302,15 +302,23 @@ def _count(value: Any, what: str, limit: int) -> int:
     return int(value)
 
 
-def _finite(value: Any, what: str, shape: Sequence[int] | None = None) -> torch.Tensor:
-    """A tensor of the given shape without NaN or infinity, detached."""
+def _tensor(value: Any, what: str, shape: Sequence[int] | None = None) -> torch.Tensor:
+    """A dense tensor of the given shape, detached."""
     if not isinstance(value, torch.Tensor):
         raise InputError(f"{what} is a {type(value).__name__}, not a tensor")
     if shape is not None and tuple(value.shape) != tuple(shape):
         raise InputError(f"{what} has shape {tuple(value.shape)}, expected {tuple(shape)}")
-    if value.is_sparse or not torch.isfinite(value).all():
-        raise InputError(f"{what} is not finite (NaN or infinity)")
+    if value.is_sparse:
+        raise InputError(f"{what} is a sparse tensor")
     return value.detach()
+
+
+def _finite(value: Any, what: str, shape: Sequence[int] | None = None) -> torch.Tensor:
+    """The same without NaN or infinity."""
+    tensor = _tensor(value, what, shape)
+    if not torch.isfinite(tensor).all():
+        raise InputError(f"{what} is not finite (NaN or infinity)")
+    return tensor
 
 
 def _state_dict(
@@ -322,8 +330,12 @@ def _state_dict(
     strange = [n for n in state if n not in expected] + [n for n in expected if n not in state]
     if strange:
         raise InputError(f"its parameters are not those of {model.name}: {strange[0]}")
+    # A mask of attention, for one, may hold infinity; statistics may not.
+    free = {n for n, _ in skeleton.named_buffers() if not n.endswith(RUNNING_STATISTICS)}
     return {
-        name: _finite(value, f"the parameter {name}", expected[name].shape)
+        name: (_tensor if name in free else _finite)(
+            value, f"the parameter {name}", expected[name].shape
+        )
         for name, value in state.items()
     }
 

@@ -87,12 +87,14 @@ def share(
     Raises:
         InputError: One sentence on what cannot be used.
     """
-    architecture = GivenModel(model) if isinstance(model, nn.Module) else model
     chosen = as_loss(loss)
+    given = _checked_inputs(_one_of("inputs", inputs, images), _is_bounded(bounds))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        architecture = (
+            GivenModel(model, shape=given.shape[1:]) if isinstance(model, nn.Module) else model
+        )
         received = _in_full_precision(architecture.build())
-    given = _checked_inputs(_one_of("inputs", inputs, images), _is_bounded(bounds))
     data = _data(given, mean, std, class_names, bounds is not None)
     received.train(received.training if train_mode is None else train_mode)
     outputs = _outputs(received, data, given)
