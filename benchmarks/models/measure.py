@@ -114,7 +114,8 @@ def double_backward(
     target: Target, inputs: torch.Tensor, labels: torch.Tensor, layout: torch.memory_format
 ) -> torch.Tensor:
     """The cosine distance's gradient in the images by one graph of plain autograd, in float64."""
-    model = target.build_model().double().to(memory_format=layout)  # type: ignore[call-overload]
+    model = _composed(target.build_model().double())
+    model.to(memory_format=layout)  # type: ignore[call-overload]
     named = dict(model.named_parameters())
     parameters = [named[name] for name in target.gradient]
     inputs = _laid_out(inputs, layout).requires_grad_()
@@ -126,6 +127,26 @@ def double_backward(
     flat = torch.cat([g.flatten() for g in gradient])
     distance = 1 - flat @ goal / (flat.norm() * goal.norm())
     return torch.autograd.grad(distance, inputs)[0]
+
+
+class _Hard(nn.Module):
+    """Hardswish or hardsigmoid from parts, since torch's own kernels have one derivative."""
+
+    def __init__(self, swish: bool) -> None:
+        super().__init__()
+        self.swish = swish
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Of any shape."""
+        gate = (x + 3).clamp(0, 6) / 6
+        return x * gate if self.swish else gate
+
+
+def _composed(model: nn.Module) -> nn.Module:
+    for name, child in model.named_children():
+        hard = isinstance(child, nn.Hardswish | nn.Hardsigmoid)
+        setattr(model, name, _Hard(isinstance(child, nn.Hardswish)) if hard else _composed(child))
+    return model
 
 
 def _laid_out(inputs: torch.Tensor, layout: torch.memory_format) -> torch.Tensor:

@@ -78,7 +78,8 @@ class Record:
         parts = ["# Which models work", _INTRODUCTION]
         for group, title in GROUPS.items():
             if self.rows[group]:
-                parts += [f"## {title}", _table(_by_model(self.rows[group]))]
+                models = list(_by_model(self.rows[group]))
+                parts += [f"## {title}", f"{len(models)} measured so far.", _table(models)]
         return "\n\n".join(parts) + "\n"
 
 
@@ -89,7 +90,8 @@ code: a batch of {BATCH} random images, the cosine of the two gradients. *Exact*
 second backward pass, *difference* its difference of two passes, both in float64; at least
 {ENOUGH} is asked for. *Default* is what an attack does on its own in float32: it takes the
 difference, and where that is too coarse two backward passes (marked E); float32 itself loses
-digits in deep networks that were never trained. Regenerate with `python -m benchmarks.models`."""
+digits in deep networks that were never trained. `python -m benchmarks.models` measures what is
+missing here, one model after the other."""
 
 
 def _row(stored: Mapping[str, object]) -> Agreement:
@@ -106,7 +108,7 @@ def _by_model(rows: Sequence[Agreement]) -> Iterator[tuple[Agreement, Agreement]
         yield modes[name, "eval"], modes[name, "train"]
 
 
-def _table(models: Iterator[tuple[Agreement, Agreement]]) -> str:
+def _table(models: Sequence[tuple[Agreement, Agreement]]) -> str:
     lines = [HEADER, ("---",) * len(HEADER), *(_cells(*both) for both in models)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
