@@ -11,13 +11,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import gradinvbench as gib
 from attack.matching.matcher import GradientMatcher
 from attack.matching.objectives import Cosine
 from attack.matching.replica import Replica
+from core.data.specs import DataSpec
 from core.errors import InputError
 from core.losses import main_output
+from core.models.architecture import GivenModel
 from core.target import Target
+from gradients.client import ClientSettings, share_update
 
 # Below this a table says why.
 ENOUGH = 0.9999
@@ -78,10 +80,23 @@ def agreements(
         images = torch.rand(BATCH, *shape)
         labels = torch.arange(BATCH) % n_classes
         try:
-            target, _ = gib.share(build().train(mode == "train"), images, labels)
+            target = _shared(build().train(mode == "train"), images, labels, n_classes)
             yield _measured(blank, target, labels)
         except InputError as error:
             yield dataclasses.replace(blank, refusal=str(error))
+
+
+def _shared(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, n_classes: int) -> Target:
+    """The gradient that a client would share; half precision is computed in float32."""
+    channels, *sides = images.shape[1:]
+    zeros, ones = (0.0,) * channels, (1.0,) * channels
+    data = DataSpec("random images", (channels, *sides), zeros, ones, n_classes)
+    architecture = GivenModel(model, shape=data.shape)
+    received = architecture.build().float()
+    settings = ClientSettings(train_mode=received.training)
+    target = share_update(received, architecture, data, images, labels, settings)
+    assert target is not None
+    return target
 
 
 def _measured(blank: Agreement, target: Target, labels: torch.Tensor) -> Agreement:
