@@ -121,6 +121,11 @@ def _ours(settings: ExtractSettings, pretrained: Pretrained | None, process: Pro
     chosen = settings.model
     if is_object_name(settings.data.data):
         raise InputError(f"--data {settings.data.data}: your own samples need your own --model")
+    if pretrained is not None and pretrained.builder is not None:
+        raise InputError(
+            f"--pretrained: {pretrained.path} is of a module of your own; give --model "
+            f"{pretrained.builder}, or where that function is now"
+        )
     data, data_spec = _load_data(settings.data, pretrained, settings.seed)
     spec = _model_spec(chosen, pretrained, data_spec)
     if chosen.malicious:
