@@ -38,14 +38,12 @@ def read_image(path: str | Path, shape: tuple[int, ...], flag: str) -> torch.Ten
         InputError: Missing, or no image.
     """
     import numpy as np
-    from PIL import Image
+
+    from core.data.image_files import decoded
 
     channels, height, width = shape
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGB" if channels == 3 else "L").resize((width, height))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{flag} {path}: cannot be read as an image ({error})") from None
+    mode = "RGB" if channels == 3 else "L"
+    image = decoded(path, flag, lambda file: file.convert(mode).resize((width, height)))
     pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)
     pixels = pixels.reshape(height, width, -1).permute(2, 0, 1)
     return pixels.expand(channels, height, width).contiguous()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from core.errors import InputError
 from core.models.architecture import Architecture, GivenModel
 from core.models.building import ModelSpec, default_stem
 from core.processes.distributed import shard_sizes
+from core.records import BROKEN, check_types, fits
 from core.storage import load_checkpoint, save_checkpoint
 from core.target import RUNNING_STATISTICS, BatchStatistics, LocalTraining, Target, Truth
 
@@ -29,7 +31,14 @@ FORMAT_VERSION = 1
 ALL_LAYERS = "all"
 # Builds the module that a checkpoint belongs to, where it is not one of our architectures.
 Builder = Callable[[], torch.nn.Module]
+# What a file may state. Nothing in it proves these numbers, and an attack allocates by them.
 MAX_BATCH_SIZE = 1_000_000
+MAX_SIDE = 16_384
+MAX_CLASSES = 1_000_000
+MAX_LOCAL_STEPS = 100_000
+MAX_POOL_KERNEL = 1024
+# Of the whole batch, where the file does not hold it: 1 GiB in float32.
+MAX_INPUT_VALUES = 2**28
 
 
 def save_target(
@@ -159,30 +168,26 @@ def load_target(
         truth = _parse_truth(raw, target)
     except InputError as error:
         raise InputError(f"{flag}: {path}: {error}") from None
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        IndexError,
-        RuntimeError,
-        OverflowError,
-    ) as error:
-        raise InputError(f"{flag}: {path} is not a valid gradient checkpoint ({error!r})") from None
+    except (*BROKEN, AssertionError) as error:
+        raise InputError(
+            f"{flag}: {path} is not a valid gradient checkpoint ({error!r:.200})"
+        ) from None
     return target, truth
 
 
 def _parse_target(raw: Mapping[str, Any], build: Builder | None) -> Target:
     version = raw.get("format_version", FORMAT_VERSION)
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if type(version) is not int or version > FORMAT_VERSION:
         raise InputError(
-            f"it has format version {version!r} and this program reads up to {FORMAT_VERSION}; "
+            f"it has format version {version!r:.40} and this program reads up to {FORMAT_VERSION}; "
             "update the program"
         )
     data = _data_spec(raw)
     model = _architecture(raw, data, build)
     skeleton = model.skeleton()
     batch_size = _count(raw["batch_size"], "batch size", MAX_BATCH_SIZE)
+    if raw.get("x_true") is None:
+        _check_inputs(batch_size, data)
     shards = _shards(raw, batch_size)
     synchronized = bool(raw.get("syncbn", False)) or len(shards) == 1
     seed = raw.get("dropout_seed")
@@ -197,8 +202,8 @@ def _parse_target(raw: Mapping[str, Any], build: Builder | None) -> Target:
         shards=shards,
         synchronized=synchronized,
         bn_statistics=_bn_statistics(raw, skeleton, 1 if synchronized else len(shards)),
-        defenses=tuple(str(word) for word in raw.get("defenses") or ()),
-        dropout_seed=None if seed is None else int(seed),
+        defenses=_words(raw.get("defenses") or [], "defenses"),
+        dropout_seed=None if seed is None else _integer(seed, "dropout seed", -(2**63), 2**64),
         running_after=_running_after(raw, skeleton),
     )
 
@@ -227,16 +232,65 @@ def _check_sizes(raw: Mapping[str, Any], model: ModelSpec) -> None:
             raise InputError(f"it states {number} {what} but no parameter is that large")
 
 
+def _check_inputs(batch_size: int, data: DataSpec) -> None:
+    """Refuse a batch that no attack could hold, where the file does not hold it either."""
+    if batch_size * math.prod(data.shape) > MAX_INPUT_VALUES:
+        shape = " x ".join(map(str, data.shape))
+        raise InputError(
+            f"it states {batch_size} images of {shape} values without holding them; more than "
+            f"{MAX_INPUT_VALUES} values are not believed"
+        )
+
+
+def _check_model(model: ModelSpec) -> None:
+    """Words and numbers that `build_model` takes as they come."""
+    check_types(model)
+    for what, word, words in (
+        ("normalisation", model.norm, ("batch", "group")),
+        ("stem", model.stem, ("imagenet", "cifar")),
+    ):
+        if word not in words:
+            raise InputError(f"the {what} of its model is {word!r:.40}, not {' or '.join(words)}")
+    if not 1 <= model.pool_kernel <= MAX_POOL_KERNEL:
+        raise InputError(f"the pooling kernel of its model is {model.pool_kernel}")
+
+
+def _integer(value: Any, what: str, least: int, limit: int) -> int:
+    """A whole number; not True, and nothing that has to be rounded."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_floating_point():
+        value = value.item()
+    if type(value) is not int or not least <= value <= limit:
+        raise InputError(f"its {what} is {value!r:.40}")
+    return value
+
+
 def _count(value: Any, what: str, limit: int) -> int:
-    if int(value) != value or not 1 <= int(value) <= limit:
-        raise InputError(f"its {what} is {value!r}")
-    return int(value)
+    return _integer(value, what, 1, limit)
 
 
-def _finite(value: Any, what: str, shape: Sequence[int] | None = None) -> torch.Tensor:
-    """A tensor of the given shape without NaN or infinity, detached."""
+def _words(values: Any, what: str) -> tuple[str, ...]:
+    if not fits(values, list[str]):
+        raise InputError(f"its {what} are not a list of words")
+    return tuple(values)
+
+
+def _finite(
+    value: Any, what: str, shape: Sequence[int] | None = None, *, whole: bool = False
+) -> torch.Tensor:
+    """A tensor of the given shape without NaN or infinity, detached.
+
+    Args:
+        value: What the file holds.
+        what: What to call it in a message.
+        shape: Expected; None for any.
+        whole: Whether it holds whole numbers (of any type) instead of floating-point ones.
+    """
     if not isinstance(value, torch.Tensor):
         raise InputError(f"{what} is a {type(value).__name__}, not a tensor")
+    if value.is_complex() or value.dtype == torch.bool:
+        raise InputError(f"{what} has values of type {value.dtype}")
+    if value.is_floating_point() == whole and not (whole and bool((value == value.round()).all())):
+        raise InputError(f"{what} has values of type {value.dtype}")
     if shape is not None and tuple(value.shape) != tuple(shape):
         raise InputError(f"{what} has shape {tuple(value.shape)}, expected {tuple(shape)}")
     if value.is_sparse or not torch.isfinite(value).all():
@@ -253,8 +307,9 @@ def _state_dict(
     strange = [n for n in state if n not in expected] + [n for n in expected if n not in state]
     if strange:
         raise InputError(f"its parameters are not those of {model.name}: {strange[0]}")
+    whole = {name for name, tensor in expected.items() if not tensor.is_floating_point()}
     return {
-        name: _finite(value, f"the parameter {name}", expected[name].shape)
+        name: _finite(value, f"the parameter {name}", expected[name].shape, whole=name in whole)
         for name, value in state.items()
     }
 
@@ -269,6 +324,8 @@ def _gradient(
         raise InputError(
             f"it holds {len(gradients)} gradients but {model.name} has {len(names)} parameters"
         )
+    if len(set(names)) != len(names):
+        raise InputError("its gradient names a parameter twice")
     unknown = [name for name in names if name not in named]
     if unknown:
         raise InputError(f"its gradient names a parameter {unknown[0]} that {model.name} has not")
@@ -281,7 +338,7 @@ def _gradient(
 def _gradient_names(raw: Mapping[str, Any], named: Sequence[str]) -> list[str]:
     """Which parameters the list of gradients belongs to, in its order."""
     if raw.get("parameter_names") is not None:
-        return [str(name) for name in raw["parameter_names"]]
+        return list(_words(raw["parameter_names"], "parameter names"))
     free = raw.get("free_last_layers_list") or [ALL_LAYERS]
     if ALL_LAYERS in free:
         return list(named)
@@ -290,9 +347,10 @@ def _gradient_names(raw: Mapping[str, Any], named: Sequence[str]) -> list[str]:
 
 
 def _shards(raw: Mapping[str, Any], batch_size: int) -> tuple[int, ...]:
-    shards = tuple(int(n) for n in raw.get("shards") or _original_shards(raw, batch_size))
+    stated = raw.get("shards") or _original_shards(raw, batch_size)
+    shards = tuple(_count(n, "images per process", batch_size) for n in stated)
     if sum(shards) != batch_size or min(shards) < 1:
-        raise InputError(f"its shards {shards} do not add up to its batch size {batch_size}")
+        raise InputError(f"its shards {shards!s:.80} do not add up to its batch size {batch_size}")
     return shards
 
 
@@ -307,8 +365,8 @@ def _original_shards(raw: Mapping[str, Any], batch_size: int) -> Sequence[int]:
 
 def _data_spec(raw: Mapping[str, Any]) -> DataSpec:
     setup = raw["dataset_setup"]
-    shape = tuple(int(n) for n in setup["size"])
-    n_classes = int(setup["n_classes"])
+    shape = tuple(_count(n, "image side", MAX_SIDE) for n in setup["size"])
+    n_classes = _count(setup["n_classes"], "number of classes", MAX_CLASSES)
     if raw.get("data") is not None:
         data = DataSpec.from_dict(raw["data"])
     else:
@@ -321,12 +379,13 @@ def _data_spec(raw: Mapping[str, Any]) -> DataSpec:
         )
     if tuple(data.shape) != shape or data.n_classes != n_classes:
         raise InputError("its two descriptions of the data (data, dataset_setup) differ")
+    check_types(data)
     _check_data(data)
     return data
 
 
 def _check_data(data: DataSpec) -> None:
-    if len(data.shape) != 3 or not all(1 <= n <= 16384 for n in data.shape):
+    if len(data.shape) != 3 or not all(1 <= n <= MAX_SIDE for n in data.shape):
         raise InputError(f"its images have shape {data.shape}")
     if data.n_classes < 2:
         raise InputError(f"it has {data.n_classes} classes")
@@ -343,13 +402,17 @@ def _model_spec(raw: Mapping[str, Any], data: DataSpec) -> ModelSpec:
         raise InputError(f"its images of {data.shape[1]} x {data.shape[2]} px are not square")
     if raw.get("model") is not None:
         model = ModelSpec.from_dict(raw["model"])
+        _check_model(model)
         if model.n_classes != data.n_classes or model.image_size != data.shape[1]:
             raise InputError("its model and its data differ in classes or image size")
         return model
     # The original tools always used torchvision's own stem.
     stem = "imagenet" if default_stem(data.shape[1]) == "imagenet" else _stem_of(raw["state_dict"])
+    # Their command line kept some numbers as text.
     kernel = int(getattr(raw.get("args"), "kernel_size_of_maxpool", 3) or 3)
-    return ModelSpec(str(raw["arch"]), data.n_classes, data.shape[1], stem, pool_kernel=kernel)
+    model = ModelSpec(raw["arch"], data.n_classes, data.shape[1], stem, pool_kernel=kernel)
+    _check_model(model)
+    return model
 
 
 def _stem_of(state_dict: Mapping[str, torch.Tensor]) -> str:
@@ -367,20 +430,24 @@ def _local_training(raw: Mapping[str, Any], batch_size: int) -> LocalTraining:
         args = raw.get("args")
         batches = int(getattr(args, "epochs", 1) or 1)
         local = LocalTraining(batches=batches, lr=float(getattr(args, "lr", 0.1) or 0.1))
+    check_types(local)
     momentum = 0.1 if local.bn_momentum is None else local.bn_momentum
     numbers = (local.lr, local.momentum, local.weight_decay, local.proximal, momentum)
     finite = all(isinstance(n, (int, float)) and 0 <= n < float("inf") for n in numbers)
     if not finite or local.lr == 0 or not 0 < momentum <= 1:
         raise InputError("its local training has a learning rate, momentum or weight decay amiss")
-    _count(local.epochs, "number of local epochs", 10**6)
-    _count(local.batches, "number of local batches", MAX_BATCH_SIZE)
+    _count(local.epochs, "number of local epochs", MAX_LOCAL_STEPS)
+    _count(local.batches, "number of local batches", MAX_LOCAL_STEPS)
+    _count(local.steps, "number of local steps", MAX_LOCAL_STEPS)
     return local
 
 
 def _order(stated: Any, batch_size: int) -> tuple[tuple[int, ...], ...] | None:
     if stated is None:
         return None
-    order = tuple(tuple(int(image) for image in step) for step in stated)
+    if not fits(stated, list[list[int]]):
+        raise InputError("its local steps are not lists of image numbers")
+    order = tuple(tuple(step) for step in stated)
     if any(not step or not 0 <= min(step) <= max(step) < batch_size for step in order):
         raise InputError(f"its local steps do not use images 0 to {batch_size - 1} only")
     return order
@@ -444,7 +511,7 @@ def _parse_truth(raw: Mapping[str, Any], target: Target) -> Truth | None:
         return None
     shape = (target.batch_size, *target.data.shape)
     inputs = _finite(raw["x_true"], "the true images tensor", shape).float()
-    labels = _finite(raw["y_true"], "the true labels tensor", shape[:1]).long()
+    labels = _finite(raw["y_true"], "the true labels tensor", shape[:1], whole=True).long()
     if int(labels.min()) < 0 or int(labels.max()) >= target.data.n_classes:
         raise InputError(f"its true labels lie outside 0..{target.data.n_classes - 1}")
     mean = raw.get("mean_image")

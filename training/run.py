@@ -14,7 +14,13 @@ from core.errors import InputError
 from core.models.building import DEFAULT_POOL_KERNEL
 from core.plugins import import_plugin
 from core.processes.distributed import Process, barrier, broadcast_object
-from training.checkpoints import checkpoints, latest_checkpoint, remove_unfinished
+from core.reading import check_regular
+from training.checkpoints import (
+    checkpoints,
+    latest_checkpoint,
+    remove_unfinished,
+    usable_checkpoint,
+)
 from training.initial_model import build_client_model, load_pretrained, model_spec
 from training.settings import RunSettings
 from training.trainer import Trainer
@@ -180,11 +186,9 @@ def prepare_root(settings: RunSettings) -> Path | None:
     remove_unfinished(root)
     latest = latest_checkpoint(root)
     if settings.resume == "auto":
-        return latest
+        return usable_checkpoint(root)
     if settings.resume:
-        if not Path(settings.resume).exists():
-            raise InputError(f"--resume: there is no file {settings.resume}")
-        return Path(settings.resume)
+        return check_regular(settings.resume, "--resume", "checkpoint file")
     if latest is not None and not settings.evaluate:
         if not settings.overwrite:
             raise InputError(

@@ -60,6 +60,7 @@ from attack.matching.switches import (
 from attack.settings import HVP_MODES, setting_error
 from core.errors import InputError
 from core.processes import distributed
+from core.records import fits
 
 if TYPE_CHECKING:
     from attack.matching.clipping import SampleClipping
@@ -602,6 +603,10 @@ class GradientMatcher:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
+        kinds = {"calls": int, "step": float | None, "factor": bool, "near": int}
+        for name, kind in kinds.items():
+            if not fits(state.get(name), kind):
+                raise InputError(f"the saved matching has {name} = {state.get(name)!r:.40}")
         self.calls, self.step = state["calls"], state["step"]
         self.factor, self._near = state["factor"], state["near"]
 

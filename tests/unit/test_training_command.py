@@ -430,4 +430,4 @@ def test_comparison_picture(data: Path, tmp_path: Path, capsys: pytest.CaptureFi
     reports.run([str(tmp_path / "out"), "--output", str(picture)])
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert exit_status(lambda: reports.run([str(data)])) == 2
-    assert "no readable record.json" in capsys.readouterr().err
+    assert "there is no file" in capsys.readouterr().err
