@@ -313,9 +313,12 @@ class LeakageRecord:
         archive = self.path.with_name(ARCHIVE_NAME.format(self.round_number))
         if not archive.is_file():
             return None
-        names = ("best_match_inputs", "best_match_recons")
-        arrays = read_arrays(archive, names)
-        return None if arrays is None else (arrays[names[0]], arrays[names[1]])
+        arrays = read_arrays(archive)
+        if "best_match_recons" not in arrays:
+            return None
+        if "best_match_inputs" not in arrays:
+            raise InputError(f"{archive} holds reconstructions without their originals")
+        return arrays["best_match_inputs"], arrays["best_match_recons"]
 
 
 def write_leakage(

@@ -8,6 +8,7 @@ import torch
 
 from core.data.specs import DataSpec
 from core.errors import InputError
+from core.local_training import LocalTraining as LocalTraining
 from core.models.architecture import Architecture
 from core.models.building import load_parameters
 
@@ -16,47 +17,6 @@ RUNNING_STATISTICS = ("running_mean", "running_var")
 
 # Mean and (biased) variance of one batch at every BatchNorm layer, by module name.
 BatchStatistics = dict[str, tuple[torch.Tensor, torch.Tensor]]
-
-
-@dataclass(frozen=True)
-class LocalTraining:
-    """The client's local SGD between receiving the model and sharing its update.
-
-    Attributes:
-        epochs: Passes over the local data ("local iterations" where there is one batch).
-        batches: Batches per epoch; the images are split in order into this many.
-        lr: Learning rate of SGD.
-        momentum: SGD momentum.
-        weight_decay: L2 penalty.
-        proximal: mu of FedProx: the local loss has mu/2 |theta - theta_0|^2 added.
-        bn_momentum: Momentum of BatchNorm's running statistics; None: each layer's own.
-        order: Numbers of the images of every local step, where they are no even split in
-            order: a data loader's last batch is short, and epochs may mix the images.
-
-    Raises:
-        InputError: `order` has another number of steps than the epochs and batches.
-    """
-
-    epochs: int = 1
-    batches: int = 1
-    lr: float = 0.1
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    proximal: float = 0.0
-    bn_momentum: float | None = None
-    order: tuple[tuple[int, ...], ...] | None = None
-
-    def __post_init__(self) -> None:
-        if self.order is not None and len(self.order) != self.steps:
-            raise InputError(
-                f"the order of the images has {len(self.order)} local steps, and {self.epochs} "
-                f"epochs of {self.batches} batches have {self.steps}"
-            )
-
-    @property
-    def steps(self) -> int:
-        """Number of SGD steps K; the shared gradient is (theta_0 - theta_K) / (lr K)."""
-        return self.epochs * self.batches
 
 
 @dataclass(frozen=True, repr=False)

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 
 from core.errors import InputError
@@ -47,6 +48,7 @@ _DTYPES = {
     "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool,
     "ComplexDouble": torch.complex128, "ComplexFloat": torch.complex64,
 }  # fmt: skip
+_NUMPY_DTYPES = ("f8", "f4", "f2", "i8", "i4", "b1")
 # What a broken or hostile pickle leads the steps of its reader to.
 _BROKEN = (
     ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, RuntimeError, TypeError,
@@ -349,6 +351,10 @@ class _Pickle:
             # The versions of layers, which `state_dict` notes; nothing else belongs there.
             if _is_metadata(state.get("_metadata")):
                 vars(self._stack[-1])["_metadata"] = state["_metadata"]
+        elif isinstance(self._stack[-1], np.dtype):
+            # Version and byte order; what follows is of structures, which there are none of.
+            if state[1] not in ("<", "|", "="):
+                raise _RefusedError(f"its numbers are {state[1]!r:.20}-endian")
         elif type(self._stack[-1]) is argparse.Namespace:
             vars(self._stack[-1]).update({str(name): value for name, value in state.items()})
         else:
@@ -487,6 +493,18 @@ def _bytes(text: str, encoding: str) -> bytes:
     return text.encode("latin-1")
 
 
+def _numpy_dtype(word: str, *_: object) -> np.dtype[Any]:
+    if word not in _NUMPY_DTYPES:
+        raise _RefusedError(f"it refers to NumPy's type {word!r:.20}")
+    return np.dtype(word)
+
+
+def _numpy_scalar(dtype: np.dtype[Any], content: bytes) -> Any:
+    if not isinstance(dtype, np.dtype) or len(content) != dtype.itemsize:
+        raise TypeError
+    return np.frombuffer(content, dtype)[0]
+
+
 def _size(items: Sequence[int]) -> torch.Size:
     return torch.Size(items)
 
@@ -498,6 +516,10 @@ _NAMED: dict[str, _Named | torch.dtype] = {
     "builtins.set": _Named(lambda items=(): {_key(item) for item in items}),
     "builtins.complex": _Named(lambda real, imaginary: complex(real, imaginary)),
     "_codecs.encode": _Named(_bytes),
+    # Trainers write accuracies and counters as NumPy's scalars, which NumPy 2 moved.
+    "numpy.dtype": _Named(_numpy_dtype),
+    "numpy.core.multiarray.scalar": _Named(_numpy_scalar),
+    "numpy._core.multiarray.scalar": _Named(_numpy_scalar),
     "torch.Size": _Named(_size),
     "torch.device": _Named(lambda *words: torch.device(*words)),
     "torch._utils._rebuild_tensor": _Named(_tensor),

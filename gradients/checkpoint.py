@@ -8,7 +8,6 @@ either origin load in both. Loading never runs code.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from core.clipping import BATCH
 from core.data.specs import DataSpec
 from core.errors import InputError
 from core.models.architecture import Architecture, GivenModel
@@ -25,6 +25,7 @@ from core.processes.distributed import shard_sizes
 from core.records import BROKEN, check_types, fits
 from core.storage import load_checkpoint, save_checkpoint
 from core.target import RUNNING_STATISTICS, BatchStatistics, LocalTraining, Target, Truth
+from gradients.private_gradient import PrivacySettings
 
 FORMAT_VERSION = 1
 # The original tools' word for "no layer is frozen".
@@ -34,7 +35,6 @@ Builder = Callable[[], torch.nn.Module]
 # What a file may state. Nothing in it proves these numbers, and an attack allocates by them.
 MAX_BATCH_SIZE = 1_000_000
 MAX_SIDE = 16_384
-MAX_CLASSES = 1_000_000
 MAX_LOCAL_STEPS = 100_000
 MAX_POOL_KERNEL = 1024
 # Of the whole batch, where the file does not hold it: 1 GiB in float32.
@@ -130,9 +130,9 @@ def _our_keys(target: Target, builder: str) -> dict[str, Any]:
 
 
 def _local_keys(local: LocalTraining) -> dict[str, Any]:
-    """The local SGD as plain values; what few clients do is left out where it was not done."""
+    """The local training as plain values; what few clients do is left out where it was not done."""
     defaults, rare = LocalTraining(), ("proximal", "bn_momentum", "order")
-    values = dataclasses.asdict(local)
+    values = local.to_dict()
     return {k: v for k, v in values.items() if k not in rare or v != getattr(defaults, k)}
 
 
@@ -202,7 +202,7 @@ def _parse_target(raw: Mapping[str, Any], build: Builder | None) -> Target:
         shards=shards,
         synchronized=synchronized,
         bn_statistics=_bn_statistics(raw, skeleton, 1 if synchronized else len(shards)),
-        defenses=_words(raw.get("defenses") or [], "defenses"),
+        defenses=_defenses(raw),
         dropout_seed=None if seed is None else _integer(seed, "dropout seed", -(2**63), 2**64),
         running_after=_running_after(raw, skeleton),
     )
@@ -348,7 +348,9 @@ def _gradient_names(raw: Mapping[str, Any], named: Sequence[str]) -> list[str]:
 
 def _shards(raw: Mapping[str, Any], batch_size: int) -> tuple[int, ...]:
     stated = raw.get("shards") or _original_shards(raw, batch_size)
-    shards = tuple(_count(n, "images per process", batch_size) for n in stated)
+    if not fits(stated, list[int]):
+        raise InputError("its shards are not a list of numbers of images")
+    shards = tuple(stated)
     if sum(shards) != batch_size or min(shards) < 1:
         raise InputError(f"its shards {shards!s:.80} do not add up to its batch size {batch_size}")
     return shards
@@ -366,7 +368,7 @@ def _original_shards(raw: Mapping[str, Any], batch_size: int) -> Sequence[int]:
 def _data_spec(raw: Mapping[str, Any]) -> DataSpec:
     setup = raw["dataset_setup"]
     shape = tuple(_count(n, "image side", MAX_SIDE) for n in setup["size"])
-    n_classes = _count(setup["n_classes"], "number of classes", MAX_CLASSES)
+    n_classes = _count(setup["n_classes"], "number of classes", 2**62)
     if raw.get("data") is not None:
         data = DataSpec.from_dict(raw["data"])
     else:
@@ -421,23 +423,21 @@ def _stem_of(state_dict: Mapping[str, torch.Tensor]) -> str:
 
 
 def _local_training(raw: Mapping[str, Any], batch_size: int) -> LocalTraining:
-    if raw.get("local_training") is not None:
-        stated = dict(raw["local_training"])
-        order = _order(stated.pop("order", None), batch_size)
-        local = LocalTraining(**stated, order=order)
-    else:
+    if raw.get("local_training") is None:
         # The original tools split the images into one batch per local iteration.
         args = raw.get("args")
         batches = int(getattr(args, "epochs", 1) or 1)
-        local = LocalTraining(batches=batches, lr=float(getattr(args, "lr", 0.1) or 0.1))
-    check_types(local)
-    momentum = 0.1 if local.bn_momentum is None else local.bn_momentum
-    numbers = (local.lr, local.momentum, local.weight_decay, local.proximal, momentum)
-    finite = all(isinstance(n, (int, float)) and 0 <= n < float("inf") for n in numbers)
-    if not finite or local.lr == 0 or not 0 < momentum <= 1:
-        raise InputError("its local training has a learning rate, momentum or weight decay amiss")
-    _count(local.epochs, "number of local epochs", MAX_LOCAL_STEPS)
-    _count(local.batches, "number of local batches", MAX_LOCAL_STEPS)
+        stated: dict[str, Any] = {"batches": batches, "lr": float(getattr(args, "lr", 0.1) or 0.1)}
+    else:
+        stated = dict(raw["local_training"])
+    stated["epochs"] = _count(stated.get("epochs", 1), "number of local epochs", MAX_LOCAL_STEPS)
+    stated["batches"] = _count(stated.get("batches", 1), "number of local batches", MAX_LOCAL_STEPS)
+    stated["order"] = _order(stated.get("order"), batch_size)
+    try:
+        local = LocalTraining.from_dict(stated)
+        check_types(local)
+    except InputError as error:
+        raise InputError(f"its local training is amiss: {error}") from None
     _count(local.steps, "number of local steps", MAX_LOCAL_STEPS)
     return local
 
@@ -451,6 +451,20 @@ def _order(stated: Any, batch_size: int) -> tuple[tuple[int, ...], ...] | None:
     if any(not step or not 0 <= min(step) <= max(step) < batch_size for step in order):
         raise InputError(f"its local steps do not use images 0 to {batch_size - 1} only")
     return order
+
+
+def _defenses(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the client says it did; the original tools say it in their command line."""
+    args = raw.get("args")
+    if raw.get("defenses") is not None or not getattr(args, "enable_dp", False):
+        return _words(raw.get("defenses") or [], "defenses")
+    # Their --enable-dp clips the mean gradient and adds noise of sigma C to it.
+    privacy = PrivacySettings(
+        noise_multiplier=float(getattr(args, "sigma", 0.01)),
+        max_norm=float(getattr(args, "max_per_sample_grad_norm", 1.0)),
+        clipping=BATCH,
+    )
+    return (privacy.word,)
 
 
 def _bn_statistics(

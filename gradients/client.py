@@ -26,6 +26,7 @@ from gradients.batch_statistics import (
 )
 from gradients.defenses import ClientView, Defense, apply_defenses
 from gradients.local_update import (
+    Gradients,
     Parameters,
     Placement,
     client_gradient,
@@ -132,7 +133,7 @@ def share_update(
         gradient={name: value.detach().cpu() for name, value in shared.items()},
         train_mode=settings.train_mode,
         batch_size=len(images),
-        local=settings.local,
+        local=settings.local.as_told(len(images)),
         shards=run.shards,
         synchronized=run.synchronized,
         bn_statistics=statistics,
@@ -246,7 +247,7 @@ class _Run:
             tqdm(total=local.steps, desc="local step", disable=quiet) as bar,
         ):
 
-            def step(parameters: Parameters, index: int) -> Sequence[torch.Tensor]:
+            def step(parameters: Parameters, index: int) -> Gradients:
                 result = gradient(parameters, index)
                 bar.update()
                 return result

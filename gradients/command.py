@@ -86,9 +86,20 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_client_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("local training")
-    group.add_argument("--epochs", type=int, default=1, help="number of local iterations")
+    group.add_argument(
+        "--epochs",
+        type=int,
+        default=1,
+        help="number of local iterations: the images are split into that many batches, one per "
+        "step; the published name of --local-batches",
+    )
     group.add_argument("--lr", type=float, default=0.1, help="local learning rate")
-    group.add_argument("--local-batches", type=int, default=1, help="batches per local epoch")
+    group.add_argument(
+        "--local-epochs", type=int, default=1, help="passes over all the client's images"
+    )
+    group.add_argument(
+        "--local-batches", type=int, help="batches per local epoch (default: as --epochs says)"
+    )
     group.add_argument("--local-momentum", type=float, default=0.0)
     group.add_argument("--local-weight-decay", type=float, default=0.0)
     group.add_argument("--syncbn", action="store_true", help="synchronized BatchNorm")
@@ -114,7 +125,8 @@ def _add_defense_arguments(parser: argparse.ArgumentParser) -> None:
         type=clipping_argument,
         metavar=f"{{{','.join(CLIPPINGS)}}}",
         default=PER_SAMPLE,
-        help="what is clipped; batch: the paper's variant, which gives no guarantee",
+        help="what is clipped; batch: the published variant, whose noise is sigma C on the mean "
+        "gradient and not sigma C / B, and which gives no guarantee",
     )
     group.add_argument(
         "--plugin", metavar="MODULE", help="imported first; may register defenses and models"
@@ -160,9 +172,14 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_name(args.id, "--id", "part of a file name")
     if args.data_name is not None:
         check_name(args.data_name, "--data-name", "part of a file name")
-    for flag in ("batch_size", "epochs", "local_batches", "duplicates"):
+    for flag in ("batch_size", "epochs", "local_epochs", "local_batches", "duplicates"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise InputError(f"--{flag.replace('_', '-')} must be at least 1")
+    if args.local_batches is not None and args.epochs not in (1, args.local_batches):
+        raise InputError(
+            f"--epochs {args.epochs} and --local-batches {args.local_batches}: both say into how "
+            "many batches the images are split; passes over all of them are --local-epochs"
+        )
     if args.workers < 0:
         raise InputError("--workers must not be negative")
     # Written so that NaN is refused as well.
@@ -253,8 +270,8 @@ def _client_settings(args: argparse.Namespace) -> ClientSettings:
         )
     return ClientSettings(
         local=LocalTraining(
-            epochs=args.epochs,
-            batches=args.local_batches,
+            epochs=args.local_epochs,
+            batches=args.local_batches or args.epochs,
             lr=args.lr,
             momentum=args.local_momentum,
             weight_decay=args.local_weight_decay,

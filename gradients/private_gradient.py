@@ -21,6 +21,7 @@ from gradients.local_update import (
     StepGradient,
     client_gradient,
     dropout_masks,
+    filled,
     images_of_steps,
     n_selected,
     own_parts,
@@ -102,13 +103,22 @@ def private_gradient(
 
     Returns:
         To be run by `gradients.local_update.local_sgd`.
+
+    Raises:
+        InputError: Batches are accumulated.
     """
+    if local.accumulate > 1:
+        raise InputError(
+            "--enable-dp: noise is added once per batch, so that batches may not be accumulated; "
+            "leave accumulate out of the local training"
+        )
     steps = images_of_steps(len(images), local, placement.shards)
     if privacy.clipping == BATCH:
         plain = client_gradient(model, images, labels, local, placement=placement, buffers=buffers)
 
         def clipped(current: Parameters, step: int) -> Sequence[torch.Tensor]:
-            return clip_to_norm(plain(current, step), privacy.max_norm)
+            found = filled(plain(current, step), list(current.values()))
+            return clip_to_norm(found, privacy.max_norm)
 
     else:
         fixed = dict(model.named_buffers())

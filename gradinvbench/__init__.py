@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from core.target import LocalTraining, Target, Truth
     from core.version import __version__
     from gradients.defenses import ClientView, Defense, Gradient, register_defense
+    from gradients.shared_update import SharedUpdate, read_update
     from gradinvbench._catalogue import attacks, defenses, metrics
     from gradinvbench._evaluate import evaluate
     from gradinvbench._files import load_target, save_target
@@ -49,6 +50,7 @@ __all__ = [
     "OptimizationAttack",
     "Reconstruction",
     "Settings",
+    "SharedUpdate",
     "Target",
     "Truth",
     "__version__",
@@ -58,6 +60,7 @@ __all__ = [
     "invert",
     "load_target",
     "metrics",
+    "read_update",
     "register_attack",
     "register_defense",
     "register_metric",
@@ -81,6 +84,7 @@ _HOMES = {
     "OptimizationAttack": "attack.attacks",
     "Reconstruction": "attack.reconstruction",
     "Settings": "attack.settings:InversionConfig",
+    "SharedUpdate": "gradients.shared_update",
     "Target": "core.target",
     "Truth": "core.target",
     "__version__": "core.version",
@@ -90,6 +94,7 @@ _HOMES = {
     "invert": "gradinvbench._invert",
     "load_target": "gradinvbench._files",
     "metrics": "gradinvbench._catalogue",
+    "read_update": "gradients.shared_update",
     "register_attack": "attack.attacks",
     "register_defense": "gradients.defenses",
     "register_metric": "attack.metrics",

@@ -1,4 +1,4 @@
-"""One whole file of every kind that a reader reads, and its reader: what hostile files are made of."""
+"""One whole file of every kind that is read, and its reader: what hostile files are made of."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ CPU = torch.device("cpu")
 MODEL = ModelSpec("cnn", n_classes=3, image_size=8, width=2)
 DATA = DataSpec("noise", (3, 8, 8), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), 3)
 ROOT = Path(__file__).resolve().parents[1]
+CHECKPOINT = "checkpoint_epoch_0001_acc1_1.00.pth.tar"
 EPOCH = {
     "epoch": 1, "lr": 0.1, "train_loss": 1.0, "train_acc1": 50.0, "val_loss": 1.0,
     "val_acc1": 50.0, "epsilon": None, "images_per_second": 1.0, "seconds": 1.0,
@@ -88,8 +89,8 @@ def small_record(status: str = "finished") -> dict[str, Any]:
 
 
 def extract_record() -> dict[str, Any]:
-    record = ExtractRecord(describe(small_target()[0]), (0, 1), "x.tar", Measured(1, 1, 1, 1, (0, 1)))
-    return record.to_dict()
+    measured = Measured(1, 1, 1, 1, (0, 1))
+    return ExtractRecord(describe(small_target()[0]), (0, 1), "x.tar", measured).to_dict()
 
 
 def attack_record() -> dict[str, Any]:
@@ -139,7 +140,8 @@ def write_training(path: Path) -> None:
 def resume(path: Path) -> object:
     resumed = trainer(path.parent)
     resumed.resume(path)
-    return resumed.epoch, resumed.history, resumed.model.state_dict(), resumed.optimizer.state_dict()
+    states = resumed.model.state_dict(), resumed.optimizer.state_dict()
+    return resumed.epoch, resumed.history, *states
 
 
 def inversion() -> Inversion:
@@ -163,9 +165,7 @@ def read_state(path: Path) -> object:
 
 
 def write_model(path: Path, legacy: bool = False) -> None:
-    torch.save(
-        build_model(MODEL).state_dict(), path, _use_new_zipfile_serialization=not legacy
-    )
+    torch.save(build_model(MODEL).state_dict(), path, _use_new_zipfile_serialization=not legacy)
 
 
 def write_png(path: Path) -> None:
@@ -223,7 +223,7 @@ TORCH = {
     "gradient checkpoint": Reader(
         "target.tar", lambda p: save_target(p, *small_target(), {"epochs": 1}), load_target
     ),
-    "training checkpoint": Reader("checkpoint_epoch_0001_acc1_1.00.pth.tar", write_training, resume),
+    "training checkpoint": Reader(CHECKPOINT, write_training, resume),
     "attack state": Reader("state.pt", write_state, read_state),
     "model": Reader("model.pth", write_model, read_pretrained),
     "legacy model": Reader(

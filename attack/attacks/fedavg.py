@@ -103,7 +103,7 @@ class DataLeakageFedAvg(OptimizationAttack):
         epochs = target.local.epochs
         # The published distance is of the sum over steps and divided by their number.
         config = self.config.changed(
-            gradient_weight=self.config.matching.gradient_weight * target.local.steps
+            gradient_weight=self.config.matching.gradient_weight * target.local.updates
         )
         order = EpochOrderPrior(epochs, target.data.shape[0], seed)
 

@@ -157,7 +157,7 @@ def _fishing_model(target: Target, attack: str) -> nn.Module:
             f"--attack {attack}: train-mode BatchNorm mixes the fished image with the others; "
             "take the gradient with --model-eval, or a model with --norm group"
         )
-    if target.local.steps > 1:
+    if not target.local.shares_gradient:
         raise InputError(f"--attack {attack}: needs the gradient of one local step")
     return model
 

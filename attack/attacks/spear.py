@@ -276,7 +276,7 @@ class _Spear(Attack):
     def _factors(self, target: Target, layer: FirstLayer) -> Factorization:
         if layer.activation is not nn.ReLU:
             raise InputError(f"--attack {self.name}: needs a ReLU after the layer {layer.name}")
-        if target.local.steps > 1:
+        if not target.local.shares_gradient:
             raise InputError(f"--attack {self.name}: needs the gradient of one local step")
         factors = factorize(layer, target.gradient[f"{layer.name}.weight"].dtype)
         if factors.rank > target.batch_size or len(factors.left) <= factors.rank:

@@ -245,7 +245,7 @@ def _dp_sgd(adaptation: Adaptation, target: Target, values: list[float]) -> None
     """
     _scale_free(adaptation, "dp-sgd")
     held = target.batch_size * sum(g.numel() for g in _tensors(target))
-    if target.local.steps > 1 or held > MAX_HELD:
+    if not target.local.shares_gradient or held > MAX_HELD:
         adaptation.notes.append("dp-sgd: the images' own gradients are too many to clip alone")
     elif target.batch_size > 1:
         adaptation.sample_norm = values[1]

@@ -377,7 +377,7 @@ def _mean_outputs(
 
 def _states_on_the_way(target: Target, model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     """Parameters (and copied buffers) before every local step, on the straight line."""
-    for step in range(target.local.steps):
+    for step in range(target.local.updates):
         state = {name: value.detach().clone() for name, value in model.state_dict().items()}
         for name, gradient in target.gradient.items():
             state[name] -= step * target.local.lr * gradient.to(state[name])

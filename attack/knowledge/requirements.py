@@ -14,7 +14,7 @@ from attack.knowledge.threat_models import (
     check_capabilities,
     find_threat,
 )
-from attack.settings import InversionConfig
+from attack.settings import UNROLL, InversionConfig
 
 if TYPE_CHECKING:
     from attack.attacks.base import Attack
@@ -113,6 +113,9 @@ def _of_settings(config: InversionConfig, target: Target) -> Iterator[tuple[str,
         yield "--bn-from-update", frozenset({Capability.BATCH_STATISTICS})
     elif config.priors.bn > 0:
         yield "--BN", frozenset({Capability.RUNNING_STATISTICS})
-    if target.local.steps > 1:
-        steps = f"inverting {target.local.steps} local steps"
-        yield steps, frozenset({Capability.LOCAL_TRAINING})
+    if not target.local.shares_gradient and config.matching.local_steps == UNROLL:
+        steps = f"inverting {target.local.steps} local step"
+        yield (
+            f"{steps}s" if target.local.steps > 1 else steps,
+            frozenset({Capability.LOCAL_TRAINING}),
+        )

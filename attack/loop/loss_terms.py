@@ -20,6 +20,7 @@ from attack.priors.regularizers import (
     shared_features,
 )
 from attack.priors.shared_statistics import layer_momentum, recovered_statistics
+from attack.priors.step_statistics import StepStatisticsPenalty
 from attack.settings import InversionConfig, setting_error
 from core.processes import distributed
 
@@ -72,11 +73,15 @@ def batch_norm_penalty(problem: InversionProblem) -> ModelPenalty:
     if not known[0]:
         raise setting_error(f"{{bn}}: {target.model.name} has no BatchNorm layer to match")
     whole_batch = replica.groups is None
+    processes = len(replica.placement.shards) or 1
+    if priors.bn_from_update and target.local.steps > 1:
+        return MovingAveragePenalty(known[0], layer_momentum(target), processes)
+    if not target.local.shares_gradient:
+        # An update keeps the running statistics of its first process alone.
+        told = [not priors.bn_from_update or process == 0 for process in range(processes)]
+        return StepStatisticsPenalty(known, target.local.batches, processes, told)
     if not priors.bn_from_update:
         return BatchNormPenalty(known, groups, whole_batch)
-    if target.local.steps > 1:
-        processes = len(replica.placement.shards) or 1
-        return MovingAveragePenalty(known[0], layer_momentum(target), processes)
     # The client shares the buffers of one process; its others' statistics are unknown.
     first = replica.first_group
     counted = [whole_batch or first + index == 0 for index in range(len(groups))]

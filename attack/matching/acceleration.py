@@ -489,7 +489,7 @@ def _check_traceable(replica: Replica, speed: SpeedSettings) -> None:
     if not speed.traced:
         return
     flag = "{compile}" if speed.compile else "{cuda_graphs}"
-    if replica.local.steps > 1:
+    if not replica.local.shares_gradient:
         raise setting_error(
             f"{flag} speeds up the difference, which several local steps do not use"
         )

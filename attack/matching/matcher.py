@@ -174,7 +174,7 @@ class GradientMatcher:
         self._target_squared = float(squared_norm(replica.target_gradient))
         # Parameters may all be zero yet, as biases are.
         self._theta_norm = float(squared_norm(_detached(replica.parameters)).sqrt()) or 1.0
-        if replica.local.steps > 1:
+        if not replica.local.shares_gradient:
             self._require_one_process()
             self.hvp, self.step = "exact", None
 
@@ -318,7 +318,7 @@ class GradientMatcher:
         inputs = self._laid_out(inputs)
         if self.clipping is not None:
             gradient = self.clipping.mean_gradient(inputs, labels)
-        elif self.replica.local.steps > 1:
+        elif not self.replica.local.shares_gradient:
             gradient = self.replica.update(inputs, labels, create_graph=False)
         else:
             loss = self.replica.loss(self.replica.model, inputs, labels)
@@ -329,7 +329,7 @@ class GradientMatcher:
         if distributed.world_size() > 1:
             raise InputError(
                 f"--multiprocessing-distributed: the target comes from {self.replica.local.steps} "
-                "local steps, whose batch cannot be sharded; add --spread restarts"
+                "local step(s) of training, whose batch cannot be sharded; add --spread restarts"
             )
 
     def _calibrate(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
@@ -400,13 +400,25 @@ class GradientMatcher:
         around = contextlib.nullcontext() if frozen is None else frozen
         # Fused attention kernels have no second derivative.
         with sdpa_kernel(SDPBackend.MATH), TwiceDifferentiable(), around:
-            if self.replica.local.steps > 1:
-                gradient = self.replica.update(*filled(variables, labels), create_graph=True)
-            else:
-                loss = self.replica.loss(self.replica.model, *filled(variables, labels))
-                gradient = list(
-                    torch.autograd.grad(loss, self.replica.parameters, create_graph=True)
-                )
+            if not self.replica.local.shares_gradient:
+                segments = None if penalty is None else 1
+                found = filled(variables, labels)
+                update = self.replica.update(*found, create_graph=True, segments=segments)
+                # Within the modes: steps may be computed again.
+                return self._pulled(update, variables, weight, observe, apart)
+            loss = self.replica.loss(self.replica.model, *filled(variables, labels))
+            gradient = list(torch.autograd.grad(loss, self.replica.parameters, create_graph=True))
+        return self._pulled(gradient, variables, weight, observe, apart)
+
+    def _pulled(
+        self,
+        gradient: Tensors,
+        variables: Tensors,
+        weight: float,
+        observe: Penalty | None,
+        apart: bool,
+    ) -> Match:
+        """The match of a gradient, differentiated back to the variables."""
         value, seed = self._value_and_seed(_detached(gradient))
         outputs = gradient
         cotangents = seed if weight == 1 else list(torch._foreach_mul(seed, weight))

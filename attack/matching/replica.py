@@ -91,13 +91,20 @@ class Replica:
             labels = labels.softmax(-1)
         return F.cross_entropy(model(inputs), labels, reduction="sum") / self.batch_size
 
-    def update(self, inputs: torch.Tensor, labels: torch.Tensor, create_graph: bool) -> Tensors:
+    def update(
+        self,
+        inputs: torch.Tensor,
+        labels: torch.Tensor,
+        create_graph: bool,
+        segments: int | None = None,
+    ) -> Tensors:
         """The update after the client's local steps, one tensor per shared parameter.
 
         Args:
             inputs: N x C x H x W, normalised; the whole batch.
             labels: N class indices, or N x classes label logits.
             create_graph: Keep the graph for derivatives of the update.
+            segments: See `gradients.local_update.unrolled_update`.
         """
         update = unrolled_update(
             self.model,
@@ -106,6 +113,7 @@ class Replica:
             self.local,
             create_graph=create_graph,
             placement=self.placement,
+            segments=segments,
         )
         return [update[name] for name in self.names]
 
@@ -160,7 +168,7 @@ def _convert_batch_norm(target: Target, groups: list[int] | None) -> nn.Module:
     model = target.build_model()
     alone = groups is None and distributed.world_size() == 1
     # Unrolled local steps run each shard through plain BatchNorm by itself.
-    if not target.train_mode or alone or target.local.steps > 1:
+    if not target.train_mode or alone or not target.local.shares_gradient:
         return model
     from core.models.batch_norm import convert_batch_norm
 
