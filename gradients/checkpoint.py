@@ -19,6 +19,16 @@ import torch
 from core.clipping import BATCH
 from core.data.specs import DataSpec
 from core.errors import InputError
+from core.losses import (
+    DEFAULT_LOSS,
+    GIVEN,
+    Function,
+    GivenLoss,
+    Loss,
+    Targets,
+    is_default,
+    loss_from,
+)
 from core.models.architecture import Architecture, GivenModel
 from core.models.building import ModelSpec, default_stem
 from core.processes.distributed import shard_sizes
@@ -27,14 +37,19 @@ from core.storage import load_checkpoint, save_checkpoint
 from core.target import RUNNING_STATISTICS, BatchStatistics, LocalTraining, Target, Truth
 from gradients.private_gradient import PrivacySettings
 
+# Of images in [0, 1] with one class each under cross-entropy, which every reader knows.
 FORMAT_VERSION = 1
+# Of any other client: earlier readers refuse it instead of taking it for such a classifier.
+ANY_CLIENT_VERSION = 2
 # The original tools' word for "no layer is frozen".
 ALL_LAYERS = "all"
 # Builds the module that a checkpoint belongs to, where it is not one of our architectures.
 Builder = Callable[[], torch.nn.Module]
 # What a file may state. Nothing in it proves these numbers, and an attack allocates by them.
 MAX_BATCH_SIZE = 1_000_000
-MAX_SIDE = 16_384
+MAX_IMAGE_SIDE = 16384
+# Of a volume, a signal or a row of a table.
+MAX_SIDE = 1 << 20
 MAX_LOCAL_STEPS = 100_000
 MAX_POOL_KERNEL = 1024
 # Of the whole batch, where the file does not hold it: 1 GiB in float32.
@@ -59,11 +74,14 @@ def save_target(
             stored as text; whoever reads the file decides whether to call it.
 
     Raises:
-        InputError: The model is a given module and nothing says how to rebuild it.
+        InputError: The model is a given module, or the loss a given function, and nothing
+            says how to find it again.
     """
     builder = builder or str(target.model.describe().get("builder") or "")
     if isinstance(target.model, GivenModel):
         _check_builder(target.model, builder)
+    if isinstance(target.loss, GivenLoss):
+        _check_source(target.loss)
     published = _published_keys(target, truth, arguments or {})
     private = {
         "mean_image": None if truth is None else truth.mean_image,
@@ -72,9 +90,22 @@ def save_target(
     save_checkpoint({**published, **_our_keys(target, builder), **private}, path)
 
 
+def _is_importable(text: str) -> bool:
+    """Whether it reads `module:function`."""
+    module, _, function = text.partition(":")
+    return function.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
+def _check_source(loss: GivenLoss) -> None:
+    if not _is_importable(loss.source):
+        raise InputError(
+            f"the loss {loss.name} is a function of your own, and a file holds no code: name it "
+            "with GivenLoss(function, source='module:function')"
+        )
+
+
 def _check_builder(model: GivenModel, builder: str) -> None:
-    module, _, function = builder.partition(":")
-    if not (function.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+    if not _is_importable(builder):
         raise InputError(
             f"{model.name} is a module of your own, and a file holds no code: name the function "
             f"that builds it with builder='module:function' (got {builder!r})"
@@ -114,7 +145,8 @@ def _our_keys(target: Target, builder: str) -> dict[str, Any]:
     """What the published keys cannot express."""
     statistics = target.bn_statistics
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if _is_classifier(target) else ANY_CLIENT_VERSION,
+        **({} if is_default(target.loss) else {"loss": target.loss.describe()}),
         "model": target.model.describe() | ({"builder": builder} if builder else {}),
         "data": target.data.to_dict(),
         "parameter_names": list(target.gradient),
@@ -127,6 +159,12 @@ def _our_keys(target: Target, builder: str) -> dict[str, Any]:
         "dropout_seed": target.dropout_seed,
         "running_after": target.running_after,
     }
+
+
+def _is_classifier(target: Target) -> bool:
+    """Whether it is a client of the kind that all versions of the format know."""
+    data = target.data
+    return is_default(target.loss) and data.bounded and len(data.shape) == 3
 
 
 def _local_keys(local: LocalTraining) -> dict[str, Any]:
@@ -143,7 +181,10 @@ def _free_layers(target: Target) -> list[str]:
 
 
 def load_target(
-    path: str | Path, flag: str = "--checkpoint", build: Builder | None = None
+    path: str | Path,
+    flag: str = "--checkpoint",
+    build: Builder | None = None,
+    loss: Function | Loss | None = None,
 ) -> tuple[Target, Truth | None]:
     """Read a gradient checkpoint of ours or of the original tools. Nothing in it is run.
 
@@ -151,6 +192,7 @@ def load_target(
         path: File to read.
         flag: The flag the user gave it with, for messages.
         build: Builds the module, for a checkpoint of a module that the user gave.
+        loss: The client's loss, for a checkpoint whose loss is a function that the user gave.
 
     Returns:
         What the attacker may see, and (kept apart, None if stripped) the truth.
@@ -164,7 +206,7 @@ def load_target(
     if missing:
         raise InputError(f"{flag}: {path} is not a gradient checkpoint (no {', '.join(missing)})")
     try:
-        target = _parse_target(raw, build)
+        target = _parse_target(raw, build, loss)
         truth = _parse_truth(raw, target)
     except InputError as error:
         raise InputError(f"{flag}: {path}: {error}") from None
@@ -175,14 +217,17 @@ def load_target(
     return target, truth
 
 
-def _parse_target(raw: Mapping[str, Any], build: Builder | None) -> Target:
+def _parse_target(
+    raw: Mapping[str, Any], build: Builder | None, given_loss: Function | Loss | None
+) -> Target:
     version = raw.get("format_version", FORMAT_VERSION)
-    if type(version) is not int or version > FORMAT_VERSION:
+    if type(version) is not int or version > ANY_CLIENT_VERSION:
         raise InputError(
-            f"it has format version {version!r:.40} and this program reads up to {FORMAT_VERSION}; "
-            "update the program"
+            f"it has format version {version!r:.40} and this program reads up to "
+            f"{ANY_CLIENT_VERSION}; update the program"
         )
-    data = _data_spec(raw)
+    loss = _loss(raw, given_loss)
+    data = _data_spec(raw, loss)
     model = _architecture(raw, data, build)
     skeleton = model.skeleton()
     batch_size = _count(raw["batch_size"], "batch size", MAX_BATCH_SIZE)
@@ -205,7 +250,29 @@ def _parse_target(raw: Mapping[str, Any], build: Builder | None) -> Target:
         defenses=_defenses(raw),
         dropout_seed=None if seed is None else _integer(seed, "dropout seed", -(2**63), 2**64),
         running_after=_running_after(raw, skeleton),
+        loss=loss,
     )
+
+
+def _loss(raw: Mapping[str, Any], given: Function | Loss | None) -> Loss:
+    """The client's loss: a ready one by its description, any other as it was given."""
+    description = raw.get("loss")
+    if description is None:
+        return DEFAULT_LOSS
+    if not isinstance(description, Mapping):
+        raise InputError(f"its loss is described by a {type(description).__name__}")
+    if description.get("loss") != GIVEN:
+        return loss_from(description)
+    source = str(description.get("source"))
+    if given is None:
+        raise InputError(
+            f"its loss is a function of the user's own, {source}; import that function and pass "
+            "it: load_target(path, loss=function)"
+        )
+    if isinstance(given, Loss):
+        return given
+    mean = bool(description.get("mean_over_samples", False))
+    return GivenLoss(given, source, mean, str(description.get("targets", Targets.OTHER.value)))
 
 
 def _architecture(raw: Mapping[str, Any], data: DataSpec, build: Builder | None) -> Architecture:
@@ -275,7 +342,7 @@ def _words(values: Any, what: str) -> tuple[str, ...]:
 
 
 def _finite(
-    value: Any, what: str, shape: Sequence[int] | None = None, *, whole: bool = False
+    value: Any, what: str, shape: Sequence[int] | None = None, *, whole: bool | None = False
 ) -> torch.Tensor:
     """A tensor of the given shape without NaN or infinity, detached.
 
@@ -283,19 +350,28 @@ def _finite(
         value: What the file holds.
         what: What to call it in a message.
         shape: Expected; None for any.
-        whole: Whether it holds whole numbers (of any type) instead of floating-point ones.
+        whole: Whether it holds whole numbers (of any type) instead of floating-point ones;
+            None for either, or yes and no.
     """
     if not isinstance(value, torch.Tensor):
         raise InputError(f"{what} is a {type(value).__name__}, not a tensor")
-    if value.is_complex() or value.dtype == torch.bool:
-        raise InputError(f"{what} has values of type {value.dtype}")
-    if value.is_floating_point() == whole and not (whole and bool((value == value.round()).all())):
+    if value.is_sparse or value.is_complex() or not _is_of_kind(value, whole):
         raise InputError(f"{what} has values of type {value.dtype}")
     if shape is not None and tuple(value.shape) != tuple(shape):
         raise InputError(f"{what} has shape {tuple(value.shape)}, expected {tuple(shape)}")
-    if value.is_sparse or not torch.isfinite(value).all():
+    if not torch.isfinite(value).all():
         raise InputError(f"{what} is not finite (NaN or infinity)")
     return value.detach()
+
+
+def _is_of_kind(value: torch.Tensor, whole: bool | None) -> bool:
+    if whole is None:
+        return True
+    if value.dtype == torch.bool:
+        return False
+    if whole and value.is_floating_point():
+        return bool((value == value.round()).all())
+    return whole or value.is_floating_point()
 
 
 def _state_dict(
@@ -307,11 +383,21 @@ def _state_dict(
     strange = [n for n in state if n not in expected] + [n for n in expected if n not in state]
     if strange:
         raise InputError(f"its parameters are not those of {model.name}: {strange[0]}")
-    whole = {name for name, tensor in expected.items() if not tensor.is_floating_point()}
     return {
-        name: _finite(value, f"the parameter {name}", expected[name].shape, whole=name in whole)
-        for name, value in state.items()
+        name: _like(value, f"the parameter {name}", expected[name]) for name, value in state.items()
     }
+
+
+def _like(value: Any, what: str, expected: torch.Tensor) -> torch.Tensor:
+    """A finite tensor of the shape and the kind of another one."""
+    if expected.is_complex() or expected.dtype == torch.bool:
+        # A module of the user's own may have such buffers.
+        if not isinstance(value, torch.Tensor) or value.dtype != expected.dtype:
+            raise InputError(f"{what} is no tensor of {expected.dtype}")
+        if value.shape != expected.shape or not torch.isfinite(value).all():
+            raise InputError(f"{what} has another shape, or is not finite")
+        return value.detach()
+    return _finite(value, what, expected.shape, whole=not expected.is_floating_point())
 
 
 def _gradient(
@@ -365,16 +451,16 @@ def _original_shards(raw: Mapping[str, Any], batch_size: int) -> Sequence[int]:
     return (batch_size,)
 
 
-def _data_spec(raw: Mapping[str, Any]) -> DataSpec:
+def _data_spec(raw: Mapping[str, Any], loss: Loss) -> DataSpec:
     setup = raw["dataset_setup"]
     shape = tuple(_count(n, "image side", MAX_SIDE) for n in setup["size"])
-    n_classes = _count(setup["n_classes"], "number of classes", 2**62)
+    n_classes = _integer(setup["n_classes"], "number of classes", 0, 2**62)
     if raw.get("data") is not None:
         data = DataSpec.from_dict(raw["data"])
     else:
         data = DataSpec(
             name=str(getattr(raw.get("args"), "data_name", "unknown")),
-            shape=(shape[0], shape[1], shape[2]),
+            shape=shape,
             mean=tuple(torch.as_tensor(setup["mean"]).flatten().tolist()),
             std=tuple(torch.as_tensor(setup["std"]).flatten().tolist()),
             n_classes=n_classes,
@@ -382,14 +468,16 @@ def _data_spec(raw: Mapping[str, Any]) -> DataSpec:
     if tuple(data.shape) != shape or data.n_classes != n_classes:
         raise InputError("its two descriptions of the data (data, dataset_setup) differ")
     check_types(data)
-    _check_data(data)
+    _check_data(data, loss)
     return data
 
 
-def _check_data(data: DataSpec) -> None:
-    if len(data.shape) != 3 or not all(1 <= n <= MAX_SIDE for n in data.shape):
+def _check_data(data: DataSpec, loss: Loss) -> None:
+    side = MAX_IMAGE_SIDE if len(data.shape) == 3 else MAX_SIDE
+    if not 1 <= len(data.shape) <= 4 or not all(1 <= n <= side for n in data.shape):
         raise InputError(f"its images have shape {data.shape}")
-    if data.n_classes < 2:
+    fewest = {Targets.CLASSES: 2, Targets.LABELS: 1}.get(loss.targets, 0)
+    if data.n_classes < fewest:
         raise InputError(f"it has {data.n_classes} classes")
     channels = data.shape[0]
     if len(data.mean) != channels or len(data.std) != channels:
@@ -400,6 +488,8 @@ def _check_data(data: DataSpec) -> None:
 
 
 def _model_spec(raw: Mapping[str, Any], data: DataSpec) -> ModelSpec:
+    if len(data.shape) != 3:
+        raise InputError(f"its model is one of ours, which takes images, not shape {data.shape}")
     if data.shape[1] != data.shape[2]:
         raise InputError(f"its images of {data.shape[1]} x {data.shape[2]} px are not square")
     if raw.get("model") is not None:
@@ -525,14 +615,26 @@ def _parse_truth(raw: Mapping[str, Any], target: Target) -> Truth | None:
         return None
     shape = (target.batch_size, *target.data.shape)
     inputs = _finite(raw["x_true"], "the true images tensor", shape).float()
-    labels = _finite(raw["y_true"], "the true labels tensor", shape[:1], whole=True).long()
-    if int(labels.min()) < 0 or int(labels.max()) >= target.data.n_classes:
-        raise InputError(f"its true labels lie outside 0..{target.data.n_classes - 1}")
+    labels = _true_labels(raw["y_true"], target)
     mean = raw.get("mean_image")
     if mean is not None:
-        mean = _finite(mean, "the mean image", target.data.shape).float().clamp(0, 1)
+        mean = target.data.clamp(_finite(mean, "the mean image", target.data.shape).float())
     nearest = raw.get("nearest_images")
     if nearest is not None:
-        nearest = _finite(nearest, "the nearest images", shape).float().clamp(0, 1)
-    images = target.data.denormalize(inputs).clamp(0, 1)
+        nearest = target.data.clamp(_finite(nearest, "the nearest images", shape).float())
+    images = target.data.clamp(target.data.denormalize(inputs))
     return Truth(images=images, labels=labels, mean_image=mean, nearest_images=nearest)
+
+
+def _true_labels(value: Any, target: Target) -> torch.Tensor:
+    """Class indices within range, or targets of any other kind, one entry per sample."""
+    labels = _finite(value, "the true labels tensor", whole=None)
+    soft = labels.is_floating_point() and labels.dim() == 2
+    if target.loss.targets is not Targets.CLASSES or soft:
+        if labels.dim() == 0 or len(labels) != target.batch_size:
+            raise InputError(f"its true targets have shape {tuple(labels.shape)}")
+        return labels
+    labels = _finite(labels, "the true labels tensor", (target.batch_size,), whole=True).long()
+    if int(labels.min()) < 0 or int(labels.max()) >= target.data.n_classes:
+        raise InputError(f"its true labels lie outside 0..{target.data.n_classes - 1}")
+    return labels

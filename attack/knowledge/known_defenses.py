@@ -79,7 +79,9 @@ class Adaptation:
         """What per-sample clipping does to a candidate; None where it need not be known."""
         if self.sample_norm is None:
             return None
-        return SampleClipping(replica.model, replica.names, self.sample_norm, replica.batch_size)
+        return SampleClipping(
+            replica.model, replica.names, self.sample_norm, replica.batch_size, replica.client_loss
+        )
 
     def keep_only(self, masks: list[torch.Tensor]) -> None:
         """Compare only where the masks are true."""

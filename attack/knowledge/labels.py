@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from attack.knowledge.clients import require_classes
 from attack.knowledge.threat_models import Capability
 from core.errors import InputError
 from core.models.building import last_linear
@@ -125,6 +126,7 @@ def recover_labels(
     _check_rule(rule)
     if rule == "known":
         return _known(target, truth_labels)
+    require_classes(f"label recovery {rule}", target.loss)
     model = target.build_model() if model is None else model
     labels = _RULES[rule](target, model, _last_layer(target, model))
     return labels.long().cpu().sort().values
@@ -175,7 +177,9 @@ def _known(target: Target, labels: torch.Tensor | None) -> torch.Tensor:
         )
     if len(labels) != target.batch_size:
         raise InputError(f"{len(labels)} known labels for a batch of {target.batch_size}")
-    return labels.detach().long().cpu().clone()
+    # Soft labels and values of other losses are no indices.
+    labels = labels if labels.is_floating_point() else labels.long()
+    return labels.detach().cpu().clone()
 
 
 def _last_layer(target: Target, model: nn.Module) -> LastLayer:

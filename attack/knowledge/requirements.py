@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from attack.knowledge.clients import check_client
 from attack.knowledge.labels import rule_requires
 from attack.knowledge.threat_models import (
     CUSTOM,
@@ -78,11 +79,12 @@ class Knowledge:
 
 
 def check_knowledge(knowledge: Knowledge, attack: Attack, target: Target) -> None:
-    """Refuse a run that uses what its threat model withholds.
+    """Refuse a run that uses what its threat model withholds, or that does not fit the client.
 
     Raises:
-        InputError: Names the flag and what is withheld.
+        InputError: Names the flag, and what is withheld or does not fit.
     """
+    check_client(attack, target)
     threat = find_threat(knowledge.threat)
     if threat is None:
         return

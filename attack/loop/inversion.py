@@ -111,7 +111,7 @@ class Inversion:
         config = config.changed(iterations=self.race.iterations)
         self.target, self.config, self.device = target, config, device
         self.dtype = torch.float64 if config.matching.double else torch.float32
-        self.replica = Replica(target, device, self.dtype)
+        self.replica = Replica(target, device, self.dtype, config.matching.joint_labels)
         self.problem = InversionProblem(
             target, config, adaptation, self.replica, labels[self.replica.share].to(device),
             parts.coordinates(target, config, device, self.dtype), device, self.dtype,

@@ -38,14 +38,20 @@ def make_objective(config: InversionConfig, n_parameters: int) -> Objective:
 
 
 def make_regularizers(problem: InversionProblem) -> list[tuple[float, Regularizer]]:
-    """Weighted penalties on the images alone."""
+    """Weighted penalties on the images alone.
+
+    The rows of a table have no neighbours and no colour: of all the priors only the length of
+    the input is left for them, which is a normal prior on standardised features.
+    """
     priors = problem.config.priors
-    weighted = [
+    weighted: list[tuple[float, Regularizer]] = [
         (priors.tv, TOTAL_VARIATIONS[priors.tv_kind]()),
         (priors.input_norm, InputNorm()),
         (priors.colour, ColourPrior()),
         (priors.patch, PatchPrior(priors.patch_size)),
     ]
+    if len(problem.target.data.shape) == 1:
+        weighted = [(priors.input_norm, InputNorm())]
     return [(weight, regularizer) for weight, regularizer in weighted if weight != 0]
 
 

@@ -340,7 +340,7 @@ class AcceleratedMatcher(GradientMatcher):
         """Trace both passes, then compile and capture them as asked for."""
         tracer = _Tracer(self.replica, self._perturbed, penalty, apart)
         theta = [p.detach() for p in self.replica.parameters]
-        n, variables = len(theta), 2 if labels.is_floating_point() else 1
+        n, variables = len(theta), 2 if self.replica.optimises(labels) else 1
         arguments = (*theta, inputs.detach(), labels.detach())
         first = self._faster(self._traced(tracer.first, arguments), arguments, range(n, n + 2))
         with torch.no_grad():
@@ -414,10 +414,10 @@ class _Tracer:
         n = len(self.replica.names)
         theta = [p.detach().requires_grad_() for p in arguments[:n]]
         inputs, labels = arguments[n:]
-        variables = fresh_variables(inputs, labels)
+        variables = fresh_variables(inputs, labels, self.replica.optimises(labels))
         with RecordActivations() as record:
             loss = self._loss(theta, variables, labels)
-        found = torch.autograd.grad(loss, [*theta, *variables])
+        found = torch.autograd.grad(loss, [*theta, *variables], materialize_grads=True)
         self.replays, self.counts = list(record.replays), [len(s) for s in record.switches]
         switches = [tensor for layer in record.switches for tensor in layer]
         return [t.detach() for t in [*found, *switches]]
@@ -426,7 +426,7 @@ class _Tracer:
         """The pass at moved parameters, on the switches of the first."""
         n = len(self.replica.names)
         inputs, labels, scale, *flat = arguments[n:]
-        variables = fresh_variables(inputs, labels)
+        variables = fresh_variables(inputs, labels, self.replica.optimises(labels))
         pieces = iter(flat)
         switches = [tuple(next(pieces) for _ in range(count)) for count in self.counts]
         observe = None if self.penalty is None else self.penalty(self.model)

@@ -52,6 +52,7 @@ from attack.matching.objectives import (
     squared_norm,
 )
 from attack.matching.replica import Replica, laid_out_as
+from attack.matching.second_derivative import explain_missing_derivative
 from attack.matching.switches import (
     RecordActivations,
     ReplayActivations,
@@ -191,14 +192,15 @@ class GradientMatcher:
 
         Args:
             inputs: n x C x H x W, normalised; this process's images.
-            labels: n class indices, or n x classes logits to be optimised as well.
+            labels: n labels, or the variables that stand for them (see `Replica.optimises`).
             weight: Factor of the objective in the gradients.
             penalty: Called with the model before a forward pass; what it returns is
                 called after it for a differentiable scalar.
             apart: Keep the penalty's gradient apart, at the cost of a backward pass.
         """
         inputs = self._laid_out(inputs)
-        match = self._evaluate(inputs, labels, weight, penalty, apart)
+        with explain_missing_derivative(self.replica.model, inputs):
+            match = self._evaluate(inputs, labels, weight, penalty, apart)
         match.input_gradient = match.input_gradient.contiguous()
         if match.penalty_gradient is not None:
             match.penalty_gradient = match.penalty_gradient.contiguous()
@@ -222,6 +224,19 @@ class GradientMatcher:
             return self._exact(inputs, labels, weight, penalty, apart)
         return self._difference(inputs, labels, weight, penalty, self.step, apart)
 
+    def _variables(self, inputs: torch.Tensor, labels: torch.Tensor) -> Tensors:
+        return fresh_variables(inputs, labels, self.replica.optimises(labels))
+
+    @staticmethod
+    def _gradients(
+        loss: torch.Tensor, wanted: Sequence[torch.Tensor], create_graph: bool = False
+    ) -> Tensors:
+        """The loss's derivatives; zero in parameters that the forward pass does not use."""
+        found = torch.autograd.grad(
+            loss, list(wanted), create_graph=create_graph, materialize_grads=True
+        )
+        return list(found)
+
     def _count_call(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
         if self.hvp == "auto" and self.calls % CHECK_EVERY == 0:
             self._calibrate(inputs, labels)
@@ -236,7 +251,7 @@ class GradientMatcher:
 
         Args:
             inputs: R x n x C x H x W, normalised.
-            labels: n class indices, the same for all restarts.
+            labels: n labels, the same for all restarts.
         """
         if self.clipping is not None:
             return [self(one, labels) for one in inputs]
@@ -317,12 +332,12 @@ class GradientMatcher:
         """The objective alone, a scalar in float64."""
         inputs = self._laid_out(inputs)
         if self.clipping is not None:
-            gradient = self.clipping.mean_gradient(inputs, labels)
+            gradient = self.clipping.mean_gradient(inputs, self.replica.targets_of(labels))
         elif not self.replica.local.shares_gradient:
             gradient = self.replica.update(inputs, labels, create_graph=False)
         else:
             loss = self.replica.loss(self.replica.model, inputs, labels)
-            gradient = list(torch.autograd.grad(loss, self.replica.parameters))
+            gradient = self._gradients(loss, self.replica.parameters)
         return self._value_and_seed(_detached(gradient))[0]
 
     def _require_one_process(self) -> None:
@@ -395,7 +410,7 @@ class GradientMatcher:
         apart: bool = False,
         frozen: contextlib.AbstractContextManager[Any] | None = None,
     ) -> Match:
-        variables = fresh_variables(inputs, labels)
+        variables = self._variables(inputs, labels)
         observe = None if penalty is None else penalty(self.replica.model)
         around = contextlib.nullcontext() if frozen is None else frozen
         # Fused attention kernels have no second derivative.
@@ -407,7 +422,7 @@ class GradientMatcher:
                 # Within the modes: steps may be computed again.
                 return self._pulled(update, variables, weight, observe, apart)
             loss = self.replica.loss(self.replica.model, *filled(variables, labels))
-            gradient = list(torch.autograd.grad(loss, self.replica.parameters, create_graph=True))
+            gradient = self._gradients(loss, self.replica.parameters, create_graph=True)
         return self._pulled(gradient, variables, weight, observe, apart)
 
     def _pulled(
@@ -438,9 +453,10 @@ class GradientMatcher:
     ) -> Match:
         """The exact derivative through the clipping of every image's gradient."""
         assert self.clipping is not None
-        variables = fresh_variables(inputs, labels)
+        variables = self._variables(inputs, labels)
         with sdpa_kernel(SDPBackend.MATH), TwiceDifferentiable():
-            gradient = self.clipping.mean_gradient(*filled(variables, labels))
+            x, y = filled(variables, labels)
+            gradient = self.clipping.mean_gradient(x, self.replica.targets_of(y))
         value, seed = self._value_and_seed(_detached(gradient))
         result = pulled_back(gradient, list(torch._foreach_mul(seed, weight)), variables)
         if penalty is None:
@@ -465,7 +481,7 @@ class GradientMatcher:
         first = self._first_pass_factored(inputs, labels, step)
         if first is None:
             first = self._first_pass(inputs, labels, step)
-        variables = fresh_variables(inputs, labels)
+        variables = self._variables(inputs, labels)
         observe = None if penalty is None else penalty(self._perturbed)
         with first.moved:
             loss = self.replica.loss(self._perturbed, *filled(variables, labels))
@@ -476,18 +492,18 @@ class GradientMatcher:
             total = loss * (weight / first.h)
             if extra is not None and not apart:
                 total = total + extra
-            at_moved = torch.autograd.grad(total, variables)
+            at_moved = self._gradients(total, variables)
         pairs = zip(first.at_theta, at_moved, strict=True)
         result = [b.sub_(a, alpha=weight / first.h) for a, b in pairs]
         return match_of(first.value, result, extra, alone)
 
     def _first_pass(self, inputs: torch.Tensor, labels: torch.Tensor, step: float) -> _FirstPass:
         """The pass at theta, with every parameter's gradient."""
-        variables = fresh_variables(inputs, labels)
+        variables = self._variables(inputs, labels)
         with RecordActivations() as record:
             loss = self.replica.loss(self.replica.model, *filled(variables, labels))
         n = len(self.replica.parameters)
-        found = torch.autograd.grad(loss, [*self.replica.parameters, *variables])
+        found = self._gradients(loss, [*self.replica.parameters, *variables])
         value, moved, h = self._moved_parameters(list(found[:n]), step)
         frozen = ReplayActivations(record.replays, record.switches)
         return _FirstPass(value, found[n:], h, self._at(self._moved, moved, frozen))
@@ -499,11 +515,11 @@ class GradientMatcher:
         factored = self._factoring(inputs)
         if factored is None:
             return None
-        variables = fresh_variables(inputs, labels)
+        variables = self._variables(inputs, labels)
         with RecordActivations() as record, factored.record() as factors:
             loss = self.replica.loss(self.replica.model, *filled(variables, labels))
         others = factored.others(self.replica.parameters)
-        found = torch.autograd.grad(loss, [*others, *factors.taps, *variables])
+        found = self._gradients(loss, [*others, *factors.taps, *variables])
         n, m = len(others), len(others) + len(factors.taps)
         factors.close(found[n:m])
         swept = self._beside
