@@ -159,6 +159,7 @@ class StateFile:
             label_logits=logits,
             optimizer=optimizer,
             generator=generator,
+            loss=self.problem.target.loss,
             **state,
         )
         check_types(restart)
@@ -189,15 +190,17 @@ def _moved(restart: Restart, n: int, device: torch.device) -> Restart:
         restart.best_inputs = restart.best_inputs.to(device)
     labels = restart.best_labels
     if labels is not None:
-        if labels.dtype != torch.int64 or tuple(labels.shape) != (n,):
+        if labels.is_complex() or labels.dim() == 0 or len(labels) != n:
             raise InputError(f"it does not hold {n} labels")
         restart.best_labels = labels.to(device)
     return restart
 
 
 def _saved(restart: Restart) -> dict[str, Any]:
+    # The client's loss is the target's, and no plain value.
+    plain = {name: value for name, value in vars(restart).items() if name != "loss"}
     return {
-        **vars(restart),
+        **plain,
         "variable": restart.variable.detach(),
         "optimizer": restart.optimizer.state_dict(),
         "generator": restart.generator.get_state(),
