@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from core.target import described
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -43,7 +45,7 @@ class Reconstruction:
         n, *shape = self.images.shape
         return (
             f"Reconstruction of {n} images ({' x '.join(map(str, shape))}), labels "
-            f"{_described(self.labels)}, objective {self.objective:.3g} after {self.iterations} "
+            f"{described(self.labels)}, objective {self.objective:.3g} after {self.iterations} "
             f"iterations in {self.seconds:.1f} s ({self.status})"
         )
 
@@ -66,10 +68,3 @@ class Reconstruction:
         from core.pictures import as_html
 
         return f"<p>{html.escape(repr(self))}</p>{as_html(self.plot())}"
-
-
-def _described(labels: torch.Tensor) -> str:
-    """Classes or values as a list; of what is more than one number each, the shape."""
-    if labels.dim() == 1:
-        return str(labels.tolist())
-    return f"of shape {' x '.join(map(str, labels.shape))}"

@@ -288,7 +288,7 @@ def _architecture(raw: Mapping[str, Any], data: DataSpec, build: Builder | None)
             f"its model is a module of the user's own, built by {builder}; import that function "
             "and pass it: load_target(path, build=function)"
         )
-    return GivenModel(build(), str(builder))
+    return GivenModel(build(), str(builder), data.shape)
 
 
 def _check_sizes(raw: Mapping[str, Any], model: ModelSpec) -> None:
@@ -341,10 +341,21 @@ def _words(values: Any, what: str) -> tuple[str, ...]:
     return tuple(values)
 
 
+def _tensor(value: Any, what: str, shape: Sequence[int] | None = None) -> torch.Tensor:
+    """A dense tensor of the given shape, detached."""
+    if not isinstance(value, torch.Tensor):
+        raise InputError(f"{what} is a {type(value).__name__}, not a tensor")
+    if shape is not None and tuple(value.shape) != tuple(shape):
+        raise InputError(f"{what} has shape {tuple(value.shape)}, expected {tuple(shape)}")
+    if value.is_sparse:
+        raise InputError(f"{what} is a sparse tensor")
+    return value.detach()
+
+
 def _finite(
     value: Any, what: str, shape: Sequence[int] | None = None, *, whole: bool | None = False
 ) -> torch.Tensor:
-    """A tensor of the given shape without NaN or infinity, detached.
+    """The same without NaN or infinity, of real numbers.
 
     Args:
         value: What the file holds.
@@ -353,15 +364,12 @@ def _finite(
         whole: Whether it holds whole numbers (of any type) instead of floating-point ones;
             None for either, or yes and no.
     """
-    if not isinstance(value, torch.Tensor):
-        raise InputError(f"{what} is a {type(value).__name__}, not a tensor")
-    if value.is_sparse or value.is_complex() or not _is_of_kind(value, whole):
-        raise InputError(f"{what} has values of type {value.dtype}")
-    if shape is not None and tuple(value.shape) != tuple(shape):
-        raise InputError(f"{what} has shape {tuple(value.shape)}, expected {tuple(shape)}")
-    if not torch.isfinite(value).all():
+    tensor = _tensor(value, what, shape)
+    if tensor.is_complex() or not _is_of_kind(tensor, whole):
+        raise InputError(f"{what} has values of type {tensor.dtype}")
+    if not torch.isfinite(tensor).all():
         raise InputError(f"{what} is not finite (NaN or infinity)")
-    return value.detach()
+    return tensor
 
 
 def _is_of_kind(value: torch.Tensor, whole: bool | None) -> bool:
@@ -383,21 +391,24 @@ def _state_dict(
     strange = [n for n in state if n not in expected] + [n for n in expected if n not in state]
     if strange:
         raise InputError(f"its parameters are not those of {model.name}: {strange[0]}")
+    # A mask of attention, for one, may hold infinity; statistics may not.
+    free = {n for n, _ in skeleton.named_buffers() if not n.endswith(RUNNING_STATISTICS)}
     return {
-        name: _like(value, f"the parameter {name}", expected[name]) for name, value in state.items()
+        name: _like(value, f"the parameter {name}", expected[name], finite=name not in free)
+        for name, value in state.items()
     }
 
 
-def _like(value: Any, what: str, expected: torch.Tensor) -> torch.Tensor:
-    """A finite tensor of the shape and the kind of another one."""
-    if expected.is_complex() or expected.dtype == torch.bool:
-        # A module of the user's own may have such buffers.
-        if not isinstance(value, torch.Tensor) or value.dtype != expected.dtype:
-            raise InputError(f"{what} is no tensor of {expected.dtype}")
-        if value.shape != expected.shape or not torch.isfinite(value).all():
-            raise InputError(f"{what} has another shape, or is not finite")
-        return value.detach()
-    return _finite(value, what, expected.shape, whole=not expected.is_floating_point())
+def _like(value: Any, what: str, expected: torch.Tensor, *, finite: bool) -> torch.Tensor:
+    """A tensor of the shape and the kind of another one; its number format may differ."""
+    tensor = _tensor(value, what, expected.shape)
+    # A module of the user's own may have complex or logical buffers.
+    odd = [t.is_complex() or t.dtype == torch.bool for t in (tensor, expected)]
+    if any(odd) and tensor.dtype != expected.dtype:
+        raise InputError(f"{what} has values of type {tensor.dtype}")
+    if any(odd) or not finite:
+        return tensor
+    return _finite(tensor, what, whole=not expected.is_floating_point())
 
 
 def _gradient(

@@ -16,8 +16,9 @@ from core.data.data_sets import derived_seed
 from core.data.specs import DataSpec
 from core.errors import InputError
 from core.losses import DEFAULT_LOSS, Loss
-from core.models.architecture import Architecture
+from core.models.architecture import Architecture, GivenModel
 from core.models.batch_norm import convert_batch_norm, explain_single_values
+from core.models.checkpointed_blocks import refuse_reentrant_blocks
 from core.processes.distributed import Process, shard_sizes
 from core.target import (
     RUNNING_STATISTICS,
@@ -113,8 +114,8 @@ def share_update(
         What an attacker sees, on the CPU; None on all processes but the first.
 
     Raises:
-        InputError: The batch cannot be spread over the processes, or the privacy
-            settings do not suit the model.
+        InputError: The batch cannot be spread over the processes, the privacy settings do
+            not suit the model, or its checkpointed blocks have no gradient.
     """
     process = process or Process()
     for defense in settings.defenses:
@@ -126,6 +127,8 @@ def share_update(
     precision = next(model.parameters()).dtype
     inputs = data_spec.normalize(images.to(process.device, precision))
     labels = labels.to(process.device, precision if labels.is_floating_point() else None)
+    if isinstance(architecture, GivenModel):
+        refuse_reentrant_blocks(model, inputs)
     run = _Run(model, inputs, labels, settings, process)
     update = run.update()
     statistics = run.statistics()

@@ -462,12 +462,18 @@ class ClientGradient:
         """One process's part of a step."""
         piece = self.steps[step][index]
         weight = n_selected(piece) / sum(map(n_selected, self.steps[step]))
-        # Every process moves buffers of its own; the first one's are shared.
-        first = index == own_parts(self.placement)[0]
-        buffers = self.buffers if first else _copies(self.buffers)
+        # Every process moves buffers of its own; the first one's are shared. A graph that is
+        # kept may hold a buffer, which later steps are not to change.
+        shared = index == own_parts(self.placement)[0]
+        buffers = self.buffers
+        if self.create_graph or not shared:
+            buffers = _copies(self.buffers)
         outputs = torch.func.functional_call(
             self.model, {**buffers, **current}, (self.images[piece],)
         )
+        if shared and buffers is not self.buffers:
+            for name, buffer in self.buffers.items():
+                buffer.detach().copy_(buffers[name].detach())
         loss = self.loss(outputs, self.labels[piece])
         if weight != 1:
             loss = weight * loss

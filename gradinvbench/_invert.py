@@ -46,8 +46,9 @@ def invert(
         iterations: Of the whole attack; default: the published number.
         labels: N class indices, or what else the client's loss compares with, if they are known
             in the order of the images; "optimise": they are optimised together with the
-            images. Default: class indices are recovered from the target, by the most exact
-            rule that applies; other targets must be given or optimised.
+            images. Default: they are recovered from the target, by the rule "exact": class
+            indices, findings of binary cross-entropy, the values of one image under squared
+            error; other targets must be given or optimised.
         targets: Another name of `labels`.
         prior: What to start from instead of noise: one image (C x H x W in [0, 1]) or one
             for each of the batch (N x C x H x W).
@@ -112,10 +113,12 @@ def _labels(
     if isinstance(labels, str) or (labels is None and _optimises_others(attack, target)):
         return _placeholder(attack, target)
     if labels is None:
-        require_classes("the recovery of labels", target.loss)
-        # An ensemble tries several ways to get them; the base class does not know of None.
-        own = attack.recovers_labels
-        return None if own else recover_most_exactly(target)  # type: ignore[return-value]
+        if attack.recovers_labels:
+            require_classes("the recovery of labels", target.loss)
+            # An ensemble tries several ways to get them; the base class does not know of None.
+            return None  # type: ignore[return-value]
+        recovered = recover_most_exactly(target)
+        return target.loss.fitted(_outputs(target), recovered)
     labels = torch.as_tensor(labels).detach().cpu()
     if labels.dim() == 0 or len(labels) != target.batch_size:
         raise InputError(f"{labels.numel()} labels for a batch of {target.batch_size} images")

@@ -41,7 +41,7 @@ def share(
     shared: str | Sequence[str] | None = None,
     bounds: tuple[float, float] | None = (0.0, 1.0),
     defense: str | Defense | Sequence[str | Defense] = (),
-    local: LocalTraining | None = None,
+    local: LocalTraining | str | None = None,
     train_mode: bool | None = None,
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
@@ -68,7 +68,8 @@ def share(
         bounds: (0, 1), or None for inputs without bounds, which an attack then does not box.
         defense: What the client does to its update, in this order: words such as "clip:1" or
             "clip:1,gaussian:0.01" (see `defenses()`), or instances of `Defense`.
-        local: The client's local training; default: one step, whose gradient is shared.
+        local: The client's local training, or words of it such as "adamw lr=1e-3 steps=3"
+            (see `LocalTraining.parse`); default: one step, whose gradient is shared.
         train_mode: Run the model in train mode (BatchNorm over the batch, active dropout);
             default: in the mode that it is in.
         mean: Mean of the normalisation that the model expects of its inputs; one number, or
@@ -86,12 +87,14 @@ def share(
     Raises:
         InputError: One sentence on what cannot be used.
     """
-    architecture = GivenModel(model) if isinstance(model, nn.Module) else model
     chosen = as_loss(loss)
+    given = _checked_inputs(_one_of("inputs", inputs, images), _is_bounded(bounds))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        architecture = (
+            GivenModel(model, shape=given.shape[1:]) if isinstance(model, nn.Module) else model
+        )
         received = _in_full_precision(architecture.build())
-    given = _checked_inputs(_one_of("inputs", inputs, images), _is_bounded(bounds))
     data = _data(given, mean, std, class_names, bounds is not None)
     received.train(received.training if train_mode is None else train_mode)
     outputs = _outputs(received, data, given)
@@ -99,7 +102,7 @@ def share(
     data = _with_classes(data, chosen, outputs)
     _freeze_others(received, shared)
     settings = ClientSettings(
-        local=local or LocalTraining(),
+        local=_local(local, len(given)),
         train_mode=received.training,
         defenses=_defenses(defense),
         seed=seed,
@@ -112,6 +115,12 @@ def share(
     if not all(gradient.isfinite().all() for gradient in target.gradient.values()):
         raise InputError("the update is not finite: the model or its local training diverges")
     return target, Truth(given, wanted)
+
+
+def _local(given: LocalTraining | str | None, n_images: int) -> LocalTraining:
+    if isinstance(given, str):
+        return LocalTraining.parse(given, n_images)
+    return given or LocalTraining()
 
 
 def _one_of(name: str, given: object, other: object) -> torch.Tensor:

@@ -25,7 +25,8 @@ class Attack(abc.ABC):
         name: What `--attack` and tables call it.
         requires: What the threat model must grant to the attack.
         fits: Kinds of targets of the clients that it can be used on.
-        label_rule: How its paper gets the labels, see `attack.knowledge.labels`.
+        label_rule: How its paper gets the labels, see `attack.knowledge.labels`; "exact" where
+            it says nothing of it.
         recovers_labels: Whether it recovers the labels itself where no rule is asked for.
         adapts_by_default: Whether it takes a known defense into account unasked.
         published: The paper's hyper-parameters; None for an attack without an optimisation loop.
@@ -34,7 +35,7 @@ class Attack(abc.ABC):
     name: ClassVar[str]
     requires: ClassVar[frozenset[Capability]] = frozenset()
     fits: ClassVar[frozenset[Targets]] = frozenset(Targets)
-    label_rule: ClassVar[str] = "llg"
+    label_rule: ClassVar[str] = "exact"
     recovers_labels: ClassVar[bool] = False
     adapts_by_default: ClassVar[bool] = False
     published: ClassVar[InversionConfig | None] = None

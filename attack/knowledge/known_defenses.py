@@ -347,9 +347,9 @@ def _soteria(adaptation: Adaptation, target: Target, values: list[float]) -> Non
     Source: Balunovic et al., Bayesian Framework for Gradient Leakage, ICLR 2022,
     https://arxiv.org/abs/2111.04706, who leave out the whole layer.
     """
-    from core.models.building import last_linear
+    from core.models.head import head_for
 
-    name, _ = last_linear(target.build_model())
+    name, _ = head_for(target.build_model(), target.data)
     masks = [torch.ones((), dtype=torch.bool, device=g.device) for g in _tensors(target)]
     weight = f"{name}.weight" if name else "weight"
     names = list(target.gradient)

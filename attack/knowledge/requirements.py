@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from attack.knowledge.clients import check_client
-from attack.knowledge.labels import rule_requires
+from attack.knowledge.labels import DEFAULT_RULE, rule_requires
 from attack.knowledge.threat_models import (
     CUSTOM,
     Capabilities,
@@ -41,7 +41,7 @@ class Knowledge:
     """
 
     threat: str | None = None
-    label_rule: str = "llg"
+    label_rule: str = DEFAULT_RULE
     rule_given: bool = False
     adaptive: bool | None = None
     adapts_by_default: bool = False
@@ -99,7 +99,7 @@ def requirements(
     yield f"--attack {attack.name}", attack.requires
     if not knowledge.leaves_labels_to(attack):
         rule = knowledge.label_rule
-        yield f"--pseudo-label-init {rule}", rule_requires(rule)
+        yield f"--pseudo-label-init {rule}", rule_requires(rule, target.local.steps)
     if knowledge.adaptive:
         yield "--adaptive", frozenset({Capability.DEFENSE})
     config = getattr(attack, "config", None)

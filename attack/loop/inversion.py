@@ -64,6 +64,10 @@ Snapshot = Callable[[int, torch.Tensor], None]
 Report = Callable[[int, float], None]
 
 DEFAULT_PARTS = Parts()
+ASSUMED_ORDER = (
+    "the client's epochs mix the images in an order that is not told; every epoch is simulated "
+    "with the same batches"
+)
 
 
 class Inversion:
@@ -261,6 +265,7 @@ class Inversion:
                 "events": self.progress.events,
                 **self.matcher.details(),
                 **({"adaptations": adaptation.notes} if self.config.matching.adaptive else {}),
+                **({"assumed": [ASSUMED_ORDER]} if self.target.local.order_assumed else {}),
             },
         )
 

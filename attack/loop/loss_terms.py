@@ -22,6 +22,7 @@ from attack.priors.regularizers import (
 from attack.priors.shared_statistics import layer_momentum, recovered_statistics
 from attack.priors.step_statistics import StepStatisticsPenalty
 from attack.settings import InversionConfig, setting_error
+from core.models.head import head_for
 from core.processes import distributed
 
 if TYPE_CHECKING:
@@ -62,8 +63,9 @@ def make_penalties(problem: InversionProblem) -> list[tuple[float, ModelPenalty]
     if priors.bn > 0:
         penalties.append((priors.bn, batch_norm_penalty(problem)))
     if priors.features > 0:
-        known = shared_features(target, problem.labels).to(problem.device, problem.dtype)
-        penalties.append((priors.features, FeaturePenalty(known, target.batch_size)))
+        last, _ = head_for(target.build_model(), target.data)
+        known = shared_features(target, problem.labels, last).to(problem.device, problem.dtype)
+        penalties.append((priors.features, FeaturePenalty(known, target.batch_size, last)))
     return penalties
 
 

@@ -34,6 +34,7 @@ import torch
 from torch import nn
 
 from attack.matching.clipping import SampleClipping
+from attack.matching.held_state import RandomNumbers
 from attack.matching.match import Match, Penalty, Tensors, filled, fresh_variables
 from attack.matching.matcher import (
     ACCEPTED_COSINE,
@@ -46,6 +47,7 @@ from attack.matching.replica import Replica, laid_out_as
 from attack.matching.switches import RecordActivations, ReplayActivations
 from attack.settings import SpeedSettings, setting_error
 from core.errors import InputError
+from core.models.unchanged import random_numbers_held
 from core.processes import distributed
 from core.records import fits
 
@@ -225,7 +227,8 @@ class AcceleratedMatcher(GradientMatcher):
     ) -> bool:
         """Whether the double backward keeps the gradient in few bits: it subtracts nothing."""
         self.step, difference = None, self.agreement
-        found = self._exact(inputs, labels, 1.0, None).input_gradient
+        with random_numbers_held(inputs.device):
+            found = self._exact(inputs, labels, 1.0, None).input_gradient
         self.agreement = cosine_of_images(exact, found)
         agrees = self.agreement >= LOW_ACCEPTED_COSINE
         if agrees and not self._twice:
@@ -342,7 +345,11 @@ class AcceleratedMatcher(GradientMatcher):
         theta = [p.detach() for p in self.replica.parameters]
         n, variables = len(theta), 2 if self.replica.optimises(labels) else 1
         arguments = (*theta, inputs.detach(), labels.detach())
-        first = self._faster(self._traced(tracer.first, arguments), arguments, range(n, n + 2))
+        random_numbers = RandomNumbers(inputs.device)
+        graph = self._traced(tracer.first, arguments)
+        if random_numbers.drawn:
+            raise RuntimeError("the model draws random numbers, which a graph would not repeat")
+        first = self._faster(graph, arguments, range(n, n + 2))
         with torch.no_grad():
             found = list(first(*arguments))
         # Where the gradient was, there the moved parameters will be.

@@ -19,7 +19,6 @@ one flat buffer; each process differentiates its own images.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import logging
 import math
@@ -32,6 +31,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attack.matching.freed_memory import return_freed_memory
+from attack.matching.held_state import RandomNumbers, buffers_standing
 from attack.matching.late_layers import Factored, find_layers, saves_sweeps
 from attack.matching.match import (
     Match,
@@ -60,6 +60,8 @@ from attack.matching.switches import (
 )
 from attack.settings import HVP_MODES, setting_error
 from core.errors import InputError
+from core.models.architecture import copied
+from core.models.unchanged import random_numbers_held
 from core.processes import distributed
 from core.records import fits
 
@@ -172,6 +174,8 @@ class GradientMatcher:
         self._surveyed: torch.Size | None = None
         self._factored: Factored | None = None
         self._near = 0
+        # Whether restarts can be evaluated in one batched call.
+        self._batches = True
         self._target_squared = float(squared_norm(replica.target_gradient))
         # Parameters may all be zero yet, as biases are.
         self._theta_norm = float(squared_norm(_detached(replica.parameters)).sqrt()) or 1.0
@@ -199,7 +203,7 @@ class GradientMatcher:
             apart: Keep the penalty's gradient apart, at the cost of a backward pass.
         """
         inputs = self._laid_out(inputs)
-        with explain_missing_derivative(self.replica.model, inputs):
+        with explain_missing_derivative(self.replica.model, inputs, self.replica.local.steps):
             match = self._evaluate(inputs, labels, weight, penalty, apart)
         match.input_gradient = match.input_gradient.contiguous()
         if match.penalty_gradient is not None:
@@ -258,7 +262,18 @@ class GradientMatcher:
         self._count_call(inputs[0], labels)
         if self.step is None:
             return [self._exact(one, labels, 1.0, None) for one in inputs]
-        return self._several_differences(inputs, labels, self.step)
+        if self._batches:
+            try:
+                with buffers_standing(self._perturbed):
+                    return self._several_differences(inputs, labels, self.step)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                # What cannot be batched: random masks, checkpointed blocks, buffers that move.
+                self._batches = False
+                logger.debug("restarts run one by one (%s)", str(error).splitlines()[0])
+        each = (self._laid_out(one) for one in inputs)
+        return [self._difference(one, labels, 1.0, None, self.step) for one in each]
 
     def _several_differences(
         self, inputs: torch.Tensor, labels: torch.Tensor, step: float
@@ -374,10 +389,13 @@ class GradientMatcher:
         """
         factored = self._factoring(inputs)
         kernels = contextlib.nullcontext() if factored is None else factored.record()
-        with torch.no_grad(), RecordActivations() as record, kernels:
+        held = functools.partial(random_numbers_held, inputs.device)
+        with held(), torch.no_grad(), RecordActivations() as record, kernels:
             self.replica.model(inputs)
         frozen = ReplayActivations(record.replays, record.switches)
-        return GradientMatcher._exact(self, inputs, labels, 1.0, None, frozen=frozen).input_gradient
+        with held():
+            match = GradientMatcher._exact(self, inputs, labels, 1.0, None, frozen=frozen)
+        return match.input_gradient
 
     def _sample(
         self, inputs: torch.Tensor, labels: torch.Tensor
@@ -395,7 +413,8 @@ class GradientMatcher:
         """The best cosine to the exact gradient, and the step that has it."""
         best = (-1.0, self._steps[0])
         for step in self._steps:
-            candidate = self._difference(inputs, labels, 1.0, None, step).input_gradient
+            with random_numbers_held(inputs.device):
+                candidate = self._difference(inputs, labels, 1.0, None, step).input_gradient
             best = max(best, (cosine_of_images(exact, candidate), step))
             if best[0] >= ACCEPTED_COSINE:
                 break
@@ -478,11 +497,15 @@ class GradientMatcher:
         step: float,
         apart: bool = False,
     ) -> Match:
+        random_numbers = RandomNumbers(inputs.device)
         first = self._first_pass_factored(inputs, labels, step)
         if first is None:
+            random_numbers.rewind()
             first = self._first_pass(inputs, labels, step)
         variables = self._variables(inputs, labels)
         observe = None if penalty is None else penalty(self._perturbed)
+        # The same dropout masks as in the first pass.
+        random_numbers.rewind()
         with first.moved:
             loss = self.replica.loss(self._perturbed, *filled(variables, labels))
             extra = None if observe is None else observe()
@@ -645,10 +668,10 @@ def _precision(tensors: Tensors) -> torch.dtype:
 
 def _sharing_copy(model: nn.Module) -> nn.Module:
     """A copy of a model on the same memory, whose parameters need no gradient."""
-    shared: dict[int, Any] = {
+    shared: dict[int, torch.Tensor] = {
         id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()
     }
-    return copy.deepcopy(model, shared)
+    return copied(model, shared)
 
 
 def _detached(tensors: Tensors) -> Tensors:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from attack.matching.held_state import hold_buffers
 from attack.matching.shared_parameters import check_update
 from core.errors import InputError
 from core.losses import Outputs, Targets, main_output
@@ -69,6 +70,9 @@ class Replica:
                 # Counting the attacker's passes means nothing, and transformed
                 # functions may not write to a counter.
                 module.num_batches_tracked = None
+        if self.local.steps == 1:
+            # Several steps run on copies, along which buffers move as the client's did.
+            hold_buffers(self.model)
         shared = dict(self.model.named_parameters())
         check_update(target.gradient, shared, target.model.name)
         self.model.requires_grad_(False)

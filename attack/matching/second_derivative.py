@@ -18,12 +18,15 @@ _WORDS = ("is not implemented", "once_differentiable", "double backward", "backw
 
 
 @contextlib.contextmanager
-def explain_missing_derivative(model: nn.Module, inputs: torch.Tensor) -> Iterator[None]:
+def explain_missing_derivative(
+    model: nn.Module, inputs: torch.Tensor, steps: int
+) -> Iterator[None]:
     """Turn torch's message about an operator into a sentence about the module that has it.
 
     Args:
         model: The module in which two derivatives are taken within the block.
         inputs: What it is given there.
+        steps: Local steps that are differentiated; of one a difference serves as well.
 
     Raises:
         InputError: An operator has no second derivative.
@@ -34,9 +37,13 @@ def explain_missing_derivative(model: nn.Module, inputs: torch.Tensor) -> Iterat
         reason = str(error).strip().splitlines()[0]
         if not any(word in str(error) for word in _WORDS):
             raise
+        advice = (
+            "set hvp='difference' (--hvp difference), which needs one derivative only"
+            if steps == 1
+            else "several local steps need it"
+        )
         raise InputError(
-            f"{_culprit(model, inputs)} cannot be differentiated twice ({reason}); set "
-            "hvp='difference' (--hvp difference), which needs one derivative only"
+            f"{_culprit(model, inputs)} cannot be differentiated twice ({reason}); {advice}"
         ) from None
 
 

@@ -84,11 +84,22 @@ def registered_metrics() -> tuple[str, ...]:
 
 
 def metric_description(name: str) -> str:
-    """A metric in one line."""
+    """A metric in one line, with the samples that it takes."""
+    taken = f"({_listed(_kinds(name))})"
     if name in _LPIPS:
-        return f"{_TITLES[name]}: learned perceptual distance of a network's features"
-    first = (_SIMPLE[name].__doc__ or "").strip().partition("\n")[0]
-    return f"{_TITLES[name]}: {first}" if first else _TITLES[name]
+        return f"{_TITLES[name]}: learned perceptual distance of a network's features {taken}"
+    first = (_SIMPLE[name].__doc__ or "").strip().partition("\n")[0].rstrip(".")
+    return f"{_TITLES[name]}: {first} {taken}" if first else f"{_TITLES[name]} {taken}"
+
+
+def _kinds(metric: str) -> list[str]:
+    """The samples that a metric takes."""
+    return [_KINDS[dims] for dims in sorted(_DIMENSIONS.get(metric, _IMAGES))]
+
+
+def _listed(words: Sequence[str]) -> str:
+    *others, last = words
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def metrics_for(shape: Sequence[int]) -> tuple[str, ...]:
@@ -378,8 +389,7 @@ def _functions(
 
 
 def _complaint(metric: str, dims: int) -> str:
-    taken = " and ".join(_KINDS[d] for d in sorted(_DIMENSIONS.get(metric, _IMAGES)))
-    return f"it takes {taken}, not {_KINDS[dims]}"
+    return f"it takes {_listed(_kinds(metric))}, not {_KINDS[dims]}"
 
 
 def _rescaled(squares: Metric, bounds: tuple[float, float]) -> Metric:

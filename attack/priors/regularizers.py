@@ -18,7 +18,6 @@ import torch.nn.functional as F
 
 from attack.settings import setting_error
 from core.errors import InputError
-from core.models.building import last_linear
 from core.processes import distributed
 from core.target import BatchStatistics, Target
 
@@ -421,20 +420,21 @@ class FeaturePenalty:
     Args:
         features: n x F, one row per image of this process.
         batch_size: Images of all processes.
+        layer: Name of the last layer.
 
     Source: the feature regularisation of Geiping's `breaching`,
     https://github.com/JonasGeiping/breaching; the quotient: Geiping et al. (2020),
     proposition 3.1, https://arxiv.org/abs/2003.14053.
     """
 
-    def __init__(self, features: torch.Tensor, batch_size: int) -> None:
-        self.features = features
+    def __init__(self, features: torch.Tensor, batch_size: int, layer: str) -> None:
+        self.features, self.layer = features, layer
         self.batch_size = batch_size
 
     def __call__(self, model: torch.nn.Module) -> Callable[[], torch.Tensor]:
         """Watch one forward pass of `model`; the result gives the penalty after it."""
         seen: list[torch.Tensor] = []
-        _, layer = last_linear(model)
+        layer = model.get_submodule(self.layer)
         handle = layer.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
 
         def total() -> torch.Tensor:
@@ -444,12 +444,13 @@ class FeaturePenalty:
         return total
 
 
-def shared_features(target: Target, labels: torch.Tensor) -> torch.Tensor:
+def shared_features(target: Target, labels: torch.Tensor, layer: str) -> torch.Tensor:
     """The features that the last layer's gradient gives away for each label.
 
     Args:
         target: What the client shared.
         labels: n class indices.
+        layer: Name of the last layer, see `core.models.head`.
 
     Returns:
         n x F; zeros where the bias gradient of a label is zero.
@@ -457,12 +458,11 @@ def shared_features(target: Target, labels: torch.Tensor) -> torch.Tensor:
     Raises:
         InputError: The last layer's weight and bias gradients were not both shared.
     """
-    name, _ = last_linear(target.build_model())
-    weight = target.gradient.get(f"{name}.weight")
-    bias = target.gradient.get(f"{name}.bias")
+    weight = target.gradient.get(f"{layer}.weight".lstrip("."))
+    bias = target.gradient.get(f"{layer}.bias".lstrip("."))
     if weight is None or bias is None:
         raise setting_error(
-            f"{{features}}: needs the gradients of {name}.weight and {name}.bias, which are not "
+            f"{{features}}: needs the gradients of {layer}.weight and {layer}.bias, which are not "
             "both shared; leave it out"
         )
     labels = labels.to(weight.device)

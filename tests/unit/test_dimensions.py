@@ -46,7 +46,6 @@ from attack.priors.regularizers import (
 )
 from core.data.specs import DataSpec
 from core.errors import InputError
-from core.models.architecture import GivenModel
 from core.target import Target, Truth
 
 CPU = torch.device("cpu")
@@ -385,6 +384,11 @@ def metrics_of(*shape: int) -> tuple[str, ...]:
 
 
 class TestEvaluation:
+    def test_the_catalogue_says_what_a_metric_takes(self) -> None:
+        assert gib.metrics()["ssim"].endswith("(signals, images and volumes)")
+        assert gib.metrics()["cw_ssim"].endswith("(images)")
+        assert gib.metrics()["ncc"].endswith("(tables, signals, images and volumes)")
+
     def test_every_shape_gets_the_metrics_that_fit_it(self) -> None:
         assert metrics_of(12) == ("mse", "psnr", "ncc")
         assert metrics_of(1, 20) == metrics_of(1, 12, 12, 12) == ("mse", "psnr", "ssim", "ncc")
@@ -394,7 +398,7 @@ class TestEvaluation:
     @pytest.mark.parametrize(
         ("metric", "shape", "reason"),
         [
-            ("ssim", (5,), "it takes signals and images and volumes, not tables"),
+            ("ssim", (5,), "it takes signals, images and volumes, not tables"),
             ("cw_ssim", (1, 16), "it takes images, not signals"),
             ("lpips_alex", (1, 16, 16, 16), "it takes images, not volumes"),
         ],
@@ -442,14 +446,10 @@ class TestEvaluation:
 
 
 def shared(model: nn.Module, x: torch.Tensor, data: DataSpec) -> tuple[Target, Truth]:
-    """A target made by hand: the gradient of one batch of labels 0, 1, ..."""
-    labels = torch.arange(len(x)) % data.n_classes
-    loss = F.cross_entropy(model(data.normalize(x)), labels)
-    named = dict(model.named_parameters())
-    gradient = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    target = Target(GivenModel(model), data, state, gradient, train_mode=False, batch_size=len(x))
-    return target, Truth(x, labels)
+    """What a client shares for a batch of label 0."""
+    bounds = (0.0, 1.0) if data.bounded else None
+    labels = torch.zeros(len(x), dtype=torch.long)
+    return gib.share(model, x, labels, mean=data.mean, std=data.std, bounds=bounds)
 
 
 def small_network(shape: tuple[int, ...]) -> nn.Module:
