@@ -46,7 +46,7 @@ ALL_LAYERS = "all"
 # Builds the module that a checkpoint belongs to, where it is not one of our architectures.
 Builder = Callable[[], torch.nn.Module]
 # What a file may state. Nothing in it proves these numbers, and an attack allocates by them.
-MAX_BATCH_SIZE = 1_000_000
+MAX_BATCH_SIZE = 100_000
 MAX_IMAGE_SIDE = 16384
 # Of a volume, a signal or a row of a table.
 MAX_SIDE = 1 << 20

@@ -58,7 +58,7 @@ def read_yaml(file: Path) -> Document:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise InputError(f"{file}:{line}: not YAML: {error.problem}") from None
     except yaml.YAMLError as error:
-        raise InputError(f"{file}: not YAML: {error}") from None
+        raise InputError(f"{file}: not YAML: {str(error).splitlines()[0]}") from None
     document = Document(file, None)
     if root is None:
         raise InputError(f"{file}: the file is empty")
