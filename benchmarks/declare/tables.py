@@ -29,6 +29,9 @@ its presets; what this table gives wins. Of the repeats those are left out that 
 which this table or its axes set, and all of them where it has `repeats` of its own (`{}` for
 none). Axes, chain, columns, figures and what is published are each table's own. A value
 `STAGE/FILE` is a file that an earlier stage's cell of the same row made.
+
+A file has at most 512 KiB, 50,000 values (an alias counts as what it stands for) and 32 levels, and
+a table 20,000 cells: rows times runs times stages.
 """
 
 from __future__ import annotations
