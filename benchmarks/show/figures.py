@@ -83,7 +83,7 @@ def _pairs_of(cells: Mapping[str, Cell], store: Store) -> list[Pair]:
     if truth is None:
         return []
     found = store.input_file(attack, RECONSTRUCTION)
-    images = load_checkpoint(found, "--store").get("images")
+    images: Any = load_checkpoint(found, "--store").get("images")
     if getattr(images, "shape", None) != truth.images.shape:
         raise InputError(f"{found} does not hold the {len(truth.images)} images of its attack")
     order = [s.get("reconstruction") for s in scores]
