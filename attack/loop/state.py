@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,8 +105,9 @@ class StateFile:
         everywhere = distributed.all_gather_rows(at, [1] * distributed.world_size())
         if saved is None or not (everywhere == at).all():
             return restarts
+        with self._as_one_sentence():
+            self.matcher.load_state_dict(saved.matcher)
         self.progress.restore(saved.progress, self.problem.device)
-        self.matcher.load_state_dict(saved.matcher)
         return saved.restarts
 
     def _read(self, restarts: list[Restart]) -> _State:
@@ -117,15 +120,20 @@ class StateFile:
             InputError: The file is damaged, or is the state of another run.
         """
         raw = load_checkpoint(self.path, "--root")
-        try:
+        with self._as_one_sentence():
             return self._parsed(raw, restarts)
-        except InputError as error:
-            reason = str(error)
-        except BROKEN as error:
-            reason = f"{error!r:.200}"
-        raise InputError(
-            f"--root: {self.path} is not the state of this run ({reason}); remove it to begin anew"
-        )
+
+    @contextlib.contextmanager
+    def _as_one_sentence(self) -> Iterator[None]:
+        """Whatever values of other types lead to, said of the file."""
+        try:
+            yield
+        except (InputError, *BROKEN) as error:
+            reason = str(error) if isinstance(error, InputError) else f"{error!r:.200}"
+            raise InputError(
+                f"--root: {self.path} is not the state of this run ({reason}); remove it to begin "
+                "anew"
+            ) from None
 
     def _parsed(self, raw: dict[str, Any], restarts: list[Restart]) -> _State:
         progress = Progress(**raw["progress"])
@@ -137,6 +145,8 @@ class StateFile:
         if not 1 <= len(raw["restarts"]) <= len(restarts):
             raise InputError(f"it has {len(raw['restarts'])} restarts")
         restored = [self._restored(dict(saved), restarts[0], shape) for saved in raw["restarts"]]
+        if not isinstance(raw["matcher"], dict):
+            raise InputError("its matching is not by name")
         return _State(progress, restored, raw["matcher"])
 
     def _restored(self, state: dict[str, Any], like: Restart, shape: tuple[int, ...]) -> Restart:
