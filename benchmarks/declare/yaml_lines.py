@@ -98,7 +98,8 @@ def _convert(node: Any, place: Place, document: Document, loader: Any) -> Any:
     if len(place) > MAX_DEPTH or len(document.lines) > MAX_VALUES:
         raise InputError(
             f"{document.file}:{node.start_mark.line + 1}: more than {MAX_VALUES} values, or "
-            f"{MAX_DEPTH} levels, once aliases are replaced by what they stand for"
+            f"{MAX_DEPTH} levels, once aliases are replaced by what they stand for; "
+            "perhaps a value contains itself"
         )
     document.lines[place] = node.start_mark.line + 1
     if node.id == "mapping":
