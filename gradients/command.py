@@ -17,6 +17,7 @@ from core.launch_arguments import (
     given_flags,
 )
 from core.plugins import import_plugin
+from core.reading import check_name
 
 if TYPE_CHECKING:
     from core.local_training import LocalTraining
@@ -199,9 +200,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Refuse what cannot work before any work is done."""
     if args.data is None and args.data_name is None:
         raise InputError("--data: give a folder with images or a built-in name (photo-patches)")
-    for flag, word in (("--id", args.id), ("--data-name", args.data_name or "")):
-        if Path(word).name != word:
-            raise InputError(f"{flag} {word}: becomes part of a file name, without folders")
+    check_name(args.id, "--id", "part of a file name")
+    if args.data_name is not None:
+        check_name(args.data_name, "--data-name", "part of a file name")
     for flag in ("batch_size", "epochs", "local_epochs", "local_batches", "duplicates"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise InputError(f"--{flag.replace('_', '-')} must be at least 1")

@@ -20,7 +20,13 @@ from core.models.own_model import own_architecture
 from core.named_objects import called, is_object_name
 from core.plugins import import_plugin
 from core.processes.distributed import Process, barrier, broadcast_object
-from training.checkpoints import checkpoints, latest_checkpoint, remove_unfinished
+from core.reading import check_regular
+from training.checkpoints import (
+    checkpoints,
+    latest_checkpoint,
+    remove_unfinished,
+    usable_checkpoint,
+)
 from training.initial_model import build_client_model, load_pretrained, model_spec
 from training.settings import DataSettings, RunSettings
 from training.trainer import Trainer
@@ -212,11 +218,9 @@ def prepare_root(settings: RunSettings) -> Path | None:
     remove_unfinished(root)
     latest = latest_checkpoint(root)
     if settings.resume == "auto":
-        return latest
+        return usable_checkpoint(root)
     if settings.resume:
-        if not Path(settings.resume).exists():
-            raise InputError(f"--resume: there is no file {settings.resume}")
-        return Path(settings.resume)
+        return check_regular(settings.resume, "--resume", "checkpoint file")
     if latest is not None and not settings.evaluate:
         if not settings.overwrite:
             raise InputError(

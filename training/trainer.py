@@ -32,8 +32,9 @@ from core.models.batch_norm import (
     leave_synchronization_to_python,
 )
 from core.models.building import load_parameters
+from core.optimizer_state import restore_optimizer
 from core.processes.distributed import Process, all_reduce, barrier, derived_seed, seed_everything
-from core.records import provenance
+from core.records import BROKEN, check_types, fits, provenance
 from core.storage import load_checkpoint, save_checkpoint
 from training.checkpoints import (
     BEST,
@@ -65,6 +66,8 @@ from training.settings import TrainingConfig
 logger = logging.getLogger(__name__)
 
 STEP = 3  # domain of derived seeds
+# What a checkpoint may state.
+MAX_EPOCHS, MAX_STEPS = 10**6, 10**9
 TOO_FEW_VALUES = (
     "--batch-size: a BatchNorm layer sees one value per channel; use larger batches, "
     "larger images, --syncbn or --norm group"
@@ -434,7 +437,7 @@ class Trainer:
         barrier()
 
     def save(self, acc1: float | None, is_best: bool) -> None:
-        """Save the latest state; the one before it goes, unless it is to be kept."""
+        """Save the latest state; what is older than the one before it goes, if not to be kept."""
         if self.process.is_main:
             name = checkpoint_name(self.epoch, acc1)
             state = self.state()
@@ -442,13 +445,16 @@ class Trainer:
             if is_best:
                 save_checkpoint(state, self.root / BEST)
             save_checkpoint(state, self.root / name)
+            # Read again before anything older goes.
+            load_checkpoint(self.root / name, "--result-root")
             for path in checkpoints(self.root):
                 if self._superseded(checkpoint_epoch(path)):
                     path.unlink()
         barrier()
 
     def _superseded(self, epoch: int) -> bool:
-        return epoch < self.epoch and epoch % self.config.save_every != 0
+        """The one before the latest stays until there is another: a disk may damage a file."""
+        return epoch < self.epoch - 1 and epoch % self.config.save_every != 0
 
     def resume(self, path: Path) -> None:
         """Continue from a checkpoint of the same model and data.
@@ -460,21 +466,37 @@ class Trainer:
         missing = [key for key in ("epoch", "state_dict", "optimizer") if key not in raw]
         if missing:
             raise InputError(f"--resume: {path} is not a training checkpoint (no {missing[0]})")
-        self._check_resumable(path, raw)
-        state = {name.removeprefix("module."): v for name, v in raw["state_dict"].items()}
         try:
-            load_parameters(self.model, state)
-            self.optimizer.load_state_dict(raw["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise InputError(f"--resume: {path} does not fit this model ({reason})") from None
+            self._check_resumable(path, raw)
+            self._restore(raw)
+        except InputError as error:
+            text = str(error)
+            if not text.startswith("--resume"):
+                text = f"--resume: {path}: {text}"
+            raise InputError(text) from None
+        except BROKEN as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
+            raise InputError(f"--resume: {path} does not fit this model ({reason:.200})") from None
+
+    def _restore(self, raw: Mapping[str, Any]) -> None:
+        """Take over what a checkpoint holds: all of it is checked before anything is changed."""
+        epoch, best, initial = raw["epoch"], raw.get("best_acc1", 0.0), raw.get("initial_acc1")
+        if type(epoch) is not int or not 0 <= epoch <= MAX_EPOCHS:
+            raise InputError(f"its number of epochs is {epoch!r:.40}")
+        if not fits(best, float | None) or not fits(initial, float | None):
+            raise InputError("its accuracies are not numbers")
+        history = [EpochResult(**entry) for entry in raw.get("history", [])]
+        for result in history:
+            check_types(result)
+        state = {name.removeprefix("module."): v for name, v in raw["state_dict"].items()}
+        load_parameters(self.model, state)
+        restore_optimizer(self.optimizer, raw["optimizer"])
         if raw.get("scaler"):
-            self.scaler.load_state_dict(raw["scaler"])
+            self.scaler.load_state_dict(_scale(raw["scaler"], self.scaler.state_dict()))
         if self.accountant is not None and raw.get("accountant"):
-            self.accountant.load_state_dict(raw["accountant"])
-        self.epoch, self.best_acc1 = int(raw["epoch"]), raw.get("best_acc1", 0.0)
-        self.initial_acc1 = raw.get("initial_acc1")
-        self.history = [EpochResult(**entry) for entry in raw.get("history", [])]
+            self.accountant.load_state_dict(_spent(raw["accountant"]))
+        self.epoch, self.best_acc1, self.initial_acc1 = epoch, best, initial
+        self.history = history
 
     def _check_resumable(self, path: Path, raw: dict[str, Any]) -> None:
         """The model and data must be the same; other settings may change, and it is said."""
@@ -484,13 +506,15 @@ class Trainer:
         ):
             for name, value in ours.items():
                 theirs = (raw.get(key) or ours).get(name)
-                if theirs != value:
+                if type(theirs) is not type(value) or theirs != value:
                     raise InputError(
-                        f"--resume: {path} was trained with {key} {name} = {theirs}, "
+                        f"--resume: {path} was trained with {key} {name} = {theirs!s:.80}, "
                         f"this command asks for {value}"
                     )
         stated = raw.get("config") or {}
-        before = dataclasses.asdict(TrainingConfig.from_dict(stated))
+        given = TrainingConfig.from_dict(stated)
+        check_types(given)
+        before = dataclasses.asdict(given)
         for name, value in dataclasses.asdict(self.config).items():
             if name in stated and before[name] != value:
                 logger.warning("resuming with %s = %s instead of %s", name, value, before[name])
@@ -558,6 +582,26 @@ class Trainer:
 
 def _accuracy(share: float | None) -> str:
     return "" if share is None else f" acc {share:.1f}"
+
+
+def _scale(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The scaler's own options, with the scale that a checkpoint holds."""
+    scale, tracker = saved["scale"], saved["_growth_tracker"]
+    if not fits(scale, float) or not 0 < scale < math.inf or not fits(tracker, int):
+        raise InputError("its loss scale is no positive number")
+    return {**own, "scale": float(scale), "_growth_tracker": tracker} if own else {}
+
+
+def _spent(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """An accountant's history: noise multiplier, sample rate and number of steps."""
+    history = saved["history"]
+    right = fits(history, list[tuple[float, float, int]]) and all(
+        0 < sigma < math.inf and 0 < rate <= 1 and 0 <= steps <= MAX_STEPS
+        for sigma, rate, steps in history
+    )
+    if not right:
+        raise InputError("its privacy accountant's history is no list of noise, rate and steps")
+    return {"history": history}
 
 
 def _median(values: list[float]) -> float | None:

@@ -13,6 +13,7 @@ from attack.knowledge.labels import rule_names
 from attack.knowledge.requirements import check_knowledge
 from attack.settings import InversionConfig
 from core.errors import InputError
+from core.reading import check_name
 from core.target import Target, Truth
 
 
@@ -70,8 +71,7 @@ def check_places(run: AttackRun, root: Path, name: str) -> None:
     Raises:
         InputError: Names the flag.
     """
-    if Path(name).name != name:
-        raise InputError(f"--id {name}: becomes the name of a folder in --root")
+    check_name(name, "--id", "the name of a folder in --root")
     if root.exists() and not root.is_dir():
         raise InputError(f"--root: {root} is a file, not a folder")
     weights = run.measuring.lpips_weights

@@ -16,7 +16,7 @@ from attack.metrics.worst_case import worst_case
 from attack.record import AttackRecord, LabelRecord, RunRecord
 from core.pictures import save_comparison, save_curve, save_images
 from core.records import provenance
-from core.storage import save_checkpoint, write_json, write_text
+from core.storage import save_checkpoint, write_record, write_text
 from gradients.record import describe
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def write_label_results(output: Output) -> LabelRecord:
 
 def _write(output: Output, record: RunRecord) -> None:
     path = output.run.folder / "record.json"
-    write_json(path, record.to_json())
+    write_record(path, record.to_json())
     if not output.run.showing.quiet:
         print("\n\n".join(record.tables))
         print(f"wrote {path}")

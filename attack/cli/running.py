@@ -25,9 +25,12 @@ from attack.metrics import assign, data_range, psnr, to_unit_range
 from attack.reconstruction import Reconstruction
 from attack.record import AttackRecord, LabelRecord, read_record
 from attack.settings import InversionConfig
+from core.errors import InputError
 from core.pictures import save_images
 from core.plugins import import_plugin
 from core.processes.distributed import Process, barrier, broadcast_object
+from core.reading import read_json
+from core.records import fits
 from core.storage import write_json
 from core.target import Target, Truth
 
@@ -182,7 +185,13 @@ class Curve:
         self.file = run.folder / f"state-{output.key}-curve.json"
         self.points: list[dict[str, float]] = []
         if self.file.exists():
-            self.points = json.loads(self.file.read_text())
+            self.points = self._read()
+
+    def _read(self) -> list[dict[str, float]]:
+        points: list[dict[str, float]] = read_json(self.file, "--root")
+        if not fits(points, list[dict[str, float]]):
+            raise InputError(f"--root: {self.file} holds no curve; remove it")
+        return points
 
     def every(self, iterations: int | None) -> int:
         """Iterations between two snapshots; 0: none are taken."""

@@ -46,8 +46,10 @@ from attack.matching.objectives import Objective
 from attack.matching.replica import Replica, laid_out_as
 from attack.matching.switches import RecordActivations, ReplayActivations
 from attack.settings import SpeedSettings, setting_error
+from core.errors import InputError
 from core.models.unchanged import random_numbers_held
 from core.processes import distributed
+from core.records import fits
 
 logger = logging.getLogger(__name__)
 
@@ -175,6 +177,9 @@ class AcceleratedMatcher(GradientMatcher):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
         super().load_state_dict(state)
+        for name, kind in {"traced": bool, "precision": str, "steps": list[float]}.items():
+            if not fits(state.get(name), kind):
+                raise InputError(f"the saved matching has {name} = {state.get(name)!r:.40}")
         self.traced, self.precision = state["traced"], state["precision"]
         self._steps = tuple(state["steps"])
 

@@ -63,6 +63,7 @@ from core.errors import InputError
 from core.models.architecture import copied
 from core.models.unchanged import random_numbers_held
 from core.processes import distributed
+from core.records import fits
 
 if TYPE_CHECKING:
     from attack.matching.clipping import SampleClipping
@@ -653,6 +654,10 @@ class GradientMatcher:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
+        kinds = {"calls": int, "step": float | None, "factor": bool, "near": int}
+        for name, kind in kinds.items():
+            if not fits(state.get(name), kind):
+                raise InputError(f"the saved matching has {name} = {state.get(name)!r:.40}")
         self.calls, self.step = state["calls"], state["step"]
         self.factor, self._near = state["factor"], state["near"]
 

@@ -30,7 +30,7 @@ _LOCAL = "epochs batches steps lr momentum weight_decay proximal bn_momentum ord
 # What the stages write: by the place in the record, the keys there.
 _WRITTEN: dict[str, dict[str, str]] = {
     "train": {
-        "": "schema_version kind status scheme n_train n_val processes epochs_done "
+        "": "checksum schema_version kind status scheme n_train n_val processes epochs_done "
         "initial_val_acc1 best_val_acc1 final_val_acc1 final_train_acc1 images_per_second "
         "seconds_per_epoch seconds wall_seconds config.**",
         "model": _MODEL,
@@ -42,7 +42,7 @@ _WRITTEN: dict[str, dict[str, str]] = {
         "provenance": _PROVENANCE,
     },
     "extract": {
-        "": f"schema_version {_TARGET} n_gradients gradient_norm gradient_norms.** labels "
+        "": f"checksum schema_version {_TARGET} n_gradients gradient_norm gradient_norms.** labels "
         "checkpoint seconds seconds_of_update wall_seconds peak_memory_mib processes indices "
         "update_cosine arguments.**",
         "model": _MODEL,
@@ -54,7 +54,7 @@ _WRITTEN: dict[str, dict[str, str]] = {
         "provenance": _PROVENANCE,
     },
     "attack": {
-        "": "schema_version key status attack seconds wall_seconds iterations objective "
+        "": "checksum schema_version key status attack seconds wall_seconds iterations objective "
         "label_accuracy labels pictures tables arguments.** config.** details.**",
         "threat": "name granted adaptive",
         "target": _TARGET,

@@ -12,7 +12,6 @@ among the entries of the same threat model.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -25,10 +24,13 @@ from benchmarks.show.report import ASSETS, plain_table
 from benchmarks.show.results import RowResult
 from benchmarks.show.statistics import Summary, summarize
 from core.errors import InputError
+from core.reading import read_json_object
 from core.storage import write_text
 
 FOLDER = ROOT / "results" / "leaderboard"
 SCHEMA_VERSION = 1
+# A whole number of JSON may have any number of digits.
+MAX_NUMBER = 1e12
 METRICS = {"ssim": "high", "psnr": "high", "mse": "low"}
 HEADER = ["rank", "defense", "utility %", "ε", "worst SSIM", "mean SSIM", "worst PSNR", "images"]
 
@@ -84,12 +86,7 @@ def load_entries(folder: Path) -> list[dict[str, Any]]:
 
 def load_entry(file: Path) -> dict[str, Any]:
     """One entry, checked against the schema."""
-    try:
-        entry = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} is not JSON: {error}") from None
-    if not isinstance(entry, dict):
-        raise InputError(f"{file}: an entry is an object")
+    entry = read_json_object(file, what="leaderboard entry")
     check_entry(entry, str(file))
     return entry
 
@@ -104,7 +101,9 @@ def check_entry(entry: Mapping[str, Any], name: str) -> None:
         if field not in entry:
             raise InputError(f"{name}: the field {field} is missing")
         value = entry[field]
-        if not (isinstance(value, kind) or (value is None and nullable)) or value is True:
+        right = isinstance(value, kind) and not isinstance(value, bool)
+        right = right and not (isinstance(value, float) and not math.isfinite(value))
+        if not right and not (value is None and nullable):
             raise InputError(f"{name}: the field {field} has the wrong type")
     unknown = sorted(entry.keys() - _SCHEMA.keys())
     if unknown:
@@ -120,8 +119,14 @@ def _check_leakage(leakage: Mapping[str, Any], name: str) -> None:
         for part in ("n", "mean", "worst"):
             value = numbers.get(part) if isinstance(numbers, dict) else None
             # JSON's NaN would stand anywhere in the ranking.
-            if not isinstance(value, (int, float)) or value is True or not math.isfinite(value):
+            if not _is_number(value):
                 raise InputError(f"{name}: leakage.{metric}.{part} is not a number")
+
+
+def _is_number(value: object) -> bool:
+    # NaN fails the comparison.
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return plain and -MAX_NUMBER <= value <= MAX_NUMBER  # type: ignore[operator]
 
 
 def rank(entries: Iterable[Mapping[str, Any]]) -> list[TextTable]:

@@ -269,7 +269,8 @@ def test_an_earlier_run_is_not_overwritten_silently(
     assert main(flags(data, root)) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert main(flags(data, root, "--overwrite")) == 0
-    assert len(checkpoints.checkpoints(root)) == 1
+    epochs = [checkpoints.checkpoint_epoch(path) for path in checkpoints.checkpoints(root)]
+    assert epochs == [1, 2]
     assert not list(root.glob(".model_best*"))
     assert main(flags(data, root, "--resume", "auto", "--width", "8")) == 2
     assert "width = 4" in capsys.readouterr().err
@@ -430,4 +431,4 @@ def test_comparison_picture(data: Path, tmp_path: Path, capsys: pytest.CaptureFi
     reports.run([str(tmp_path / "out"), "--output", str(picture)])
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert exit_status(lambda: reports.run([str(data)])) == 2
-    assert "no readable record.json" in capsys.readouterr().err
+    assert "there is no file" in capsys.readouterr().err
