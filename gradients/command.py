@@ -146,10 +146,14 @@ def run(argv: Sequence[str] | None = None) -> None:
     check_arguments(args)
     settings = extract_settings(args, given_flags(parser, argv))
 
-    from core.processes.launch import launch
+    from core.processes.launch import check_launch, launch, processes_of
+    from gradients.client import resolve_shards
     from gradients.extract import extract
 
-    launch(extract, LaunchSettings.from_arguments(args), settings)
+    launched = LaunchSettings.from_arguments(args)
+    check_launch(launched)
+    resolve_shards(settings.batch.size, settings.client, processes_of(launched))
+    launch(extract, launched, settings)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
