@@ -42,7 +42,8 @@ federated: export GRADINVBENCH_CACHE ?= $(CURDIR)/$(VENV)/.cache
 federated: $(STAMP)
 	@$(BIN)/python -m federated.create_job_config --n_clients 1 --num_rounds 3 --scale 0.02 \
 		--output $(FEDERATED)/jobs/cxr_1client
-	@PYTHON=$(BIN)/python ./start_fl_sim.sh 1 $(FEDERATED)/jobs/cxr_1client cxr_1client
+	@PYTHON=$(BIN)/python ./start_fl_sim.sh 1 $(FEDERATED)/jobs/cxr_1client cxr_1client \
+		--overwrite
 	@$(BIN)/python -m federated.recipe --n_clients 9 --num_rounds 2 --invert_clients 1,5,9 \
 		--scale 0.02 --iterations 100 --sigma0 0 0.3 3 --workspace $(FEDERATED)/cxr_9clients
 	@$(BIN)/python -m federated.plot_rdlv_per_round \

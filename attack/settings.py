@@ -30,7 +30,10 @@ from core.settings import (
 OBJECTIVES = ("sim", "L2", "layer-sim", "layer-L2")
 TOTAL_VARIATIONS = ("anisotropic", "isotropic", "double-opponents", "norm")
 OPTIMIZERS = ("Adam", "AdamW", "SGD", "LBFGS")
-SCHEDULES = ("cosine", "step", "constant")
+SCHEDULES = ("cosine", "cosine-published", "step", "constant")
+# What is made of a client's several local steps.
+UNROLL, ONE_STEP = "unroll", "one"
+LOCAL_STEPS = (UNROLL, ONE_STEP)
 STARTS = ("normal", "uniform", "zeros", "pattern", "prior")
 # Those of which every restart has another.
 RANDOM_STARTS = ("normal", "uniform", "pattern")
@@ -62,6 +65,8 @@ class MatchingSettings(Topic):
         hvp: How to differentiate, see `attack.matching.matcher.GradientMatcher`.
         double: Compute in float64.
         joint_labels: Optimise the logits of the labels together with the images.
+        local_steps: "unroll" the client's local steps, or match its update as "one" step's
+            gradient of the whole batch, as the published attack does.
         adaptive: Take the client's stated defenses into account, see
             `attack.knowledge.known_defenses`.
     """
@@ -84,6 +89,13 @@ class MatchingSettings(Topic):
     )
     double: bool = setting(False, "--double", help="compute in float64")
     joint_labels: bool = setting(False, "--joint-labels", help="optimise the labels as well")
+    local_steps: str = setting(
+        UNROLL,
+        "--local-steps",
+        choices=LOCAL_STEPS,
+        help="unroll the client's local steps, or match its update as one step's gradient of "
+        "the whole batch (as published)",
+    )
     adaptive: bool = setting(
         False,
         "--adaptive",
@@ -161,7 +173,8 @@ class OptimiserSettings(Topic):
         betas: Of Adam.
         lr: The largest learning rate.
         lr_min: Learning rate at the end of the cosine schedule.
-        schedule: See `attack.loop.schedules.learning_rate`.
+        schedule: See `attack.loop.schedules.learning_rate`. The command without `--attack`
+            is the published tool's setting, and has its schedule.
         warmup: Iterations of linear growth of the learning rate.
         signed: Use only the sign of the image gradient.
         soft_sign: Use tanh(s g) / s of it instead, s falling linearly from 1 to 0.
@@ -182,7 +195,11 @@ class OptimiserSettings(Topic):
     lr: float = setting(0.1, "--lr", above=0, help="largest learning rate")
     lr_min: float = setting(1e-3, "--lr-min", help="end of the cosine schedule")
     schedule: str = setting(
-        "cosine", "--lr-schedule", choices=SCHEDULES, help="cosine, step or constant"
+        "cosine",
+        "--lr-schedule",
+        choices=SCHEDULES,
+        flag_default="cosine-published",
+        help="cosine, cosine-published (its period is 10 iterations longer), step or constant",
     )
     warmup: int = setting(
         0, "--warmup", metavar="N", help="iterations in which the learning rate grows"

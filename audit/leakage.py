@@ -22,12 +22,15 @@ import numpy as np
 import torch
 
 from attack.metrics import relative_leakage
+from audit.rdlv_archive import read_archive
 from audit.similarity import SimMetric, similarity_matrix
 from core.errors import InputError
 from core.figures import blank_figure, save_figure
 from core.storage import atomic_file, write_json
 
 PASS, WITHHOLD = "pass", "withhold"
+# What the published tool's archives say of it.
+UNKNOWN = "unknown"
 REDUCTIONS = ("max", "min")
 # Similarities that are 1 for equal images and never larger.
 BOUNDED_BY_ONE = ("ssim", "cosine")
@@ -72,6 +75,7 @@ class LeakageReport:
         top1: Share of images that are their reconstruction's nearest candidate.
         chance: That share for a guess.
         relative: N x M x K RDLV of every image, reconstruction and metric.
+        closest: N x K numbers of the best reconstruction by each metric.
     """
 
     decision: str
@@ -85,6 +89,7 @@ class LeakageReport:
     top1: float | None = None
     chance: float | None = None
     relative: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 1)))
+    closest: np.ndarray = field(default_factory=lambda: np.zeros((0, 1), dtype=np.int64))
 
     @property
     def withheld(self) -> bool:
@@ -242,6 +247,7 @@ def _report(
         top1=float(np.mean([image.rank == 1 for image in images])),
         chance=1 / len(pool),
         relative=own.relative,
+        closest=(sign * own.relative).argmax(1),
     )
 
 
@@ -289,7 +295,7 @@ class LeakageRecord:
     Attributes:
         site: Name of the site.
         round_number: From 0.
-        decision: "pass" or "withhold".
+        decision: "pass" or "withhold"; "unknown" in what the published tool wrote.
         reason: Why the update was passed or withheld.
         rdlv: Reduced over images; None where nothing could be measured.
         rdlv_per_image: RDLV of every training image.
@@ -371,7 +377,7 @@ def _arrays(
         "img_recon_sim_reduced": best,
         "img_recon_sim": report.relative,
         "has_closest_idx": np.asarray(bool(len(chosen))),
-        "closest_idx": np.repeat(chosen[:, None], report.relative.shape[-1], 1),
+        "closest_idx": report.closest,
         "site": np.asarray(site),
         "round": np.asarray(round_number),
     }
@@ -381,7 +387,8 @@ def _arrays(
 
 
 def _content(report: LeakageReport, site: str, round_number: int) -> dict[str, Any]:
-    values = {key: value for key, value in asdict(report).items() if key != "relative"}
+    arrays = ("relative", "closest")
+    values = {key: value for key, value in asdict(report).items() if key not in arrays}
     return {"site": site, "round": round_number, "statement": report.statement(), **values}
 
 
@@ -416,6 +423,8 @@ def _draw_matches(
 def read_leakage(workspace: str | Path) -> list[LeakageRecord]:
     """Every site's results of every round anywhere below a folder, in that order.
 
+    Archives of the published tool, which have no record beside them, count as well.
+
     Raises:
         InputError: There is no such folder, it holds no results, or a record is broken.
     """
@@ -423,12 +432,40 @@ def read_leakage(workspace: str | Path) -> list[LeakageRecord]:
     if not workspace.is_dir():
         raise InputError(f"{workspace} is not a folder")
     records = [_read(path) for path in sorted(workspace.rglob(RECORD_NAME.format("*")))]
+    records += [_read_archive(path) for path in _published_archives(workspace)]
     if not records:
         raise InputError(
-            f"{workspace} holds no leakage results ({RECORD_NAME.format('N')}); "
+            f"{workspace} holds no leakage results ({RECORD_NAME.format('N')} or "
+            f"{ARCHIVE_NAME.format('N')}); "
             "has a federation with the leakage filter run there?"
         )
     return sorted(records, key=lambda r: (r.site, r.round_number, str(r.path)))
+
+
+def _published_archives(workspace: Path) -> list[Path]:
+    """Archives that no record of ours stands beside."""
+    found = sorted(workspace.rglob(ARCHIVE_NAME.format("*")))
+    return [path for path in found if not path.with_name(_record_of(path)).is_file()]
+
+
+def _record_of(archive: Path) -> str:
+    start, end = ARCHIVE_NAME.split("{}")
+    return RECORD_NAME.format(archive.name.removeprefix(start).removesuffix(end))
+
+
+def _read_archive(path: Path) -> LeakageRecord:
+    """A result of the published tool: values by image, without a verdict."""
+    found = read_archive(path)
+    values: list[float] = found.reduced[:, 0].tolist()
+    largest = max(values, default=None)
+    content = {
+        "site": found.site, "round": found.round_number, "rdlv": largest,
+        "images": [{"rdlv": value} for value in values],
+        "decision": UNKNOWN, "statement": "written by the published tool, which states no verdict",
+    }  # fmt: skip
+    return LeakageRecord(
+        found.site, found.round_number, UNKNOWN, "", largest, values, content, path
+    )
 
 
 def _read(path: Path) -> LeakageRecord:

@@ -79,26 +79,30 @@ class UpdateMatcher:
         With a weight of 0 the weights do not move: the batches pass the network as the site
         received it, for the penalty alone.
         """
-        variables = fresh_variables(inputs, labels)
+        variables = fresh_variables(inputs, labels, self.replica.optimises(labels))
         observe = None if penalty is None else penalty(self.replica.model)
         value = torch.zeros((), dtype=torch.float64, device=inputs.device)
         outputs: Tensors = []
         cotangents: Tensors = []
+        # Around the derivative as well: many steps are computed again in it.
         with sdpa_kernel(SDPBackend.MATH), TwiceDifferentiable(), SmoothReLU(self.width):
             if weight == 0:
                 self.replica.pass_batches(variables[0])
             else:
-                outputs = self.replica.update(*filled(variables, labels), create_graph=True)
-        if weight != 0:
-            distance, seed = self._compared(outputs)
-            cotangents, value = list(torch._foreach_mul(seed, weight)), weight * distance
-        extra = None if observe is None else observe()
-        alone = penalty_gradient(extra, variables[0]) if apart else None
-        if extra is not None:
-            value = value + extra.detach().double()
-        if extra is not None and not apart:
-            outputs, cotangents = [*outputs, extra], [*cotangents, torch.ones_like(extra)]
-        return match_of(value, pulled_back(outputs, cotangents, variables), extra, alone)
+                # A penalty watches the forward passes: they are not to run twice.
+                segments = None if penalty is None else 1
+                found = filled(variables, labels)
+                outputs = self.replica.update(*found, create_graph=True, segments=segments)
+                distance, seed = self._compared(outputs)
+                cotangents, value = list(torch._foreach_mul(seed, weight)), weight * distance
+            extra = None if observe is None else observe()
+            alone = penalty_gradient(extra, variables[0]) if apart else None
+            if extra is not None:
+                value = value + extra.detach().double()
+            if extra is not None and not apart:
+                outputs, cotangents = [*outputs, extra], [*cotangents, torch.ones_like(extra)]
+            gradients = pulled_back(outputs, cotangents, variables)
+        return match_of(value, gradients, extra, alone)
 
     def _compared(self, update: Tensors) -> tuple[torch.Tensor, Tensors]:
         detached = [u.detach() for u in update]

@@ -95,6 +95,19 @@ def _reason(error: pickle.UnpicklingError) -> str:
     return f"it refers to {found[1]}" if found else "it is not a file of torch.save"
 
 
+def _numpy_scalars() -> list[Any]:
+    """What a file with NumPy's scalars names: trainers write accuracies and counters so.
+
+    Their constructor takes bytes and runs nothing; NumPy 2 moved it to another module.
+    """
+    import numpy as np
+
+    scalar = np.float64(0).__reduce__()[0]
+    places = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+    names = ("float64", "float32", "float16", "int64", "int32", "bool")
+    return [*((scalar, place) for place in places), np.dtype, *(type(np.dtype(n)) for n in names)]
+
+
 def load_checkpoint(path: str | Path, flag: str = "--checkpoint") -> dict[str, Any]:
     """Load a checkpoint without running any code it may contain.
 
@@ -119,7 +132,7 @@ def load_checkpoint(path: str | Path, flag: str = "--checkpoint") -> dict[str, A
     if path.stat().st_size == 0:
         raise InputError(f"{flag}: {path} is empty (0 bytes)")
     try:
-        with torch.serialization.safe_globals(ALLOWED_CLASSES):
+        with torch.serialization.safe_globals([*ALLOWED_CLASSES, *_numpy_scalars()]):
             value = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(

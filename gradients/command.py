@@ -19,11 +19,21 @@ from core.launch_arguments import (
 from core.plugins import import_plugin
 
 if TYPE_CHECKING:
+    from core.local_training import LocalTraining
     from gradients.client import ClientSettings
     from gradients.settings import ExtractSettings, ModelSettings
 
 DEFAULT_RESULTS = "results/gradients"
 LABEL_DUPLICATES = 4
+# What `--local` says in one word.
+LOCAL_FLAGS = (
+    "epochs",
+    "lr",
+    "local_epochs",
+    "local_batches",
+    "local_momentum",
+    "local_weight_decay",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -85,11 +95,29 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_client_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("local training")
-    group.add_argument("--epochs", type=int, default=1, help="number of local iterations")
+    group.add_argument(
+        "--epochs",
+        type=int,
+        default=1,
+        help="number of local iterations: the images are split into that many batches, one per "
+        "step; the published name of --local-batches",
+    )
     group.add_argument("--lr", type=float, default=0.1, help="local learning rate")
-    group.add_argument("--local-batches", type=int, default=1, help="batches per local epoch")
+    group.add_argument(
+        "--local-epochs", type=int, default=1, help="passes over all the client's images"
+    )
+    group.add_argument(
+        "--local-batches", type=int, help="batches per local epoch (default: as --epochs says)"
+    )
     group.add_argument("--local-momentum", type=float, default=0.0)
     group.add_argument("--local-weight-decay", type=float, default=0.0)
+    group.add_argument(
+        "--local",
+        default="",
+        metavar="WORDS",
+        help="the whole local training in place of the flags above, e.g. "
+        '"adamw lr=1e-3 weight-decay=0.01 epochs=2 batch-size=8"; see docs/attack-my-model.md',
+    )
     group.add_argument("--syncbn", action="store_true", help="synchronized BatchNorm")
     group.add_argument("--shards", metavar="N,N,...", help="images per process")
     group.add_argument("--double", action="store_true", help="compute in float64")
@@ -113,7 +141,8 @@ def _add_defense_arguments(parser: argparse.ArgumentParser) -> None:
         type=clipping_argument,
         metavar=f"{{{','.join(CLIPPINGS)}}}",
         default=PER_SAMPLE,
-        help="what is clipped; batch: the paper's variant, which gives no guarantee",
+        help="what is clipped; batch: the published variant, whose noise is sigma C on the mean "
+        "gradient and not sigma C / B, and which gives no guarantee",
     )
     group.add_argument(
         "--plugin", metavar="MODULE", help="imported first; may register defenses and models"
@@ -163,9 +192,14 @@ def check_arguments(args: argparse.Namespace) -> None:
     for flag, word in (("--id", args.id), ("--data-name", args.data_name or "")):
         if Path(word).name != word:
             raise InputError(f"{flag} {word}: becomes part of a file name, without folders")
-    for flag in ("batch_size", "epochs", "local_batches", "duplicates"):
+    for flag in ("batch_size", "epochs", "local_epochs", "local_batches", "duplicates"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise InputError(f"--{flag.replace('_', '-')} must be at least 1")
+    if args.local_batches is not None and args.epochs not in (1, args.local_batches):
+        raise InputError(
+            f"--epochs {args.epochs} and --local-batches {args.local_batches}: both say into how "
+            "many batches the images are split; passes over all of them are --local-epochs"
+        )
     if args.workers < 0:
         raise InputError("--workers must not be negative")
     # Written so that NaN is refused as well.
@@ -214,7 +248,7 @@ def extract_settings(args: argparse.Namespace, given: Mapping[str, Any]) -> Extr
             duplicates=args.duplicates or (LABEL_DUPLICATES if args.duplicate_label else None),
         ),
         model=_model_settings(args, given),
-        client=_client_settings(args),
+        client=_client_settings(args, given),
         id=args.id,
         seed=args.seed,
         rank_analysis=args.ra,
@@ -240,8 +274,28 @@ def _model_settings(args: argparse.Namespace, given: Mapping[str, Any]) -> Model
     )
 
 
-def _client_settings(args: argparse.Namespace) -> ClientSettings:
-    from core.target import LocalTraining
+def _local_training(args: argparse.Namespace, given: Mapping[str, Any]) -> LocalTraining:
+    from core.local_training import LocalTraining
+
+    if not args.local:
+        return LocalTraining(
+            epochs=args.local_epochs,
+            batches=args.local_batches or args.epochs,
+            lr=args.lr,
+            momentum=args.local_momentum,
+            weight_decay=args.local_weight_decay,
+        )
+    twice = [name for name in LOCAL_FLAGS if name in given]
+    if twice:
+        flag = twice[0].replace("_", "-")
+        raise InputError(f"--{flag} and --local both state the local training; give one")
+    try:
+        return LocalTraining.parse(args.local, args.batch_size)
+    except InputError as error:
+        raise InputError(f"--local: {error}") from None
+
+
+def _client_settings(args: argparse.Namespace, given: Mapping[str, Any]) -> ClientSettings:
     from gradients.client import ClientSettings
     from gradients.defenses import parse_defenses
     from gradients.private_gradient import PrivacySettings
@@ -255,13 +309,7 @@ def _client_settings(args: argparse.Namespace) -> ClientSettings:
             delta=args.delta,
         )
     return ClientSettings(
-        local=LocalTraining(
-            epochs=args.epochs,
-            batches=args.local_batches,
-            lr=args.lr,
-            momentum=args.local_momentum,
-            weight_decay=args.local_weight_decay,
-        ),
+        local=_local_training(args, given),
         train_mode=not args.model_eval,
         shards=_parse_shards(args.shards),
         synchronized=args.syncbn,

@@ -1,26 +1,32 @@
-"""The client's local SGD, from the model it received to the update it shares.
+"""The client's local training, from the model it received to the update it shares.
 
 One implementation serves the client and the attacker: the client runs it once,
-the attacker differentiates through it (`unrolled_update`, `create_graph=True`).
+the attacker differentiates through it (`unrolled_update`, `create_graph=True`). Over many
+steps the attacker keeps the graph of a few of them at a time (`gradients.recomputed_steps`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from core.errors import InputError
+from core.local_training import LocalTraining
+from core.losses import DEFAULT_LOSS, Loss
 from core.processes.distributed import shard_sizes, shard_slice
-from core.target import LocalTraining
+from gradients.optimisers import Memory, clipped, optimiser_of
+from gradients.recomputed_steps import recomputed
 
 Parameters = dict[str, torch.Tensor]
+# One per parameter; None where the loss does not depend on it.
+Gradients = Sequence[torch.Tensor | None]
 # Gradient of one local step at the given parameters, in their order.
-StepGradient = Callable[[Parameters, int], Sequence[torch.Tensor]]
+StepGradient = Callable[[Parameters, int], Gradients]
 # Which of a client's images a step uses.
 Selection = slice | list[int]
 # Sums a list of gradients over the client's processes.
@@ -49,6 +55,8 @@ class Placement:
 
 
 ONE_PROCESS = Placement()
+# From so many steps of the optimiser on, they are recomputed instead of kept.
+RECOMPUTED_FROM = 16
 
 
 def own_parts(placement: Placement) -> Sequence[int]:
@@ -111,16 +119,18 @@ def n_selected(selection: Selection) -> int:
 
 
 def local_sgd(parameters: Parameters, local: LocalTraining, gradient: StepGradient) -> Parameters:
-    """Run local SGD and return the update (theta_0 - theta_K) / (lr K).
+    """Run local training and return the update (theta_0 - theta_K) / (lr K).
 
     The update is summed from the steps' directions d_k, since theta_{k+1} =
-    theta_k - lr d_k: the same value without subtracting nearly equal weights in
-    float32. For K = 1 it is the gradient itself (plus weight decay).
+    theta_k - lr_k d_k: the same value without subtracting nearly equal weights in
+    float32. For K = 1 step of plain SGD it is the gradient itself (plus weight decay).
+
+    As in `torch.optim`, a parameter without a gradient keeps its value and has no weight
+    decay and no momentum in that step. FedProx's term gives every parameter a gradient.
 
     Args:
         parameters: theta_0; not changed.
-        local: Steps, learning rate, momentum (as `torch.optim.SGD`, not Nesterov),
-            weight decay and FedProx's proximal term.
+        local: Steps, optimiser, clipping, schedule and FedProx's proximal term.
         gradient: Gradient of step k at theta_k. If it is differentiable, so is the
             result.
 
@@ -129,25 +139,99 @@ def local_sgd(parameters: Parameters, local: LocalTraining, gradient: StepGradie
 
     Source: FedProx (Li et al. 2020), eq. 2, https://arxiv.org/abs/1812.06127.
     """
-    current = list(parameters.values())
-    anchor = [p.detach() for p in current]
-    velocity: list[torch.Tensor] | None = None
-    total: list[torch.Tensor] | None = None
-    for step in range(local.steps):
-        direction = list(gradient(dict(zip(parameters, current, strict=True)), step))
-        if local.proximal:
-            direction = _add(direction, _add(current, anchor, -1.0), local.proximal)
-        if local.weight_decay:
-            direction = _add(direction, current, local.weight_decay)
-        if local.momentum and velocity is not None:
-            direction = _add(direction, velocity, local.momentum)
-        velocity = direction
-        total = direction if total is None else _add(total, direction, 1.0)
-        if step + 1 < local.steps:
-            current = _add(current, direction, -local.lr)
-    assert total is not None
-    mean = total if local.steps == 1 else [t / local.steps for t in total]
-    return dict(zip(parameters, mean, strict=True))
+    start = Progress.at(list(parameters.values()))
+    run = _Run(tuple(parameters), local, [p.detach() for p in start.current])
+    return run.update(run.advance(start, gradient, 0, local.updates))
+
+
+@dataclass
+class Progress:
+    """Where local training stands.
+
+    Attributes:
+        current: The parameters theta_k.
+        memories: What the optimiser remembers of each.
+        total: The sum of lr_k / lr times the directions so far, per parameter; None where
+            it has not had a gradient.
+    """
+
+    current: list[torch.Tensor]
+    memories: list[Memory]
+    total: list[torch.Tensor | None]
+
+    @staticmethod
+    def at(parameters: list[torch.Tensor]) -> Progress:
+        """Before the first step."""
+        return Progress(parameters, [Memory()] * len(parameters), [None] * len(parameters))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The optimiser's steps of one local training.
+
+    Attributes:
+        names: Of the parameters.
+        local: The local training.
+        anchor: theta_0, which FedProx ties the parameters to.
+    """
+
+    names: tuple[str, ...]
+    local: LocalTraining
+    anchor: Sequence[torch.Tensor]
+
+    def advance(self, at: Progress, gradient: StepGradient, first: int, last: int) -> Progress:
+        """Take the steps first, ..., last - 1 of the optimiser."""
+        rates = self.local.learning_rates()
+        for update in range(first, last):
+            found = self._gradient(at.current, gradient, update)
+            # Nobody looks at the parameters after the last step.
+            at = self._step(at, found, rates[update], update + 1 < self.local.updates)
+        return at
+
+    def _gradient(self, current: list[torch.Tensor], gradient: StepGradient, k: int) -> Gradients:
+        """What `torch.optim` finds in `grad` before step k."""
+        named = dict(zip(self.names, current, strict=True))
+        batches = range(k * self.local.accumulate, (k + 1) * self.local.accumulate)
+        found = _mean([gradient(named, batch) for batch in batches])
+        if self.local.proximal:
+            drift = _add(current, self.anchor, -1.0)
+            found = _add(filled(found, current), drift, self.local.proximal)
+        if self.local.clip_norm is not None:
+            found = clipped(found, self.local.clip_norm)
+        return found
+
+    def _step(self, at: Progress, gradients: Gradients, rate: float, moves: bool) -> Progress:
+        optimiser, after = optimiser_of(self.local), Progress([], [], [])
+        share = rate / self.local.lr
+        for p, g, memory, total in zip(at.current, gradients, at.memories, at.total, strict=True):
+            if g is not None:
+                direction, memory = optimiser.step(p, g, memory)
+                part = direction if share == 1 else share * direction
+                total = part if total is None else total + part
+                p = p + -rate * direction if moves else p
+            after.current.append(p)
+            after.memories.append(memory)
+            after.total.append(total)
+        return after
+
+    def update(self, end: Progress) -> Parameters:
+        """What is shared after the last step."""
+        total, updates = filled(end.total, end.current), self.local.updates
+        mean = total if updates == 1 else [t / updates for t in total]
+        return dict(zip(self.names, mean, strict=True))
+
+
+def _mean(batches: Sequence[Gradients]) -> Gradients:
+    """The mean over batches; a parameter that only some of them use has a gradient."""
+    if len(batches) == 1:
+        return batches[0]
+    used = [[g for g in one if g is not None] for one in zip(*batches, strict=True)]
+    return [torch.stack(one).sum(0) / len(batches) if one else None for one in used]
+
+
+def filled(gradients: Gradients, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Zeros where there is no gradient."""
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, like, strict=True)]
 
 
 def _add(
@@ -171,6 +255,8 @@ def unrolled_update(
     placement: Placement = ONE_PROCESS,
     buffers: Mapping[str, torch.Tensor] | None = None,
     parameters: Parameters | None = None,
+    loss: Loss = DEFAULT_LOSS,
+    segments: int | None = None,
 ) -> Parameters:
     """The update a client would share for `images`, as a differentiable function of them.
 
@@ -180,14 +266,18 @@ def unrolled_update(
         model: Architecture and theta_0, in the mode the client runs it in. Its
             parameters that do not require gradients are frozen.
         images: N x C x H x W, normalised.
-        labels: N class indices, or N x n_classes probabilities (then differentiable
-            in them too).
-        local: The client's local SGD.
+        labels: N x ..., as the loss takes them; floating-point ones are differentiable too.
+        local: The client's local training.
         create_graph: Keep the graph for derivatives of the update.
         placement: Groups of images, processes and dropout masks.
         buffers: Take the changes of the running statistics of this (or the first)
             process; default: copies of the model's.
         parameters: theta_0 instead of the model's own.
+        loss: What the client minimises.
+        segments: Into how many parts the steps are cut for the derivative; of one at a time
+            the graph is kept, the others are computed again from where they began. More than
+            one allows a first derivative only. 1 keeps everything, which a penalty on the
+            forward passes needs. None: the root of their number from 16 steps on.
 
     Returns:
         (theta_0 - theta_K) / (lr K) by parameter name; the gradient for one step.
@@ -196,9 +286,10 @@ def unrolled_update(
         InputError: The images cannot be spread over the shards.
 
     Source: Geiping et al., "Inverting Gradients", section 6 (federated averaging),
-        https://arxiv.org/abs/2003.14053.
+        https://arxiv.org/abs/2003.14053; the root of the number of steps: Chen et al.,
+        "Training Deep Nets with Sublinear Memory Cost", https://arxiv.org/abs/1604.06174.
     """
-    gradient = client_gradient(
+    gradient = ClientGradient.of(
         model,
         images,
         labels,
@@ -206,11 +297,87 @@ def unrolled_update(
         create_graph=create_graph,
         placement=placement,
         buffers=buffers,
+        loss=loss,
     )
     start = trainable_parameters(model) if parameters is None else parameters
     if not create_graph:
         start = {name: p.detach() for name, p in start.items()}
-    return local_sgd(start, local, gradient)
+        return local_sgd(start, local, gradient)
+    if segments is None:
+        segments = math.isqrt(local.updates) if local.updates >= RECOMPUTED_FROM else 1
+    if segments <= 1:
+        return local_sgd(start, local, gradient)
+    return _recomputed_update(start, local, gradient, segments)
+
+
+def _recomputed_update(
+    parameters: Parameters, local: LocalTraining, gradient: ClientGradient, segments: int
+) -> Parameters:
+    """`local_sgd`, of whose graph one segment is kept at a time."""
+    at = Progress.at(list(parameters.values()))
+    run = _Run(tuple(parameters), local, [p.detach() for p in at.current])
+    first = 0
+    for size in shard_sizes(local.updates, min(segments, local.updates)):
+        at = _recomputed_segment(run, at, gradient, first, first + size)
+        first += size
+    return run.update(at)
+
+
+def _recomputed_segment(
+    run: _Run, at: Progress, gradient: ClientGradient, first: int, last: int
+) -> Progress:
+    """The steps first, ..., last - 1, computed again when they are differentiated."""
+    before, shape = _flat(at)
+    # A second computation must see the buffers as the first did, and move them no more.
+    buffers = _copies(gradient.buffers)
+    after: list[_Shape] = []
+
+    def steps(tensors: list[torch.Tensor], again: bool) -> list[torch.Tensor]:
+        images, labels, *rest = tensors
+        moving = _copies(buffers) if again else gradient.buffers
+        mine = replace(gradient, images=images, labels=labels, buffers=moving, create_graph=again)
+        found, found_shape = _flat(run.advance(_unflat(rest, shape), mine, first, last))
+        after[:] = [found_shape]
+        return found
+
+    seeded = gradient.placement.dropout_seed is not None
+    found = recomputed(steps, [gradient.images, gradient.labels, *before], seeded)
+    return _unflat(found, after[0])
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """How the tensors of a `Progress` lie in a list.
+
+    Attributes:
+        counts: Steps that each parameter took part in.
+        memories: Tensors that the optimiser remembers of each.
+        totals: Whether there is a sum of directions of each.
+    """
+
+    counts: list[int]
+    memories: list[int]
+    totals: list[bool]
+
+
+def _flat(at: Progress) -> tuple[list[torch.Tensor], _Shape]:
+    shape = _Shape(
+        [memory.count for memory in at.memories],
+        [len(memory.tensors) for memory in at.memories],
+        [total is not None for total in at.total],
+    )
+    remembered = [tensor for memory in at.memories for tensor in memory.tensors]
+    return [*at.current, *remembered, *(t for t in at.total if t is not None)], shape
+
+
+def _unflat(tensors: Sequence[torch.Tensor], shape: _Shape) -> Progress:
+    rest = iter(tensors)
+    current = [next(rest) for _ in shape.counts]
+    memories = [
+        Memory(count, tuple(next(rest) for _ in range(n)))
+        for count, n in zip(shape.counts, shape.memories, strict=True)
+    ]
+    return Progress(current, memories, [next(rest) if known else None for known in shape.totals])
 
 
 def client_gradient(
@@ -222,62 +389,114 @@ def client_gradient(
     create_graph: bool = False,
     placement: Placement = ONE_PROCESS,
     buffers: Mapping[str, torch.Tensor] | None = None,
+    loss: Loss = DEFAULT_LOSS,
 ) -> StepGradient:
     """The gradient of a client's loss at each of its local steps, see `unrolled_update`."""
-    steps = images_of_steps(len(images), local, placement.shards)
-    parts = own_parts(placement)
-    moving = _copies(dict(model.named_buffers())) if buffers is None else buffers
+    return ClientGradient.of(
+        model,
+        images,
+        labels,
+        local,
+        create_graph=create_graph,
+        placement=placement,
+        buffers=buffers,
+        loss=loss,
+    )
 
-    def gradient(current: Parameters, step: int) -> Sequence[torch.Tensor]:
-        if not create_graph:
+
+@dataclass(frozen=True)
+class ClientGradient:
+    """The gradient of a client's loss at each of its local steps, see `unrolled_update`.
+
+    Attributes:
+        model: Architecture, in the mode the client runs it in.
+        images: N x C x H x W, normalised.
+        labels: N x ..., as the loss takes them.
+        steps: The images of every step, per process.
+        placement: Groups of images, processes and dropout masks.
+        buffers: Take the changes of the running statistics.
+        create_graph: Keep the graph for derivatives of the gradient.
+        loss: What the client minimises.
+    """
+
+    model: nn.Module
+    images: torch.Tensor
+    labels: torch.Tensor
+    steps: Sequence[Sequence[Selection]]
+    placement: Placement
+    buffers: Mapping[str, torch.Tensor]
+    create_graph: bool = False
+    loss: Loss = DEFAULT_LOSS
+
+    @staticmethod
+    def of(
+        model: nn.Module,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        local: LocalTraining,
+        *,
+        create_graph: bool,
+        placement: Placement,
+        buffers: Mapping[str, torch.Tensor] | None,
+        loss: Loss,
+    ) -> ClientGradient:
+        """That of a client whose buffers, if none are given, are copies of the model's."""
+        steps = images_of_steps(len(images), local, placement.shards)
+        moving = _copies(dict(model.named_buffers())) if buffers is None else buffers
+        return ClientGradient(model, images, labels, steps, placement, moving, create_graph, loss)
+
+    def __call__(self, current: Parameters, step: int) -> Gradients:
+        """The gradient of one step; None for parameters that are not used."""
+        if not self.create_graph:
             # Without the cut, memory would grow with the number of steps.
             current = {name: p.detach().requires_grad_() for name, p in current.items()}
-        pieces = steps[step]
-        n_step = sum(map(n_selected, pieces))
-        total: list[torch.Tensor] | None = None
-        for index in parts:
-            piece = pieces[index]
-            with dropout_masks(placement.dropout_seed, step, index, images.device):
-                share = _weighted_gradient(
-                    model,
-                    # Every process moves buffers of its own; the first one's are shared.
-                    {**(moving if index == parts[0] else _copies(moving)), **current},
-                    list(current.values()),
-                    images[piece],
-                    labels[piece],
-                    n_selected(piece) / n_step,
-                    create_graph,
-                )
-            total = share if total is None else _add(total, share, 1.0)
+        total: Gradients | None = None
+        for index in own_parts(self.placement):
+            with dropout_masks(self.placement.dropout_seed, step, index, self.images.device):
+                share = self._part(current, step, index)
+            total = share if total is None else _sum(total, share)
         assert total is not None
-        return total if placement.reduce is None else placement.reduce(total)
+        return total if self.placement.reduce is None else self._reduced(total, current)
 
-    return gradient
+    def _part(self, current: Parameters, step: int, index: int) -> Gradients:
+        """One process's part of a step."""
+        piece = self.steps[step][index]
+        weight = n_selected(piece) / sum(map(n_selected, self.steps[step]))
+        # Every process moves buffers of its own; the first one's are shared. A graph that is
+        # kept may hold a buffer, which later steps are not to change.
+        shared = index == own_parts(self.placement)[0]
+        buffers = self.buffers
+        if self.create_graph or not shared:
+            buffers = _copies(self.buffers)
+        outputs = torch.func.functional_call(
+            self.model, {**buffers, **current}, (self.images[piece],)
+        )
+        if shared and buffers is not self.buffers:
+            for name, buffer in self.buffers.items():
+                buffer.detach().copy_(buffers[name].detach())
+        loss = self.loss(outputs, self.labels[piece])
+        if weight != 1:
+            loss = weight * loss
+        return torch.autograd.grad(
+            loss, list(current.values()), create_graph=self.create_graph, allow_unused=True
+        )
+
+    def _reduced(self, mine: Gradients, current: Parameters) -> Gradients:
+        """The sum over processes; None for parameters that none of them uses."""
+        assert self.placement.reduce is not None
+        found = self.placement.reduce(filled(mine, list(current.values())))
+        return [
+            None if own is None and not whole.any() else whole
+            for own, whole in zip(mine, found, strict=True)
+        ]
+
+
+def _sum(left: Gradients, right: Gradients) -> Gradients:
+    return [b if a is None else a if b is None else a + b for a, b in zip(left, right, strict=True)]
 
 
 def _copies(tensors: Mapping[str, torch.Tensor]) -> Parameters:
     return {name: tensor.clone() for name, tensor in tensors.items()}
-
-
-def _weighted_gradient(
-    model: nn.Module,
-    state: Mapping[str, torch.Tensor],
-    parameters: Sequence[torch.Tensor],
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    weight: float,
-    create_graph: bool,
-) -> list[torch.Tensor]:
-    """Gradient of weight x (mean cross-entropy); zero for parameters that are not used."""
-    loss = F.cross_entropy(torch.func.functional_call(model, dict(state), (images,)), labels)
-    if weight != 1:
-        loss = weight * loss
-    gradients = torch.autograd.grad(
-        loss, list(parameters), create_graph=create_graph, allow_unused=True
-    )
-    return [
-        torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)
-    ]
 
 
 @contextlib.contextmanager

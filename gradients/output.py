@@ -11,7 +11,7 @@ import torch
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from core.clipping import PER_SAMPLE
+from core.clipping import PER_SAMPLE, noise_sentence
 from core.locks import locked, remove_left_behind
 from core.records import provenance
 from core.storage import atomic_file, save_checkpoint
@@ -111,7 +111,10 @@ def _print_summary(record: ExtractRecord) -> None:
         f"{measured.seconds:.1f} s, peak {measured.peak_memory_mib:.0f} MiB"
     )
     if record.privacy is not None:
-        print(_privacy_sentence(record.privacy))
+        private, local = record.privacy, about.local
+        step = max(1, about.batch_size // local.batches)
+        print(_privacy_sentence(private))
+        print(noise_sentence(private.clipping, private.noise_multiplier, private.max_norm, step))
 
 
 def _privacy_sentence(privacy: UpdatePrivacy) -> str:

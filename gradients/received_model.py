@@ -13,7 +13,8 @@ from torch import nn
 
 from core.data.specs import DataSpec
 from core.errors import InputError
-from core.models.building import ModelSpec, build_model, last_linear, load_parameters
+from core.models.building import ModelSpec, build_model, last_linear
+from core.models.state_files import Fit, fit, load_fitting, read_state, state_in
 from core.storage import load_checkpoint
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ class Pretrained:
 
     Attributes:
         path: File to read.
-        state_dict: By name, without the prefixes of wrappers.
+        state_dict: By the names in the file.
         model: The architecture, where the file states it.
         data: What it was trained on, where the file states it.
         without_classifier: Whether the last layer is missing on purpose (MoCo).
@@ -42,7 +43,7 @@ class Pretrained:
 
 
 def read_pretrained(path: str | Path, flag: str = "--pretrained") -> Pretrained:
-    """Read a training checkpoint (`state_dict` inside), plain parameters, or MoCo's.
+    """Read a training checkpoint of ours or of others, plain parameters, or MoCo's.
 
     Args:
         path: File to read.
@@ -51,17 +52,14 @@ def read_pretrained(path: str | Path, flag: str = "--pretrained") -> Pretrained:
     Raises:
         InputError: Missing, broken, or without parameters.
     """
-    raw = load_checkpoint(path, flag)
-    # Some trainers keep the parameters under "model".
-    candidates = map(_tensors, (raw.get("state_dict"), raw.get("model"), raw))
-    tensors = next(filter(None, candidates), None)
-    if tensors is None:
-        raise InputError(f"{flag}: {path} holds no model parameters")
-    is_moco = any(name.startswith(_MOCO_ENCODER) for name in tensors)
+    path = Path(path)
+    raw = {} if path.suffix in (".safetensors", ".npz") else load_checkpoint(path, flag)
+    tensors = state_in(raw, f"{flag}: {path}") if raw else read_state(path, flag)
+    is_moco = any(_MOCO_ENCODER in name for name in tensors)
     if is_moco:
         tensors = _moco_encoder(tensors)
     return Pretrained(
-        path=Path(path),
+        path=path,
         state_dict=tensors,
         model=ModelSpec.from_dict(raw["model"]) if _has(raw.get("model"), "arch") else None,
         data=DataSpec.from_dict(raw["data"]) if _has(raw.get("data"), "shape") else None,
@@ -73,23 +71,15 @@ def _has(value: Any, key: str) -> bool:
     return isinstance(value, dict) and key in value
 
 
-def _tensors(state: Any) -> dict[str, torch.Tensor]:
-    """The tensors of a dictionary, by name without the prefix of a parallel wrapper."""
-    if not isinstance(state, Mapping):
-        return {}
-    found = {str(name): value for name, value in state.items() if torch.is_tensor(value)}
-    return {name.removeprefix("module."): value for name, value in found.items()}
-
-
 def _moco_encoder(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The query encoder without its projection head.
 
     Source: He et al., MoCo, https://arxiv.org/abs/1911.05722.
     """
     encoder = {
-        name.removeprefix(_MOCO_ENCODER): value
+        name.partition(_MOCO_ENCODER)[2]: value
         for name, value in tensors.items()
-        if name.startswith(_MOCO_ENCODER)
+        if _MOCO_ENCODER in name
     }
     return {name: value for name, value in encoder.items() if not name.startswith("fc.")}
 
@@ -124,23 +114,33 @@ def build_received_model(
 
 
 def _load(model: nn.Module, spec: ModelSpec, pretrained: Pretrained) -> None:
-    state = dict(pretrained.state_dict)
-    name, layer = last_linear(model)
-    keys = [key for key in (f"{name}.weight", f"{name}.bias") if key in model.state_dict()]
-    weight = state.get(f"{name}.weight")
-    other_classes = weight is not None and weight.shape[1:] == layer.weight.shape[1:]
-    other_classes = other_classes and weight is not None and len(weight) != spec.n_classes
-    if other_classes or pretrained.without_classifier:
-        log.warning("%s: the classifier %s is initialised anew", pretrained.path.name, name)
-        state |= {key: model.state_dict()[key] for key in keys}
-    try:
-        load_parameters(model, state)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
+    """Load all that the file has for the model; only the classifier may be missing or differ."""
+    name, _ = last_linear(model)
+    classifier = {f"{name}.weight", f"{name}.bias"}
+    found = fit(pretrained.state_dict, model)
+    blocks = {block for block, _ in model.named_children()}
+    # Heads that the model was built without may be left out, parts of its blocks may not: a
+    # ResNet-34's file holds all names of a ResNet-18.
+    more = [other for other in found.unexpected if other.partition(".")[0] in blocks]
+    others = {block: v for block, v in found.other_shape.items() if block not in classifier}
+    if more or others or not set(found.missing) <= classifier or _other_features(found, name):
         raise InputError(
             f"--pretrained: the parameters in {pretrained.path} do not fit --arch {spec.arch} "
-            f"(stem {spec.stem}, norm {spec.norm}): {reason}"
-        ) from None
+            f"(stem {spec.stem}, norm {spec.norm}): {found.sentence()}"
+        )
+    if found.unexpected:
+        log.warning(
+            "%s: %d tensors of other heads are left out (%s, ...)",
+            pretrained.path.name, len(found.unexpected), found.unexpected[0],
+        )  # fmt: skip
+    if load_fitting(model, found, f"--pretrained: {pretrained.path}"):
+        log.warning("%s: the classifier %s is initialised anew", pretrained.path.name, name)
+
+
+def _other_features(found: Fit, name: str) -> bool:
+    """Whether the file's classifier reads other features, not only names other classes."""
+    shapes = found.other_shape.get(f"{name}.weight")
+    return shapes is not None and shapes[0][1:] != shapes[1][1:]
 
 
 def _set_outlayer(model: nn.Module, state: str) -> None:

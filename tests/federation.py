@@ -66,7 +66,7 @@ def run(job: Path, folder: Path, n_clients: int) -> Finished:
     """Run a job as `start_fl_sim.sh` does."""
     with started(job, folder, n_clients) as (process, log):
         process.wait(LIMIT)
-    return Finished(folder / "exp", process.returncode, log.read_text())
+    return Finished(folder / f"{n_clients}clients_exp", process.returncode, log.read_text())
 
 
 @contextmanager

@@ -63,7 +63,7 @@ DEFENSES = (
 )  # fmt: skip
 SHARED = {
     "plain": "",
-    "local steps": "--epochs 2 --local-batches 2 --lr 0.01 --local-momentum 0.9",
+    "local steps": "--local-epochs 2 --local-batches 2 --lr 0.01 --local-momentum 0.9",
     "shards": "--shards 1,1",
     "private": "--enable-dp --sigma 0.01 -c 1",
     "resnet": "--arch resnet18 --stem cifar",

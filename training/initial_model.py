@@ -14,12 +14,10 @@ from core.models.batch_norm import convert_batch_norm
 from core.models.building import (
     ModelSpec,
     build_model,
-    counts_batches,
     default_stem,
-    load_parameters,
 )
+from core.models.state_files import fit, load_fitting, read_state
 from core.processes.distributed import Process
-from core.storage import load_checkpoint
 from training.settings import ModelSettings, TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -104,16 +102,9 @@ def load_pretrained(model: nn.Module, source: str, arch: str) -> None:
     if source == "torchvision":
         state = _torchvision_weights(arch)
     else:
-        raw = load_checkpoint(source, "--pretrained")
-        state = raw.get("state_dict", raw)
-    state = {str(name).removeprefix("module."): value for name, value in state.items()}
-    own = model.state_dict()
-    # Another number of classes: the last layer is trained anew.
-    fitting = {n: v for n, v in state.items() if n in own and v.shape == own[n].shape}
-    if not any(name in fitting for name, _ in model.named_parameters()):
-        raise InputError(f"--pretrained {source}: no parameter fits --arch {arch}")
-    load_parameters(model, own | fitting)
-    skipped = sorted(n for n in set(own) - set(fitting) if not counts_batches(n))
+        state = read_state(source, "--pretrained")
+    # Another number of classes, or none: the last layer is trained anew.
+    skipped = load_fitting(model, fit(state, model), f"--pretrained {source} (--arch {arch})")
     if skipped:
         logger.warning(
             "--pretrained: %d tensors do not fit and keep their initialisation (%s, ...)",

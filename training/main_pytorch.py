@@ -138,7 +138,8 @@ def _add_privacy_arguments(parser: argparse.ArgumentParser) -> None:
         type=clipping_argument,
         metavar=f"{{{','.join(CLIPPINGS)}}}",
         default=PER_SAMPLE,
-        help="batch: the paper's variant, which gives no guarantee",
+        help="what is clipped; batch: the published variant, whose noise is sigma C on the mean "
+        "gradient and not sigma C / B, and which gives no guarantee",
     )
 
 

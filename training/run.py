@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from core.clipping import noise_sentence
 from core.data.data_sets import load_data
 from core.errors import InputError
 from core.locks import LOCK_NAME, check_unlocked, locked, remove_left_behind
@@ -156,6 +157,9 @@ def _announce(settings: RunSettings, trainer: Trainer) -> None:
             "GH on one process: asynchronous BatchNorm is plain BatchNorm of the whole batch; "
             "use --multiprocessing-distributed --nproc-per-node N, or --bn-groups N"
         )
+    if config.dp:
+        noise = (config.noise_multiplier, config.max_norm, config.batch_size)
+        logger.info("%s", noise_sentence(config.dp_clipping, *noise))
     if config.dp and not config.per_sample:
         logger.warning("--dp-clipping batch clips the mean gradient: it gives no privacy guarantee")
     if trainer.accountant is not None:

@@ -65,7 +65,7 @@ class _Embedding(Attack):
                 f"{what}needs a vision transformer with a learnable position embedding, like "
                 f"vit_tiny, not {target.model.name}"
             )
-        if target.batch_size != 1 or target.local.steps != 1:
+        if target.batch_size != 1 or not target.local.shares_gradient:
             raise InputError(f"{what}needs the gradient of one image and one local step")
         missing = {*self.needs(model), POSITIONS} - set(target.gradient)
         if missing:

@@ -76,7 +76,7 @@ class Hatamizadeh(OptimizationAttack):
         self, target: Target, *, labels: torch.Tensor, device: torch.device, seed: int, **run: Any
     ) -> Reconstruction:
         """See `OptimizationAttack.reconstruct`."""
-        step = target.local.lr * target.local.steps
+        step = target.local.lr * target.local.updates
         weighted = self.config.changed(gradient_weight=self.config.matching.gradient_weight * step)
         attack = OptimizationAttack(weighted)
         return attack.reconstruct(target, labels=labels, device=device, seed=seed, **run)

@@ -109,7 +109,7 @@ class RGap(Attack):
         """
         began = time.perf_counter()
         what = f"--attack {self.name}: "
-        if target.batch_size != 1 or target.local.steps != 1:
+        if target.batch_size != 1 or not target.local.shares_gradient:
             raise InputError(f"{what}needs the gradient of one image and one local step")
         model = target.build_model().double()
         chain = _chain(model, target, what)

@@ -58,7 +58,7 @@ class RobbingTheFed(Attack):
                 f"--attack {self.name}: {target.model.name} has no imprint block; a malicious "
                 "server adds it in stage 2 with --malicious imprint:BINS"
             )
-        if target.local.steps > 1:
+        if not target.local.shares_gradient:
             raise InputError(f"--attack {self.name}: needs the gradient of one local step")
         layer = first_layer(target, self.name, device)
         dtype = target.gradient[f"{layer.name}.weight"].dtype

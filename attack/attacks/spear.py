@@ -17,6 +17,7 @@ from attack.attacks.parts.closed_form import closed_form_reconstruction
 from attack.attacks.parts.first_layer import FirstLayer, first_layer
 from attack.reconstruction import Reconstruction
 from core.errors import InputError
+from core.losses import is_default
 from core.target import Target
 
 # Singular values below this share of the largest are rounding of the shared gradient.
@@ -276,7 +277,7 @@ class _Spear(Attack):
     def _factors(self, target: Target, layer: FirstLayer) -> Factorization:
         if layer.activation is not nn.ReLU:
             raise InputError(f"--attack {self.name}: needs a ReLU after the layer {layer.name}")
-        if target.local.steps > 1:
+        if not target.local.shares_gradient:
             raise InputError(f"--attack {self.name}: needs the gradient of one local step")
         factors = factorize(layer, target.gradient[f"{layer.name}.weight"].dtype)
         if factors.rank > target.batch_size or len(factors.left) <= factors.rank:
@@ -303,7 +304,7 @@ class _Spear(Attack):
         if solution is None:
             solution = solve(layer, pool.factors, _completed(pool))
         inputs = layer.network_inputs(solution.inputs)
-        if exact:
+        if exact and is_default(target.loss):
             labels = labels_of_images(target, layer, pool.factors, solution, inputs, labels)
         return closed_form_reconstruction(
             target,

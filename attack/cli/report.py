@@ -189,7 +189,7 @@ def _measure_worst_case(
     worst = worst_case(evaluations)
     record.worst_case = worst.to_record()
     record.tables.append(worst.to_table().get_string())
-    rows = [(row, row["ssim_attack"] or row["psnr_attack"]) for row in worst.per_image]
+    rows = [(row, row.get("ssim_attack") or row["psnr_attack"]) for row in worst.per_image]
     images = [
         ensemble.members[name].images[evaluations[name].order[row["index"]]] for row, name in rows
     ]

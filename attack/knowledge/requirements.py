@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from attack.knowledge.labels import rule_requires
+from attack.knowledge.clients import check_client
+from attack.knowledge.labels import DEFAULT_RULE, rule_requires
 from attack.knowledge.threat_models import (
     CUSTOM,
     Capabilities,
@@ -14,7 +15,7 @@ from attack.knowledge.threat_models import (
     check_capabilities,
     find_threat,
 )
-from attack.settings import InversionConfig
+from attack.settings import UNROLL, InversionConfig
 
 if TYPE_CHECKING:
     from attack.attacks.base import Attack
@@ -40,7 +41,7 @@ class Knowledge:
     """
 
     threat: str | None = None
-    label_rule: str = "llg"
+    label_rule: str = DEFAULT_RULE
     rule_given: bool = False
     adaptive: bool | None = None
     adapts_by_default: bool = False
@@ -78,11 +79,12 @@ class Knowledge:
 
 
 def check_knowledge(knowledge: Knowledge, attack: Attack, target: Target) -> None:
-    """Refuse a run that uses what its threat model withholds.
+    """Refuse a run that uses what its threat model withholds, or that does not fit the client.
 
     Raises:
-        InputError: Names the flag and what is withheld.
+        InputError: Names the flag, and what is withheld or does not fit.
     """
+    check_client(attack, target)
     threat = find_threat(knowledge.threat)
     if threat is None:
         return
@@ -103,6 +105,9 @@ def requirements(
     config = getattr(attack, "config", None)
     if isinstance(config, InversionConfig):
         yield from _of_settings(config, target)
+    if not knowledge.leaves_labels_to(attack):
+        rule = knowledge.label_rule
+        yield f"--pseudo-label-init {rule}", rule_requires(rule, target.local.steps)
 
 
 def _of_settings(config: InversionConfig, target: Target) -> Iterator[tuple[str, Capabilities]]:
@@ -113,6 +118,9 @@ def _of_settings(config: InversionConfig, target: Target) -> Iterator[tuple[str,
         yield "--bn-from-update", frozenset({Capability.BATCH_STATISTICS})
     elif config.priors.bn > 0:
         yield "--BN", frozenset({Capability.RUNNING_STATISTICS})
-    if target.local.steps > 1:
-        steps = f"inverting {target.local.steps} local steps"
-        yield steps, frozenset({Capability.LOCAL_TRAINING})
+    if not target.local.shares_gradient and config.matching.local_steps == UNROLL:
+        steps = f"inverting {target.local.steps} local step"
+        yield (
+            f"{steps}s" if target.local.steps > 1 else steps,
+            frozenset({Capability.LOCAL_TRAINING}),
+        )

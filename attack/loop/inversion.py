@@ -20,6 +20,7 @@ each process holds its own images of the batch (see `attack.matching.matcher`).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -43,9 +44,9 @@ from attack.loop.weighted_loss import WeightedLoss
 from attack.matching.acceleration import product_precision
 from attack.matching.replica import Replica
 from attack.reconstruction import Reconstruction
-from attack.settings import RANDOM_STARTS, InversionConfig, setting_error
+from attack.settings import RANDOM_STARTS, UNROLL, InversionConfig, setting_error
 from core.processes import distributed
-from core.target import Target
+from core.target import LocalTraining, Target
 
 __all__ = [
     "Inversion",
@@ -63,6 +64,10 @@ Snapshot = Callable[[int, torch.Tensor], None]
 Report = Callable[[int, float], None]
 
 DEFAULT_PARTS = Parts()
+ASSUMED_ORDER = (
+    "the client's epochs mix the images in an order that is not told; every epoch is simulated "
+    "with the same batches"
+)
 
 
 class Inversion:
@@ -95,6 +100,7 @@ class Inversion:
         first_restart: int = 0,
         parts: Parts = DEFAULT_PARTS,
     ) -> None:
+        target = as_matched(target, config)
         _check(target, config, prior)
         knows = config.matching.adaptive
         adaptation = adapt(target, config) if knows else Adaptation.none(target, config)
@@ -109,7 +115,7 @@ class Inversion:
         config = config.changed(iterations=self.race.iterations)
         self.target, self.config, self.device = target, config, device
         self.dtype = torch.float64 if config.matching.double else torch.float32
-        self.replica = Replica(target, device, self.dtype)
+        self.replica = Replica(target, device, self.dtype, config.matching.joint_labels)
         self.problem = InversionProblem(
             target, config, adaptation, self.replica, labels[self.replica.share].to(device),
             parts.coordinates(target, config, device, self.dtype), device, self.dtype,
@@ -259,8 +265,27 @@ class Inversion:
                 "events": self.progress.events,
                 **self.matcher.details(),
                 **({"adaptations": adaptation.notes} if self.config.matching.adaptive else {}),
+                **({"assumed": [ASSUMED_ORDER]} if self.target.local.order_assumed else {}),
             },
         )
+
+
+def as_matched(target: Target, config: InversionConfig) -> Target:
+    """The target as the attack takes it: of several local steps, or of one.
+
+    Args:
+        target: What the client shared.
+        config: Says what is made of several local steps.
+
+    Returns:
+        The target itself where nothing changes.
+    """
+    local = target.local
+    if config.matching.local_steps == UNROLL or local.shares_gradient:
+        return target
+    one = LocalTraining(lr=local.lr, weight_decay=local.weight_decay, bn_momentum=local.bn_momentum)
+    # What several steps left in the running statistics is not what one would have left.
+    return dataclasses.replace(target, local=one, running_after=None)
 
 
 def label_trial(

@@ -20,7 +20,9 @@ from attack.priors.regularizers import (
     shared_features,
 )
 from attack.priors.shared_statistics import layer_momentum, recovered_statistics
+from attack.priors.step_statistics import StepStatisticsPenalty
 from attack.settings import InversionConfig, setting_error
+from core.models.head import head_for
 from core.processes import distributed
 
 if TYPE_CHECKING:
@@ -37,14 +39,20 @@ def make_objective(config: InversionConfig, n_parameters: int) -> Objective:
 
 
 def make_regularizers(problem: InversionProblem) -> list[tuple[float, Regularizer]]:
-    """Weighted penalties on the images alone."""
+    """Weighted penalties on the images alone.
+
+    The rows of a table have no neighbours and no colour: of all the priors only the length of
+    the input is left for them, which is a normal prior on standardised features.
+    """
     priors = problem.config.priors
-    weighted = [
+    weighted: list[tuple[float, Regularizer]] = [
         (priors.tv, TOTAL_VARIATIONS[priors.tv_kind]()),
         (priors.input_norm, InputNorm()),
         (priors.colour, ColourPrior()),
         (priors.patch, PatchPrior(priors.patch_size)),
     ]
+    if len(problem.target.data.shape) == 1:
+        weighted = [(priors.input_norm, InputNorm())]
     return [(weight, regularizer) for weight, regularizer in weighted if weight != 0]
 
 
@@ -55,8 +63,9 @@ def make_penalties(problem: InversionProblem) -> list[tuple[float, ModelPenalty]
     if priors.bn > 0:
         penalties.append((priors.bn, batch_norm_penalty(problem)))
     if priors.features > 0:
-        known = shared_features(target, problem.labels).to(problem.device, problem.dtype)
-        penalties.append((priors.features, FeaturePenalty(known, target.batch_size)))
+        last, _ = head_for(target.build_model(), target.data)
+        known = shared_features(target, problem.labels, last).to(problem.device, problem.dtype)
+        penalties.append((priors.features, FeaturePenalty(known, target.batch_size, last)))
     return penalties
 
 
@@ -72,11 +81,15 @@ def batch_norm_penalty(problem: InversionProblem) -> ModelPenalty:
     if not known[0]:
         raise setting_error(f"{{bn}}: {target.model.name} has no BatchNorm layer to match")
     whole_batch = replica.groups is None
+    processes = len(replica.placement.shards) or 1
+    if priors.bn_from_update and target.local.steps > 1:
+        return MovingAveragePenalty(known[0], layer_momentum(target), processes)
+    if not target.local.shares_gradient:
+        # An update keeps the running statistics of its first process alone.
+        told = [not priors.bn_from_update or process == 0 for process in range(processes)]
+        return StepStatisticsPenalty(known, target.local.batches, processes, told)
     if not priors.bn_from_update:
         return BatchNormPenalty(known, groups, whole_batch)
-    if target.local.steps > 1:
-        processes = len(replica.placement.shards) or 1
-        return MovingAveragePenalty(known[0], layer_momentum(target), processes)
     # The client shares the buffers of one process; its others' statistics are unknown.
     first = replica.first_group
     counted = [whole_batch or first + index == 0 for index in range(len(groups))]

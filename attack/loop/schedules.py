@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 from attack.settings import SCHEDULES, setting_error
 
+# Iterations that the published tool's cosine goes on after the attack: it ends above its end.
+PUBLISHED_EXTRA = 10
+
 
 def learning_rate(
     schedule: str, iteration: int, iterations: int, lr: float, lr_min: float, warmup: int = 0
@@ -14,8 +17,10 @@ def learning_rate(
     """The learning rate of one iteration.
 
     Args:
-        schedule: "cosine" (from `lr` to `lr_min`), "step" (x 0.1 at 3/8, 5/8 and 7/8, as
-            Inverting Gradients does) or "constant".
+        schedule: "cosine" (from `lr` to `lr_min`), "cosine-published" (the same with a period
+            that is 10 iterations longer than the attack, as the tool of E2EGI and gradient
+            heterogeneity has it), "step" (x 0.1 at 3/8, 5/8 and 7/8, as Inverting Gradients
+            does) or "constant".
         iteration: From 0.
         iterations: Number of iterations of the whole attack.
         lr: The largest value.
@@ -27,8 +32,10 @@ def learning_rate(
     """
     if iteration < warmup:
         return lr * (iteration + 1) / warmup
+    if schedule == "cosine-published":
+        iterations += PUBLISHED_EXTRA
     progress = (iteration - warmup) / max(1, iterations - warmup)
-    if schedule == "cosine":
+    if schedule in ("cosine", "cosine-published"):
         # A learning rate below the usual final one is left as it is.
         end = min(lr, lr_min)
         return end + (lr - end) * (1 + math.cos(math.pi * progress)) / 2
@@ -39,7 +46,9 @@ def learning_rate(
     raise setting_error(f"{{schedule}} {schedule}: choose one of {', '.join(SCHEDULES)}")
 
 
-def staged_learning_rate(iteration: int, ends: Sequence[int], lr: float, lr_min: float) -> float:
+def staged_learning_rate(
+    iteration: int, ends: Sequence[int], lr: float, lr_min: float, extra: int = 0
+) -> float:
     """E2EGI's schedule: a line from `lr` to `lr_min`, replaced in each stage by half a cosine.
 
     Args:
@@ -47,6 +56,7 @@ def staged_learning_rate(iteration: int, ends: Sequence[int], lr: float, lr_min:
         ends: Where each stage ends; the last is the end of the attack.
         lr: The largest value.
         lr_min: Learning rate at the end of each stage.
+        extra: Iterations by which each half cosine is longer than its stage.
     """
     end = min(lr, lr_min)
     start, stop = 0, 0
@@ -55,5 +65,5 @@ def staged_learning_rate(iteration: int, ends: Sequence[int], lr: float, lr_min:
             break
         start = stop
     high, low = (end + (lr - end) * (1 - at / ends[-1]) for at in (start, stop))
-    progress = (iteration - start) / max(1, stop - start)
+    progress = (iteration - start) / max(1, stop - start + extra)
     return low + (high - low) * (1 + math.cos(math.pi * progress)) / 2

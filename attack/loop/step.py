@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from attack.loop.consensus import fusions
-from attack.loop.schedules import learning_rate, staged_learning_rate
+from attack.loop.schedules import PUBLISHED_EXTRA, learning_rate, staged_learning_rate
 from core.processes import distributed
 
 if TYPE_CHECKING:
@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 def scheduled_rate(config: InversionConfig, iteration: int) -> float:
     """The learning rate of an iteration."""
     steps = config.optimiser
-    if config.consensus.combine and steps.schedule == "cosine":
+    if config.consensus.combine and steps.schedule in ("cosine", "cosine-published"):
         ends = [*fusions(config), steps.iterations]
-        return staged_learning_rate(iteration, ends, steps.lr, steps.lr_min)
+        extra = 0 if steps.schedule == "cosine" else PUBLISHED_EXTRA
+        return staged_learning_rate(iteration, ends, steps.lr, steps.lr_min, extra)
     return learning_rate(
         steps.schedule, iteration, steps.iterations, steps.lr, steps.lr_min, steps.warmup
     )
@@ -173,6 +174,8 @@ class Stepper:
             restart.variable.copy_(self.problem.coordinates.encode(noisy))
 
     def _box(self, variable: torch.Tensor) -> None:
+        if not self.problem.target.data.bounded:
+            return
         coordinates = self.problem.coordinates
         with torch.no_grad():
             inputs = coordinates.decode(variable)

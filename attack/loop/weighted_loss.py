@@ -131,10 +131,11 @@ class WeightedLoss:
     def _batchable(self) -> bool:
         return (
             not self.penalties
+            and self.problem.target.loss.batchable
             and not self.config.matching.joint_labels
             and self.config.optimiser.name != "LBFGS"
             and not self.config.speed.traced
-            and self.problem.target.local.steps == 1
+            and self.problem.target.local.shares_gradient
             and self.problem.replica.groups is None
             and distributed.world_size() == 1
         )

@@ -50,11 +50,12 @@ class DataList:
     content: Mapping[str, Any]
     flag: str = LIST_FLAG
 
-    def samples(self, section: str) -> list[Sample]:
+    def samples(self, section: str, key: str = "image") -> list[Sample]:
         """The images of one section.
 
         Args:
             section: "training", "validation" or "testing".
+            key: What the list calls the path of an image.
 
         Raises:
             InputError: The section is missing, or an entry of it is broken.
@@ -64,7 +65,7 @@ class DataList:
             has = ", ".join(self.content) or "none"
             raise InputError(f'{self.flag}: {self.path} has no "{section}" list; it has {has}')
         where = f"{self.flag}: {self.path}: entry"
-        return [_sample(entry, f"{where} {i} of {section}") for i, entry in enumerate(entries)]
+        return [_sample(entry, f"{where} {i} of {section}", key) for i, entry in enumerate(entries)]
 
     def has(self, section: str) -> bool:
         """Whether there is such a section with anything in it."""
@@ -109,19 +110,22 @@ def open_datalist(path: str | Path, flag: str = LIST_FLAG) -> DataList:
     return DataList(path, content, flag)
 
 
-def load_datalist(path: str | Path, section: str, flag: str = LIST_FLAG) -> list[Sample]:
+def load_datalist(
+    path: str | Path, section: str, flag: str = LIST_FLAG, key: str = "image"
+) -> list[Sample]:
     """Read one section of a list.
 
     Args:
         path: The JSON file.
         section: "training", "validation" or "testing".
         flag: The flag or setting that named it, for messages.
+        key: What the list calls the path of an image.
 
     Raises:
         InputError: The file is missing or no JSON object, it lacks the section, or an
             entry of it is broken; the message names the file and the entry.
     """
-    return open_datalist(path, flag).samples(section)
+    return open_datalist(path, flag).samples(section, key)
 
 
 def write_datalist(path: str | Path, sections: Mapping[str, Sequence[Sample]]) -> None:
@@ -138,13 +142,13 @@ def write_datalist(path: str | Path, sections: Mapping[str, Sequence[Sample]]) -
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
-def _sample(entry: Any, where: str) -> Sample:
-    if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
-        raise InputError(f"{where} has no image path")
+def _sample(entry: Any, where: str, key: str) -> Sample:
+    if not isinstance(entry, dict) or not isinstance(entry.get(key), str):
+        raise InputError(f"{where} has no {key} path")
     label = _class_index(entry.get("label"))
     if label is None:
         raise InputError(f"{where} has the label {entry.get('label')!r}, which is no class index")
-    return Sample(entry["image"], label)
+    return Sample(entry[key], label)
 
 
 def _class_index(label: Any) -> int | None:

@@ -39,7 +39,7 @@ def rdlv_per_round(records: Sequence[LeakageRecord], path: str | Path) -> None:
     figure, ax = _axes()
     _draw_lines(ax, lines)
     held = [
-        (r.round_number, r.rdlv) for r in records if r.decision != "pass" and r.rdlv is not None
+        (r.round_number, r.rdlv) for r in records if r.decision == "withhold" and r.rdlv is not None
     ]
     if held:
         x, y = zip(*held, strict=True)

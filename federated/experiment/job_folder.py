@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,32 @@ CUSTOM_NOTE = (
     "NVFlare loads classes from outside its own package only for apps that have this folder.\n"
     "Python files put here can be imported by the app.\n"
 )
+# Settings by name, and what a template's client configuration and inversion call them.
+VARIABLES = {
+    "model_name": "MODEL_NAME",
+    "num_class": "NUM_CLASS",
+    "image_size": "IMAGE_SIZE",
+    "seed": "SEED",
+    "lr": "LR",
+    "local_epochs": "LOCAL_EPOCHS",
+    "frequency": "FREQUENCY",
+    "rdlv_threshold": "RDLV_THRESHOLD",
+}
+INVERSION_KEYS = {
+    "method": "method",
+    "iterations": "iterations",
+    "model_name": "model_name",
+    "image_size": "resolution",
+}
 
 
 def create_job(
-    settings: FederationSettings, output: Path, *, sigma0: float = 0.0, template: Path = TEMPLATE
+    settings: FederationSettings,
+    output: Path,
+    *,
+    sigma0: float = 0.0,
+    template: Path = TEMPLATE,
+    given: Collection[str] | None = None,
 ) -> list[Client]:
     """Write the job folder.
 
@@ -36,6 +59,8 @@ def create_job(
         output: The job folder; a job folder that is there is replaced.
         sigma0: Noise of `GaussianPrivacy`.
         template: Folder with the template app.
+        given: Names of the settings that count; of the others, the template's own values do,
+            where it states some. None: all count.
 
     Returns:
         The job's clients.
@@ -45,10 +70,12 @@ def create_job(
     """
     files = _Template(template)
     _check_output(output)
+    if given is not None:
+        settings = files.completed(settings, given)
     clients, data = check_settings(settings, [sigma0], output)
     if output.exists():
         shutil.rmtree(output)
-    _write_job(_Plan(settings, clients, files, data, sigma0), output)
+    _write_job(_Plan(settings, clients, files, data, sigma0, given), output)
     return clients
 
 
@@ -75,6 +102,27 @@ class _Template:
         self.inversion = _load(folder / "client/config/config_inversion.json")
         self.meta = _load(folder / "meta.json")
 
+    def completed(self, settings: FederationSettings, given: Collection[str]) -> FederationSettings:
+        """The settings, with the template's own values for those that were not given."""
+        own = {name: self.inversion.get(key) for name, key in INVERSION_KEYS.items()}
+        for name, key in VARIABLES.items():
+            own[name] = self.inverting.get(key, own.get(name))
+        fields = {field.name: field for field in dataclasses.fields(FederationSettings)}
+        stated = {
+            name: _number_like(value, fields[name].default, name)
+            for name, value in own.items()
+            if value is not None and name not in given
+        }
+        return dataclasses.replace(settings, **stated)
+
+
+def _number_like(value: Any, default: Any, name: str) -> Any:
+    """A template's value, if it is of the kind that the setting has."""
+    kinds = (int, float) if isinstance(default, float) else type(default)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise InputError(f"--app_folder: its {name} is {value!r}; give --{name}")
+    return value
+
 
 def _load(path: Path) -> dict[str, Any]:
     try:
@@ -94,6 +142,15 @@ class _Plan:
     template: _Template
     data: JobData
     sigma0: float
+    given: Collection[str] | None
+
+    def inversion(self) -> dict[str, Any]:
+        """`config_inversion.json`: the template's, changed by the settings that count."""
+        stated = inversion(self.settings, self.data)
+        if self.given is not None:
+            ignored = {key for name, key in INVERSION_KEYS.items() if name not in self.given}
+            stated = {key: value for key, value in stated.items() if key not in ignored}
+        return {**self.template.inversion, **stated}
 
 
 def _write_job(plan: _Plan, output: Path) -> None:
@@ -109,10 +166,7 @@ def _write_job(plan: _Plan, output: Path) -> None:
     for client in clients:
         files = {"config_fed_client.json": _client(plan, client)}
         if client.invert:
-            files["config_inversion.json"] = {
-                **template.inversion,
-                **inversion(settings, plan.data),
-            }
+            files["config_inversion.json"] = plan.inversion()
         _write_app(output / client.name, files)
 
 

@@ -98,6 +98,9 @@ class Experiment:
         """Simulate it and write its record; returns what is missing."""
         folder = self.export(workspace.parent / "jobs" / workspace.name)
         job = read_job(folder)
+        if workspace.exists():
+            print(f"removing {workspace}: it is not finished, or of other settings", flush=True)
+            shutil.rmtree(workspace)
         simulate(job, workspace)
         missing = missing_results(job, workspace)
         if not missing:

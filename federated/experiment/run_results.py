@@ -124,3 +124,9 @@ def print_results(workspace: Path) -> None:
         value = "unknown" if record.rdlv is None else f"{record.rdlv:+.3f}"
         withheld = f": withheld, {record.reason}" if record.decision == "withhold" else ""
         print(f"  {record.site} round {record.round_number}: RDLV {value}{withheld}")
+    if all(record.decision == "withhold" and record.rdlv is not None for record in records):
+        print(
+            "every measured update was withheld, so that the model learnt nothing from these "
+            "sites; a job with a higher --rdlv_threshold, such as 100, lets them pass, still "
+            "measured, which gives curves"
+        )

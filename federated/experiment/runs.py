@@ -13,6 +13,13 @@ from core.errors import InputError
 
 RUN_FILE = "run.json"
 CLIENT_CONFIG = "config_fed_client.json"
+# Where NVFlare leaves the scores of the models, from a site's folder or the run's.
+SCORES = tuple(
+    Path(place) / "cross_site_val" / "cross_val_results.json"
+    for place in ("", "server/simulate_job", "run/server/simulate_job")
+)
+# The first one that was tested counts.
+GLOBAL_MODELS = ("SRV_best_FL_global_model.pt", "SRV_FL_global_model.pt")
 
 
 @dataclass
@@ -63,11 +70,31 @@ def _run_of(path: Path, root: Path) -> tuple[Path, float, float | None]:
     for folder in _folders(path, root):
         config = folder / "config" / CLIENT_CONFIG
         if config.is_file():
-            return root, configured_noise(config), None
+            return root, configured_noise(config), _cross_validated(path, root)
     raise InputError(
         f"nothing says what noise {path} had: there is no {RUN_FILE} and no {CLIENT_CONFIG} "
         f"between it and {root}"
     )
+
+
+def _cross_validated(path: Path, root: Path) -> float | None:
+    """Test accuracy of the best global model, where the run's own folders hold one."""
+    for folder in _folders(path, root):
+        for place in SCORES:
+            if (folder / place).is_file():
+                return _best_accuracy(folder / place)
+    return None
+
+
+def _best_accuracy(path: Path) -> float | None:
+    """Mean over the sites that tested the global model."""
+    found = []
+    for scores in _read(path).values():
+        chosen = next((scores[m] for m in GLOBAL_MODELS if m in scores), None)
+        accuracy = None if chosen is None else chosen.get("test_accuracy")
+        if isinstance(accuracy, (int, float)):
+            found.append(float(accuracy))
+    return sum(found) / len(found) if found else None
 
 
 def _folders(path: Path, root: Path) -> Iterator[Path]:

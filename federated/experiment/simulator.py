@@ -119,15 +119,15 @@ def simulate(job: Job, workspace: Path) -> None:
 
     Args:
         job: What to run; its folder stays as it is.
-        workspace: Folder of this run; a former run there is replaced.
+        workspace: Folder of this run, which is not there yet.
 
     Raises:
-        InputError: A path with spaces, at which NVFlare's simulator fails.
+        InputError: A path with spaces, at which NVFlare's simulator fails, or a former run.
     """
     if any(character.isspace() for character in str(workspace)):
         raise InputError(f"workspace {workspace}: NVFlare's simulator needs a path without spaces")
     if workspace.exists():
-        shutil.rmtree(workspace)
+        raise InputError(f"workspace {workspace} holds a former run; remove it first")
     prepared = prepare(job, workspace / "job")
     command = simulator_command(prepared, workspace / "run", job.sites, count_gpus())
     with open(workspace / "simulator.log", "wb") as log:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,11 +17,13 @@ from nvflare.apis.shareable import Shareable
 from torchvision.utils import save_image
 
 from audit.inversion import UpdateReconstruction, invert_update
-from audit.settings import InversionSettings, load_inversion_settings
+from audit.settings import InversionSettings, load_inversion_settings, settings_from_dict
 from audit.updates import LocalUpdate
 from core.data.image_files import load_image
 from core.errors import InputError
 from federated.flare.allowed import array_of
+from federated.flare.images import chest_spec
+from federated.flare.networks import GPU_IMAGE_SIZE, network_spec
 from federated.flare.withholding import GLOBAL_WEIGHTS, current_round
 
 
@@ -123,6 +125,49 @@ class GradInversionInverter(Inverter):
             self._save(found.images, app_root / settings.save_path / _round_name(fl_ctx, dxo))
         return found
 
+    @staticmethod
+    def run_inversion(
+        cfg: Mapping[str, Any],
+        updates: Mapping[str, np.ndarray],
+        global_weights: Mapping[str, Any],
+        bn_momentum: float = 0.1,
+        prior_transforms: Callable[[str], torch.Tensor] | None = None,
+        save_transforms: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        save_fmt: str = ".png",
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The published function of this name: invert an update without a federation.
+
+        Args:
+            cfg: The keys of `config_inversion.json` and, as the published inverter fills
+                them in, `num_classes`, `local_bs`, `local_num_images`, `local_epoch` and
+                `lr_local`.
+            updates: Local minus global state, by name.
+            global_weights: The global state by name, or that under "model".
+            bn_momentum: Of the network's BatchNorm layers.
+            prior_transforms: Reads the prior image: path to C x H x W in [0, 1].
+            save_transforms: Applied to the reconstructions before they are saved.
+            save_fmt: Ending of saved reconstructions; they go to the configuration's
+                `save_path`, if it has one.
+
+        Returns:
+            N x C x H x W images in [0, 1], and N class indices.
+
+        Raises:
+            InputError: A key is missing, or the configuration cannot be used.
+        """
+        settings = settings_from_dict(cfg)
+        inverter = GradInversionInverter(
+            bn_momentum=bn_momentum,
+            prior_transforms=prior_transforms,
+            save_transforms=save_transforms,
+            save_fmt=save_fmt,
+        )
+        update = described_update(cfg, updates, global_weights, bn_momentum)
+        found = inverter._invert(update, settings, torch.zeros(0, *update.data.shape))
+        if settings.save_path:
+            inverter._save(found.images, Path(settings.save_path))
+        return found.images, found.labels
+
     def _learner(self, dxo: DXO, fl_ctx: FLContext) -> KnowsTraining:
         learner = fl_ctx.get_engine().get_component(self.learner_name)
         if not isinstance(learner, KnowsTraining):
@@ -166,6 +211,35 @@ class GradInversionInverter(Inverter):
         shown = images if self.save_transforms is None else self.save_transforms(images)
         for index, image in enumerate(shown):
             save_image(image, folder / f"recon_b{index}{self.save_fmt}")
+
+
+def described_update(
+    cfg: Mapping[str, Any],
+    updates: Mapping[str, np.ndarray],
+    global_weights: Mapping[str, Any],
+    bn_momentum: float,
+) -> LocalUpdate:
+    """An update with what the published configuration says of the local training.
+
+    Raises:
+        InputError: It lacks a key.
+    """
+    missing = [key for key in ("model_name", "num_classes", "local_bs") if key not in cfg]
+    if missing:
+        raise InputError(f"the inversion's configuration has no {', '.join(missing)}")
+    size, classes = int(cfg.get("resolution", GPU_IMAGE_SIZE)), int(cfg["num_classes"])
+    state = global_weights.get("model", global_weights)
+    return LocalUpdate(
+        model=network_spec(str(cfg["model_name"]), classes, size),
+        data=chest_spec(size, classes),
+        global_weights={name: torch.as_tensor(value) for name, value in state.items()},
+        weight_diff={name: torch.as_tensor(value) for name, value in updates.items()},
+        batch_size=int(cfg["local_bs"]),
+        n_images=int(cfg.get("local_num_images", cfg["local_bs"])),
+        local_epochs=int(cfg.get("local_epoch", 1)),
+        learning_rate=float(cfg.get("lr_local", 0.01)),
+        bn_momentum=bn_momentum,
+    )
 
 
 def _round_name(fl_ctx: FLContext, dxo: DXO) -> str:

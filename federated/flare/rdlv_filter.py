@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from nvflare.apis.dxo import DXO
 from nvflare.apis.fl_constant import FLContextKey
@@ -15,6 +17,7 @@ from nvflare.apis.shareable import Shareable
 
 from audit.inversion import UpdateReconstruction
 from audit.leakage import LeakageReport, measure_leakage, write_leakage
+from audit.pairwise_rdlv import compute_rdlv
 from audit.similarity import SimMetric
 from core.data.image_files import load_image
 from core.data.list_files import load_datalist
@@ -60,7 +63,7 @@ class RelativeDataLeakageValueFilter(FailClosedFilter):
         inverter_name: Component that inverts.
         sim_metric_name: Component that compares images.
         prior_filename: Image that was public before; grey if None.
-        image_key: Name of the images in the list; only "image" is known.
+        image_key: What the list calls the path of an image.
         rdlv_reduce: "max", or "min" for metrics of which small values leak (distances).
         rdlv_threshold: The update is withheld where its RDLV is above it; with "min", where
             minus its RDLV is, which is 1 for a perfect reconstruction.
@@ -102,8 +105,8 @@ class RelativeDataLeakageValueFilter(FailClosedFilter):
         _check_threshold(rdlv_threshold, rdlv_reduce)
         if not isinstance(random_rounds, bool):
             raise InputError(f"random_rounds {random_rounds!r}: must be true or false")
-        if image_key != "image":
-            raise InputError(f"image_key {image_key!r}: data lists name their images 'image'")
+        if not isinstance(image_key, str) or not image_key:
+            raise InputError(f"image_key {image_key!r}: must be the key of images in the data list")
         self.data_root = data_root
         self.dataset_json = dataset_json
         self.frequency = frequency
@@ -142,6 +145,22 @@ class RelativeDataLeakageValueFilter(FailClosedFilter):
         if report.withheld:
             raise MeasuredLeakError(report.reason)
         return dxo
+
+    @staticmethod
+    def compute_rdlv(
+        train_loader: Iterable[Mapping[str, Any]],
+        recons: Sequence[Any],
+        sim_metric: SimMetric,
+        reduce: str | None = "max",
+        recon_transforms: Callable[[Any], Any] | None = None,
+        image_key: str = "image",
+        prior: Any = None,
+        fl_ctx: FLContext | None = None,
+    ) -> tuple[np.ndarray, np.ndarray, list[list[Any]], np.ndarray | None]:
+        """The published function of this name, see `audit.pairwise_rdlv.compute_rdlv`."""
+        return compute_rdlv(
+            train_loader, recons, sim_metric, reduce, recon_transforms, image_key, prior, fl_ctx
+        )
 
     def _due(self, count: int) -> bool:
         """Whether this update is measured."""
@@ -186,7 +205,7 @@ class RelativeDataLeakageValueFilter(FailClosedFilter):
 
     def _images(self, section: str, size: int, most: int | None = None) -> torch.Tensor:
         """Of a section in [0, 1]; N x 3 x size x size."""
-        samples = load_datalist(self.dataset_json, section)[:most]
+        samples = load_datalist(self.dataset_json, section, key=self.image_key)[:most]
         return ImageListDataset(self.data_root, samples, size).images()
 
     def _others(self, size: int) -> torch.Tensor | None:

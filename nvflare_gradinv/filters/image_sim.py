@@ -1,5 +1,5 @@
-"""Published module path, see `audit.similarity`."""
+"""Published module path, see `federated.flare.similarity`."""
 
-from audit.similarity import ImageSimMetric, SimMetric
+from federated.flare.similarity import ImageSimMetric, SimMetric
 
 __all__ = ["ImageSimMetric", "SimMetric"]

@@ -57,8 +57,51 @@ def test_own_metrics_are_called_with_grey_values() -> None:
     assert np.allclose(matrix["brightness"], [[-51], [-204]], atol=1e-4)
 
 
+class Published(SimMetric):
+    """As code for the published filter writes one: tensors, channels first, a bare number."""
+
+    metrics = ("gap", "twice")
+
+    def __call__(self, source, reference, fl_ctx, is_channel_first=False):  # type: ignore[no-untyped-def]
+        assert is_channel_first
+        assert source.shape[0] == 3
+        gap = float((source - reference).abs().mean())
+        return {"twice": 2 * gap, "gap": gap}
+
+
+class Bare(SimMetric):
+    def __call__(self, source, reference):  # type: ignore[no-untyped-def]
+        assert source.shape[-1] == 3
+        return float(np.abs(source - reference).mean())
+
+
+def test_published_metrics_are_called_as_published() -> None:
+    references, images = torch.rand(2, 3, 6, 7), torch.rand(3, 3, 6, 7)
+    found = similarity_matrix(Published(), references, images)
+    assert list(found) == ["gap", "twice"]
+    bare = similarity_matrix(Bare(), references, images)
+    expected = [[255 * float((x - y).abs().mean()) for y in images] for x in references]
+    np.testing.assert_allclose(found["gap"], expected, rtol=1e-5)
+    np.testing.assert_allclose(found["twice"], 2 * found["gap"])
+    np.testing.assert_allclose(bare["similarity"], expected, rtol=1e-5)
+
+
+def test_channels_first_and_values_up_to_one_are_the_same_images() -> None:
+    x, y = (image / 255 for image in pair(12, 9))
+    metric = ImageSimMetric(["ssim", "cosine", "norm"])
+    plain = metric(x * 255, y * 255)
+    as_published = metric(
+        source=torch.from_numpy(x).permute(2, 0, 1),
+        reference=torch.from_numpy(y).permute(2, 0, 1),
+        fl_ctx=None,
+        is_channel_first=True,
+    )
+    assert as_published == pytest.approx(plain)
+
+
 def test_arguments_are_kept_and_checked() -> None:
-    assert ImageSimMetric(metrics="norm").metrics == "norm"
+    assert ImageSimMetric(metrics="norm").metrics == ["norm"]
+    assert ImageSimMetric(metrics=None).metrics == ImageSimMetric().metrics == ["ssim"]
     with pytest.raises(InputError, match="psnr"):
         ImageSimMetric(["ssim", "psnr"])
     with pytest.raises(ValueError, match="differ"):

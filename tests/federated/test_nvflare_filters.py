@@ -353,7 +353,7 @@ def test_what_one_filter_withheld_the_next_one_leaves_alone(phantoms: Path, tmp_
         {"data_kinds": ["METRICS"]},
         {"random_rounds": 1},
         {"rdlv_reduce": "mean"},
-        {"image_key": "picture"},
+        {"image_key": ""},
     ],
 )
 def test_impossible_arguments_are_refused(phantoms: Path, arguments: dict[str, Any]) -> None:
@@ -379,7 +379,8 @@ def test_the_tap_keeps_the_global_weights_and_the_round(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", federated.__all__)
 def test_the_published_names_are_ours(name: str) -> None:
-    assert getattr(nvflare_gradinv, name) is getattr(federated, name)
+    # Similarities are NVFlare components there, and plain classes where none is needed.
+    assert issubclass(getattr(nvflare_gradinv, name), getattr(federated, name))
 
 
 def test_the_published_module_paths_are_ours() -> None:
@@ -390,7 +391,7 @@ def test_the_published_module_paths_are_ours() -> None:
     from nvflare_gradinv.learners.cxr_learner import CXRLearner
 
     assert Published is GaussianPrivacy
-    assert Metric is ImageSimMetric
+    assert issubclass(Metric, ImageSimMetric)
     assert Filter is RelativeDataLeakageValueFilter
     assert CXRLearner is federated.CXRLearner
     assert GradInversionInverter is federated.GradInversionInverter

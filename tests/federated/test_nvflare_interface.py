@@ -65,7 +65,7 @@ COMPONENTS: dict[str, dict[str, Any]] = {
         "cache_rate": 1.0,
         "seed": 0,
     },
-    "ImageSimMetric": {"metrics": "ssim"},
+    "ImageSimMetric": {"metrics": None},
 }
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import configparser
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +117,95 @@ def test_the_published_command_line_works(tmp_path: Path, own_images: Path) -> N
     assert finished.returncode == 0, finished.stderr
     inversion = load(tmp_path, "job/site-9/config/config_inversion.json")
     assert inversion["img_prior"] == str(prior)
+
+
+def own_template(folder: Path) -> Path:
+    """The template app with an inversion and a site of one's own."""
+    shutil.copytree(simulator.REPOSITORY / "jobs" / "app_template", folder)
+    config = folder / "client" / "config"
+    inversion = load(config / "config_inversion.json")
+    inversion |= {"iterations": 40000, "resolution": 48, "tv_l2": 5e-4, "method": "published"}
+    (config / "config_inversion.json").write_text(json.dumps(inversion))
+    for name in ("config_fed_client_inv.json", "config_fed_client_noinv.json"):
+        client = load(config / name) | {"IMAGE_SIZE": 48, "LR": 0.05}
+        (config / name).write_text(json.dumps(client))
+    return folder
+
+
+def test_a_given_template_keeps_what_no_flag_says(tmp_path: Path) -> None:
+    template = own_template(tmp_path / "template")
+    assert create(tmp_path / "job", "--app_folder", str(template)) == 0
+    found = load(tmp_path, "job/site-9/config/config_inversion.json")
+    written = load(template, "client/config/config_inversion.json")
+    assert {**found, "img_prior": ""} == written
+    client = load(tmp_path, "job/site-9/config/config_fed_client.json")
+    assert (client["IMAGE_SIZE"], client["LR"]) == (48, 0.05)
+    server = load(tmp_path, "job/server/config/config_fed_server.json")
+    assert server["IMAGE_SIZE"] == 48
+
+
+def test_a_flag_counts_over_the_template_even_with_its_default(tmp_path: Path) -> None:
+    template = own_template(tmp_path / "template")
+    flags = ["--app_folder", str(template), "--iterations", "300", "--image_size", "32"]
+    assert create(tmp_path / "job", *flags) == 0
+    found = load(tmp_path, "job/site-9/config/config_inversion.json")
+    assert (found["iterations"], found["resolution"]) == (300, 32)
+    assert (found["tv_l2"], found["method"]) == (5e-4, "published")
+    assert load(tmp_path, "job/site-9/config/config_fed_client.json")["IMAGE_SIZE"] == 32
+
+
+def test_a_template_with_a_value_of_another_kind_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = own_template(tmp_path / "template")
+    path = template / "client" / "config" / "config_inversion.json"
+    path.write_text(json.dumps(load(path) | {"iterations": "many"}))
+    assert create(tmp_path / "job", "--app_folder", str(template)) == 2
+    assert "its iterations is 'many'; give --iterations" in capsys.readouterr().err
+
+
+def test_the_default_threshold_is_said_to_withhold(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    create(tmp_path / "job")
+    assert "--rdlv_threshold 100 lets them pass" in capsys.readouterr().out
+    create(tmp_path / "job", "--rdlv_threshold", "1")
+    said = capsys.readouterr().out
+    assert "lets them pass" not in said
+    assert "the job folder that is there is replaced" in said
+
+
+def test_a_former_run_is_removed_only_when_that_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Path] = []
+    monkeypatch.setattr(simulate, "require_nvflare", lambda: None)
+    monkeypatch.setattr(simulate, "simulate", lambda job, folder: started.append(folder))
+    create(tmp_path / "job")
+    runs = tmp_path / "runs"
+    former = runs / "1clients_exp1" / "run.json"
+    former.parent.mkdir(parents=True)
+    former.write_text("{}")
+    words = ["1", str(tmp_path / "job"), "exp1", "--workspaces", str(runs)]
+    assert simulate.main(words) == 2
+    assert "1clients_exp1 holds a former run: give another EXP_NAME" in capsys.readouterr().err
+    assert former.exists()
+    # Nothing is left behind by the run that only pretends to be one.
+    assert simulate.main([*words, "--overwrite"]) == 1
+    assert "removing the former run in" in capsys.readouterr().out
+    assert started == [former.parent]
+    assert not former.exists()
+
+
+def test_what_the_set_up_installs_is_what_the_package_knows() -> None:
+    lines = (simulator.REPOSITORY / "requirements.txt").read_text().splitlines()
+    (line,) = [line for line in lines if line and not line.startswith("#")]
+    setup = configparser.ConfigParser()
+    setup.read(simulator.REPOSITORY / "setup.cfg")
+    known = set(setup["options.extras_require"])
+    extras = set(line.removeprefix("-e .[").removesuffix("]").split(","))
+    assert extras <= known
+    assert known - extras == {"docs", "test", "lint"}
 
 
 @pytest.mark.parametrize(

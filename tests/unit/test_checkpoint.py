@@ -219,6 +219,16 @@ def test_local_iterations_of_the_original_tools_are_batches(tmp_path: Path) -> N
     assert not target.train_mode
 
 
+def test_noise_of_the_original_tools_is_that_of_the_published_variant(tmp_path: Path) -> None:
+    args = argparse.Namespace(
+        epochs=1, lr=0.1, enable_dp=True, sigma=0.02, max_per_sample_grad_norm=0.5
+    )
+    torch.save(_original(args=args), tmp_path / "o.tar")
+    assert load_target(tmp_path / "o.tar")[0].defenses == ("dp-batch:0.02:0.5",)
+    torch.save(_original(), tmp_path / "plain.tar")
+    assert load_target(tmp_path / "plain.tar")[0].defenses == ()
+
+
 def test_asynchronous_processes_of_the_original_tools_are_shards(tmp_path: Path) -> None:
     args = argparse.Namespace(epochs=1, lr=0.1, world_size=2, multiprocessing_distributed=True)
     raw = _original(args=args, syncbn=False, bn_mean_list=None, bn_var_list=None)
@@ -415,7 +425,7 @@ BROKEN = {
         _set("bn_statistics", 0, "bn1", [torch.zeros(3), -torch.ones(3)]),
         "variance of bn1 is negative",
     ),
-    "learning rate of zero": (_set("local_training", "lr", 0.0), "learning rate"),
+    "learning rate of zero": (_set("local_training", "lr", 0.0), "lr must be a positive number"),
     "images that are not there": (
         _set("local_training", "order", [[0, 1, 2, 4]]),
         "images 0 to 3 only",

@@ -91,6 +91,22 @@ def test_warm_up_grows_linearly_and_then_the_schedule_begins() -> None:
     assert rates("constant", warmup=2)[1:] == [0.1] * 80
 
 
+@pytest.mark.parametrize(("lr", "lr_min"), [(0.1, 1e-3), (1.0, 0.02)])
+def test_the_published_cosine_is_torchs_with_a_longer_period(lr: float, lr_min: float) -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
+        optimizer, T_0=80 + 10, eta_min=lr_min
+    )
+    expected = []
+    for _ in range(80):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    found = [learning_rate("cosine-published", i, 80, lr, lr_min) for i in range(80)]
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert found[-1] > learning_rate("cosine", 79, 80, lr, lr_min)
+
+
 def test_unknown_schedule() -> None:
     with pytest.raises(InputError, match=r"optimiser\.schedule sawtooth"):
         learning_rate("sawtooth", 0, 10, 0.1, 0.0)

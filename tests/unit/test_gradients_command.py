@@ -15,7 +15,7 @@ from PIL import Image
 
 from core.data.specs import DataSpec
 from core.models.building import ModelSpec, build_model
-from core.target import Target, Truth
+from core.target import LocalTraining, Target, Truth
 from gradients.checkpoint import load_target
 from gradients.command import build_parser, main
 from gradients.defenses import defense_names, parse_defenses
@@ -125,6 +125,7 @@ def test_true_images_are_those_of_the_data(run: Run, data: Path) -> None:
         ("--enable-dp", "--sigma", "1"),
         ("--defense", "gaussian:0.1,quantize:4,laplace:0.1"),
         ("--epochs", "2", "--duplicates", "2"),
+        ("--local-epochs", "2", "--local-batches", "2"),
     ],
 )
 def test_the_same_command_gives_the_same_tensors_to_the_bit(run: Run, flags: tuple[str]) -> None:
@@ -196,6 +197,18 @@ def test_private_noise_is_sigma_norm_over_batch(run: Run) -> None:
     assert clean.record["privacy"]["epsilon"] is None
 
 
+@pytest.mark.parametrize("batch", [2, 4])
+def test_the_published_noise_is_the_same_for_every_batch(
+    batch: int, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    private = ("--enable-dp", "--dp-clipping", "batch", "-c", "0.5")
+    clean = run(*private, "--sigma", "0", batch=batch)
+    noisy = run(*private, "--sigma", "3", batch=batch)
+    assert float((noisy.gradient - clean.gradient).std()) == pytest.approx(3 * 0.5, rel=0.05)
+    said = capsys.readouterr().out
+    assert f"sigma C / B = {1.5 / batch:.3g}, {batch} times less" in said
+
+
 def test_the_papers_clipping_keeps_batch_norm_and_guarantees_nothing(run: Run) -> None:
     shared = run("--enable-dp", "--sigma", "0", "-c", "0.1", "--dp-clipping", "batch")
     assert shared.target.model.norm == "batch"
@@ -206,7 +219,7 @@ def test_the_papers_clipping_keeps_batch_norm_and_guarantees_nothing(run: Run) -
 
 
 def test_local_iterations_are_those_of_a_real_client(run: Run) -> None:
-    shared = run("--epochs", "3", "--lr", "0.05", "--local-momentum", "0.9")
+    shared = run("--local-epochs", "3", "--lr", "0.05", "--local-momentum", "0.9")
     model = shared.target.build_model()
     start = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -219,6 +232,24 @@ def test_local_iterations_are_those_of_a_real_client(run: Run) -> None:
     expected = torch.cat([(a - b).flatten() for a, b in pairs]).detach() / (0.05 * 3)
     torch.testing.assert_close(shared.gradient, expected, rtol=1e-3, atol=1e-4)
     assert shared.target.local.steps == 3
+
+
+def test_published_epochs_are_one_step_per_part_of_the_batch(run: Run) -> None:
+    shared = run("--epochs", "3", "--lr", "0.05", "--model-eval", batch=6)
+    assert shared.target.local == LocalTraining(epochs=1, batches=3, lr=0.05)
+    model = shared.target.build_model()
+    start = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    inputs = shared.target.data.normalize(shared.truth.images)
+    for images, labels in zip(inputs.chunk(3), shared.truth.labels.chunk(3), strict=True):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    pairs = zip(start.parameters(), model.parameters(), strict=True)
+    expected = torch.cat([(a - b).flatten() for a, b in pairs]).detach() / (0.05 * 3)
+    torch.testing.assert_close(shared.gradient, expected, rtol=1e-3, atol=1e-4)
+    same = run("--local-batches", "3", "--lr", "0.05", "--model-eval", batch=6)
+    assert torch.equal(shared.gradient, same.gradient)
 
 
 def test_duplicate_labels_are_eight_classes_of_four_real_images(run: Run) -> None:
@@ -304,7 +335,7 @@ def test_a_defense_from_outside_the_package(
 def test_all_settings_together(run: Run) -> None:
     shared = run(
         *("--ra", "--kernel-size-of-maxpool", "5", "--enable-dp", "--sigma", "0.1", "--syncbn"),
-        *("--epochs", "2", "--local-batches", "2", "--local-weight-decay", "0.01"),
+        *("--local-epochs", "2", "--local-batches", "2", "--local-weight-decay", "0.01"),
         *("--duplicates", "2", "--defense", "topk:0.5,gaussian:0.001", "--target-idx", "3"),
         model=["--arch", "resnet18", "--width", "4", "--stem", "imagenet", "--image-size", "64"],
         batch=8,
@@ -411,6 +442,11 @@ BAD = {
     "folder in the name": (["--data", "{data}", "--id", "../x"], "--id ../x: becomes part of"),
     "workers": (["--data", "{data}", "-j", "-1"], "--workers must not be negative"),
     "no iterations": (["--data", "{data}", "--epochs", "0"], "--epochs must be at least 1"),
+    "no passes": (["--data", "{data}", "--local-epochs", "0"], "--local-epochs must be at least 1"),
+    "two numbers of batches": (
+        ["--data", "{data}", "--epochs", "2", "--local-batches", "3"],
+        "--epochs 2 and --local-batches 3: both say",
+    ),
     "learning rate": (["--data", "{data}", "--lr", "0"], "--lr must be positive"),
     "learning rate of NaN": (["--data", "{data}", "--lr", "nan"], "--lr must be positive"),
     "no duplicates": (["--data", "{data}", "--duplicates", "0"], "--duplicates must be at least 1"),

@@ -18,7 +18,7 @@ from attack.reconstruction import Reconstruction
 from attack.settings import InversionConfig
 from core.errors import InputError
 from core.models.building import ModelSpec
-from core.target import Target, Truth
+from core.target import LocalTraining, Target, Truth
 from tests.targets import make_target
 
 CPU = torch.device("cpu")
@@ -32,6 +32,32 @@ FAST = InversionConfig(
 @pytest.fixture(scope="module")
 def lenet() -> tuple[Target, Truth]:
     return make_target(LENET, 2)
+
+
+def test_an_attacker_may_match_several_local_steps_as_one() -> None:
+    steps = LocalTraining(batches=2, lr=0.5)
+    target, truth = make_target(LENET, 4, local=steps)
+    unaware = invert((target, truth), change(local_steps="one"))
+    # By hand: the same gradient, said to be that of one step on the whole batch.
+    one_step = dataclasses.replace(target, local=LocalTraining(lr=0.5))
+    expected = invert((one_step, truth))
+    assert torch.equal(unaware.images, expected.images)
+    assert unaware.objective == expected.objective
+    at_truth = {
+        how: _objective_at(target, truth, change(local_steps=how)) for how in ("unroll", "one")
+    }
+    assert at_truth["unroll"] < 1e-10 < 1e-4 < at_truth["one"]
+
+
+def _objective_at(target: Target, truth: Truth, config: InversionConfig) -> float:
+    inversion = Inversion(target, truth.labels, config, device=CPU)
+    inputs = target.data.normalize(truth.images).to(torch.float64)
+    return float(inversion.matcher.value(inputs, truth.labels))
+
+
+def test_one_step_is_all_there_is_to_unroll(lenet: tuple[Target, Truth]) -> None:
+    found, plain = invert(lenet, change(local_steps="one")), invert(lenet)
+    assert torch.equal(found.images, plain.images)
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,15 @@
 """Command: run a job folder in NVFlare's simulator and say whether all of it worked.
 
 python -m federated.simulate 1 jobs/cxr_1client exp1
+
+The run's folder is 1clients_exp1, as published: the same name for another number of clients is
+another folder.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +27,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("n_clients", type=int, help="number of clients in the job")
     parser.add_argument("job", type=Path, help="job folder, see federated.create_job_config")
-    parser.add_argument("exp_name", help="name of the run's folder")
+    parser.add_argument("exp_name", help="the run's folder is N_CLIENTSclients_EXP_NAME")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="remove a former run of that name first"
+    )
     parser.add_argument(
         "--workspaces", type=Path, default=WORKSPACES, help="folder for runs (default: %(default)s)"
     )
@@ -50,11 +57,25 @@ def _run(args: argparse.Namespace) -> list[str]:
     if Path(args.exp_name).name != args.exp_name:
         raise InputError(f"{args.exp_name!r}: must be the name of a folder, not a path")
     require_nvflare()
-    workspace = (args.workspaces / args.exp_name).resolve()
+    name = f"{args.n_clients}clients_{args.exp_name}"
+    workspace = (args.workspaces / name).resolve()
     print(f"{len(job.sites)} clients, workspace {workspace}", flush=True)
+    _make_room(workspace, args.overwrite)
     simulate(job, workspace)
     missing = missing_results(job, workspace)
     if not missing:
         write_run(job, workspace)
     print_results(workspace)
     return missing
+
+
+def _make_room(workspace: Path, overwrite: bool) -> None:
+    """Remove a former run only where that was asked for, and say so."""
+    if not workspace.exists():
+        return
+    if not overwrite:
+        raise InputError(
+            f"{workspace} holds a former run: give another EXP_NAME, or --overwrite to remove it"
+        )
+    print(f"removing the former run in {workspace}", flush=True)
+    shutil.rmtree(workspace)
