@@ -178,10 +178,12 @@ def run(argv: Sequence[str] | None = None) -> None:
     from core.processes.launch import check_launch, launch, processes_of
     from gradients.client import resolve_shards
     from gradients.extract import extract
+    from gradients.local_update import images_of_steps
 
     launched = LaunchSettings.from_arguments(args)
     check_launch(launched)
-    resolve_shards(settings.batch.size, settings.client, processes_of(launched))
+    shards = resolve_shards(settings.batch.size, settings.client, processes_of(launched))
+    images_of_steps(settings.batch.size, settings.client.local, shards)
     launch(extract, launched, settings)
 
 

@@ -210,6 +210,7 @@ MAINS: dict[str, Callable[[list[str]], None]] = {
 }
 REFUSED = {
     "a batch smaller than the processes": ("train", ["-b", "1"], "cannot be divided into 2 parts"),
+    "one image": ("extract", ["-b", "1"], "a local batch of 1 images cannot be spread over 2"),
     "shards": ("extract", ["--shards", "1,1,2"], "--shards 1,1,2: there are 2 processes"),
     "L-BFGS": ("attack", ["--optim", "LBFGS"], "LBFGS runs on one process"),
     "too many": ("attack", ["--nproc-per-node", "5"], "5 processes for a batch of 4"),

@@ -116,7 +116,7 @@ def test_the_command_renders_markdown_and_html(
     assert "A <b>" not in capsys.readouterr().out
     assert main(["leaderboard", "--entries", str(entries)]) == 0
     markdown = (entries / "leaderboard.md").read_text()
-    assert markdown.index("| 1 | B |") < markdown.index("| 2 | A <b> |")
+    assert markdown.index("| 1 | B |") < markdown.index("| 2 | A &lt;b> |")
     html = (entries / "leaderboard.html").read_text()
     assert "A &lt;b&gt;" in html
     assert "A <b>" not in html
