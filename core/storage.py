@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from core.errors import InputError
+from core.locks import temporary_prefix
 from core.reading import sealed
 
 
@@ -32,7 +33,8 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     encoding = None if "b" in mode else "utf-8"
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    prefix = temporary_prefix(f".{path.name}.")
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=prefix)
     try:
         with os.fdopen(descriptor, mode, encoding=encoding) as file:
             yield file
@@ -41,9 +43,12 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+        if isinstance(error, OSError) and error.filename in (None, temporary):
+            # A write on an open file, of a full disk above all, does not say which.
+            error.filename = str(path)
         raise
 
 
@@ -90,6 +95,7 @@ def save_checkpoint(value: dict[str, Any], path: str | Path) -> None:
         # torch's zip writer hides the cause of a failed write (a full disk,
         # mostly) behind its own exception; the chain still has it.
         if isinstance(error.__context__, OSError):
+            error.__context__.filename = str(path)
             raise error.__context__ from None
         raise
 

@@ -190,10 +190,16 @@ def run(argv: Sequence[str] | None = None) -> None:
     check_arguments(args)
     settings = extract_settings(args, given_flags(parser, argv))
 
-    from core.processes.launch import launch
+    from core.processes.launch import check_launch, launch, processes_of
+    from gradients.client import resolve_shards
     from gradients.extract import extract
+    from gradients.local_update import images_of_steps
 
-    launch(extract, LaunchSettings.from_arguments(args), settings)
+    launched = LaunchSettings.from_arguments(args)
+    check_launch(launched)
+    shards = resolve_shards(settings.batch.size, settings.client, processes_of(launched))
+    images_of_steps(settings.batch.size, settings.client.local, shards)
+    launch(extract, launched, settings)
 
 
 def check_arguments(args: argparse.Namespace) -> None:

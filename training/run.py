@@ -13,6 +13,7 @@ from core.client import check_fits, loss_named, own_data
 from core.clipping import noise_sentence
 from core.data.data_sets import DataSets, load_data
 from core.errors import InputError
+from core.locks import LOCK_NAME, check_unlocked, locked, remove_left_behind
 from core.losses import Loss
 from core.models.architecture import GivenModel
 from core.models.building import DEFAULT_POOL_KERNEL
@@ -48,8 +49,32 @@ def run_training(process: Process, settings: RunSettings) -> None:
     logging.basicConfig(
         level=logging.INFO if process.is_main else logging.ERROR, format="%(message)s"
     )
-    with _product_precision(tf32=settings.tf32):
+    lock = contextlib.nullcontext() if settings.evaluate else _root_of_one_run(process, settings)
+    with _product_precision(tf32=settings.tf32), lock:
         _train(process, settings)
+
+
+def check_root(root: Path) -> None:
+    """Refuse a folder that another training writes to, before processes are started.
+
+    Args:
+        root: Folder of checkpoints and records.
+
+    Raises:
+        InputError: Names the other run.
+    """
+    check_unlocked(root / LOCK_NAME, f"--result-root: {root}")
+
+
+@contextlib.contextmanager
+def _root_of_one_run(process: Process, settings: RunSettings) -> Iterator[None]:
+    """Within the block no other training writes to the folder."""
+    root = settings.root
+    if not process.is_main or (root.exists() and not root.is_dir()):
+        yield
+        return
+    with locked(root / LOCK_NAME, f"--result-root: {root}"):
+        yield
 
 
 @contextlib.contextmanager
@@ -216,6 +241,7 @@ def prepare_root(settings: RunSettings) -> Path | None:
     if root.exists() and not root.is_dir():
         raise InputError(f"--result-root: {root} is a file, not a folder")
     remove_unfinished(root)
+    remove_left_behind(root)
     latest = latest_checkpoint(root)
     if settings.resume == "auto":
         return usable_checkpoint(root)

@@ -53,14 +53,15 @@ def _prepared(
 ) -> tuple[AttackRun, tuple[Target, Truth | None]]:
     """The run that the command line describes, checked, and what its checkpoint holds."""
     from attack.cli.checks import check_places, check_run, check_search
-    from core.processes.launch import check_launch
+    from core.processes.launch import check_launch, processes_of
 
-    check_launch(LaunchSettings.from_arguments(args))
+    launched = LaunchSettings.from_arguments(args)
+    check_launch(launched)
     run = make_run(args, given)
     check_places(run, Path(args.root), args.id)
     if args.checkpoint is None:
         raise InputError("--checkpoint: give the gradient checkpoint to invert")
-    opened = check_run(run, cpu=args.cpu)
+    opened = check_run(run, cpu=args.cpu, processes=processes_of(launched))
     if args.superparameters_search:
         from attack.cli.search import with_best_settings
 

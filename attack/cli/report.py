@@ -14,6 +14,7 @@ from attack.metrics import Evaluation, evaluate
 from attack.metrics.information_ratio import gradient_information
 from attack.metrics.worst_case import worst_case
 from attack.record import AttackRecord, LabelRecord, RunRecord
+from core.escaping import printable
 from core.pictures import save_comparison, save_curve, save_images
 from core.records import provenance
 from core.storage import save_checkpoint, write_record, write_text
@@ -140,7 +141,7 @@ def _write(output: Output, record: RunRecord) -> None:
     path = output.run.folder / "record.json"
     write_record(path, record.to_json())
     if not output.run.showing.quiet:
-        print("\n\n".join(record.tables))
+        print(printable("\n\n".join(record.tables)))
         print(f"wrote {path}")
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -26,6 +28,8 @@ from attack.reconstruction import Reconstruction
 from attack.record import AttackRecord, LabelRecord, read_record
 from attack.settings import InversionConfig
 from core.errors import InputError
+from core.escaping import printable
+from core.locks import LOCK_NAME, locked, remove_left_behind
 from core.pictures import save_images
 from core.plugins import import_plugin
 from core.processes.distributed import Process, barrier, broadcast_object
@@ -56,6 +60,19 @@ def run_attack(
         target = threat.view(target)
     attack = make_attack(run.attack, run.settings, run.knowledge)
     output = Output(run, run_key(run, attack), attack, target, truth, process)
+    # State files tell by their names whose they are; only rank 0 writes beside them.
+    lock: AbstractContextManager[None] = contextlib.nullcontext()
+    if process.is_main:
+        lock = locked(run.folder / LOCK_NAME, f"--root and --id: {run.folder}")
+    with lock:
+        _run_locked(output)
+
+
+def _run_locked(output: Output) -> None:
+    """The run, in a folder that nobody else writes to."""
+    run, process = output.run, output.process
+    if process.is_main:
+        remove_left_behind(run.folder)
     if _is_finished(output):
         return
     if run.labels_only:
@@ -79,7 +96,7 @@ def _is_finished(output: Output) -> bool:
         record = finished_record(output.run.folder, output.key)
     if record is not None:
         print(f"already done: {output.run.folder / 'record.json'}")
-        print("\n".join(record.tables))
+        print(printable("\n".join(record.tables)))
     return bool(broadcast_object(record is not None))
 
 

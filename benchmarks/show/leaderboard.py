@@ -111,6 +111,16 @@ def check_entry(entry: Mapping[str, Any], name: str) -> None:
     if entry["schema"] != SCHEMA_VERSION:
         raise InputError(f"{name}: schema {entry['schema']} instead of {SCHEMA_VERSION}")
     _check_leakage(entry["leakage"], name)
+    _check_cost(entry, name)
+
+
+def _check_cost(entry: Mapping[str, Any], name: str) -> None:
+    """Utility is a percentage, and epsilon a distance; both may be unknown."""
+    utility, epsilon = entry["utility"], entry["epsilon"]
+    if utility is not None and not 0 <= utility <= 100:
+        raise InputError(f"{name}: utility {utility} is not a percentage")
+    if epsilon is not None and not (0 <= epsilon < math.inf):
+        raise InputError(f"{name}: epsilon {epsilon} is not a finite number from 0 on")
 
 
 def _check_leakage(leakage: Mapping[str, Any], name: str) -> None:
@@ -121,6 +131,30 @@ def _check_leakage(leakage: Mapping[str, Any], name: str) -> None:
             # JSON's NaN would stand anywhere in the ranking.
             if not _is_number(value):
                 raise InputError(f"{name}: leakage.{metric}.{part} is not a number")
+        assert isinstance(numbers, dict)
+        _check_metric(metric, numbers, f"{name}: leakage.{metric}")
+
+
+# The values that a metric can have. The SSIM of images that have nothing in common scatters
+# around 0; one far below is an error of sign.
+_LIMITS = {"ssim": (-0.1, 1.0), "psnr": (-math.inf, math.inf), "mse": (0.0, math.inf)}
+# Means of the same numbers in another order differ by rounding.
+_ROUNDING = 1e-6
+
+
+def _check_metric(metric: str, numbers: Mapping[str, Any], name: str) -> None:
+    """Refuse what no set of images can have."""
+    n, mean, worst = numbers["n"], numbers["mean"], numbers["worst"]
+    if n != int(n) or n < 1:
+        raise InputError(f"{name}.n is {n}: images are counted by whole numbers from 1 on")
+    low, high = _LIMITS[metric]
+    for part, value in (("mean", mean), ("worst", worst)):
+        if not low - _ROUNDING <= value <= high + _ROUNDING:
+            raise InputError(f"{name}.{part} is {value}: must lie between {low:g} and {high:g}")
+    # The worst image is the one that gave most away.
+    above = worst - mean if METRICS[metric] == "high" else mean - worst
+    if above < -_ROUNDING * max(1.0, abs(mean)):
+        raise InputError(f"{name}: the worst image, {worst}, gives away less than the mean, {mean}")
 
 
 def _is_number(value: object) -> bool:
