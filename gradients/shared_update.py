@@ -21,6 +21,8 @@ from torch import nn
 from core.errors import InputError
 from core.models.state_files import State, States, named, read_state, renamed
 from core.target import RUNNING_STATISTICS
+from gradients.update_findings import processing, statistics
+from gradients.update_traces import Finding, Moved, moved
 
 if TYPE_CHECKING:
     import pandas
@@ -31,6 +33,8 @@ Source = str | Path | nn.Module | States
 _NEAR = 0.9
 _FAR = 0.3
 WEIGHTS, DIFFERENCE = "weights", "difference"
+_COUNTER = "num_batches_tracked"
+_MEAN_AND_VARIANCE = ("running_mean", "running_var")
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class SharedUpdate:
         looks_like: "weights" or "difference": what was sent, stated or told apart.
         certain: Whether that was stated, or clear from the numbers.
         unknown: Names in what was sent that the state before does not have.
+        findings: What its values say, see `gradients.update_findings`.
     """
 
     before: State
@@ -96,6 +101,37 @@ class SharedUpdate:
         if not names or any(name not in self.change for name in names):
             return None
         return {name: self.before[name] + self.change[name] for name in names}
+
+    @cached_property
+    def findings(self) -> tuple[Finding, ...]:
+        """What was done to the update and what it says of the training, from its values."""
+        return self.examine()
+
+    def examine(self, max_norm: float | None = None) -> tuple[Finding, ...]:
+        """The findings, see `gradients.update_findings`.
+
+        Args:
+            max_norm: The clipping norm that the update is said to have, to be compared.
+        """
+        running = [n for n in self.before if n.endswith(_MEAN_AND_VARIANCE)]
+        counted = [float(v) for n, v in self.change.items() if n.endswith(_COUNTER)]
+        sent = [n for n in running if n in self.change]
+        unchanged = sum(math.prod(e.shape) for e in self.entries if e.kind == "unchanged")
+        done = processing(self._moved(), unchanged, max_norm)
+        return (*done, *statistics(running, sent, counted))
+
+    def _moved(self) -> list[Moved]:
+        return [
+            moved(
+                e.name,
+                self.before[e.name],
+                self.change[e.name],
+                getattr(torch, e.number_format),
+                self.looks_like == WEIGHTS,
+            )
+            for e in self.entries
+            if e.kind == "shared"
+        ]
 
     def to_frame(self) -> pandas.DataFrame:
         """One row per tensor."""
@@ -139,10 +175,12 @@ class SharedUpdate:
             table.add_row(
                 [e.name, e.kind, shape, e.number_format, _number(e.norm), _number(e.relative)]
             )
-        return f"{self!r}\n{table}"
+        return "\n".join([f"{self!r}\n{table}", *map(str, self.findings)])
 
     def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(repr(self))}</pre>{self.to_frame().to_html()}"
+        found = html.escape("\n".join(map(str, self.findings)))
+        head = f"<pre>{html.escape(repr(self))}</pre>"
+        return f"{head}{self.to_frame().to_html()}<pre>{found}</pre>"
 
 
 def _number(value: float | None) -> str:
