@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from attack.metrics import relative_leakage
+from audit.permutations import holm
 from audit.rdlv_archive import read_archive
 from audit.similarity import SimMetric, similarity_matrix
 from core.array_files import read_arrays
@@ -49,8 +50,12 @@ class ImageLeakage:
         rdlv: Relative data leakage value.
         p_value: Share of other patients for whom the reconstructions have at least this
             RDLV (counting the image itself); None without other patients.
+            That the largest of several images stands out by chance is not paid for; read
+            `p_value_corrected` for that.
         rank: Place of the image among all candidates when they are ordered by their
             similarity to the reconstruction; 1 is the nearest.
+        p_value_corrected: The p-value with Holm's correction for looking at all images; None
+            without other patients.
     """
 
     reconstruction: int
@@ -59,6 +64,7 @@ class ImageLeakage:
     rdlv: float
     p_value: float | None
     rank: int
+    p_value_corrected: float | None = None
 
 
 @dataclass
@@ -217,6 +223,8 @@ def _report(
     reduced = float(rdlv.max() if reduce == "max" else rdlv.min())
     null = None if others is None else (sign * others.relative[:, :, 0]).max(1)
     pool = own.similarity if others is None else np.vstack([own.similarity, others.similarity])
+    p_values = None if null is None else [_p_value(v, null) for v in (sign * rdlv).tolist()]
+    corrected = None if p_values is None else holm(p_values).tolist()
     images = []
     for index, (chosen, value) in enumerate(zip(best.tolist(), rdlv.tolist(), strict=True)):
         candidates = sign * pool[:, chosen, 0]
@@ -226,8 +234,9 @@ def _report(
                 similarity=float(own.similarity[index, chosen, 0]),
                 prior_similarity=float(own.prior[index, 0, 0]),
                 rdlv=value,
-                p_value=None if null is None else _p_value(sign * value, null),
+                p_value=None if p_values is None else p_values[index],
                 rank=1 + int((candidates > candidates[index]).sum()),
+                p_value_corrected=None if corrected is None else corrected[index],
             )
         )
     above = sign * reduced > threshold
