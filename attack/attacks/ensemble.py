@@ -32,7 +32,7 @@ from attack.knowledge.label_search import (
     parts_of,
 )
 from attack.knowledge.threat_models import Capability
-from attack.loop.inversion import label_trial
+from attack.loop.inversion import InterruptedInversion, label_trial
 from attack.matching.matcher import GradientMatcher
 from attack.matching.objectives import Cosine
 from attack.matching.replica import Replica
@@ -250,7 +250,14 @@ class Ensemble:
         self._measure_budget()
         labels = self._recover_labels()
         self._run_closed_forms(labels)
-        self._halve(labels)
+        try:
+            self._halve(labels)
+        except InterruptedInversion:
+            finished = [m for m in self.members if m.result is not None]
+            if not finished:
+                raise
+            best = dataclasses.replace(self._conclude(finished), status="interrupted")
+            raise InterruptedInversion(best) from None
         finished = [m for m in self.members if m.result is not None]
         if not finished:
             reasons = "; ".join(f"{m.name}: {m.reason}" for m in self.members)

@@ -30,13 +30,7 @@ def check_run(run: AttackRun, *, cpu: bool) -> tuple[Target, Truth | None]:
     Raises:
         InputError: Names the flag or the file.
     """
-    rule = run.knowledge.label_rule
-    if rule not in rule_names():
-        raise InputError(f"--pseudo-label-init {rule}: choose one of {', '.join(rule_names())}")
-    attack = make_attack(run.attack, run.settings, run.knowledge)
-    config = getattr(attack, "config", None)
-    if isinstance(config, InversionConfig):
-        config.speed.check_device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
+    attack = check_settings(run, cpu=cpu)
     if run.spread == "restarts":
         check_spreadable(attack)
     target, truth = load_target(run.checkpoint)
@@ -46,6 +40,29 @@ def check_run(run: AttackRun, *, cpu: bool) -> tuple[Target, Truth | None]:
     if run.prior is not None:
         prior_images(run.prior, target)
     return target, truth
+
+
+def check_settings(run: AttackRun, *, cpu: bool) -> Attack:
+    """Refuse settings that no checkpoint could be inverted with.
+
+    Args:
+        run: What is asked for.
+        cpu: Whether a GPU is left alone even if there is one.
+
+    Returns:
+        The attack.
+
+    Raises:
+        InputError: Names the flag.
+    """
+    rule = run.knowledge.label_rule
+    if rule not in rule_names():
+        raise InputError(f"--pseudo-label-init {rule}: choose one of {', '.join(rule_names())}")
+    attack = make_attack(run.attack, run.settings, run.knowledge)
+    config = getattr(attack, "config", None)
+    if isinstance(config, InversionConfig):
+        config.speed.check_device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
+    return attack
 
 
 def _check_needs_no_truth(run: AttackRun) -> None:

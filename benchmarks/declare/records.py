@@ -70,7 +70,8 @@ _WRITTEN: dict[str, dict[str, str]] = {
         "evaluation.gain_over_baselines": METRIC,
         "worst_case.per_image": f"index {METRIC} {METRIC}_attack",
         f"worst_case.by_attack.{KEY}.{METRIC}": "mean std",
-        "GInfoR.by_sample": "index label confidence predicted norm cosine information ratio",
+        "GInfoR.by_sample": "index label confidence predicted norm cosine information ratio "
+        "predicted_confidence distance same_signs",
         "GInfoR.by_label": KEY,
         f"label_rules.{KEY}": "accuracy reason labels",
         "provenance": _PROVENANCE,
