@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from core.target import described
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -17,8 +19,9 @@ class Reconstruction:
     """The outcome of one attack on one target.
 
     Attributes:
-        images: N x C x H x W in [0, 1], on the CPU.
-        labels: N recovered class indices.
+        images: N x C x H x W in [0, 1], on the CPU; or signals (N x C x L), volumes
+            (N x C x D x H x W) or rows of a table (N x F), in [0, 1] only if they are bounded.
+        labels: N recovered class indices, or whatever the client's loss compares with.
         objective: The gradient loss of `images`.
         trace: One dictionary per printed iteration (iteration, objective, ...).
         seconds: Wall-clock time of the attack.
@@ -42,19 +45,23 @@ class Reconstruction:
         n, *shape = self.images.shape
         return (
             f"Reconstruction of {n} images ({' x '.join(map(str, shape))}), labels "
-            f"{self.labels.tolist()}, objective {self.objective:.3g} after {self.iterations} "
+            f"{described(self.labels)}, objective {self.objective:.3g} after {self.iterations} "
             f"iterations in {self.seconds:.1f} s ({self.status})"
         )
 
     def plot(self, columns: int = 8) -> Figure:
         """Draw the images with their labels.
 
+        Volumes are drawn as a row of slices, signals as lines, rows of a table as coloured
+        squares.
+
         Args:
             columns: Images per row.
         """
         from core.pictures import image_grid
 
-        return image_grid(self.images, self.labels.tolist(), columns=columns)
+        captions = self.labels.tolist() if self.labels.dim() == 1 else None
+        return image_grid(self.images, captions, columns=columns)
 
     def _repr_html_(self) -> str:
         """The summary and the images, as a notebook shows them."""

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from attack.attacks import OptimizationAttack, get_attack
-from attack.knowledge.labels import recover_labels
+from attack.knowledge.labels import DEFAULT_RULE, broken_assumption, recover_labels
 from attack.loop.inversion import Inversion
 from attack.loop.loss_terms import make_objective, make_regularizers
 from attack.loop.parts import Parts, make_variables
@@ -287,19 +287,26 @@ def _start(
     return data.denormalize(torch.zeros(shape))
 
 
+def _rule_for(target: Target) -> str:
+    """A published rule where it is exact: row sums of one image bear more noise than its bias."""
+    if target.batch_size > 1:
+        return "ilrg-robust"
+    return "idlg" if broken_assumption("idlg", target) is None else DEFAULT_RULE
+
+
 def _labels(target: Target, settings: InversionSettings) -> tuple[torch.Tensor, str]:
     """Labels recovered from the update, and by which rule; or "joint" to optimise them.
 
     With several local steps the counts of each step are unknown, so labels are optimised;
     so they are where the update is too noisy for any to be recovered.
     """
-    rule = "idlg" if target.batch_size == 1 else "ilrg-robust"
     joint = torch.zeros(target.batch_size, dtype=torch.long), "joint"
     if settings.labels == "joint" or (
         settings.labels == "auto" and target.batch_size > 1 and target.local.steps > 1
     ):
         return joint
     try:
+        rule = _rule_for(target)
         return recover_labels(rule, target), rule
     except InputError:
         if settings.labels == "recovered":

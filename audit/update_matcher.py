@@ -79,7 +79,7 @@ class UpdateMatcher:
         With a weight of 0 the weights do not move: the batches pass the network as the site
         received it, for the penalty alone.
         """
-        variables = fresh_variables(inputs, labels)
+        variables = fresh_variables(inputs, labels, self.replica.optimises(labels))
         observe = None if penalty is None else penalty(self.replica.model)
         value = torch.zeros((), dtype=torch.float64, device=inputs.device)
         outputs: Tensors = []

@@ -17,6 +17,19 @@ class InputError(ValueError):
     """Something the user gave cannot be used; the message names the flag or the file."""
 
 
+class RankError(RuntimeError):
+    """One of the processes of a run failed, was ended, or does not answer.
+
+    Args:
+        sentence: Which one, and what happened.
+        told: The process's own traceback, where the fault is in the code.
+    """
+
+    def __init__(self, sentence: str, told: str = "") -> None:
+        super().__init__(sentence)
+        self.told = told
+
+
 def exit_status(command: Callable[[], None]) -> int:
     """Run a command and turn its outcome into a process exit status.
 
@@ -24,9 +37,9 @@ def exit_status(command: Callable[[], None]) -> int:
         command: The command, without arguments.
 
     Returns:
-        0 on success, 2 on bad input or a full disk (one sentence on standard
-        error), 130 when interrupted from the keyboard, 141 when whoever read the
-        output has left (`| head`).
+        0 on success, 1 when one of several processes was lost, 2 on bad input or a
+        full disk (one sentence on standard error), 130 when interrupted from the
+        keyboard, 141 when whoever read the output has left (`| head`).
     """
     try:
         command()
@@ -34,6 +47,9 @@ def exit_status(command: Callable[[], None]) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RankError as error:
+        print(f"{error.told}error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted: run the same command again to continue", file=sys.stderr)
         return 130

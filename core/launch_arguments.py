@@ -6,14 +6,19 @@ import argparse
 import dataclasses
 import re
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 # What argparse takes for a flag before Python 3.14
 # (https://github.com/python/cpython/issues/105712).
 _SCIENTIFIC_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 _NOT_GIVEN: Final = object()
+DEFAULT_TIMEOUT = 600.0
+# What may differ between the processes of a run: where they are and where they write.
+_OF_ONE_PROCESS = frozenset(
+    ("rank", "gpu", "dist_url", "timeout", "workers", "root", "results", "result_root", "data_root")
+)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -64,6 +69,13 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
         "--nproc-per-node", type=int, default=None, help="processes on this node (default: GPUs)"
     )
     group.add_argument("--cpu", action="store_true", help="do not use a GPU even if there is one")
+    group.add_argument(
+        "--timeout",
+        type=float,
+        default=DEFAULT_TIMEOUT,
+        metavar="SECONDS",
+        help="how long processes wait for one that does not answer",
+    )
 
 
 @dataclass(frozen=True)
@@ -80,6 +92,8 @@ class LaunchSettings:
         multiprocessing_distributed: Whether this node's processes are to be spawned.
         nproc_per_node: Processes on this node; None for one per GPU.
         cpu: Whether GPUs are left alone.
+        timeout: Seconds that processes wait for one that does not answer.
+        shared: What all processes must be told alike, by flag.
     """
 
     seed: int = 0
@@ -91,9 +105,16 @@ class LaunchSettings:
     multiprocessing_distributed: bool = False
     nproc_per_node: int | None = None
     cpu: bool = False
+    timeout: float = DEFAULT_TIMEOUT
+    shared: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @staticmethod
     def from_arguments(args: argparse.Namespace) -> LaunchSettings:
         """What a command line says, parsed with the flags of `add_launch_arguments`."""
-        names = [field.name for field in dataclasses.fields(LaunchSettings)]
-        return LaunchSettings(**{name: getattr(args, name) for name in names})
+        names = [each.name for each in dataclasses.fields(LaunchSettings) if each.compare]
+        shared = {
+            f"--{name.replace('_', '-')}": value
+            for name, value in vars(args).items()
+            if name not in _OF_ONE_PROCESS
+        }
+        return LaunchSettings(**{name: getattr(args, name) for name in names}, shared=shared)

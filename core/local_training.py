@@ -171,6 +171,11 @@ class LocalTraining:
         one_step = self.steps == 1 and self.learning_rates()[0] == self.lr
         return one_step and self.optimizer == SGD and not changed
 
+    @property
+    def order_assumed(self) -> bool:
+        """Whether an attacker who simulates the training assumes which images share steps."""
+        return not self.order_known and self.epochs > 1 and self.batches > 1
+
     def learning_rates(self) -> tuple[float, ...]:
         """The learning rate of every step of the optimiser."""
         if self.rates is not None:

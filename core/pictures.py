@@ -1,4 +1,8 @@
-"""Pictures of a result: originals above reconstructions, and the run of an attack."""
+"""Pictures of a result: originals above reconstructions, and the run of an attack.
+
+A sample of any shape fits in the cells: an image as it is, a volume as a row of slices, a
+signal as one line per channel, a row of a table as a grid of its values in colours.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,10 @@ if TYPE_CHECKING:
 
 _CELL_INCHES = 1.35
 _DPI = 120
+# Slices of a volume in a row, from one end to the other; its picture is as many cells wide.
+_SLICES = 5
+# Most values of a table's row that are written into their squares.
+_WRITTEN = 64
 
 
 def read_image(path: str | Path, shape: tuple[int, ...], flag: str) -> torch.Tensor:
@@ -27,19 +35,24 @@ def read_image(path: str | Path, shape: tuple[int, ...], flag: str) -> torch.Ten
 
     Args:
         path: PNG, JPEG or whatever Pillow reads.
-        shape: C, H, W; a target of any other number of channels than 3 gets the grey image in
-            all of them.
+        shape: C, H, W of the target's images; a target of any other number of channels than 3
+            gets the grey image in all of them.
         flag: What the user gave it with, for messages.
 
     Returns:
         C x H x W in [0, 1].
 
     Raises:
-        InputError: Missing, or no image.
+        InputError: Missing, or no image; or the target's samples are no images.
     """
     import numpy as np
     from PIL import Image
 
+    if len(shape) != 3:
+        raise InputError(
+            f"{flag} {path}: an image does not fit a target whose samples have shape "
+            f"{' x '.join(map(str, shape))}"
+        )
     channels, height, width = shape
     try:
         with Image.open(path) as file:
@@ -65,7 +78,7 @@ def save_comparison(
 
     Args:
         path: PNG file, written atomically.
-        originals: N x C x H x W in [0, 1].
+        originals: N x C x H x W in [0, 1], or signals, volumes or rows of a table.
         reconstructions: The same shape, in the same order (`images[evaluation.order]`).
         scores: `Evaluation.per_image`; nothing is written below the images if None.
         title: Above the grid.
@@ -83,16 +96,18 @@ def save_comparison(
     shown = min(len(originals), max_images)
     if shown < len(originals):
         title = f"{title} ({shown} of {len(originals)} images)".strip()
-    columns = min(columns, shown)
+    wide = _cells_across(originals)
+    columns = max(1, min(columns // wide, shown))
     bands = math.ceil(shown / columns)
-    figure = _figure(columns * _CELL_INCHES, bands * 2.3 * _CELL_INCHES + 0.5)
+    figure = _figure(columns * wide * _CELL_INCHES, bands * 2.3 * _CELL_INCHES + 0.5)
     axes = figure.subplots(2 * bands, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     for index in range(shown):
         band, column = divmod(index, columns)
         _show(axes[2 * band][column], originals[index])
-        _show(axes[2 * band + 1][column], reconstructions[index])
+        scale = _scale(originals[index])
+        _show(axes[2 * band + 1][column], reconstructions[index], scale)
         if scores is not None:
             axes[2 * band + 1][column].set_title(caption(scores[index]), y=-0.24, fontsize=7)
     for band in range(bands):
@@ -112,7 +127,8 @@ def save_gallery(
 
     Args:
         path: PNG file, written atomically.
-        rows: By name as many images (C x H x W in [0, 1], of any sizes) as the first row has.
+        rows: By name as many images (C x H x W in [0, 1], of any sizes; or other samples)
+            as the first row has.
         captions: By the name of a row, what is written above its images.
         title: Above the grid.
 
@@ -122,7 +138,8 @@ def save_gallery(
     count = len(next(iter(rows.values())))
     if any(len(images) != count for images in rows.values()):
         raise InputError("the rows of a gallery must hold equally many images")
-    figure = _figure(count * _CELL_INCHES + 0.3, len(rows) * 1.15 * _CELL_INCHES + 0.3)
+    wide = max((_cells_across(images) for images in rows.values()), default=1)
+    figure = _figure(count * wide * _CELL_INCHES + 0.3, len(rows) * 1.15 * _CELL_INCHES + 0.3)
     axes = figure.subplots(len(rows), count, squeeze=False)
     for band, (name, images) in zip(axes, rows.items(), strict=True):
         texts = (captions or {}).get(name, [""] * count)
@@ -137,7 +154,7 @@ def save_gallery(
 def save_images(
     path: str | Path, images: torch.Tensor, *, title: str = "", columns: int = 8
 ) -> None:
-    """Write a grid of images (N x C x H x W in [0, 1]) as a PNG, atomically."""
+    """Write a grid of images (N x C x H x W in [0, 1], or others) as a PNG, atomically."""
     _save(image_grid(images, columns=columns), title, path)
 
 
@@ -147,16 +164,17 @@ def image_grid(
     """Draw a grid of images.
 
     Args:
-        images: N x C x H x W in [0, 1].
+        images: N x C x H x W in [0, 1], or signals, volumes or rows of a table.
         captions: N texts or numbers above them.
         columns: Images per row.
 
     Returns:
         A figure of its own, which pyplot does not know.
     """
-    columns = max(1, min(columns, len(images)))
+    wide = _cells_across(images)
+    columns = max(1, min(columns // wide, len(images)))
     rows = math.ceil(len(images) / columns)
-    figure = _figure(columns * _CELL_INCHES, rows * _CELL_INCHES + 0.5)
+    figure = _figure(columns * wide * _CELL_INCHES, rows * _CELL_INCHES + 0.5)
     axes = figure.subplots(rows, columns, squeeze=False)
     for index, axis in enumerate(axes.flat):
         axis.set_axis_off()
@@ -228,9 +246,46 @@ def _figure(width: float, height: float) -> Figure:
     return blank_figure(max(width, 2.5), height, dpi=_DPI)
 
 
-def _show(axis: Axes, image: torch.Tensor) -> None:
+def _cells_across(samples: Sequence[torch.Tensor] | torch.Tensor) -> int:
+    """How many cells of the grid the picture of a sample is wide."""
+    dims = samples[0].dim() - 1 if len(samples) else 2
+    return {1: 2, 3: _SLICES}.get(dims, 1)
+
+
+def _scale(sample: torch.Tensor) -> tuple[float, float]:
+    """Values of the darkest and of the brightest, or of the lowest and of the highest point.
+
+    0 and 1 where they suffice: of images, and of volumes.
+    """
+    finite = sample[sample.isfinite()]
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
+    if sample.dim() > 2 and low > -1e-3 and high < 1 + 1e-3:
+        return 0.0, 1.0
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def _show(axis: Axes, sample: torch.Tensor, scale: tuple[float, float] | None = None) -> None:
+    """Draw one sample by the number of its axes.
+
+    Args:
+        axis: Where to draw.
+        sample: C x H x W, C x D x H x W, C x L or F.
+        scale: See `_scale`; of the sample itself if None.
+    """
+    low, high = _scale(sample) if scale is None else scale
+    plain = sample.detach().float().cpu()
+    if plain.dim() == 2:
+        _show_signal(axis, plain, low, high)
+        return
+    shares = ((plain - low) / (high - low)).nan_to_num(0.5).clamp(0, 1)
+    if plain.dim() == 1:
+        _show_row(axis, plain, shares)
+    else:
+        _show_image(axis, _side_by_side(shares) if plain.dim() == 4 else shares)
+
+
+def _show_image(axis: Axes, shown: torch.Tensor) -> None:
     """Three channels as colours, any other number as the grey of their mean."""
-    shown = image.detach().float().cpu().nan_to_num(0.5).clamp(0, 1)
     options: dict[str, Any] = {"vmin": 0, "vmax": 1, "interpolation": "nearest"}
     if len(shown) == 3:
         axis.imshow(shown.permute(1, 2, 0).numpy(), **options)
@@ -238,13 +293,48 @@ def _show(axis: Axes, image: torch.Tensor) -> None:
         axis.imshow(shown.mean(0).numpy(), cmap="gray", **options)
 
 
+def _side_by_side(volume: torch.Tensor) -> torch.Tensor:
+    """Slices of a volume (C x D x H x W) at even distances, as one image with white gaps."""
+    channels, depth, height, width = volume.shape
+    count = min(_SLICES, depth)
+    # In the middle of as many parts of equal depth.
+    places = [(2 * i + 1) * depth // (2 * count) for i in range(count)]
+    gap = volume.new_ones((channels, height, max(1, width // 16)))
+    parts = [part for place in places for part in (gap, volume[:, place])]
+    return torch.cat(parts[1:], dim=-1)
+
+
+def _show_signal(axis: Axes, signal: torch.Tensor, low: float, high: float) -> None:
+    """One line per channel of C x L, on the scale from low to high."""
+    for line in signal:
+        axis.plot(line.numpy(), linewidth=0.8)
+    margin = 0.05 * (high - low)
+    axis.set_ylim(low - margin, high + margin)
+    axis.set_xlim(0, max(1, signal.shape[1] - 1))
+
+
+def _show_row(axis: Axes, row: torch.Tensor, shares: torch.Tensor) -> None:
+    """The values of a table's row in reading order as coloured squares, with their numbers."""
+    columns = math.ceil(math.sqrt(len(row)))
+    squares = shares.new_full((math.ceil(len(row) / columns) * columns,), float("nan"))
+    squares[: len(row)] = shares
+    axis.imshow(squares.view(-1, columns).numpy(), vmin=0, vmax=1, cmap="viridis")
+    for index, value in enumerate(row.tolist() if len(row) <= _WRITTEN else []):
+        down, across = divmod(index, columns)
+        ink = "black" if shares[index] > 0.5 else "white"
+        size = max(2.0, 22 / columns)
+        axis.text(across, down, f"{value:.2g}", color=ink, fontsize=size, ha="center", va="center")
+
+
 def caption(score: Mapping[str, Any]) -> str:
-    """PSNR and SSIM of an image in a few characters; a star where it was recovered exactly."""
+    """PSNR and SSIM (else NCC) in a few characters; a star where it was recovered exactly."""
     parts = []
     if score.get("psnr") is not None:
         parts.append(f"{score['psnr']:.1f} dB" + ("*" if score.get("exact") else ""))
     if score.get("ssim") is not None:
         parts.append(f"{score['ssim']:.2f}")
+    elif score.get("ncc") is not None:
+        parts.append(f"r {score['ncc']:.2f}")
     return " / ".join(parts) or "no score"
 
 

@@ -9,6 +9,7 @@ import torch
 from core.data.specs import DataSpec
 from core.errors import InputError
 from core.local_training import LocalTraining as LocalTraining
+from core.losses import DEFAULT_LOSS, Loss, is_default
 from core.models.architecture import Architecture
 from core.models.building import load_parameters
 
@@ -45,6 +46,7 @@ class Target:
             by their names in `state_dict` (those of its first process, where statistics
             are asynchronous), as a client shares them that shares its whole state; None
             where it keeps them.
+        loss: What the client minimises.
     """
 
     model: Architecture
@@ -60,16 +62,20 @@ class Target:
     defenses: tuple[str, ...] = ()
     dropout_seed: int | None = None
     running_after: dict[str, torch.Tensor] | None = None
+    loss: Loss = DEFAULT_LOSS
 
     def __post_init__(self) -> None:
         if not self.shards:
             object.__setattr__(self, "shards", (self.batch_size,))
+        check_parts(self.loss, len(self.shards))
 
     def __repr__(self) -> str:
         shape = " x ".join(map(str, self.data.shape))
+        classes = f"{self.data.n_classes} classes, " if self.data.n_classes else ""
+        loss = "" if is_default(self.loss) else f"loss {self.loss.name}, "
         return (
             f"Target of {self.batch_size} images ({shape}): {len(self.gradient)} tensors of "
-            f"{self.model.name}, {self.data.n_classes} classes, {self.local.steps} local step(s), "
+            f"{self.model.name}, {classes}{loss}{self.local.steps} local step(s), "
             f"{'train' if self.train_mode else 'eval'} mode, defenses: "
             f"{', '.join(self.defenses) or 'none'}"
         )
@@ -87,13 +93,30 @@ class Target:
         return model.train(self.train_mode)
 
 
+def check_parts(loss: Loss, parts: int) -> None:
+    """Refuse a batch in several parts under a loss that no sum over them gives.
+
+    Args:
+        loss: What the client minimises.
+        parts: Processes or groups that the batch is spread over.
+
+    Raises:
+        InputError: The loss is no mean over samples and there are several parts.
+    """
+    if parts > 1 and not loss.mean_over_samples:
+        raise InputError(
+            f"the loss {loss.name} is no mean over samples, so that a batch cannot be spread over "
+            f"{parts} processes"
+        )
+
+
 @dataclass(frozen=True, repr=False)
 class Truth:
     """What the client meant to keep private; no attack ever receives it.
 
     Attributes:
-        images: N x C x H x W in [0, 1].
-        labels: N class indices.
+        images: N x C x H x W in [0, 1], or what else the model takes (see `DataSpec.shape`).
+        labels: N class indices, or what else the loss compares with (N x ...).
         mean_image: Mean of images that are not the client's (C x H x W in [0, 1]): what
             one would guess without any gradient. None where unknown.
         nearest_images: For each image the most similar one that is not the client's
@@ -105,7 +128,24 @@ class Truth:
     mean_image: torch.Tensor | None = None
     nearest_images: torch.Tensor | None = None
 
+    @property
+    def inputs(self) -> torch.Tensor:
+        """What the model was given, before its normalisation: the images."""
+        return self.images
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """What the loss compared the outputs with: the labels."""
+        return self.labels
+
     def __repr__(self) -> str:
         n, *shape = self.images.shape
         size = " x ".join(map(str, shape))
-        return f"Truth of {n} images ({size}), labels {self.labels.tolist()}"
+        return f"Truth of {n} images ({size}), labels {described(self.labels)}"
+
+
+def described(labels: torch.Tensor) -> str:
+    """Class indices as a list; of targets of another kind their shape."""
+    if labels.dim() == 1:
+        return str(labels.tolist())
+    return f"of shape {' x '.join(map(str, labels.shape))}"

@@ -56,6 +56,7 @@ COMMANDS = {
     "python -m audit.gate_log": "audit.gate_log",
     "python -m training.reports": "training.reports",
     "python -m benchmarks.equal_time": "benchmarks.speed.equal_time",
+    "python -m benchmarks.models": "benchmarks.models.__main__",
     "python -m benchmarks.speed": "benchmarks.speed.__main__",
     "python -m benchmarks.speed.scaling": "benchmarks.speed.scaling",
     "python -m benchmarks.speed.pages": "benchmarks.speed.pages",
@@ -76,10 +77,18 @@ def main() -> None:
     """Replace the folder of generated pages."""
     written = pages()
     shutil.rmtree(GENERATED, ignore_errors=True)
+    (ROOT / "docs" / "models.md").write_text(models_page(), encoding="utf-8")
     for name, text in written.items():
         path = GENERATED / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
+
+
+def models_page() -> str:
+    """Which models work, from the record of `python -m benchmarks.models`."""
+    from benchmarks.models.record import Record
+
+    return Record.read(ROOT / "results" / "models").page()
 
 
 def pages() -> dict[str, str]:

@@ -18,6 +18,16 @@ import torch
 from core.clipping import BATCH
 from core.data.specs import DataSpec
 from core.errors import InputError
+from core.losses import (
+    DEFAULT_LOSS,
+    GIVEN,
+    Function,
+    GivenLoss,
+    Loss,
+    Targets,
+    is_default,
+    loss_from,
+)
 from core.models.architecture import Architecture, GivenModel
 from core.models.building import ModelSpec, default_stem
 from core.processes.distributed import shard_sizes
@@ -25,12 +35,18 @@ from core.storage import load_checkpoint, save_checkpoint
 from core.target import RUNNING_STATISTICS, BatchStatistics, LocalTraining, Target, Truth
 from gradients.private_gradient import PrivacySettings
 
+# Of images in [0, 1] with one class each under cross-entropy, which every reader knows.
 FORMAT_VERSION = 1
+# Of any other client: earlier readers refuse it instead of taking it for such a classifier.
+ANY_CLIENT_VERSION = 2
 # The original tools' word for "no layer is frozen".
 ALL_LAYERS = "all"
 # Builds the module that a checkpoint belongs to, where it is not one of our architectures.
 Builder = Callable[[], torch.nn.Module]
 MAX_BATCH_SIZE = 1_000_000
+MAX_IMAGE_SIDE = 16384
+# Of a volume, a signal or a row of a table.
+MAX_SIDE = 1 << 20
 
 
 def save_target(
@@ -51,11 +67,14 @@ def save_target(
             stored as text; whoever reads the file decides whether to call it.
 
     Raises:
-        InputError: The model is a given module and nothing says how to rebuild it.
+        InputError: The model is a given module, or the loss a given function, and nothing
+            says how to find it again.
     """
     builder = builder or str(target.model.describe().get("builder") or "")
     if isinstance(target.model, GivenModel):
         _check_builder(target.model, builder)
+    if isinstance(target.loss, GivenLoss):
+        _check_source(target.loss)
     published = _published_keys(target, truth, arguments or {})
     private = {
         "mean_image": None if truth is None else truth.mean_image,
@@ -64,9 +83,22 @@ def save_target(
     save_checkpoint({**published, **_our_keys(target, builder), **private}, path)
 
 
+def _is_importable(text: str) -> bool:
+    """Whether it reads `module:function`."""
+    module, _, function = text.partition(":")
+    return function.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
+def _check_source(loss: GivenLoss) -> None:
+    if not _is_importable(loss.source):
+        raise InputError(
+            f"the loss {loss.name} is a function of your own, and a file holds no code: name it "
+            "with GivenLoss(function, source='module:function')"
+        )
+
+
 def _check_builder(model: GivenModel, builder: str) -> None:
-    module, _, function = builder.partition(":")
-    if not (function.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+    if not _is_importable(builder):
         raise InputError(
             f"{model.name} is a module of your own, and a file holds no code: name the function "
             f"that builds it with builder='module:function' (got {builder!r})"
@@ -106,7 +138,8 @@ def _our_keys(target: Target, builder: str) -> dict[str, Any]:
     """What the published keys cannot express."""
     statistics = target.bn_statistics
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if _is_classifier(target) else ANY_CLIENT_VERSION,
+        **({} if is_default(target.loss) else {"loss": target.loss.describe()}),
         "model": target.model.describe() | ({"builder": builder} if builder else {}),
         "data": target.data.to_dict(),
         "parameter_names": list(target.gradient),
@@ -119,6 +152,12 @@ def _our_keys(target: Target, builder: str) -> dict[str, Any]:
         "dropout_seed": target.dropout_seed,
         "running_after": target.running_after,
     }
+
+
+def _is_classifier(target: Target) -> bool:
+    """Whether it is a client of the kind that all versions of the format know."""
+    data = target.data
+    return is_default(target.loss) and data.bounded and len(data.shape) == 3
 
 
 def _local_keys(local: LocalTraining) -> dict[str, Any]:
@@ -135,7 +174,10 @@ def _free_layers(target: Target) -> list[str]:
 
 
 def load_target(
-    path: str | Path, flag: str = "--checkpoint", build: Builder | None = None
+    path: str | Path,
+    flag: str = "--checkpoint",
+    build: Builder | None = None,
+    loss: Function | Loss | None = None,
 ) -> tuple[Target, Truth | None]:
     """Read a gradient checkpoint of ours or of the original tools. Nothing in it is run.
 
@@ -143,6 +185,7 @@ def load_target(
         path: File to read.
         flag: The flag the user gave it with, for messages.
         build: Builds the module, for a checkpoint of a module that the user gave.
+        loss: The client's loss, for a checkpoint whose loss is a function that the user gave.
 
     Returns:
         What the attacker may see, and (kept apart, None if stripped) the truth.
@@ -156,7 +199,7 @@ def load_target(
     if missing:
         raise InputError(f"{flag}: {path} is not a gradient checkpoint (no {', '.join(missing)})")
     try:
-        target = _parse_target(raw, build)
+        target = _parse_target(raw, build, loss)
         truth = _parse_truth(raw, target)
     except InputError as error:
         raise InputError(f"{flag}: {path}: {error}") from None
@@ -173,14 +216,17 @@ def load_target(
     return target, truth
 
 
-def _parse_target(raw: Mapping[str, Any], build: Builder | None) -> Target:
+def _parse_target(
+    raw: Mapping[str, Any], build: Builder | None, given_loss: Function | Loss | None
+) -> Target:
     version = raw.get("format_version", FORMAT_VERSION)
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if not isinstance(version, int) or version > ANY_CLIENT_VERSION:
         raise InputError(
-            f"it has format version {version!r} and this program reads up to {FORMAT_VERSION}; "
-            "update the program"
+            f"it has format version {version!r} and this program reads up to "
+            f"{ANY_CLIENT_VERSION}; update the program"
         )
-    data = _data_spec(raw)
+    loss = _loss(raw, given_loss)
+    data = _data_spec(raw, loss)
     model = _architecture(raw, data, build)
     skeleton = model.skeleton()
     batch_size = _count(raw["batch_size"], "batch size", MAX_BATCH_SIZE)
@@ -201,7 +247,29 @@ def _parse_target(raw: Mapping[str, Any], build: Builder | None) -> Target:
         defenses=_defenses(raw),
         dropout_seed=None if seed is None else int(seed),
         running_after=_running_after(raw, skeleton),
+        loss=loss,
     )
+
+
+def _loss(raw: Mapping[str, Any], given: Function | Loss | None) -> Loss:
+    """The client's loss: a ready one by its description, any other as it was given."""
+    description = raw.get("loss")
+    if description is None:
+        return DEFAULT_LOSS
+    if not isinstance(description, Mapping):
+        raise InputError(f"its loss is described by a {type(description).__name__}")
+    if description.get("loss") != GIVEN:
+        return loss_from(description)
+    source = str(description.get("source"))
+    if given is None:
+        raise InputError(
+            f"its loss is a function of the user's own, {source}; import that function and pass "
+            "it: load_target(path, loss=function)"
+        )
+    if isinstance(given, Loss):
+        return given
+    mean = bool(description.get("mean_over_samples", False))
+    return GivenLoss(given, source, mean, str(description.get("targets", Targets.OTHER.value)))
 
 
 def _architecture(raw: Mapping[str, Any], data: DataSpec, build: Builder | None) -> Architecture:
@@ -217,7 +285,7 @@ def _architecture(raw: Mapping[str, Any], data: DataSpec, build: Builder | None)
             f"its model is a module of the user's own, built by {builder}; import that function "
             "and pass it: load_target(path, build=function)"
         )
-    return GivenModel(build(), str(builder))
+    return GivenModel(build(), str(builder), data.shape)
 
 
 def _check_sizes(raw: Mapping[str, Any], model: ModelSpec) -> None:
@@ -234,15 +302,23 @@ def _count(value: Any, what: str, limit: int) -> int:
     return int(value)
 
 
-def _finite(value: Any, what: str, shape: Sequence[int] | None = None) -> torch.Tensor:
-    """A tensor of the given shape without NaN or infinity, detached."""
+def _tensor(value: Any, what: str, shape: Sequence[int] | None = None) -> torch.Tensor:
+    """A dense tensor of the given shape, detached."""
     if not isinstance(value, torch.Tensor):
         raise InputError(f"{what} is a {type(value).__name__}, not a tensor")
     if shape is not None and tuple(value.shape) != tuple(shape):
         raise InputError(f"{what} has shape {tuple(value.shape)}, expected {tuple(shape)}")
-    if value.is_sparse or not torch.isfinite(value).all():
-        raise InputError(f"{what} is not finite (NaN or infinity)")
+    if value.is_sparse:
+        raise InputError(f"{what} is a sparse tensor")
     return value.detach()
+
+
+def _finite(value: Any, what: str, shape: Sequence[int] | None = None) -> torch.Tensor:
+    """The same without NaN or infinity."""
+    tensor = _tensor(value, what, shape)
+    if not torch.isfinite(tensor).all():
+        raise InputError(f"{what} is not finite (NaN or infinity)")
+    return tensor
 
 
 def _state_dict(
@@ -254,8 +330,12 @@ def _state_dict(
     strange = [n for n in state if n not in expected] + [n for n in expected if n not in state]
     if strange:
         raise InputError(f"its parameters are not those of {model.name}: {strange[0]}")
+    # A mask of attention, for one, may hold infinity; statistics may not.
+    free = {n for n, _ in skeleton.named_buffers() if not n.endswith(RUNNING_STATISTICS)}
     return {
-        name: _finite(value, f"the parameter {name}", expected[name].shape)
+        name: (_tensor if name in free else _finite)(
+            value, f"the parameter {name}", expected[name].shape
+        )
         for name, value in state.items()
     }
 
@@ -306,7 +386,7 @@ def _original_shards(raw: Mapping[str, Any], batch_size: int) -> Sequence[int]:
     return (batch_size,)
 
 
-def _data_spec(raw: Mapping[str, Any]) -> DataSpec:
+def _data_spec(raw: Mapping[str, Any], loss: Loss) -> DataSpec:
     setup = raw["dataset_setup"]
     shape = tuple(int(n) for n in setup["size"])
     n_classes = int(setup["n_classes"])
@@ -315,21 +395,23 @@ def _data_spec(raw: Mapping[str, Any]) -> DataSpec:
     else:
         data = DataSpec(
             name=str(getattr(raw.get("args"), "data_name", "unknown")),
-            shape=(shape[0], shape[1], shape[2]),
+            shape=shape,
             mean=tuple(torch.as_tensor(setup["mean"]).flatten().tolist()),
             std=tuple(torch.as_tensor(setup["std"]).flatten().tolist()),
             n_classes=n_classes,
         )
     if tuple(data.shape) != shape or data.n_classes != n_classes:
         raise InputError("its two descriptions of the data (data, dataset_setup) differ")
-    _check_data(data)
+    _check_data(data, loss)
     return data
 
 
-def _check_data(data: DataSpec) -> None:
-    if len(data.shape) != 3 or not all(1 <= n <= 16384 for n in data.shape):
+def _check_data(data: DataSpec, loss: Loss) -> None:
+    side = MAX_IMAGE_SIDE if len(data.shape) == 3 else MAX_SIDE
+    if not 1 <= len(data.shape) <= 4 or not all(1 <= n <= side for n in data.shape):
         raise InputError(f"its images have shape {data.shape}")
-    if data.n_classes < 2:
+    fewest = {Targets.CLASSES: 2, Targets.LABELS: 1}.get(loss.targets, 0)
+    if data.n_classes < fewest:
         raise InputError(f"it has {data.n_classes} classes")
     channels = data.shape[0]
     if len(data.mean) != channels or len(data.std) != channels:
@@ -340,6 +422,8 @@ def _check_data(data: DataSpec) -> None:
 
 
 def _model_spec(raw: Mapping[str, Any], data: DataSpec) -> ModelSpec:
+    if len(data.shape) != 3:
+        raise InputError(f"its model is one of ours, which takes images, not shape {data.shape}")
     if data.shape[1] != data.shape[2]:
         raise InputError(f"its images of {data.shape[1]} x {data.shape[2]} px are not square")
     if raw.get("model") is not None:
@@ -456,14 +540,26 @@ def _parse_truth(raw: Mapping[str, Any], target: Target) -> Truth | None:
         return None
     shape = (target.batch_size, *target.data.shape)
     inputs = _finite(raw["x_true"], "the true images tensor", shape).float()
-    labels = _finite(raw["y_true"], "the true labels tensor", shape[:1]).long()
-    if int(labels.min()) < 0 or int(labels.max()) >= target.data.n_classes:
-        raise InputError(f"its true labels lie outside 0..{target.data.n_classes - 1}")
+    labels = _true_labels(raw["y_true"], target)
     mean = raw.get("mean_image")
     if mean is not None:
-        mean = _finite(mean, "the mean image", target.data.shape).float().clamp(0, 1)
+        mean = target.data.clamp(_finite(mean, "the mean image", target.data.shape).float())
     nearest = raw.get("nearest_images")
     if nearest is not None:
-        nearest = _finite(nearest, "the nearest images", shape).float().clamp(0, 1)
-    images = target.data.denormalize(inputs).clamp(0, 1)
+        nearest = target.data.clamp(_finite(nearest, "the nearest images", shape).float())
+    images = target.data.clamp(target.data.denormalize(inputs))
     return Truth(images=images, labels=labels, mean_image=mean, nearest_images=nearest)
+
+
+def _true_labels(value: Any, target: Target) -> torch.Tensor:
+    """Class indices within range, or targets of any other kind, one entry per sample."""
+    labels = _finite(value, "the true labels tensor")
+    soft = labels.is_floating_point() and labels.dim() == 2
+    if target.loss.targets is not Targets.CLASSES or soft:
+        if labels.dim() == 0 or len(labels) != target.batch_size:
+            raise InputError(f"its true targets have shape {tuple(labels.shape)}")
+        return labels
+    labels = _finite(labels, "the true labels tensor", (target.batch_size,)).long()
+    if int(labels.min()) < 0 or int(labels.max()) >= target.data.n_classes:
+        raise InputError(f"its true labels lie outside 0..{target.data.n_classes - 1}")
+    return labels

@@ -15,10 +15,18 @@ from tqdm import tqdm
 from core.data.data_sets import derived_seed
 from core.data.specs import DataSpec
 from core.errors import InputError
-from core.models.architecture import Architecture
+from core.losses import DEFAULT_LOSS, Loss
+from core.models.architecture import Architecture, GivenModel
 from core.models.batch_norm import convert_batch_norm, explain_single_values
+from core.models.checkpointed_blocks import refuse_reentrant_blocks
 from core.processes.distributed import Process, shard_sizes
-from core.target import RUNNING_STATISTICS, BatchStatistics, LocalTraining, Target
+from core.target import (
+    RUNNING_STATISTICS,
+    BatchStatistics,
+    LocalTraining,
+    Target,
+    check_parts,
+)
 from gradients.batch_statistics import (
     batch_norm_layers,
     collect_batch_statistics,
@@ -61,6 +69,7 @@ class ClientSettings:
         dropout_seed: Seed of the dropout masks.
         share_running: Share BatchNorm's running statistics as they are afterwards, as
             clients do that share their whole state.
+        loss: What the client minimises.
     """
 
     local: LocalTraining = field(default_factory=LocalTraining)
@@ -72,6 +81,7 @@ class ClientSettings:
     seed: int = 0
     dropout_seed: int = 0
     share_running: bool = True
+    loss: Loss = DEFAULT_LOSS
 
 
 def share_update(
@@ -93,8 +103,8 @@ def share_update(
             computation.
         architecture: How an attacker rebuilds it.
         data_spec: Normalisation of the images.
-        images: N x C x H x W in [0, 1].
-        labels: N class indices.
+        images: N x C x H x W in [0, 1], or what else the model takes.
+        labels: N x ..., as the loss takes them.
         settings: What the client computes and what it does to the gradient.
         process: This process among the client's processes.
         measured: Takes what the defenses cost, for the record: `update_cosine` between
@@ -104,8 +114,8 @@ def share_update(
         What an attacker sees, on the CPU; None on all processes but the first.
 
     Raises:
-        InputError: The batch cannot be spread over the processes, or the privacy
-            settings do not suit the model.
+        InputError: The batch cannot be spread over the processes, the privacy settings do
+            not suit the model, or its checkpointed blocks have no gradient.
     """
     process = process or Process()
     for defense in settings.defenses:
@@ -116,7 +126,9 @@ def share_update(
     model = model.to(process.device).train(settings.train_mode)
     precision = next(model.parameters()).dtype
     inputs = data_spec.normalize(images.to(process.device, precision))
-    labels = labels.to(process.device)
+    labels = labels.to(process.device, precision if labels.is_floating_point() else None)
+    if isinstance(architecture, GivenModel):
+        refuse_reentrant_blocks(model, inputs)
     run = _Run(model, inputs, labels, settings, process)
     update = run.update()
     statistics = run.statistics()
@@ -140,6 +152,7 @@ def share_update(
         defenses=_words(settings),
         dropout_seed=run.dropout_seed,
         running_after=run.running_after(),
+        loss=settings.loss,
     )
 
 
@@ -218,6 +231,7 @@ class _Run:
         self.inputs, self.labels = inputs, labels
         self.settings = settings
         self.shards = resolve_shards(len(inputs), settings, process.world_size)
+        check_parts(settings.loss, len(self.shards))
         self.synchronized = settings.synchronized or len(self.shards) == 1
         self.dropout_seed = settings.dropout_seed if has_active_dropout(model) else None
         self.part = process.rank if process.world_size > 1 else None
@@ -236,10 +250,14 @@ class _Run:
         placement = Placement(self.shards, self.part, reduce, self.dropout_seed)
         batch = (self.model, self.inputs, self.labels, local)
         if privacy is None:
-            gradient = client_gradient(*batch, placement=placement, buffers=self.buffers)
+            gradient = client_gradient(
+                *batch, placement=placement, buffers=self.buffers, loss=self.settings.loss
+            )
         else:
             noise = generator(self.settings.seed, _NOISE)
-            gradient = private_gradient(*batch, privacy, noise, placement, self.buffers)
+            gradient = private_gradient(
+                *batch, privacy, noise, placement, self.buffers, self.settings.loss
+            )
         # Without a terminal, and for a single step, no bar is shown.
         quiet = True if local.steps == 1 or self.part not in (None, 0) else None
         with (

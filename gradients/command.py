@@ -19,11 +19,21 @@ from core.launch_arguments import (
 from core.plugins import import_plugin
 
 if TYPE_CHECKING:
+    from core.local_training import LocalTraining
     from gradients.client import ClientSettings
     from gradients.settings import ExtractSettings, ModelSettings
 
 DEFAULT_RESULTS = "results/gradients"
 LABEL_DUPLICATES = 4
+# What `--local` says in one word.
+LOCAL_FLAGS = (
+    "epochs",
+    "lr",
+    "local_epochs",
+    "local_batches",
+    "local_momentum",
+    "local_weight_decay",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -101,6 +111,13 @@ def _add_client_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--local-momentum", type=float, default=0.0)
     group.add_argument("--local-weight-decay", type=float, default=0.0)
+    group.add_argument(
+        "--local",
+        default="",
+        metavar="WORDS",
+        help="the whole local training in place of the flags above, e.g. "
+        '"adamw lr=1e-3 weight-decay=0.01 epochs=2 batch-size=8"; see docs/attack-my-model.md',
+    )
     group.add_argument("--syncbn", action="store_true", help="synchronized BatchNorm")
     group.add_argument("--shards", metavar="N,N,...", help="images per process")
     group.add_argument("--double", action="store_true", help="compute in float64")
@@ -227,7 +244,7 @@ def extract_settings(args: argparse.Namespace, given: Mapping[str, Any]) -> Extr
             duplicates=args.duplicates or (LABEL_DUPLICATES if args.duplicate_label else None),
         ),
         model=_model_settings(args, given),
-        client=_client_settings(args),
+        client=_client_settings(args, given),
         id=args.id,
         seed=args.seed,
         rank_analysis=args.ra,
@@ -253,8 +270,28 @@ def _model_settings(args: argparse.Namespace, given: Mapping[str, Any]) -> Model
     )
 
 
-def _client_settings(args: argparse.Namespace) -> ClientSettings:
-    from core.target import LocalTraining
+def _local_training(args: argparse.Namespace, given: Mapping[str, Any]) -> LocalTraining:
+    from core.local_training import LocalTraining
+
+    if not args.local:
+        return LocalTraining(
+            epochs=args.local_epochs,
+            batches=args.local_batches or args.epochs,
+            lr=args.lr,
+            momentum=args.local_momentum,
+            weight_decay=args.local_weight_decay,
+        )
+    twice = [name for name in LOCAL_FLAGS if name in given]
+    if twice:
+        flag = twice[0].replace("_", "-")
+        raise InputError(f"--{flag} and --local both state the local training; give one")
+    try:
+        return LocalTraining.parse(args.local, args.batch_size)
+    except InputError as error:
+        raise InputError(f"--local: {error}") from None
+
+
+def _client_settings(args: argparse.Namespace, given: Mapping[str, Any]) -> ClientSettings:
     from gradients.client import ClientSettings
     from gradients.defenses import parse_defenses
     from gradients.private_gradient import PrivacySettings
@@ -268,13 +305,7 @@ def _client_settings(args: argparse.Namespace) -> ClientSettings:
             delta=args.delta,
         )
     return ClientSettings(
-        local=LocalTraining(
-            epochs=args.local_epochs,
-            batches=args.local_batches or args.epochs,
-            lr=args.lr,
-            momentum=args.local_momentum,
-            weight_decay=args.local_weight_decay,
-        ),
+        local=_local_training(args, given),
         train_mode=not args.model_eval,
         shards=_parse_shards(args.shards),
         synchronized=args.syncbn,

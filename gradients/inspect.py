@@ -66,20 +66,21 @@ def capabilities(target: Target, truth: Truth | None) -> list[str]:
 
 def format_report(target: Target, truth: Truth | None) -> str:
     """A text report: model, setting, norms per layer, capabilities, truth."""
+    from core.losses import is_default
     from gradients.record import describe
 
     about = describe(target)
     model, data, local = about.model, about.data, about.local
-    height, width = data.shape[1:]
     shards = "+".join(map(str, about.shards))
     kind = "synchronized" if target.synchronized else "asynchronous"
     lines = [
         f"model        {_model_line(model, data.n_classes)}, {about.mode} mode",
-        f"data         {data.name}, {height} x {width} px",
+        f"data         {data.name}, {_size(data.shape)}",
         f"batch        {about.batch_size} images over shards {shards}, {kind} BatchNorm",
         f"local        {local.steps} step(s) = {local.epochs} epoch(s) x "
         f"{local.batches} batch(es), lr {local.lr:g}, momentum {local.momentum:g}, "
         f"weight decay {local.weight_decay:g}",
+        *([] if is_default(target.loss) else [f"loss         {target.loss!r}"]),
         f"defenses     {', '.join(about.defenses) or 'none stated'}",
         f"attacker     {'; '.join(capabilities(target, truth))}",
         f"truth        {_truth_line(truth)}",
@@ -90,10 +91,18 @@ def format_report(target: Target, truth: Truth | None) -> str:
     return "\n".join(lines)
 
 
+def _size(shape: Sequence[int]) -> str:
+    """Of an image in pixels; of anything else all of its sides."""
+    if len(shape) == 3:
+        return f"{shape[1]} x {shape[2]} px"
+    return " x ".join(map(str, shape))
+
+
 def _model_line(model: Description, n_classes: int) -> str:
     """The architecture in a line; of a module of the user's own only its class is known."""
     if "stem" not in model:
-        return f"{model['arch']} ({n_classes} classes, a module of the user's own)"
+        classes = f"{n_classes} classes, " if n_classes else ""
+        return f"{model['arch']} ({classes}a module of the user's own)"
     return (
         f"{model['arch']} ({n_classes} classes, stem {model['stem']}, "
         f"width {model['width'] or 'standard'}, norm {model['norm']}, "
@@ -102,9 +111,11 @@ def _model_line(model: Description, n_classes: int) -> str:
 
 
 def _truth_line(truth: Truth | None) -> str:
+    from core.target import described
+
     if truth is None:
         return "absent"
-    return f"present: {len(truth.images)} images, labels {truth.labels.tolist()}"
+    return f"present: {len(truth.images)} images, labels {described(truth.labels)}"
 
 
 def _shape(target: Target, name: str) -> str:

@@ -17,7 +17,7 @@ from torch import nn
 
 from core.errors import InputError
 from core.local_training import LocalTraining
-from core.losses import CrossEntropy, Loss
+from core.losses import DEFAULT_LOSS, Loss
 from core.processes.distributed import shard_sizes, shard_slice
 from gradients.optimisers import Memory, clipped, optimiser_of
 from gradients.recomputed_steps import recomputed
@@ -55,7 +55,6 @@ class Placement:
 
 
 ONE_PROCESS = Placement()
-CROSS_ENTROPY = CrossEntropy()
 # From so many steps of the optimiser on, they are recomputed instead of kept.
 RECOMPUTED_FROM = 16
 
@@ -256,7 +255,7 @@ def unrolled_update(
     placement: Placement = ONE_PROCESS,
     buffers: Mapping[str, torch.Tensor] | None = None,
     parameters: Parameters | None = None,
-    loss: Loss = CROSS_ENTROPY,
+    loss: Loss = DEFAULT_LOSS,
     segments: int | None = None,
 ) -> Parameters:
     """The update a client would share for `images`, as a differentiable function of them.
@@ -267,8 +266,7 @@ def unrolled_update(
         model: Architecture and theta_0, in the mode the client runs it in. Its
             parameters that do not require gradients are frozen.
         images: N x C x H x W, normalised.
-        labels: N class indices, or N x n_classes probabilities (then differentiable
-            in them too).
+        labels: N x ..., as the loss takes them; floating-point ones are differentiable too.
         local: The client's local training.
         create_graph: Keep the graph for derivatives of the update.
         placement: Groups of images, processes and dropout masks.
@@ -391,7 +389,7 @@ def client_gradient(
     create_graph: bool = False,
     placement: Placement = ONE_PROCESS,
     buffers: Mapping[str, torch.Tensor] | None = None,
-    loss: Loss = CROSS_ENTROPY,
+    loss: Loss = DEFAULT_LOSS,
 ) -> StepGradient:
     """The gradient of a client's loss at each of its local steps, see `unrolled_update`."""
     return ClientGradient.of(
@@ -413,7 +411,7 @@ class ClientGradient:
     Attributes:
         model: Architecture, in the mode the client runs it in.
         images: N x C x H x W, normalised.
-        labels: N class indices, or N x n_classes probabilities.
+        labels: N x ..., as the loss takes them.
         steps: The images of every step, per process.
         placement: Groups of images, processes and dropout masks.
         buffers: Take the changes of the running statistics.
@@ -428,7 +426,7 @@ class ClientGradient:
     placement: Placement
     buffers: Mapping[str, torch.Tensor]
     create_graph: bool = False
-    loss: Loss = CROSS_ENTROPY
+    loss: Loss = DEFAULT_LOSS
 
     @staticmethod
     def of(
@@ -464,12 +462,18 @@ class ClientGradient:
         """One process's part of a step."""
         piece = self.steps[step][index]
         weight = n_selected(piece) / sum(map(n_selected, self.steps[step]))
-        # Every process moves buffers of its own; the first one's are shared.
-        first = index == own_parts(self.placement)[0]
-        buffers = self.buffers if first else _copies(self.buffers)
+        # Every process moves buffers of its own; the first one's are shared. A graph that is
+        # kept may hold a buffer, which later steps are not to change.
+        shared = index == own_parts(self.placement)[0]
+        buffers = self.buffers
+        if self.create_graph or not shared:
+            buffers = _copies(self.buffers)
         outputs = torch.func.functional_call(
             self.model, {**buffers, **current}, (self.images[piece],)
         )
+        if shared and buffers is not self.buffers:
+            for name, buffer in self.buffers.items():
+                buffer.detach().copy_(buffers[name].detach())
         loss = self.loss(outputs, self.labels[piece])
         if weight != 1:
             loss = weight * loss

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from core.clipping import BATCH, PER_SAMPLE
 from core.errors import InputError
+from core.losses import DEFAULT_LOSS, Loss
 from core.target import LocalTraining
 from gradients.local_update import (
     ONE_PROCESS,
@@ -86,13 +86,14 @@ def private_gradient(
     generator: torch.Generator,
     placement: Placement = ONE_PROCESS,
     buffers: Mapping[str, torch.Tensor] | None = None,
+    loss: Loss = DEFAULT_LOSS,
 ) -> StepGradient:
     """The private gradient of a client's loss at each of its local steps.
 
     Args:
         model: The model, in the mode (train or eval) that the client runs it in.
         images: N x C x H x W, normalised.
-        labels: N class indices.
+        labels: N x ..., as the loss takes them.
         local: The client's local SGD.
         privacy: Clipping and noise.
         generator: Of the noise, on the CPU and in the same state on every process:
@@ -100,6 +101,7 @@ def private_gradient(
         placement: Groups of images, processes and dropout masks.
         buffers: Take the changes of the running statistics, where the batch's gradient
             is clipped as one; per sample, nothing moves them.
+        loss: What the client minimises.
 
     Returns:
         To be run by `gradients.local_update.local_sgd`.
@@ -114,7 +116,9 @@ def private_gradient(
         )
     steps = images_of_steps(len(images), local, placement.shards)
     if privacy.clipping == BATCH:
-        plain = client_gradient(model, images, labels, local, placement=placement, buffers=buffers)
+        plain = client_gradient(
+            model, images, labels, local, placement=placement, buffers=buffers, loss=loss
+        )
 
         def clipped(current: Parameters, step: int) -> Sequence[torch.Tensor]:
             found = filled(plain(current, step), list(current.values()))
@@ -129,7 +133,13 @@ def private_gradient(
                 piece = steps[step][index]
                 with dropout_masks(placement.dropout_seed, step, index, images.device):
                     shard = clipped_gradient_sum(
-                        model, current, fixed, images[piece], labels[piece], privacy.max_norm
+                        model,
+                        current,
+                        fixed,
+                        images[piece],
+                        labels[piece],
+                        privacy.max_norm,
+                        loss=loss,
                     )
                 total = [t + s for t, s in zip(total, shard, strict=True)]
             summed = total if placement.reduce is None else placement.reduce(total)
@@ -154,6 +164,7 @@ def clipped_gradient_sum(
     labels: torch.Tensor,
     max_norm: float,
     chunk: int = CHUNK,
+    loss: Loss = DEFAULT_LOSS,
 ) -> list[torch.Tensor]:
     """Sum of per-sample gradients, each clipped to `max_norm`.
 
@@ -162,16 +173,17 @@ def clipped_gradient_sum(
         parameters: Parameters at which the gradients are computed.
         buffers: The model's buffers by name.
         images: N x C x H x W, normalised.
-        labels: N class indices, or N x classes probabilities.
+        labels: N x ..., as the loss takes them.
         max_norm: C: every image's gradient g becomes g min(1, C / |g|).
         chunk: Images per pass.
+        loss: What the client minimises.
 
     Returns:
         In the order of `parameters`; differentiable in the images and in probabilities.
 
     Raises:
         InputError: The model has BatchNorm in train mode: its per-sample gradients
-            are not defined.
+            are not defined; or the loss is no mean over samples.
 
     Source: Abadi et al., "Deep Learning with Differential Privacy", algorithm 1,
         https://arxiv.org/abs/1607.00133.
@@ -183,13 +195,19 @@ def clipped_gradient_sum(
             "--dp-clipping batch"
         )
 
-    def loss(current: Parameters, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    if not loss.mean_over_samples:
+        raise InputError(
+            f"--enable-dp: the loss {loss.name} is no mean over samples, whose gradients could be "
+            "clipped one by one; use --dp-clipping batch"
+        )
+
+    def of_one(current: Parameters, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         output = torch.func.functional_call(model, {**buffers, **current}, (image[None],))
-        return F.cross_entropy(output, label[None])
+        return loss(output, label[None])
 
     # "different": every image draws a dropout mask of its own.
     per_sample = torch.func.vmap(
-        torch.func.grad(loss), in_dims=(None, 0, 0), randomness="different"
+        torch.func.grad(of_one), in_dims=(None, 0, 0), randomness="different"
     )
     detached = {name: p.detach() for name, p in parameters.items()}
     total = [torch.zeros_like(p) for p in detached.values()]

@@ -50,9 +50,7 @@ class LayerRank:
         return max(surplus, 0) + self.n_v
 
 
-def rank_analysis(
-    model: nn.Module, shape: tuple[int, int, int], batch_size: int
-) -> list[LayerRank]:
+def rank_analysis(model: nn.Module, shape: tuple[int, ...], batch_size: int) -> list[LayerRank]:
     """RA index of every layer of a sequential or residual network.
 
     Counted are convolutions, pooling and fully connected layers; a residual block
@@ -164,7 +162,7 @@ def _weights(module: nn.Module) -> int:
 
 
 def _sizes(
-    model: nn.Module, names: list[str], shape: tuple[int, int, int]
+    model: nn.Module, names: list[str], shape: tuple[int, ...]
 ) -> dict[str, tuple[int, int]]:
     """Input and output elements of one image at each named layer, in order of execution."""
     sizes: dict[str, tuple[int, int]] = {}

@@ -23,13 +23,25 @@ if TYPE_CHECKING:
     from attack.settings import InversionConfig as Settings
     from core.data.specs import DataSpec
     from core.errors import InputError
+    from core.losses import (
+        BinaryCrossEntropy,
+        CrossEntropy,
+        Dice,
+        GivenLoss,
+        Loss,
+        MeanAbsoluteError,
+        MeanSquaredError,
+        PixelCrossEntropy,
+        SumOfHeads,
+        register_loss,
+    )
     from core.models.architecture import Architecture, GivenModel
     from core.models.building import ModelSpec
     from core.target import LocalTraining, Target, Truth
     from core.version import __version__
     from gradients.defenses import ClientView, Defense, Gradient, register_defense
     from gradients.shared_update import SharedUpdate, read_update
-    from gradinvbench._catalogue import attacks, defenses, metrics
+    from gradinvbench._catalogue import attacks, defenses, losses, metrics
     from gradinvbench._evaluate import evaluate
     from gradinvbench._files import load_target, save_target
     from gradinvbench._invert import invert
@@ -38,19 +50,28 @@ if TYPE_CHECKING:
 __all__ = [
     "Architecture",
     "Attack",
+    "BinaryCrossEntropy",
     "ClientView",
+    "CrossEntropy",
     "DataSpec",
     "Defense",
+    "Dice",
     "Evaluation",
+    "GivenLoss",
     "GivenModel",
     "Gradient",
     "InputError",
     "LocalTraining",
+    "Loss",
+    "MeanAbsoluteError",
+    "MeanSquaredError",
     "ModelSpec",
     "OptimizationAttack",
+    "PixelCrossEntropy",
     "Reconstruction",
     "Settings",
     "SharedUpdate",
+    "SumOfHeads",
     "Target",
     "Truth",
     "__version__",
@@ -59,10 +80,12 @@ __all__ = [
     "evaluate",
     "invert",
     "load_target",
+    "losses",
     "metrics",
     "read_update",
     "register_attack",
     "register_defense",
+    "register_loss",
     "register_metric",
     "save_target",
     "share",
@@ -72,19 +95,28 @@ __all__ = [
 _HOMES = {
     "Architecture": "core.models.architecture",
     "Attack": "attack.attacks",
+    "BinaryCrossEntropy": "core.losses",
     "ClientView": "gradients.defenses",
+    "CrossEntropy": "core.losses",
     "DataSpec": "core.data.specs",
     "Defense": "gradients.defenses",
+    "Dice": "core.losses",
     "Evaluation": "attack.metrics",
+    "GivenLoss": "core.losses",
     "GivenModel": "core.models.architecture",
     "Gradient": "gradients.defenses",
     "InputError": "core.errors",
     "LocalTraining": "core.target",
+    "Loss": "core.losses",
+    "MeanAbsoluteError": "core.losses",
+    "MeanSquaredError": "core.losses",
     "ModelSpec": "core.models.building",
     "OptimizationAttack": "attack.attacks",
+    "PixelCrossEntropy": "core.losses",
     "Reconstruction": "attack.reconstruction",
     "Settings": "attack.settings:InversionConfig",
     "SharedUpdate": "gradients.shared_update",
+    "SumOfHeads": "core.losses",
     "Target": "core.target",
     "Truth": "core.target",
     "__version__": "core.version",
@@ -93,10 +125,12 @@ _HOMES = {
     "evaluate": "gradinvbench._evaluate",
     "invert": "gradinvbench._invert",
     "load_target": "gradinvbench._files",
+    "losses": "gradinvbench._catalogue",
     "metrics": "gradinvbench._catalogue",
     "read_update": "gradients.shared_update",
     "register_attack": "attack.attacks",
     "register_defense": "gradients.defenses",
+    "register_loss": "core.losses",
     "register_metric": "attack.metrics",
     "save_target": "gradinvbench._files",
     "share": "gradinvbench._share",

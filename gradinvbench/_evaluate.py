@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-from attack.metrics import Evaluation, metric_names, registered_metrics
+from attack.metrics import Evaluation, metric_names, metrics_for, registered_metrics
 from attack.metrics import evaluate as measure
 from attack.reconstruction import Reconstruction
 from core.target import Truth
 from gradinvbench._names import check_name
 
+# Of images; other samples get those that fit them.
 DEFAULT = ("psnr", "ssim", "mse")
 
 
@@ -26,12 +27,15 @@ def evaluate(
 
     Every reconstructed image is assigned to one true image, once, by the mean squared
     error; all metrics use that assignment. Flat colours stand beside it as a guess that
-    needs no gradient.
+    needs no gradient. Values without bounds (tables, signals) have no range of their own, which
+    PSNR and SSIM need: the range of the true values stands for it.
 
     Args:
-        found: What `invert` returned, or images (N x C x H x W in [0, 1]).
+        found: What `invert` returned, or images (N x C x H x W in [0, 1]), signals, volumes or
+            rows of a table.
         truth: The second thing that `share` returned.
-        metrics: Names in `metrics()`; default: PSNR, SSIM, MSE and those of plugins.
+        metrics: Names in `metrics()`; default: PSNR, SSIM, MSE and those of plugins; of signals
+            and volumes also the NCC, and of tables that in place of the SSIM.
         device: Where to compute; default: where the images are.
 
     Returns:
@@ -40,7 +44,7 @@ def evaluate(
     Raises:
         InputError: An unknown metric, or shapes that do not belong together.
     """
-    names = (*DEFAULT, *registered_metrics()) if metrics is None else tuple(metrics)
+    names = _default(truth) if metrics is None else tuple(metrics)
     for name in names:
         check_name("metric", name, metric_names())
     return measure(
@@ -52,3 +56,9 @@ def evaluate(
         mean_image=truth.mean_image,
         nearest_images=truth.nearest_images,
     )
+
+
+def _default(truth: Truth) -> tuple[str, ...]:
+    if truth.images.dim() == 4:
+        return (*DEFAULT, *registered_metrics())
+    return metrics_for(truth.images.shape[1:])

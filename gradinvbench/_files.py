@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from core.losses import Function, Loss
 from core.target import Target, Truth
 from gradients import checkpoint
 
@@ -21,13 +22,17 @@ def save_target(
             `module:function`. A file holds no code, only this text.
 
     Raises:
-        InputError: The model is a module of your own and no builder is named.
+        InputError: The model is a module of your own and no builder is named, or the loss is
+            a function of your own that cannot be imported (`GivenLoss` takes a name for it).
     """
     checkpoint.save_target(path, target, truth, builder=builder)
 
 
 def load_target(
-    path: str | Path, *, build: checkpoint.Builder | None = None
+    path: str | Path,
+    *,
+    build: checkpoint.Builder | None = None,
+    loss: Function | Loss | None = None,
 ) -> tuple[Target, Truth | None]:
     """Read a file of `save_target` or of the command `extract`; nothing in it is run.
 
@@ -35,6 +40,7 @@ def load_target(
         path: File to read.
         build: Builds the module, if the file is of a module of your own; its parameters
             are then those of the file.
+        loss: The client's loss, if it is a function of your own.
 
     Returns:
         What an attacker sees, and what lies behind it (None if the file does not say).
@@ -42,4 +48,4 @@ def load_target(
     Raises:
         InputError: Not such a file, or one that contradicts itself.
     """
-    return checkpoint.load_target(path, "load_target", build)
+    return checkpoint.load_target(path, "load_target", build, loss)

@@ -7,16 +7,20 @@ from collections.abc import Sequence
 import torch
 
 from attack.attacks import Attack, OptimizationAttack, attack_names, get_attack
+from attack.knowledge.clients import check_client, require_classes
 from attack.knowledge.labels import recover_most_exactly
 from attack.knowledge.threat_models import Capability
 from attack.reconstruction import Reconstruction
 from attack.settings import SETTINGS
 from core.errors import InputError
+from core.losses import Outputs, Targets
 from core.target import Target
 from gradinvbench._names import check_name
 
 # What a target's owner knows; labels count where they are given.
 _GRANTED = frozenset(Capability) - {Capability.LABELS, Capability.PRIOR_DATA}
+# Targets that are optimised together with the inputs.
+OPTIMISE = "optimise"
 # One value of a setting.
 Value = str | int | float | bool | tuple[float, ...] | None
 
@@ -26,7 +30,8 @@ def invert(
     *,
     attack: str | Attack = "spectral",
     iterations: int | None = None,
-    labels: torch.Tensor | Sequence[int] | None = None,
+    labels: torch.Tensor | Sequence[int] | str | None = None,
+    targets: torch.Tensor | Sequence[int] | str | None = None,
     prior: torch.Tensor | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -39,8 +44,12 @@ def invert(
         target: What the client shared.
         attack: A name in `attacks()`, run under its published setting, or an `Attack`.
         iterations: Of the whole attack; default: the published number.
-        labels: N class indices, if they are known in the order of the images; default: they
-            are recovered from the target, by the most exact rule that applies.
+        labels: N class indices, or what else the client's loss compares with, if they are known
+            in the order of the images; "optimise": they are optimised together with the
+            images. Default: they are recovered from the target, by the rule "exact": class
+            indices, findings of binary cross-entropy, the values of one image under squared
+            error; other targets must be given or optimised.
+        targets: Another name of `labels`.
         prior: What to start from instead of noise: one image (C x H x W in [0, 1]) or one
             for each of the batch (N x C x H x W).
         seed: Of the starts and of noise.
@@ -50,18 +59,24 @@ def invert(
             `restarts=4`, `tv=1e-3`, `double=True` or `adaptive=True`.
 
     Returns:
-        Images in [0, 1] and labels, in no particular order.
+        Images (in [0, 1], if they have bounds) and labels, in no particular order.
 
     Raises:
         InputError: An unknown name, a setting that makes no sense, or a target that the
             attack cannot invert.
     """
+    if labels is not None and targets is not None:
+        raise InputError("give labels or targets, not both: they are the same")
+    known = targets if labels is None else labels
     given = settings if iterations is None else {**settings, "iterations": iterations}
-    chosen = _configured(attack, given, labels is not None)
+    if isinstance(known, str):
+        given = {**given, "joint_labels": _is_optimise(known)}
+    chosen = _configured(attack, given, known is not None and not isinstance(known, str))
+    check_client(chosen, target)
     start = {} if prior is None else {"prior": _prior(target, prior)}
     return chosen.reconstruct(
         target,
-        labels=_labels(chosen, target, labels),
+        labels=_labels(chosen, target, known),
         device=_device(device),
         seed=seed,
         progress=progress,
@@ -87,19 +102,53 @@ def _configured(attack: str | Attack, given: dict[str, Value], labelled: bool) -
     return kind(config)
 
 
+def _is_optimise(word: str) -> bool:
+    check_name("targets", word, [OPTIMISE])
+    return True
+
+
 def _labels(
-    attack: Attack, target: Target, labels: torch.Tensor | Sequence[int] | None
+    attack: Attack, target: Target, labels: torch.Tensor | Sequence[int] | str | None
 ) -> torch.Tensor:
+    if isinstance(labels, str) or (labels is None and _optimises_others(attack, target)):
+        return _placeholder(attack, target)
     if labels is None:
-        # An ensemble tries several ways to get them; the base class does not know of None.
-        own = attack.recovers_labels
-        return None if own else recover_most_exactly(target)  # type: ignore[return-value]
-    labels = torch.as_tensor(labels).detach().long().cpu()
-    if labels.shape != (target.batch_size,):
+        if attack.recovers_labels:
+            require_classes("the recovery of labels", target.loss)
+            # An ensemble tries several ways to get them; the base class does not know of None.
+            return None  # type: ignore[return-value]
+        recovered = recover_most_exactly(target)
+        return target.loss.fitted(_outputs(target), recovered)
+    labels = torch.as_tensor(labels).detach().cpu()
+    if labels.dim() == 0 or len(labels) != target.batch_size:
         raise InputError(f"{labels.numel()} labels for a batch of {target.batch_size} images")
-    if int(labels.min()) < 0 or int(labels.max()) >= target.data.n_classes:
-        raise InputError(f"labels must lie in 0..{target.data.n_classes - 1}")
-    return labels
+    return target.loss.fitted(_outputs(target), labels)
+
+
+def _optimises_others(attack: Attack, target: Target) -> bool:
+    """Whether the attack optimises targets anyway, and they are no classes to start from."""
+    if not isinstance(attack, OptimizationAttack) or target.loss.targets is Targets.CLASSES:
+        return False
+    return attack.config.matching.joint_labels
+
+
+def _placeholder(attack: Attack, target: Target) -> torch.Tensor:
+    """Stands where labels would; every restart optimises its own."""
+    if not isinstance(attack, OptimizationAttack):
+        raise InputError(f"attack {attack.name} does not optimise targets: give them")
+    if attack.config.consensus.combine:
+        raise InputError("combine: restarts with targets of their own cannot be combined")
+    return torch.zeros(target.batch_size, dtype=torch.long)
+
+
+def _outputs(target: Target) -> Outputs:
+    """What the model gives for one sample of the mean colour."""
+    model = target.build_model().eval()
+    parameter = next(model.parameters())
+    inputs = torch.zeros((1, *target.data.shape), dtype=parameter.dtype, device=parameter.device)
+    with torch.no_grad():
+        outputs: Outputs = model(inputs)
+    return outputs
 
 
 def _prior(target: Target, prior: torch.Tensor) -> torch.Tensor:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import difflib
+import fnmatch
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from core.data.specs import DataSpec
 from core.errors import InputError
+from core.losses import Function, Loss, Outputs, Targets, as_loss, main_output
 from core.models.architecture import Architecture, GivenModel
 from core.processes.distributed import Process
 from core.target import LocalTraining, Target, Truth
@@ -17,42 +22,64 @@ from gradients.client import ClientSettings, share_update
 from gradients.defenses import Defense, defense_names, parse_defenses
 from gradinvbench._names import check_name
 
+log = logging.getLogger(__name__)
+
 # Rounding of a normalisation that was undone.
 _TOLERANCE = 1e-4
+# What a model may take, N samples of it.
+_SHAPES = "N x C x H x W, N x C x D x H x W, N x C x L or N x F"
+# What a model raises that does not like its inputs.
+_REFUSALS = (RuntimeError, ValueError, TypeError, AssertionError, IndexError, KeyError)
 
 
 def share(
     model: nn.Module | Architecture,
-    images: torch.Tensor,
-    labels: torch.Tensor | Sequence[int],
+    inputs: torch.Tensor | None = None,
+    targets: torch.Tensor | Sequence[int] | None = None,
     *,
+    loss: str | Function | Loss | None = None,
+    shared: str | Sequence[str] | None = None,
+    bounds: tuple[float, float] | None = (0.0, 1.0),
     defense: str | Defense | Sequence[str | Defense] = (),
-    local: LocalTraining | None = None,
+    local: LocalTraining | str | None = None,
     train_mode: bool | None = None,
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
     class_names: Sequence[str] = (),
     seed: int = 0,
     device: torch.device | str | None = None,
+    images: torch.Tensor | None = None,
+    labels: torch.Tensor | Sequence[int] | None = None,
 ) -> tuple[Target, Truth]:
-    """Compute what a client shares for a batch under cross-entropy.
+    """Compute what a client shares for a batch.
 
     Args:
-        model: Any module from N x C x H x W to N x classes logits, with the parameters that
-            the client receives. It is copied and left as it is. Or a `ModelSpec`.
-        images: N x C x H x W in [0, 1]; any number of channels, any height and width.
-        labels: N class indices.
+        model: Any module, with the parameters that the client receives. It is copied and left
+            as it is; one in half precision or bfloat16 is computed in float32. Or a
+            `ModelSpec`.
+        inputs: N images (N x C x H x W), volumes (N x C x D x H x W), signals (N x C x L) or
+            rows of a table (N x F), of any size, in [0, 1] unless `bounds` is None.
+        targets: What the loss compares the outputs with: for cross-entropy N class indices or
+            N x classes probabilities, else see `losses()`.
+        loss: What the client minimises: a name in `losses()`, a `Loss`, or any function of
+            (outputs, targets) to a scalar; default: cross-entropy.
+        shared: Patterns of parameter names such as "head.*": the client trains and shares
+            these parameters only, the others are frozen. Default: all that require gradients.
+        bounds: (0, 1), or None for inputs without bounds, which an attack then does not box.
         defense: What the client does to its update, in this order: words such as "clip:1" or
             "clip:1,gaussian:0.01" (see `defenses()`), or instances of `Defense`.
-        local: The client's local training; default: one step, whose gradient is shared.
+        local: The client's local training, or words of it such as "adamw lr=1e-3 steps=3"
+            (see `LocalTraining.parse`); default: one step, whose gradient is shared.
         train_mode: Run the model in train mode (BatchNorm over the batch, active dropout);
             default: in the mode that it is in.
-        mean: Mean of the normalisation that the model expects of images in [0, 1]; one
-            number, or one per channel. None: 0, the model takes the images as they are.
+        mean: Mean of the normalisation that the model expects of its inputs; one number, or
+            one per channel (per feature of a table). None: 0, it takes them as they are.
         std: Standard deviation of it; None: 1.
         class_names: Names in the order of labels.
         seed: Of the random numbers of defenses, dropout and a `ModelSpec`'s parameters.
         device: Where to compute; default: where the model is.
+        images: Another name of `inputs`.
+        labels: Another name of `targets`.
 
     Returns:
         What an attacker sees, and (kept apart) what the client meant to keep private.
@@ -60,67 +87,162 @@ def share(
     Raises:
         InputError: One sentence on what cannot be used.
     """
-    architecture = GivenModel(model) if isinstance(model, nn.Module) else model
+    chosen = as_loss(loss)
+    given = _checked_inputs(_one_of("inputs", inputs, images), _is_bounded(bounds))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        received = architecture.build()
-    truth = _checked_truth(images, labels)
-    data = _data(truth.images, mean, std, class_names)
-    data = _with_classes(data, _logits(received, data, truth.images), truth.labels)
+        architecture = (
+            GivenModel(model, shape=given.shape[1:]) if isinstance(model, nn.Module) else model
+        )
+        received = _in_full_precision(architecture.build())
+    data = _data(given, mean, std, class_names, bounds is not None)
+    received.train(received.training if train_mode is None else train_mode)
+    outputs = _outputs(received, data, given)
+    wanted = _checked_targets(chosen, outputs, _one_of("targets", targets, labels), len(given))
+    data = _with_classes(data, chosen, outputs)
+    _freeze_others(received, shared)
     settings = ClientSettings(
-        local=local or LocalTraining(),
-        train_mode=received.training if train_mode is None else train_mode,
+        local=_local(local, len(given)),
+        train_mode=received.training,
         defenses=_defenses(defense),
         seed=seed,
         dropout_seed=seed,
+        loss=chosen,
     )
     process = Process(device=_device(received, device))
-    target = share_update(
-        received, architecture, data, truth.images, truth.labels, settings, process
-    )
+    target = share_update(received, architecture, data, given, wanted, settings, process)
     assert target is not None
     if not all(gradient.isfinite().all() for gradient in target.gradient.values()):
         raise InputError("the update is not finite: the model or its local training diverges")
-    return target, truth
+    return target, Truth(given, wanted)
 
 
-def _checked_truth(images: torch.Tensor, labels: torch.Tensor | Sequence[int]) -> Truth:
-    labels = torch.as_tensor(labels)
-    if images.dim() != 4 or not images.is_floating_point():
+def _local(given: LocalTraining | str | None, n_images: int) -> LocalTraining:
+    if isinstance(given, str):
+        return LocalTraining.parse(given, n_images)
+    return given or LocalTraining()
+
+
+def _one_of(name: str, given: object, other: object) -> torch.Tensor:
+    """A tensor from the one of two arguments that was given."""
+    value = other if given is None else given
+    if value is None or (given is not None and other is not None):
+        raise InputError(f"give {name} once")
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name} cannot be read as a tensor: {error}") from None
+
+
+def _in_full_precision(model: nn.Module) -> nn.Module:
+    """The model, in float32 where it came in fewer bits: a gradient needs the digits."""
+    few = {p.dtype for p in model.parameters() if p.is_floating_point() and p.itemsize < 4}
+    if not few:
+        return model
+    log.warning(
+        "the model %s is in %s and is computed in float32",
+        type(model).__name__,
+        " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in few)),
+    )
+    return model.float()
+
+
+def _is_bounded(bounds: tuple[float, float] | None) -> bool:
+    if bounds is not None and tuple(bounds) != (0, 1):
         raise InputError(
-            f"images must be floating-point numbers of shape N x C x H x W, not {images.dtype} "
-            f"of shape {tuple(images.shape)}"
+            f"bounds must be (0, 1) or None, not {bounds}; scale the inputs to [0, 1] and give "
+            "mean= and std= of what the model expects"
         )
-    low, high = float(images.min()), float(images.max())
+    return bounds is not None
+
+
+def _checked_inputs(inputs: torch.Tensor, bounded: bool) -> torch.Tensor:
+    if not 2 <= inputs.dim() <= 5 or not inputs.is_floating_point() or not inputs.numel():
+        raise InputError(
+            f"images must be floating-point numbers of shape {_SHAPES}, not {inputs.dtype} of "
+            f"shape {tuple(inputs.shape)}"
+        )
+    inputs = inputs.detach().cpu()
+    # Numbers of few bits are exact in more.
+    inputs = inputs if inputs.dtype == torch.float64 else inputs.float()
+    low, high = float(inputs.min()), float(inputs.max())
+    if not bounded:
+        if not inputs.isfinite().all():
+            raise InputError("an input is not finite (NaN or infinity)")
+        return inputs
     # Written so that NaN is refused as well.
     if not (low >= -_TOLERANCE and high <= 1 + _TOLERANCE):
         raise InputError(
             f"images must lie in [0, 1] and these lie in [{low:g}, {high:g}]; give mean= and "
-            "std= if the model expects normalised ones"
+            "std= if the model expects normalised ones, or bounds=None for values without bounds"
         )
-    if labels.shape != images.shape[:1] or labels.is_floating_point():
+    return inputs.clamp(0, 1)
+
+
+def _checked_targets(loss: Loss, outputs: Outputs, targets: torch.Tensor, n: int) -> torch.Tensor:
+    """The targets as the loss takes them, once it has shown that it does."""
+    targets = targets.detach().cpu()
+    if targets.dim() == 0 or len(targets) != n:
+        what = "one class index" if loss.targets is Targets.CLASSES else "one entry"
         raise InputError(
-            f"labels must be one class index for each of the {len(images)} images, not "
-            f"{labels.dtype} of shape {tuple(labels.shape)}"
+            f"labels must be {what} for each of the {n} images, not {targets.dtype} of shape "
+            f"{tuple(targets.shape)}"
         )
-    return Truth(images.detach().cpu().clamp(0, 1), labels.detach().long().cpu())
+    fitted = loss.fitted(outputs, targets)
+    _check_loss(loss, outputs, fitted)
+    return fitted
+
+
+def _check_loss(loss: Loss, outputs: Outputs, targets: torch.Tensor) -> None:
+    """Refuse a loss that gives no scalar that depends on the outputs."""
+    given = [t.requires_grad_() for t in _tensors(outputs) if t.is_floating_point()]
+    if not given:
+        raise InputError(f"the model gives a {type(outputs).__name__} without numbers in it")
+    target = targets[: len(given[0])].to(
+        given[0].device, given[0].dtype if targets.is_floating_point() else None
+    )
+    try:
+        value = loss(outputs, target)
+    except InputError:
+        raise
+    except _REFUSALS as error:
+        raise InputError(
+            f"the loss {loss.name} does not take the model's outputs and a target of shape "
+            f"{tuple(target.shape)}: {_first_line(error)}"
+        ) from None
+    if not value.requires_grad:
+        raise InputError(f"the loss {loss.name} has no derivative in the model's outputs")
+
+
+def _tensors(outputs: Outputs) -> list[torch.Tensor]:
+    """The tensors that a model gives, whatever they lie in."""
+    if isinstance(outputs, torch.Tensor):
+        return [outputs]
+    values: Iterable[object] = vars(outputs).values() if hasattr(outputs, "__dict__") else ()
+    if isinstance(outputs, Mapping):
+        values = outputs.values()
+    elif isinstance(outputs, Sequence):
+        values = outputs
+    return [value for value in values if isinstance(value, torch.Tensor)]
 
 
 def _data(
-    images: torch.Tensor,
+    inputs: torch.Tensor,
     mean: float | Sequence[float] | None,
     std: float | Sequence[float] | None,
     class_names: Sequence[str],
+    bounded: bool,
 ) -> DataSpec:
-    """The description of the images; the number of classes is still open."""
-    channels, height, width = images.shape[1:]
+    """The description of the inputs; the number of classes is still open."""
+    channels = inputs.shape[1]
     return DataSpec(
         name="given images",
-        shape=(channels, height, width),
+        shape=tuple(inputs.shape[1:]),
         mean=_per_channel("mean", 0.0 if mean is None else mean, channels),
         std=_per_channel("std", 1.0 if std is None else std, channels),
         n_classes=0,
         class_names=tuple(class_names),
+        bounded=bounded,
     )
 
 
@@ -134,42 +256,70 @@ def _per_channel(name: str, values: float | Sequence[float], channels: int) -> t
     return tuple(numbers.tolist())
 
 
-def _logits(model: nn.Module, data: DataSpec, images: torch.Tensor) -> torch.Tensor:
-    """The model's output for one image, to see that they fit; the model stays as it is."""
+def _outputs(model: nn.Module, data: DataSpec, inputs: torch.Tensor) -> Outputs:
+    """The model's outputs for a sample or two, to see that they fit; it stays as it is."""
     parameter = next(model.parameters(), None)
     if parameter is None:
         raise InputError(f"the model {type(model).__name__} has no parameters to share")
-    inputs = data.normalize(images[:1].to(parameter.device, parameter.dtype))
-    was_training = model.training
+    first = data.normalize(inputs[:2].to(parameter.device, parameter.dtype))
+    if model.training:
+        # Heads may give more in training; where BatchNorm has too few values, eval mode tells.
+        with contextlib.suppress(*_REFUSALS):
+            return _passed(model, first)
+    modes = {module: module.training for module in model.modules()}
     try:
-        with torch.no_grad():
-            return model.eval()(inputs)  # type: ignore[no-any-return]
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        return _passed(model.eval(), first)
+    except _REFUSALS as error:
         raise InputError(
             f"the model {type(model).__name__} does not take images of shape "
-            f"{' x '.join(map(str, data.shape))}: {str(error).splitlines()[0]}"
+            f"{' x '.join(map(str, data.shape))}: {_first_line(error)} (inputs may be {_SHAPES})"
         ) from None
     finally:
-        model.train(was_training)
+        for module, training in modes.items():
+            module.training = training
 
 
-def _with_classes(data: DataSpec, logits: torch.Tensor, labels: torch.Tensor) -> DataSpec:
-    """The description with the number of classes that the model's output has."""
-    if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
-        shape = tuple(getattr(logits, "shape", ()))
-        raise InputError(
-            f"the model must give one row of logits per image, not {type(logits).__name__} of "
-            f"shape {shape}"
-        )
-    n_classes = logits.shape[1]
-    if int(labels.min()) < 0 or int(labels.max()) >= n_classes:
-        raise InputError(
-            f"labels must lie in 0..{n_classes - 1}, the classes of the model, and one is "
-            f"{int(labels.max()) if int(labels.min()) >= 0 else int(labels.min())}"
-        )
+def _passed(model: nn.Module, inputs: torch.Tensor) -> Outputs:
+    """The model's outputs; buffers and torch's random numbers stay as they are."""
+    state = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        outputs: Outputs = torch.func.functional_call(model, state, (inputs,))
+    return outputs
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _with_classes(data: DataSpec, loss: Loss, outputs: Outputs) -> DataSpec:
+    """The description with the number of outputs where they stand for classes or labels."""
+    n_classes = 0
+    if loss.targets in (Targets.CLASSES, Targets.LABELS):
+        n_classes = main_output(outputs).shape[-1]
     if data.class_names and len(data.class_names) != n_classes:
         raise InputError(f"{len(data.class_names)} class_names for {n_classes} classes")
     return dataclasses.replace(data, n_classes=n_classes)
+
+
+def _freeze_others(model: nn.Module, patterns: str | Sequence[str] | None) -> None:
+    """Leave derivatives to the parameters that are shared, tied ones by any of their names."""
+    if patterns is None:
+        return
+    named = dict(model.named_parameters(remove_duplicate=False))
+    kept: set[int] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        found = [p for name, p in named.items() if fnmatch.fnmatchcase(name, pattern)]
+        if not found:
+            near = difflib.get_close_matches(pattern, named, n=1, cutoff=0.0)
+            raise InputError(
+                f"shared: no parameter's name fits {pattern!r}; the nearest is "
+                f"{near[0] if near else 'none'}"
+            )
+        kept |= {id(parameter) for parameter in found}
+    for parameter in named.values():
+        parameter.requires_grad_(parameter.requires_grad and id(parameter) in kept)
+    if not any(parameter.requires_grad for parameter in named.values()):
+        raise InputError("shared: all parameters that fit are frozen, there is nothing to share")
 
 
 def _defenses(given: str | Defense | Sequence[str | Defense]) -> tuple[Defense, ...]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from attack.knowledge.threat_models import Capability
 from core.errors import InputError
+from core.losses import Targets
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +24,9 @@ class Attack(abc.ABC):
     Attributes:
         name: What `--attack` and tables call it.
         requires: What the threat model must grant to the attack.
-        label_rule: How its paper gets the labels, see `attack.knowledge.labels`.
+        fits: Kinds of targets of the clients that it can be used on.
+        label_rule: How its paper gets the labels, see `attack.knowledge.labels`; "exact" where
+            it says nothing of it.
         recovers_labels: Whether it recovers the labels itself where no rule is asked for.
         adapts_by_default: Whether it takes a known defense into account unasked.
         published: The paper's hyper-parameters; None for an attack without an optimisation loop.
@@ -31,7 +34,8 @@ class Attack(abc.ABC):
 
     name: ClassVar[str]
     requires: ClassVar[frozenset[Capability]] = frozenset()
-    label_rule: ClassVar[str] = "llg"
+    fits: ClassVar[frozenset[Targets]] = frozenset(Targets)
+    label_rule: ClassVar[str] = "exact"
     recovers_labels: ClassVar[bool] = False
     adapts_by_default: ClassVar[bool] = False
     published: ClassVar[InversionConfig | None] = None
@@ -66,7 +70,7 @@ class Attack(abc.ABC):
 
         Args:
             target: What was shared; never the truth.
-            labels: N class indices, recovered or granted.
+            labels: N class indices, recovered or granted, or what else the client's loss takes.
             device: Device that runs the computation.
             seed: Seed of every random number of the attack.
             run: Passed on to `Inversion.run` (progress, snapshots, state file).

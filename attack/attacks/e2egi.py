@@ -31,6 +31,7 @@ class E2EGI(OptimizationAttack):
     """
 
     name = "e2egi"
+    label_rule = "llg"
     requires = frozenset({Capability.BATCH_SIZE, Capability.BATCH_STATISTICS})
     published = InversionConfig(
         iterations=24000,

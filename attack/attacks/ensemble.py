@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from attack.attacks.base import Attack, get_attack
+from attack.knowledge.clients import require_classes
 from attack.knowledge.known_defenses import Adaptation, adapt
 from attack.knowledge.label_search import (
     arrangements,
@@ -271,7 +272,9 @@ class Ensemble:
         replica = Replica(self.target, self.device)
         matcher = GradientMatcher(replica, Cosine(), "exact")
         inputs = torch.zeros((self.target.batch_size, *self.target.data.shape))[replica.share]
-        labels = torch.zeros(len(inputs), dtype=torch.long, device=self.device)
+        known = torch.zeros(self.target.batch_size, dtype=torch.long)
+        known = known if self.labels is None else self.labels
+        labels = known[replica.share].to(self.device)
         matcher(inputs.to(self.device), labels)
         began = time.perf_counter()
         for _ in range(3):
@@ -286,6 +289,7 @@ class Ensemble:
         """The granted labels, or of all hypotheses the one that explains the gradient best."""
         if self.labels is not None:
             return self.labels
+        require_classes("the search for labels of --attack auto", self.target.loss)
         candidates = [
             arranged
             for labels in label_candidates(self.target)

@@ -105,7 +105,7 @@ class DataLeakageFedAvg(OptimizationAttack):
         config = self.config.changed(
             gradient_weight=self.config.matching.gradient_weight * target.local.updates
         )
-        order = EpochOrderPrior(epochs, target.data.shape[0], seed)
+        order = EpochOrderPrior(epochs, target.data.shape[0], seed, dims=len(target.data.shape) - 1)
 
         def regularizers(problem: InversionProblem) -> list[tuple[float, Regularizer]]:
             tied = [(self.order_weight, order)] if epochs > 1 else []
@@ -113,11 +113,11 @@ class DataLeakageFedAvg(OptimizationAttack):
 
         inversion = Inversion(
             one_long_epoch(target),
-            labels.repeat(epochs),
+            labels.repeat(epochs, *[1] * (labels.dim() - 1)),
             config,
             device=device,
             seed=seed,
-            prior=None if prior is None else prior.repeat(epochs, 1, 1, 1),
+            prior=None if prior is None else prior.repeat(epochs, *[1] * (prior.dim() - 1)),
             first_restart=first_restart,
             parts=Parts(regularizers=regularizers),
         )

@@ -15,6 +15,7 @@ from attack.knowledge.threat_models import Capability
 from attack.loop.inversion import Snapshot
 from attack.reconstruction import Reconstruction
 from core.errors import InputError
+from core.losses import Targets
 from core.models.building import last_linear
 from core.models.malicious import malice_of, parse_malice
 from core.target import Target
@@ -54,6 +55,7 @@ class Fishing(OptimizationAttack):
 
     name = "fishing"
     requires: ClassVar[frozenset[Capability]] = frozenset({Capability.MALICIOUS_SERVER})
+    fits = frozenset({Targets.CLASSES})
     published = published.SPECTRAL
 
     def reconstruct(
@@ -76,7 +78,7 @@ class Fishing(OptimizationAttack):
         alone = fished_target(target, self.name)
         fished = alone.batch_size
         label = parse_malice(malice_of(target.model), target.data.n_classes).number
-        mean = target.data.denormalize(torch.zeros((1, *target.data.shape))).clamp(0, 1)
+        mean = target.data.clamp(target.data.denormalize(torch.zeros((1, *target.data.shape))))
         rest = mean.expand(target.batch_size - fished, *target.data.shape)
 
         def whole(images: torch.Tensor) -> torch.Tensor:

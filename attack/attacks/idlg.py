@@ -10,6 +10,7 @@ from attack.attacks.parts import published
 from attack.knowledge.threat_models import Capability
 from attack.reconstruction import Reconstruction
 from core.errors import InputError
+from core.losses import Targets
 from core.target import Target
 
 
@@ -33,6 +34,7 @@ class IDLG(OptimizationAttack):
 
     name = "idlg"
     requires = frozenset({Capability.BATCH_SIZE})
+    fits = frozenset({Targets.CLASSES})
     label_rule = "idlg"
     published = published.DLG.changed(joint_labels=False)
 

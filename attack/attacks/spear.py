@@ -17,6 +17,7 @@ from attack.attacks.parts.closed_form import closed_form_reconstruction
 from attack.attacks.parts.first_layer import FirstLayer, first_layer
 from attack.reconstruction import Reconstruction
 from core.errors import InputError
+from core.losses import is_default
 from core.target import Target
 
 # Singular values below this share of the largest are rounding of the shared gradient.
@@ -303,7 +304,7 @@ class _Spear(Attack):
         if solution is None:
             solution = solve(layer, pool.factors, _completed(pool))
         inputs = layer.network_inputs(solution.inputs)
-        if exact:
+        if exact and is_default(target.loss):
             labels = labels_of_images(target, layer, pool.factors, solution, inputs, labels)
         return closed_form_reconstruction(
             target,

@@ -60,7 +60,9 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_label_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("labels")
     group.add_argument(
-        "--pseudo-label-init", default="llg", help="llg, from_grads, known, or another rule"
+        "--pseudo-label-init",
+        default="exact",
+        help="exact (what is exact for this update), known, llg, from_grads, or another rule",
     )
     group.add_argument(
         "--labels-only", action="store_true", help="recover labels by every rule, and end"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from attack.metrics.information_ratio import gradient_information
 from attack.metrics.worst_case import worst_case
 from attack.record import AttackRecord, LabelRecord, RunRecord
 from attack.settings import InversionConfig
+from core.errors import InputError
 from core.pictures import save_comparison, save_curve, save_images
 from core.processes.distributed import alone
 from core.records import provenance
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from attack.reconstruction import Reconstruction
     from core.processes.distributed import Process
     from core.target import Target, Truth
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,7 @@ def write_results(
     """
     folder, truth, measuring = output.run.folder, output.truth, output.run.measuring
     record = _attack_record(output, found, curve)
-    layers = losses_by_layer(output.target, found, getattr(output.attack, "config", None))
-    record.details = {**record.details, "layers": layers}
-    write_text(folder / "layers.txt", _layer_table(layers) + "\n")
+    _record_layers(output, found, record)
     tensors = {"images": found.images, "labels": found.labels}
     save_checkpoint(tensors, folder / "reconstruction.pt")
     if truth is not None and measuring.images:
@@ -85,6 +87,18 @@ def write_results(
     write_text(folder / "metrics.txt", "\n\n".join(record.tables) + "\n")
     _write(output, record)
     return record
+
+
+def _record_layers(output: Output, found: Reconstruction, record: AttackRecord) -> None:
+    config = getattr(output.attack, "config", None)
+    try:
+        layers = losses_by_layer(output.target, found, config)
+    except (InputError, RuntimeError, ValueError, TypeError) as error:
+        # What hours of an attack found is not lost over what is said of it beside.
+        logger.warning("no losses by layer: %s", error)
+        return
+    record.details = {**record.details, "layers": layers}
+    write_text(output.run.folder / "layers.txt", _layer_table(layers) + "\n")
 
 
 def losses_by_layer(
@@ -235,7 +249,7 @@ def _measure_worst_case(
     worst = worst_case(evaluations)
     record.worst_case = worst.to_record()
     record.tables.append(worst.to_table().get_string())
-    rows = [(row, row["ssim_attack"] or row["psnr_attack"]) for row in worst.per_image]
+    rows = [(row, row.get("ssim_attack") or row["psnr_attack"]) for row in worst.per_image]
     images = [
         ensemble.members[name].images[evaluations[name].order[row["index"]]] for row, name in rows
     ]

@@ -23,7 +23,7 @@ from attack.knowledge.threat_models import Capability, find_threat
 from attack.loop.consensus import stage_ends
 from attack.loop.inversion import InterruptedInversion, label_trial
 from attack.matching.freed_memory import keep_freed_memory
-from attack.metrics import assign, psnr
+from attack.metrics import assign, data_range, psnr, to_unit_range
 from attack.reconstruction import Reconstruction
 from attack.record import AttackRecord, LabelRecord, read_record
 from attack.settings import InversionConfig
@@ -245,7 +245,7 @@ class Curve:
         return max(1, iterations // SNAPSHOTS_OF_A_CURVE)
 
     def __call__(self, iteration: int, images: torch.Tensor) -> None:
-        """Take note of N x C x H x W images in [0, 1]."""
+        """Take note of the batch as it stands (N x C x H x W in [0, 1], or others)."""
         if iteration in self.stages:
             number = self.stages.index(iteration) + 1
             save_images(
@@ -257,8 +257,9 @@ class Curve:
         if not every or iteration % every:
             return
         if self.truth is not None:
-            ordered = images[assign(images, self.truth.images)]
-            mean = float(psnr(ordered, self.truth.images).mean())
+            bounds = data_range(self.truth.images)
+            found, originals = (to_unit_range(x, bounds) for x in (images, self.truth.images))
+            mean = float(psnr(found[assign(found, originals)], originals).mean())
             # Iterations after the last saved state are run again.
             earlier = [point for point in self.points if point["iteration"] < iteration]
             self.points = [*earlier, {"iteration": iteration, "psnr": mean}]

@@ -79,7 +79,9 @@ class Adaptation:
         """What per-sample clipping does to a candidate; None where it need not be known."""
         if self.sample_norm is None:
             return None
-        return SampleClipping(replica.model, replica.names, self.sample_norm, replica.batch_size)
+        return SampleClipping(
+            replica.model, replica.names, self.sample_norm, replica.batch_size, replica.client_loss
+        )
 
     def keep_only(self, masks: list[torch.Tensor]) -> None:
         """Compare only where the masks are true."""
@@ -345,9 +347,9 @@ def _soteria(adaptation: Adaptation, target: Target, values: list[float]) -> Non
     Source: Balunovic et al., Bayesian Framework for Gradient Leakage, ICLR 2022,
     https://arxiv.org/abs/2111.04706, who leave out the whole layer.
     """
-    from core.models.building import last_linear
+    from core.models.head import head_for
 
-    name, _ = last_linear(target.build_model())
+    name, _ = head_for(target.build_model(), target.data)
     masks = [torch.ones((), dtype=torch.bool, device=g.device) for g in _tensors(target)]
     weight = f"{name}.weight" if name else "weight"
     names = list(target.gradient)

@@ -28,8 +28,8 @@ Trial = Callable[[torch.Tensor, int], float]
 
 MAX_ARRANGEMENTS = 24
 FIRST_ITERATIONS = 100
-# Neither of them is a rule that an attacker would choose.
-_NO_CHOICE = {"known", "llg-stale"}
+# None of them is a rule that an attacker would choose.
+_NO_CHOICE = {"known", "llg-negatives", "llg-stale"}
 
 
 def label_candidates(target: Target) -> list[torch.Tensor]:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from attack.knowledge.labels import rule_requires
+from attack.knowledge.clients import check_client
+from attack.knowledge.labels import DEFAULT_RULE, rule_requires
 from attack.knowledge.threat_models import (
     CUSTOM,
     Capabilities,
@@ -40,7 +41,7 @@ class Knowledge:
     """
 
     threat: str | None = None
-    label_rule: str = "llg"
+    label_rule: str = DEFAULT_RULE
     rule_given: bool = False
     adaptive: bool | None = None
     adapts_by_default: bool = False
@@ -78,11 +79,12 @@ class Knowledge:
 
 
 def check_knowledge(knowledge: Knowledge, attack: Attack, target: Target) -> None:
-    """Refuse a run that uses what its threat model withholds.
+    """Refuse a run that uses what its threat model withholds, or that does not fit the client.
 
     Raises:
-        InputError: Names the flag and what is withheld.
+        InputError: Names the flag, and what is withheld or does not fit.
     """
+    check_client(attack, target)
     threat = find_threat(knowledge.threat)
     if threat is None:
         return
@@ -97,7 +99,7 @@ def requirements(
     yield f"--attack {attack.name}", attack.requires
     if not knowledge.leaves_labels_to(attack):
         rule = knowledge.label_rule
-        yield f"--pseudo-label-init {rule}", rule_requires(rule)
+        yield f"--pseudo-label-init {rule}", rule_requires(rule, target.local.steps)
     if knowledge.adaptive:
         yield "--adaptive", frozenset({Capability.DEFENSE})
     config = getattr(attack, "config", None)

@@ -67,7 +67,7 @@ class Consensus:
         return [self.starter.restart(0, start, generator)]
 
     def target(self, restarts: Sequence[Restart], iteration: int) -> torch.Tensor | None:
-        """What group consistency pulls towards: n x C x H x W inputs; None for nothing."""
+        """What group consistency pulls towards: inputs of this process; None for nothing."""
         settings, progress = self.config.consensus, self.progress
         if settings.combine:
             return progress.fusion

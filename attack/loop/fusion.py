@@ -134,14 +134,16 @@ def align_repeated_labels(restarts: torch.Tensor, labels: torch.Tensor) -> torch
 
     Args:
         restarts: S x N x C x H x W.
-        labels: Class indices of the N images.
+        labels: Of the N images.
 
     Returns:
         The restarts, reordered within every label.
     """
     aligned = restarts.clone()
-    for label in labels.unique():
-        members = (labels == label).nonzero().flatten().to(restarts.device)
+    # Of targets that are no class indices, whole rows are compared.
+    _, numbers = labels.unique(dim=0, return_inverse=True)
+    for number in numbers.unique():
+        members = (numbers == number).nonzero().flatten().to(restarts.device)
         if len(members) < 2:
             continue
         reference = restarts[0, members]
@@ -185,22 +187,34 @@ def register(
     """Shift every image (cyclically, by whole pixels) to correlate best with its reference.
 
     Args:
-        images: N x C x H x W.
+        images: N x C x H x W, or signals and volumes of one or three axes in space. The rows
+            of a table (N x F) can't be shifted and stay as they are.
         reference: The same shape.
-        max_shift: Largest shift in pixels in either direction; an eighth of the side if None.
+        max_shift: Largest shift in pixels in either direction; an eighth of the smallest side
+            if None.
     """
-    height, width = images.shape[-2:]
-    limit = max(1, min(height, width) // 8) if max_shift is None else max_shift
-    a = images - images.mean((-2, -1), keepdim=True)
-    b = reference - reference.mean((-2, -1), keepdim=True)
+    size = images.shape[2:]
+    if not size:
+        return images
+    space = tuple(range(-len(size), 0))
+    limit = max(1, min(size) // 8) if max_shift is None else max_shift
+    a = images - images.mean(space, keepdim=True)
+    b = reference - reference.mean(space, keepdim=True)
     # Cross-correlation of all cyclic shifts at once.
-    spectrum = torch.fft.rfft2(a).conj() * torch.fft.rfft2(b)
-    correlation = torch.fft.irfft2(spectrum, s=(height, width)).sum(1)
-    rows = torch.arange(height, device=images.device)
-    columns = torch.arange(width, device=images.device)
-    far = (torch.minimum(rows, height - rows) > limit).view(-1, 1)
-    far = far | (torch.minimum(columns, width - columns) > limit).view(1, -1)
-    best = correlation.masked_fill(far, -torch.inf).flatten(1).argmax(1).tolist()
-    shifts = [divmod(index, width) for index in best]
+    spectrum = torch.fft.rfftn(a, dim=space).conj() * torch.fft.rfftn(b, dim=space)
+    correlation = torch.fft.irfftn(spectrum, s=size, dim=space).sum(1)
+    far = _farther_than(limit, size).to(images.device)
+    best = correlation.masked_fill(far, -torch.inf).flatten(1).argmax(1)
+    shifts = torch.stack(torch.unravel_index(best, size), dim=1).tolist()
     pairs = zip(images, shifts, strict=True)
-    return torch.stack([torch.roll(image, shift, dims=(-2, -1)) for image, shift in pairs])
+    return torch.stack([torch.roll(image, shift, dims=space) for image, shift in pairs])
+
+
+def _farther_than(limit: int, size: tuple[int, ...]) -> torch.Tensor:
+    """Which cyclic shifts move by more than `limit` along any axis."""
+    far = torch.zeros(size, dtype=torch.bool)
+    for axis, side in enumerate(size):
+        shift = torch.arange(side)
+        along = torch.minimum(shift, side - shift) > limit
+        far |= along.view(-1, *[1] * (len(size) - axis - 1))
+    return far

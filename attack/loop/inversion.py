@@ -66,6 +66,10 @@ Snapshot = Callable[[int, torch.Tensor], None]
 Report = Callable[[int, float], None]
 
 DEFAULT_PARTS = Parts()
+ASSUMED_ORDER = (
+    "the client's epochs mix the images in an order that is not told; every epoch is simulated "
+    "with the same batches"
+)
 logger = logging.getLogger(__name__)
 
 
@@ -126,7 +130,7 @@ class Inversion:
         config = config.changed(iterations=self.race.iterations)
         self.target, self.config, self.device = target, config, device
         self.dtype = torch.float64 if config.matching.double else torch.float32
-        self.replica = Replica(target, device, self.dtype)
+        self.replica = Replica(target, device, self.dtype, config.matching.joint_labels)
         self.problem = InversionProblem(
             target, config, adaptation, self.replica, labels[self.replica.share].to(device),
             parts.coordinates(target, config, device, self.dtype), device, self.dtype,
@@ -307,6 +311,7 @@ class Inversion:
                 "events": self.progress.events,
                 **self.matcher.details(),
                 **({"adaptations": adaptation.notes} if self.config.matching.adaptive else {}),
+                **({"assumed": [ASSUMED_ORDER]} if self.target.local.order_assumed else {}),
             },
         )
 

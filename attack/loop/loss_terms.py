@@ -22,6 +22,7 @@ from attack.priors.regularizers import (
 from attack.priors.shared_statistics import layer_momentum, recovered_statistics
 from attack.priors.step_statistics import StepStatisticsPenalty
 from attack.settings import InversionConfig, setting_error
+from core.models.head import head_for
 from core.processes import distributed
 
 if TYPE_CHECKING:
@@ -38,14 +39,20 @@ def make_objective(config: InversionConfig, n_parameters: int) -> Objective:
 
 
 def make_regularizers(problem: InversionProblem) -> list[tuple[float, Regularizer]]:
-    """Weighted penalties on the images alone."""
+    """Weighted penalties on the images alone.
+
+    The rows of a table have no neighbours and no colour: of all the priors only the length of
+    the input is left for them, which is a normal prior on standardised features.
+    """
     priors = problem.config.priors
-    weighted = [
+    weighted: list[tuple[float, Regularizer]] = [
         (priors.tv, TOTAL_VARIATIONS[priors.tv_kind]()),
         (priors.input_norm, InputNorm()),
         (priors.colour, ColourPrior()),
         (priors.patch, PatchPrior(priors.patch_size)),
     ]
+    if len(problem.target.data.shape) == 1:
+        weighted = [(priors.input_norm, InputNorm())]
     return [(weight, regularizer) for weight, regularizer in weighted if weight != 0]
 
 
@@ -56,8 +63,9 @@ def make_penalties(problem: InversionProblem) -> list[tuple[float, ModelPenalty]
     if priors.bn > 0:
         penalties.append((priors.bn, batch_norm_penalty(problem)))
     if priors.features > 0:
-        known = shared_features(target, problem.labels).to(problem.device, problem.dtype)
-        penalties.append((priors.features, FeaturePenalty(known, target.batch_size)))
+        last, _ = head_for(target.build_model(), target.data)
+        known = shared_features(target, problem.labels, last).to(problem.device, problem.dtype)
+        penalties.append((priors.features, FeaturePenalty(known, target.batch_size, last)))
     return penalties
 
 

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 def make_variables(
     target: Target, config: InversionConfig, device: torch.device, dtype: torch.dtype
 ) -> Coordinates:
-    """The coordinates that a configuration names, for a target's images."""
-    size = (target.data.shape[1], target.data.shape[2])
+    """The coordinates that a configuration names, for a target's samples."""
+    size = tuple(target.data.shape[1:])
     return make_coordinates(config.optimiser.coordinates, size, device, dtype)
 
 

@@ -44,7 +44,7 @@ class InversionProblem:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """N x C x H x W of the whole batch."""
+        """N x C x H x W of the whole batch (of signals N x C x L, of tables N x F)."""
         return (self.target.batch_size, *self.target.data.shape)
 
     def mine(self, batch: torch.Tensor) -> torch.Tensor:
@@ -60,14 +60,17 @@ class InversionProblem:
         return self.coordinates.decode(restart.variable.detach())
 
     def boxed(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Network inputs moved into the range of valid images."""
-        low = self.target.data.normalize(torch.zeros_like(inputs[:1, :, :1, :1]))
-        high = self.target.data.normalize(torch.ones_like(inputs[:1, :, :1, :1]))
+        """Network inputs moved into the range of valid images, where there is one."""
+        if not self.target.data.bounded:
+            return inputs
+        one = (1, inputs.shape[1], *[1] * (inputs.dim() - 2))
+        low = self.target.data.normalize(inputs.new_zeros(one))
+        high = self.target.data.normalize(inputs.new_ones(one))
         return torch.minimum(torch.maximum(inputs, low), high)
 
     def images(self, restart: Restart) -> torch.Tensor:
-        """The restart's result: N x C x H x W in [0, 1], on the CPU."""
+        """The restart's result on the CPU: N x C x H x W in [0, 1], or what has no bounds."""
         inputs = restart.best_inputs
         whole = self.whole(self.inputs(restart) if inputs is None else inputs)
         # Pictures and metrics are in float32 whatever the attack computed in.
-        return self.target.data.denormalize(whole).clamp(0, 1).float().cpu()
+        return self.target.data.clamp(self.target.data.denormalize(whole)).float().cpu()

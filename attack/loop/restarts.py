@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from core.losses import DEFAULT_LOSS, Loss
+
 if TYPE_CHECKING:
     from attack.loop.problem import InversionProblem
     from attack.settings import InversionConfig
@@ -44,6 +46,7 @@ class Restart:
         divergences: Number of those.
         fallen: Iterations in which the balance has fallen.
         last_value: The objective of the last evaluation.
+        loss: What the client minimises: says which labels the optimised ones stand for.
     """
 
     index: int
@@ -60,6 +63,7 @@ class Restart:
     divergences: int = 0
     fallen: int = 0
     last_value: float = math.nan
+    loss: Loss = DEFAULT_LOSS
 
     @property
     def alive(self) -> bool:
@@ -84,7 +88,7 @@ class Restart:
             # Together: an interrupted attack's result is the one of its objective.
             self.best_value, self.best_inputs = value, inputs.clone()
             if self.label_logits is not None:
-                self.best_labels = self.label_logits.detach().argmax(-1)
+                self.best_labels = self.loss.decided(self.label_logits.detach())
 
 
 def best_of(restarts: Sequence[Restart]) -> Restart:
@@ -149,7 +153,9 @@ class Starter:
         inputs = self._drawn(generator)
         if self.noise is None:
             return inputs
-        return inputs + self.noise * torch.randn(inputs[:, :1].shape, generator=generator)
+        # Features of a table are no colours of one pixel.
+        like = inputs[:, :1] if inputs.dim() > 2 else inputs
+        return inputs + self.noise * torch.randn(like.shape, generator=generator)
 
     def _drawn(self, generator: torch.Generator) -> torch.Tensor:
         shape, data = self.problem.shape, self.problem.target.data
@@ -158,25 +164,32 @@ class Starter:
         if self.config.starts.start == "normal":
             return torch.randn(shape, generator=generator)
         if self.config.starts.start == "uniform":
-            return data.normalize(torch.rand(shape, generator=generator))
+            return self._uniform(torch.rand(shape, generator=generator))
         if self.config.starts.start == "zeros":
             return torch.zeros(shape)
         if self.config.starts.start == "pattern":
-            tile = torch.randn((*shape[:2], 4, 4), generator=generator)
+            tile = torch.randn((*shape[:2], *[4] * len(shape[2:])), generator=generator)
             repeats = [math.ceil(side / 4) for side in shape[2:]]
-            return tile.repeat(1, 1, *repeats)[..., : shape[2], : shape[3]]
+            return tile.repeat(1, 1, *repeats)[tuple(slice(side) for side in shape)]
         raise ValueError(f"unknown start {self.config.starts.start}")
+
+    def _uniform(self, shares: torch.Tensor) -> torch.Tensor:
+        """Network inputs from random numbers in [0, 1]: of the valid range, or of unit variance."""
+        data = self.problem.target.data
+        return data.normalize(shares) if data.bounded else math.sqrt(12) * (shares - 0.5)
 
     def restart(self, index: int, variable: torch.Tensor, generator: torch.Generator) -> Restart:
         """A restart that begins at these coordinates of this process's images."""
         variable = variable.clone().requires_grad_()
         logits = None
         if self.config.matching.joint_labels:
-            shape = (self.problem.shape[0], self.problem.target.data.n_classes)
+            shape = (self.problem.shape[0], *self.problem.replica.variables_shape())
             whole = torch.randn(shape, generator=generator)
             mine = self.problem.mine(whole).to(self.problem.device, self.problem.dtype)
             logits = mine.requires_grad_()
-        return Restart(index, variable, logits, self.optimizer(variable, logits), generator)
+        optimizer = self.optimizer(variable, logits)
+        loss = self.problem.target.loss
+        return Restart(index, variable, logits, optimizer, generator, loss=loss)
 
     def optimizer(
         self, variable: torch.Tensor, logits: torch.Tensor | None

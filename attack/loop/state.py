@@ -121,13 +121,16 @@ class StateFile:
             label_logits=logits,
             optimizer=optimizer,
             generator=generator,
+            loss=self.problem.target.loss,
             **state,
         )
 
 
 def _saved(restart: Restart) -> dict[str, Any]:
+    # The client's loss is the target's, and no plain value.
+    plain = {name: value for name, value in vars(restart).items() if name != "loss"}
     return {
-        **vars(restart),
+        **plain,
         "variable": restart.variable.detach(),
         "optimizer": restart.optimizer.state_dict(),
         "generator": restart.generator.get_state(),

@@ -181,6 +181,8 @@ class Stepper:
             restart.variable.copy_(self.problem.coordinates.encode(noisy))
 
     def _box(self, variable: torch.Tensor) -> None:
+        if not self.problem.target.data.bounded:
+            return
         coordinates = self.problem.coordinates
         with torch.no_grad():
             inputs = coordinates.decode(variable)

@@ -137,6 +137,7 @@ class WeightedLoss:
     def _batchable(self) -> bool:
         return (
             not self.penalties
+            and self.problem.target.loss.batchable
             and not self.config.matching.joint_labels
             and self.config.optimiser.name != "LBFGS"
             and not self.config.speed.traced

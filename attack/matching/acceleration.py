@@ -34,6 +34,7 @@ import torch
 from torch import nn
 
 from attack.matching.clipping import SampleClipping
+from attack.matching.held_state import RandomNumbers
 from attack.matching.match import Match, Penalty, Tensors, filled, fresh_variables
 from attack.matching.matcher import (
     ACCEPTED_COSINE,
@@ -45,6 +46,7 @@ from attack.matching.objectives import Objective
 from attack.matching.replica import Replica, laid_out_as
 from attack.matching.switches import RecordActivations, ReplayActivations
 from attack.settings import SpeedSettings, setting_error
+from core.models.unchanged import random_numbers_held
 from core.processes import distributed
 
 logger = logging.getLogger(__name__)
@@ -220,7 +222,8 @@ class AcceleratedMatcher(GradientMatcher):
     ) -> bool:
         """Whether the double backward keeps the gradient in few bits: it subtracts nothing."""
         self.step, difference = None, self.agreement
-        found = self._exact(inputs, labels, 1.0, None).input_gradient
+        with random_numbers_held(inputs.device):
+            found = self._exact(inputs, labels, 1.0, None).input_gradient
         self.agreement = cosine_of_images(exact, found)
         agrees = self.agreement >= LOW_ACCEPTED_COSINE
         if agrees and not self._twice:
@@ -335,9 +338,13 @@ class AcceleratedMatcher(GradientMatcher):
         """Trace both passes, then compile and capture them as asked for."""
         tracer = _Tracer(self.replica, self._perturbed, penalty, apart)
         theta = [p.detach() for p in self.replica.parameters]
-        n, variables = len(theta), 2 if labels.is_floating_point() else 1
+        n, variables = len(theta), 2 if self.replica.optimises(labels) else 1
         arguments = (*theta, inputs.detach(), labels.detach())
-        first = self._faster(self._traced(tracer.first, arguments), arguments, range(n, n + 2))
+        random_numbers = RandomNumbers(inputs.device)
+        graph = self._traced(tracer.first, arguments)
+        if random_numbers.drawn:
+            raise RuntimeError("the model draws random numbers, which a graph would not repeat")
+        first = self._faster(graph, arguments, range(n, n + 2))
         with torch.no_grad():
             found = list(first(*arguments))
         # Where the gradient was, there the moved parameters will be.
@@ -409,10 +416,10 @@ class _Tracer:
         n = len(self.replica.names)
         theta = [p.detach().requires_grad_() for p in arguments[:n]]
         inputs, labels = arguments[n:]
-        variables = fresh_variables(inputs, labels)
+        variables = fresh_variables(inputs, labels, self.replica.optimises(labels))
         with RecordActivations() as record:
             loss = self._loss(theta, variables, labels)
-        found = torch.autograd.grad(loss, [*theta, *variables])
+        found = torch.autograd.grad(loss, [*theta, *variables], materialize_grads=True)
         self.replays, self.counts = list(record.replays), [len(s) for s in record.switches]
         switches = [tensor for layer in record.switches for tensor in layer]
         return [t.detach() for t in [*found, *switches]]
@@ -421,7 +428,7 @@ class _Tracer:
         """The pass at moved parameters, on the switches of the first."""
         n = len(self.replica.names)
         inputs, labels, scale, *flat = arguments[n:]
-        variables = fresh_variables(inputs, labels)
+        variables = fresh_variables(inputs, labels, self.replica.optimises(labels))
         pieces = iter(flat)
         switches = [tuple(next(pieces) for _ in range(count)) for count in self.counts]
         observe = None if self.penalty is None else self.penalty(self.model)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from core.losses import DEFAULT_LOSS, Loss
 from gradients.private_gradient import clipped_gradient_sum
 
 # Share of the iterations before a candidate's images are clipped: from noise, one of them
@@ -26,16 +27,23 @@ class SampleClipping:
         names: The shared parameters.
         max_norm: Clipping norm C, the largest Euclidean norm that is left as it is.
         batch_size: Of the client, over which the mean is taken.
+        loss: What the client minimises.
 
     Source: Abadi et al., "Deep Learning with Differential Privacy", algorithm 1,
         https://arxiv.org/abs/1607.00133.
     """
 
     def __init__(
-        self, model: nn.Module, names: Sequence[str], max_norm: float, batch_size: int
+        self,
+        model: nn.Module,
+        names: Sequence[str],
+        max_norm: float,
+        batch_size: int,
+        loss: Loss = DEFAULT_LOSS,
     ) -> None:
         self.max_norm = max_norm
         self.batch_size = batch_size
+        self.loss = loss
         self._model, self._names = model, list(names)
 
     def mean_gradient(self, inputs: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
@@ -43,12 +51,13 @@ class SampleClipping:
 
         Args:
             inputs: n x C x H x W, normalised.
-            labels: n class indices, or n x classes label logits.
+            labels: n x ..., as the loss takes them.
         """
-        classes = labels.softmax(-1) if labels.is_floating_point() else labels
         held = {name: p.detach() for name, p in self._model.named_parameters()}
         shared = {name: held[name] for name in self._names}
         others = {n: p for n, p in held.items() if n not in shared}
         fixed = others | dict(self._model.named_buffers())
-        total = clipped_gradient_sum(self._model, shared, fixed, inputs, classes, self.max_norm)
+        total = clipped_gradient_sum(
+            self._model, shared, fixed, inputs, labels, self.max_norm, loss=self.loss
+        )
         return [t / self.batch_size for t in total]

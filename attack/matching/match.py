@@ -22,7 +22,7 @@ class Match:
         value: The number by which candidates are compared, a scalar in float64.
         input_gradient: Derivative of `weight * objective + penalty` in this
             process's network inputs.
-        label_gradient: The same in the label logits, where labels are optimised.
+        label_gradient: The same in the variables of the labels, where they are optimised.
         penalty: Value of the penalty; None without one.
         penalty_gradient: The penalty's own part, where it was asked for apart; then it
             is not in `input_gradient`.
@@ -51,7 +51,8 @@ class Matcher(Protocol):
 
         Args:
             inputs: n x C x H x W, normalised; this process's images.
-            labels: n class indices, or n x classes logits to be optimised as well.
+            labels: n labels (n x ... where the client's loss takes others than classes), or
+                variables that are optimised in their place, see `Replica.optimises`.
             weight: Factor of the objective in the gradients.
             penalty: Called with the model before a forward pass; what it returns is
                 called after it for a differentiable scalar.
@@ -89,9 +90,9 @@ class Matcher(Protocol):
         """The inverse of `state_dict`."""
 
 
-def fresh_variables(inputs: torch.Tensor, labels: torch.Tensor) -> Tensors:
-    """Fresh leaves of what is optimised: the inputs, and labels if they are logits."""
-    wanted = [inputs, labels] if labels.is_floating_point() else [inputs]
+def fresh_variables(inputs: torch.Tensor, labels: torch.Tensor, joint: bool) -> Tensors:
+    """Fresh leaves of what is optimised: the inputs, and with `joint` what labels come from."""
+    wanted = [inputs, labels] if joint else [inputs]
     return [w.detach().requires_grad_() for w in wanted]
 
 

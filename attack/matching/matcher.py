@@ -19,7 +19,6 @@ one flat buffer; each process differentiates its own images.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import logging
 import math
@@ -32,6 +31,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attack.matching.freed_memory import return_freed_memory
+from attack.matching.held_state import RandomNumbers, buffers_standing
 from attack.matching.late_layers import Factored, find_layers, saves_sweeps
 from attack.matching.match import (
     Match,
@@ -52,6 +52,7 @@ from attack.matching.objectives import (
     squared_norm,
 )
 from attack.matching.replica import Replica, laid_out_as
+from attack.matching.second_derivative import explain_missing_derivative
 from attack.matching.switches import (
     RecordActivations,
     ReplayActivations,
@@ -59,6 +60,8 @@ from attack.matching.switches import (
 )
 from attack.settings import HVP_MODES, setting_error
 from core.errors import InputError
+from core.models.architecture import copied
+from core.models.unchanged import random_numbers_held
 from core.processes import distributed
 
 if TYPE_CHECKING:
@@ -170,6 +173,8 @@ class GradientMatcher:
         self._surveyed: torch.Size | None = None
         self._factored: Factored | None = None
         self._near = 0
+        # Whether restarts can be evaluated in one batched call.
+        self._batches = True
         self._target_squared = float(squared_norm(replica.target_gradient))
         # Parameters may all be zero yet, as biases are.
         self._theta_norm = float(squared_norm(_detached(replica.parameters)).sqrt()) or 1.0
@@ -190,14 +195,15 @@ class GradientMatcher:
 
         Args:
             inputs: n x C x H x W, normalised; this process's images.
-            labels: n class indices, or n x classes logits to be optimised as well.
+            labels: n labels, or the variables that stand for them (see `Replica.optimises`).
             weight: Factor of the objective in the gradients.
             penalty: Called with the model before a forward pass; what it returns is
                 called after it for a differentiable scalar.
             apart: Keep the penalty's gradient apart, at the cost of a backward pass.
         """
         inputs = self._laid_out(inputs)
-        match = self._evaluate(inputs, labels, weight, penalty, apart)
+        with explain_missing_derivative(self.replica.model, inputs, self.replica.local.steps):
+            match = self._evaluate(inputs, labels, weight, penalty, apart)
         match.input_gradient = match.input_gradient.contiguous()
         if match.penalty_gradient is not None:
             match.penalty_gradient = match.penalty_gradient.contiguous()
@@ -221,6 +227,19 @@ class GradientMatcher:
             return self._exact(inputs, labels, weight, penalty, apart)
         return self._difference(inputs, labels, weight, penalty, self.step, apart)
 
+    def _variables(self, inputs: torch.Tensor, labels: torch.Tensor) -> Tensors:
+        return fresh_variables(inputs, labels, self.replica.optimises(labels))
+
+    @staticmethod
+    def _gradients(
+        loss: torch.Tensor, wanted: Sequence[torch.Tensor], create_graph: bool = False
+    ) -> Tensors:
+        """The loss's derivatives; zero in parameters that the forward pass does not use."""
+        found = torch.autograd.grad(
+            loss, list(wanted), create_graph=create_graph, materialize_grads=True
+        )
+        return list(found)
+
     def _count_call(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
         if self.hvp == "auto" and self.calls % CHECK_EVERY == 0:
             self._calibrate(inputs, labels)
@@ -235,14 +254,25 @@ class GradientMatcher:
 
         Args:
             inputs: R x n x C x H x W, normalised.
-            labels: n class indices, the same for all restarts.
+            labels: n labels, the same for all restarts.
         """
         if self.clipping is not None:
             return [self(one, labels) for one in inputs]
         self._count_call(inputs[0], labels)
         if self.step is None:
             return [self._exact(one, labels, 1.0, None) for one in inputs]
-        return self._several_differences(inputs, labels, self.step)
+        if self._batches:
+            try:
+                with buffers_standing(self._perturbed):
+                    return self._several_differences(inputs, labels, self.step)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                # What cannot be batched: random masks, checkpointed blocks, buffers that move.
+                self._batches = False
+                logger.debug("restarts run one by one (%s)", str(error).splitlines()[0])
+        each = (self._laid_out(one) for one in inputs)
+        return [self._difference(one, labels, 1.0, None, self.step) for one in each]
 
     def _several_differences(
         self, inputs: torch.Tensor, labels: torch.Tensor, step: float
@@ -316,12 +346,12 @@ class GradientMatcher:
         """The objective alone, a scalar in float64."""
         inputs = self._laid_out(inputs)
         if self.clipping is not None:
-            gradient = self.clipping.mean_gradient(inputs, labels)
+            gradient = self.clipping.mean_gradient(inputs, self.replica.targets_of(labels))
         elif not self.replica.local.shares_gradient:
             gradient = self.replica.update(inputs, labels, create_graph=False)
         else:
             loss = self.replica.loss(self.replica.model, inputs, labels)
-            gradient = list(torch.autograd.grad(loss, self.replica.parameters))
+            gradient = self._gradients(loss, self.replica.parameters)
         return self._value_and_seed(_detached(gradient))[0]
 
     def _require_one_process(self) -> None:
@@ -358,10 +388,13 @@ class GradientMatcher:
         """
         factored = self._factoring(inputs)
         kernels = contextlib.nullcontext() if factored is None else factored.record()
-        with torch.no_grad(), RecordActivations() as record, kernels:
+        held = functools.partial(random_numbers_held, inputs.device)
+        with held(), torch.no_grad(), RecordActivations() as record, kernels:
             self.replica.model(inputs)
         frozen = ReplayActivations(record.replays, record.switches)
-        return GradientMatcher._exact(self, inputs, labels, 1.0, None, frozen=frozen).input_gradient
+        with held():
+            match = GradientMatcher._exact(self, inputs, labels, 1.0, None, frozen=frozen)
+        return match.input_gradient
 
     def _sample(
         self, inputs: torch.Tensor, labels: torch.Tensor
@@ -379,7 +412,8 @@ class GradientMatcher:
         """The best cosine to the exact gradient, and the step that has it."""
         best = (-1.0, self._steps[0])
         for step in self._steps:
-            candidate = self._difference(inputs, labels, 1.0, None, step).input_gradient
+            with random_numbers_held(inputs.device):
+                candidate = self._difference(inputs, labels, 1.0, None, step).input_gradient
             best = max(best, (cosine_of_images(exact, candidate), step))
             if best[0] >= ACCEPTED_COSINE:
                 break
@@ -394,7 +428,7 @@ class GradientMatcher:
         apart: bool = False,
         frozen: contextlib.AbstractContextManager[Any] | None = None,
     ) -> Match:
-        variables = fresh_variables(inputs, labels)
+        variables = self._variables(inputs, labels)
         observe = None if penalty is None else penalty(self.replica.model)
         around = contextlib.nullcontext() if frozen is None else frozen
         # Fused attention kernels have no second derivative.
@@ -406,7 +440,7 @@ class GradientMatcher:
                 # Within the modes: steps may be computed again.
                 return self._pulled(update, variables, weight, observe, apart)
             loss = self.replica.loss(self.replica.model, *filled(variables, labels))
-            gradient = list(torch.autograd.grad(loss, self.replica.parameters, create_graph=True))
+            gradient = self._gradients(loss, self.replica.parameters, create_graph=True)
         return self._pulled(gradient, variables, weight, observe, apart)
 
     def _pulled(
@@ -437,9 +471,10 @@ class GradientMatcher:
     ) -> Match:
         """The exact derivative through the clipping of every image's gradient."""
         assert self.clipping is not None
-        variables = fresh_variables(inputs, labels)
+        variables = self._variables(inputs, labels)
         with sdpa_kernel(SDPBackend.MATH), TwiceDifferentiable():
-            gradient = self.clipping.mean_gradient(*filled(variables, labels))
+            x, y = filled(variables, labels)
+            gradient = self.clipping.mean_gradient(x, self.replica.targets_of(y))
         value, seed = self._value_and_seed(_detached(gradient))
         result = pulled_back(gradient, list(torch._foreach_mul(seed, weight)), variables)
         if penalty is None:
@@ -461,11 +496,15 @@ class GradientMatcher:
         step: float,
         apart: bool = False,
     ) -> Match:
+        random_numbers = RandomNumbers(inputs.device)
         first = self._first_pass_factored(inputs, labels, step)
         if first is None:
+            random_numbers.rewind()
             first = self._first_pass(inputs, labels, step)
-        variables = fresh_variables(inputs, labels)
+        variables = self._variables(inputs, labels)
         observe = None if penalty is None else penalty(self._perturbed)
+        # The same dropout masks as in the first pass.
+        random_numbers.rewind()
         with first.moved:
             loss = self.replica.loss(self._perturbed, *filled(variables, labels))
             extra = None if observe is None else observe()
@@ -475,18 +514,18 @@ class GradientMatcher:
             total = loss * (weight / first.h)
             if extra is not None and not apart:
                 total = total + extra
-            at_moved = torch.autograd.grad(total, variables)
+            at_moved = self._gradients(total, variables)
         pairs = zip(first.at_theta, at_moved, strict=True)
         result = [b.sub_(a, alpha=weight / first.h) for a, b in pairs]
         return match_of(first.value, result, extra, alone)
 
     def _first_pass(self, inputs: torch.Tensor, labels: torch.Tensor, step: float) -> _FirstPass:
         """The pass at theta, with every parameter's gradient."""
-        variables = fresh_variables(inputs, labels)
+        variables = self._variables(inputs, labels)
         with RecordActivations() as record:
             loss = self.replica.loss(self.replica.model, *filled(variables, labels))
         n = len(self.replica.parameters)
-        found = torch.autograd.grad(loss, [*self.replica.parameters, *variables])
+        found = self._gradients(loss, [*self.replica.parameters, *variables])
         value, moved, h = self._moved_parameters(list(found[:n]), step)
         frozen = ReplayActivations(record.replays, record.switches)
         return _FirstPass(value, found[n:], h, self._at(self._moved, moved, frozen))
@@ -498,11 +537,11 @@ class GradientMatcher:
         factored = self._factoring(inputs)
         if factored is None:
             return None
-        variables = fresh_variables(inputs, labels)
+        variables = self._variables(inputs, labels)
         with RecordActivations() as record, factored.record() as factors:
             loss = self.replica.loss(self.replica.model, *filled(variables, labels))
         others = factored.others(self.replica.parameters)
-        found = torch.autograd.grad(loss, [*others, *factors.taps, *variables])
+        found = self._gradients(loss, [*others, *factors.taps, *variables])
         n, m = len(others), len(others) + len(factors.taps)
         factors.close(found[n:m])
         swept = self._beside
@@ -624,10 +663,10 @@ def _precision(tensors: Tensors) -> torch.dtype:
 
 def _sharing_copy(model: nn.Module) -> nn.Module:
     """A copy of a model on the same memory, whose parameters need no gradient."""
-    shared: dict[int, Any] = {
+    shared: dict[int, torch.Tensor] = {
         id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()
     }
-    return copy.deepcopy(model, shared)
+    return copied(model, shared)
 
 
 def _detached(tensors: Tensors) -> Tensors:

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from attack.matching.held_state import hold_buffers
+from attack.matching.shared_parameters import check_update
 from core.errors import InputError
+from core.losses import Outputs, Targets, main_output
 from core.processes import distributed
-from core.target import Target
+from core.target import Target, check_parts
 from gradients.local_update import Placement, images_of_steps, unrolled_update
 
 Tensors = list[torch.Tensor]
-Classifier = Callable[[torch.Tensor], torch.Tensor]
+Network = Callable[[torch.Tensor], Outputs]
 
 
 class Replica:
@@ -24,6 +26,8 @@ class Replica:
         target: What the client shared.
         device: Device that runs the computation.
         dtype: Precision of the computation.
+        joint: Labels are not known but optimised with the images: floating-point labels are
+            the variables that stand in their place (see `core.losses.Loss.relaxed`).
 
     Attributes:
         model: The shared model, converted to the client's BatchNorm.
@@ -37,13 +41,20 @@ class Replica:
         layout: Memory layout of images, activations and convolutions' weights.
 
     Raises:
-        InputError: The batch cannot be spread over so many processes.
+        InputError: The batch cannot be spread over so many processes, or what was shared
+            does not belong to the model.
     """
 
     def __init__(
-        self, target: Target, device: torch.device, dtype: torch.dtype = torch.float32
+        self,
+        target: Target,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        joint: bool = False,
     ) -> None:
-        self.batch_size = target.batch_size
+        self.batch_size, self.dtype, self.joint = target.batch_size, dtype, joint
+        self.client_loss, self.data = target.loss, target.data
+        check_parts(target.loss, distributed.world_size())
         self.names = list(target.gradient)
         # Read only: on the target's memory where device, type and layout agree.
         self.target_gradient = [g.detach().to(device, dtype) for g in target.gradient.values()]
@@ -59,7 +70,11 @@ class Replica:
                 # Counting the attacker's passes means nothing, and transformed
                 # functions may not write to a counter.
                 module.num_batches_tracked = None
+        if self.local.steps == 1:
+            # Several steps run on copies, along which buffers move as the client's did.
+            hold_buffers(self.model)
         shared = dict(self.model.named_parameters())
+        check_update(target.gradient, shared, target.model.name)
         self.model.requires_grad_(False)
         self.parameters: Tensors = [shared[name].requires_grad_() for name in self.names]
         direct = _convolves_faster_channels_last(self.model, device, dtype)
@@ -76,20 +91,43 @@ class Replica:
         for i, parameter in enumerate(self.parameters):
             self.target_gradient[i] = laid_out_as(self.target_gradient[i], parameter.detach())
 
-    def loss(self, model: Classifier, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def optimises(self, labels: torch.Tensor) -> bool:
+        """Whether these labels are variables, in which gradients are wanted too."""
+        return self.joint and labels.is_floating_point()
+
+    def targets_of(self, labels: torch.Tensor) -> torch.Tensor:
+        """What the loss compares with: known labels as they are, or what variables stand for."""
+        if self.optimises(labels):
+            return self.client_loss.relaxed(labels)
+        return labels.to(self.dtype) if labels.is_floating_point() else labels
+
+    def loss(self, model: Network, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """This process's part of the client's mean loss.
 
         Args:
             model: The replica's model or its perturbed copy.
             inputs: n x C x H x W, normalised; this process's images.
-            labels: n class indices, or n x classes label logits.
+            labels: n labels of these images, or the variables that stand for them.
 
         Returns:
-            The sum over these images divided by the whole batch size: parts add up.
+            The sum over these images divided by the whole batch size: parts add up. A loss
+            that is no mean over samples is of the whole batch.
         """
-        if labels.is_floating_point():
-            labels = labels.softmax(-1)
-        return F.cross_entropy(model(inputs), labels, reduction="sum") / self.batch_size
+        labels = self.targets_of(labels)
+        if not self.client_loss.mean_over_samples:
+            return self.client_loss(model(inputs), labels)
+        return self.client_loss.total(model(inputs), labels) / self.batch_size
+
+    def variables_shape(self) -> tuple[int, ...]:
+        """Of one sample's variables that are optimised in place of its labels."""
+        if self.client_loss.targets in (Targets.CLASSES, Targets.LABELS) and self.data.n_classes:
+            return (self.data.n_classes,)
+        n = self.sizes[distributed.rank()]
+        inputs = torch.zeros((n, *self.data.shape), dtype=self.dtype).to(self.parameters[0].device)
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        with torch.no_grad():
+            outputs = torch.func.functional_call(self.model, buffers, (inputs,))
+        return tuple(main_output(outputs).shape[1:])
 
     def update(
         self,
@@ -102,17 +140,18 @@ class Replica:
 
         Args:
             inputs: N x C x H x W, normalised; the whole batch.
-            labels: N class indices, or N x classes label logits.
+            labels: N labels, or the variables that stand for them.
             create_graph: Keep the graph for derivatives of the update.
             segments: See `gradients.local_update.unrolled_update`.
         """
         update = unrolled_update(
             self.model,
             inputs,
-            labels.softmax(-1) if labels.is_floating_point() else labels,
+            self.targets_of(labels),
             self.local,
             create_graph=create_graph,
             placement=self.placement,
+            loss=self.client_loss,
             segments=segments,
         )
         return [update[name] for name in self.names]

@@ -2,8 +2,9 @@
 
 A ReLU network is piecewise smooth in its parameters. A finite difference between
 two passes is accurate only if both run on the same piece, so the first pass is
-recorded (which units are active, which position won each max-pooling window,
-which units dropout kept) and the second one replays it.
+recorded (which units are active, which position won each max-pooling window) and the
+second one replays it. Random masks are the same in both because both draw the same
+random numbers (see `attack.matching.held_state`).
 """
 
 from __future__ import annotations
@@ -162,13 +163,6 @@ def _gather_positions(z: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     return found.view(positions.shape).permute(0, 3, 1, 2)
 
 
-def _dropout(
-    func: Any, x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-) -> Recorded:
-    keep = F.dropout(torch.ones_like(x), p, training)
-    return x * keep, (keep,), torch.mul
-
-
 _RECORDERS: dict[Any, Callable[..., Recorded]] = {
     F.relu: _relu,
     F.relu_: _relu,
@@ -180,5 +174,4 @@ _RECORDERS: dict[Any, Callable[..., Recorded]] = {
     F.hardtanh: _hardtanh,
     F.relu6: _hardtanh,
     F.max_pool2d: _max_pool2d,
-    F.dropout: _dropout,
 }

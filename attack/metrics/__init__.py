@@ -1,6 +1,7 @@
 """How much of the private images a reconstruction shows.
 
-Every function takes images in [0, 1], N x C x H x W, and computes on their device.
+Every function takes images in [0, 1], N x C x H x W, and computes on their device. Those
+that fit them take signals (N x C x L), volumes (N x C x D x H x W) and tables (N x F) as well.
 """
 
 from attack.metrics.assignment import assign, pairwise_mse
@@ -12,12 +13,13 @@ from attack.metrics.evaluation import (
     metric_description,
     metric_names,
     metric_title,
+    metrics_for,
     register_metric,
     registered_metrics,
 )
 from attack.metrics.identification import PRIOR_FLOOR, iip, rdlv, relative_leakage
 from attack.metrics.perceptual import LpipsDistance, load_lpips
-from attack.metrics.pixels import PSNR_CAP, is_exact, mse, psnr
+from attack.metrics.pixels import PSNR_CAP, data_range, is_exact, mse, ncc, psnr, to_unit_range
 from attack.metrics.similarity import SSIM_VARIANTS, cw_ssim, ssim
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "LpipsDistance",
     "assign",
     "cw_ssim",
+    "data_range",
     "evaluate",
     "iip",
     "is_exact",
@@ -37,7 +40,9 @@ __all__ = [
     "metric_description",
     "metric_names",
     "metric_title",
+    "metrics_for",
     "mse",
+    "ncc",
     "pairwise_mse",
     "psnr",
     "rdlv",
@@ -45,4 +50,5 @@ __all__ = [
     "registered_metrics",
     "relative_leakage",
     "ssim",
+    "to_unit_range",
 ]

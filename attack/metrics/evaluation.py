@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ import torch
 from attack.metrics.assignment import assign
 from attack.metrics.identification import iip, rdlv
 from attack.metrics.perceptual import load_lpips
-from attack.metrics.pixels import PSNR_CAP, is_exact, mse, psnr
+from attack.metrics.pixels import PSNR_CAP, data_range, is_exact, mse, ncc, psnr, to_unit_range
 from attack.metrics.similarity import cw_ssim, ssim
 from core.errors import InputError
 from core.target import Truth
@@ -38,9 +38,25 @@ _SIMPLE: dict[str, Metric] = {
     "ssim": ssim,
     "ssim_uniform": _ssim_uniform,
     "cw_ssim": cw_ssim,
+    "ncc": ncc,
 }
 _LPIPS = {"lpips_alex": "alex", "lpips_vgg": "vgg"}
 DEFAULT_METRICS = ("mse", "psnr", "ssim", "lpips_alex", "lpips_vgg", "cw_ssim")
+# Of samples that are no images, as far as the metrics fit them.
+_DEFAULT_ELSEWHERE = ("mse", "psnr", "ssim", "ncc")
+# Axes in space of the samples that a metric takes; of those not named: of an image alone.
+_IMAGES = frozenset({2})
+_DIMENSIONS = {
+    "mse": frozenset({0, 1, 2, 3}),
+    "psnr": frozenset({0, 1, 2, 3}),
+    "ncc": frozenset({0, 1, 2, 3}),
+    "ssim": frozenset({1, 2, 3}),
+    "ssim_uniform": frozenset({1, 2, 3}),
+}
+# What is compared as it is; the others see values in [0, 1].
+_IN_OWN_UNITS = {"mse"}
+_KINDS = {0: "tables", 1: "signals", 2: "images", 3: "volumes"}
+_FLAT = {0: "flat row", 1: "flat signal", 2: "flat colour", 3: "flat volume"}
 _SMALLER_IS_BETTER = {"mse", *_LPIPS}
 _TITLES = {
     "mse": "MSE",
@@ -50,6 +66,7 @@ _TITLES = {
     "cw_ssim": "CW-SSIM",
     "lpips_alex": "LPIPS (alex)",
     "lpips_vgg": "LPIPS (vgg)",
+    "ncc": "NCC",
 }
 _ADDED: list[str] = []
 ONE_TO_ONE = "one-to-one"
@@ -67,11 +84,39 @@ def registered_metrics() -> tuple[str, ...]:
 
 
 def metric_description(name: str) -> str:
-    """A metric in one line."""
+    """A metric in one line, with the samples that it takes."""
+    taken = f"({_listed(_kinds(name))})"
     if name in _LPIPS:
-        return f"{_TITLES[name]}: learned perceptual distance of a network's features"
-    first = (_SIMPLE[name].__doc__ or "").strip().partition("\n")[0]
-    return f"{_TITLES[name]}: {first}" if first else _TITLES[name]
+        return f"{_TITLES[name]}: learned perceptual distance of a network's features {taken}"
+    first = (_SIMPLE[name].__doc__ or "").strip().partition("\n")[0].rstrip(".")
+    return f"{_TITLES[name]}: {first} {taken}" if first else f"{_TITLES[name]} {taken}"
+
+
+def _kinds(metric: str) -> list[str]:
+    """The samples that a metric takes."""
+    return [_KINDS[dims] for dims in sorted(_DIMENSIONS.get(metric, _IMAGES))]
+
+
+def _listed(words: Sequence[str]) -> str:
+    *others, last = words
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def metrics_for(shape: Sequence[int]) -> tuple[str, ...]:
+    """The metrics that are measured by default, those of plugins included.
+
+    Args:
+        shape: Of one sample: C x H x W of an image, C x L of a signal, C x D x H x W of a
+            volume, F of a table.
+    """
+    dims = len(shape) - 1
+    default = DEFAULT_METRICS if dims == 2 else _DEFAULT_ELSEWHERE
+    return tuple(name for name in (*default, *_ADDED) if fits(name, dims))
+
+
+def fits(metric: str, dims: int) -> bool:
+    """Whether a metric takes samples of so many axes in space."""
+    return dims in _DIMENSIONS.get(metric, _IMAGES)
 
 
 def is_smaller_better(metric: str) -> bool:
@@ -85,7 +130,12 @@ def metric_title(metric: str) -> str:
 
 
 def register_metric(
-    name: str, metric: Metric, *, title: str, smaller_is_better: bool = False
+    name: str,
+    metric: Metric,
+    *,
+    title: str,
+    smaller_is_better: bool = False,
+    dimensions: Iterable[int] = _IMAGES,
 ) -> None:
     """Add a metric to every evaluation.
 
@@ -94,6 +144,8 @@ def register_metric(
         metric: From reconstructions and originals (both N x C x H x W in [0, 1]) to N values.
         title: Header of the metric's column in tables.
         smaller_is_better: For the best match and for the margin over baselines.
+        dimensions: Numbers of axes in space that it takes: 0 for tables (N x F), 1 for signals
+            (N x C x L), 2 for images, 3 for volumes (N x C x D x H x W).
 
     Raises:
         ValueError: The name is taken.
@@ -102,6 +154,7 @@ def register_metric(
         raise ValueError(f"metric {name} is registered already")
     _SIMPLE[name] = metric
     _TITLES[name] = title
+    _DIMENSIONS[name] = frozenset(dimensions)
     _ADDED.append(name)
     if smaller_is_better:
         _SMALLER_IS_BETTER.add(name)
@@ -235,10 +288,13 @@ def evaluate(
     """Compare reconstructions with what was meant to stay private.
 
     Args:
-        images: M x C x H x W in [0, 1], M >= N, in any order.
+        images: M x C x H x W in [0, 1], M >= N, in any order; or signals (M x C x L), volumes
+            (M x C x D x H x W) or rows of a table (M x F), which may have any values: PSNR,
+            SSIM and "exact" then take the truth's own range for 1, see `data_range`.
         labels: M recovered labels; None where the attack recovers none.
-        truth: N images in [0, 1] and their labels.
-        metrics: Names in `metric_names()`; None for `DEFAULT_METRICS` and registered ones.
+        truth: N images in [0, 1] (or what else there is) and their labels.
+        metrics: Names in `metric_names()`; None for those of `metrics_for` the truth's shape.
+            One that does not take such samples has no value, and a note says why.
         device: Where to compute; the images' own if None.
         candidates: Further images for the image identification precision.
         one_to_one: One assignment on the MSE used by every metric; otherwise each
@@ -246,7 +302,7 @@ def evaluate(
         mean_image: Mean of the data set, C x H x W: a second baseline.
         nearest_images: For each original the nearest image that is not the client's
             (N x C x H x W): a third one, the best guess among known images.
-        prior: C x H x W in [0, 1]; adds the relative data leakage value.
+        prior: C x H x W in [0, 1]; adds the relative data leakage value of images.
         lpips_weights: Folder with LPIPS' weights (`--lpips-weights`).
 
     Returns:
@@ -255,13 +311,15 @@ def evaluate(
     Raises:
         InputError: Shapes that do not belong together, or an unknown metric.
     """
-    names = (*DEFAULT_METRICS, *_ADDED) if metrics is None else tuple(metrics)
+    names = metrics_for(truth.images.shape[1:]) if metrics is None else tuple(metrics)
     _check(images, labels, truth, names)
     device = images.device if device is None else torch.device(device)
     # Half precision would lose the metrics' small differences of large numbers.
     dtype = torch.promote_types(torch.promote_types(images.dtype, truth.images.dtype), torch.float)
     images, originals = images.to(device, dtype), truth.images.to(device, dtype)
-    functions, missing = _functions(names, originals, lpips_weights)
+    bounds = data_range(originals)
+    functions, missing = _functions(names, originals, bounds, lpips_weights)
+    images, originals = to_unit_range(images, bounds), to_unit_range(originals, bounds)
     order = assign(images, originals)
     chosen = order if one_to_one else None
     values = {m: _values(f, m, images, originals, chosen) for m, f in functions.items()}
@@ -269,7 +327,13 @@ def evaluate(
         metrics=names,
         matching=ONE_TO_ONE if one_to_one else BEST_PER_METRIC,
         per_image=_rows(names, values, truth, labels, chosen, images, originals),
-        baselines=_baselines(names, functions, originals, mean_image, nearest_images),
+        baselines=_baselines(
+            names,
+            functions,
+            originals,
+            None if mean_image is None else to_unit_range(mean_image, bounds),
+            None if nearest_images is None else to_unit_range(nearest_images, bounds),
+        ),
         order=order.cpu(),
         missing=missing,
         whole=_whole(images, originals, order, candidates, prior),
@@ -282,7 +346,7 @@ def _check(
     unknown = [name for name in names if name not in metric_names()]
     if unknown:
         raise InputError(f"unknown metric {unknown[0]}; known are {', '.join(metric_names())}")
-    if images.dim() != 4 or images.shape[1:] != truth.images.shape[1:]:
+    if not 2 <= images.dim() <= 5 or images.shape[1:] != truth.images.shape[1:]:
         raise InputError(
             f"reconstructions of shape {tuple(images.shape)} cannot be compared with "
             f"true images of shape {tuple(truth.images.shape)}"
@@ -297,13 +361,21 @@ def _check(
 
 
 def _functions(
-    names: tuple[str, ...], originals: torch.Tensor, weights: str | Path | None
+    names: tuple[str, ...],
+    originals: torch.Tensor,
+    bounds: tuple[float, float],
+    weights: str | Path | None,
 ) -> tuple[dict[str, Metric], dict[str, str]]:
-    """The metrics that can be computed, and why the others cannot."""
-    functions = {name: _SIMPLE[name] for name in names if name in _SIMPLE}
-    missing = {}
+    """The metrics that can be computed from values in [0, 1], and why the others cannot."""
+    dims = originals.dim() - 2
+    missing = {name: _complaint(name, dims) for name in names if not fits(name, dims)}
+    functions = {
+        name: _rescaled(_SIMPLE[name], bounds) if name in _IN_OWN_UNITS else _SIMPLE[name]
+        for name in names
+        if name in _SIMPLE and name not in missing
+    }
     side, channels = min(originals.shape[-2:]), originals.shape[1]
-    for name in (n for n in names if n in _LPIPS):
+    for name in (n for n in names if n in _LPIPS and n not in missing):
         network, reason = load_lpips(_LPIPS[name], weights)
         if network is None:
             missing[name] = str(reason)
@@ -314,6 +386,19 @@ def _functions(
         else:
             functions[name] = network.to(originals.device)
     return functions, missing
+
+
+def _complaint(metric: str, dims: int) -> str:
+    return f"it takes {_listed(_kinds(metric))}, not {_KINDS[dims]}"
+
+
+def _rescaled(squares: Metric, bounds: tuple[float, float]) -> Metric:
+    """A mean square of shares of a range, in the unit of the values."""
+    low, high = bounds
+    if (low, high) == (0.0, 1.0):
+        return squares
+    factor = (high - low or 1.0) ** 2
+    return lambda images, originals: factor * squares(images, originals)
 
 
 def _values(
@@ -351,19 +436,27 @@ def _rows(
     chosen = nothing if order is None else order.tolist()
     recovered = nothing
     if labels is not None and order is not None:
-        recovered = labels.cpu()[order.cpu()].tolist()
+        recovered = [_plain_label(label) for label in labels.cpu()[order.cpu()]]
     exact = _exact(images, originals, order)
     return [
         {
             "index": i,
             "reconstruction": chosen[i],
-            "label_true": int(truth.labels[i]),
+            "label_true": _plain_label(truth.labels[i]),
             "label_recovered": recovered[i],
             "exact": exact[i],
             **{name: values.get(name, nothing)[i] for name in names},
         }
         for i in range(n)
     ]
+
+
+def _plain_label(label: torch.Tensor) -> int | float | list[int] | list[float] | None:
+    """A class, a value or several of them; None for what is as large as a picture."""
+    if label.dim() > 1:
+        return None
+    plain: int | float | list[int] | list[float] = label.tolist()
+    return plain
 
 
 def _exact(images: torch.Tensor, originals: torch.Tensor, order: torch.Tensor | None) -> list[bool]:
@@ -379,8 +472,13 @@ def _baselines(
     mean_image: torch.Tensor | None,
     nearest_images: torch.Tensor | None,
 ) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Guesses without a gradient: best flat colour, mean image, best image of others."""
-    guesses = {"flat colour": originals.mean((-2, -1), keepdim=True).expand_as(originals)}
+    """Guesses without a gradient: best flat colour, mean image, best image of others.
+
+    Colours are those of every channel; the features of a table together have one.
+    """
+    dims = originals.dim() - 2
+    axes = tuple(range(-dims, 0)) or (-1,)
+    guesses = {_FLAT[dims]: originals.mean(axes, keepdim=True).expand_as(originals)}
     if mean_image is not None:
         mean = mean_image.to(originals).reshape(1, *originals.shape[1:])
         guesses["mean image"] = mean.expand_as(originals)
@@ -404,7 +502,7 @@ def _whole(
     prior: torch.Tensor | None,
 ) -> dict[str, float]:
     whole = {"iip": iip(images, originals, candidates, order=order)}
-    if prior is not None:
+    if prior is not None and originals.dim() == 4:
         leaked = rdlv(images, originals, prior.to(originals))
         if leaked.isfinite().any():
             whole["rdlv"] = float(leaked[leaked.isfinite()].max())

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from core.errors import InputError
+from core.losses import CrossEntropy, main_output
 from core.target import Target, Truth
 
 if TYPE_CHECKING:
@@ -119,14 +121,25 @@ def gradient_information(
         use_shared: Take the gradient as it was shared (after defenses and local steps)
             for grad L, and only the parameters that were shared.
 
+    Raises:
+        InputError: The client's loss is no cross-entropy, by which this measure is defined.
+
     Source:
         Reveal the "Leaker" and Block the Attacker: Defending Gradient Inversion Attacks
         on Federated Learning (gradient heterogeneity, GInfoR).
     """
+    loss = target.loss
+    if not (isinstance(loss, CrossEntropy) and loss.mean_over_samples) or truth.labels.dim() != 1:
+        raise InputError(
+            "the gradient information ratio is defined for cross-entropy with one class per "
+            f"sample, and this client's loss is {loss.name}"
+        )
     model = target.build_model()
     named = {n: p for n, p in model.named_parameters() if not use_shared or n in target.gradient}
     logits = _logits(model, target, truth)
-    losses = nn.functional.cross_entropy(logits, truth.labels, reduction="none")
+    losses = nn.functional.cross_entropy(
+        logits, truth.labels, reduction="none", label_smoothing=loss.label_smoothing
+    )
     if use_shared:
         whole = tuple(target.gradient[name] for name in named)
     else:
@@ -155,7 +168,7 @@ def _logits(model: nn.Module, target: Target, truth: Truth) -> torch.Tensor:
     with torch.random.fork_rng(devices=[]):
         if target.dropout_seed is not None:
             torch.manual_seed(target.dropout_seed)
-        return torch.cat([model(shard) for shard in inputs.split(list(shards))])
+        return torch.cat([main_output(model(shard)) for shard in inputs.split(list(shards))])
 
 
 def _gradient(loss: torch.Tensor, named: dict[str, nn.Parameter]) -> Gradient:

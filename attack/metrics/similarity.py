@@ -55,7 +55,8 @@ def ssim(images: torch.Tensor, originals: torch.Tensor, variant: str = "gaussian
     Without a derivative.
 
     Args:
-        images: N x C x H x W in [0, 1] (data range 1).
+        images: N x C x H x W in [0, 1] (data range 1); signals N x C x L and volumes
+            N x C x D x H x W are compared over windows of as many axes.
         originals: The same shape.
         variant: A name in `SSIM_VARIANTS`: "gaussian" is the standard one (11 x 11
             Gaussian, sigma 1.5), "uniform" scikit-image's default (7 x 7). On images
@@ -65,7 +66,7 @@ def ssim(images: torch.Tensor, originals: torch.Tensor, variant: str = "gaussian
         N values in [-1, 1].
 
     Raises:
-        InputError: Unknown variant.
+        InputError: Unknown variant, or rows of a table, which have no windows.
 
     Source:
         Wang, Bovik, Sheikh, Simoncelli, Image Quality Assessment: From Error
@@ -74,27 +75,29 @@ def ssim(images: torch.Tensor, originals: torch.Tensor, variant: str = "gaussian
     """
     if variant not in SSIM_VARIANTS:
         raise InputError(f"unknown SSIM variant {variant}; known are {', '.join(SSIM_VARIANTS)}")
-    n, channels, height, width = images.shape
-    rows, columns = SSIM_VARIANTS[variant].weights(height), SSIM_VARIANTS[variant].weights(width)
-    entries = len(rows) * len(columns)
+    n, channels, *size = images.shape
+    if not size:
+        raise InputError("the SSIM compares windows of neighbours, and a table has none")
+    axes = tuple(SSIM_VARIANTS[variant].weights(side) for side in size)
+    entries = math.prod(map(len, axes))
     sample = SSIM_VARIANTS[variant].sample_covariance and entries > 1
-    window = _Window(rows, columns, entries / (entries - 1) if sample else 1.0)
+    window = _Window(axes, entries / (entries - 1) if sample else 1.0)
     x, y = images.detach().flatten(0, 1), originals.detach().flatten(0, 1)
-    interleaved = len(x) - len(x) % _LANES if _convolves_lanes(x) and _convolves_lanes(y) else 0
+    lanes = len(size) == 2 and _convolves_lanes(x) and _convolves_lanes(y)
+    interleaved = len(x) - len(x) % _LANES if lanes else 0
     totals = [
         _sums_of_interleaved_planes(x[:interleaved], y[:interleaved], window),
         _sums_of_planes(x[interleaved:], y[interleaved:], window),
     ]
-    positions = (height - len(rows) + 1) * (width - len(columns) + 1)
+    positions = math.prod(side - len(w) + 1 for side, w in zip(size, axes, strict=True))
     return torch.cat(totals).view(n, channels).mean(1) / positions
 
 
 @dataclass(frozen=True)
 class _Window:
-    """Weights over rows and over columns, and the factor that corrects (co)variances."""
+    """Weights along every axis, and the factor that corrects (co)variances."""
 
-    rows: tuple[float, ...]
-    columns: tuple[float, ...]
+    axes: tuple[tuple[float, ...], ...]
     unbiased: float
 
 
@@ -111,14 +114,18 @@ def _convolves_lanes(planes: torch.Tensor) -> bool:
 
 
 def _sums_of_planes(x: torch.Tensor, y: torch.Tensor, window: _Window) -> torch.Tensor:
-    """Sums of the similarity over the windows of every plane, by sums of shifted copies."""
+    """Sums of the similarity over the windows of every plane, by sums of shifted copies.
+
+    A plane is one channel: of a signal a line, of a volume a block.
+    """
     if not len(x):
         return x.new_empty(0)
     piece = max(1, _ELEMENTS_PER_PIECE // x[0].numel())
     sums = []
     for a, b in zip(x.split(piece), y.split(piece), strict=True):
         moments = torch.stack([a, b, a * a + b * b, a * b])
-        moments = _slide(_slide(moments, window.rows, -2), window.columns, -1)
+        for axis, weights in enumerate(window.axes, start=-len(window.axes)):
+            moments = _slide(moments, weights, axis)
         sums.append(_similarities(moments, window.unbiased).flatten(1).sum(1))
     return torch.cat(sums)
 
@@ -132,13 +139,14 @@ def _sums_of_interleaved_planes(x: torch.Tensor, y: torch.Tensor, window: _Windo
     if not len(x):
         return x.new_empty(0)
     planes, height, width = x.shape
-    margin = len(window.rows) - 1
+    down, across = window.axes
+    margin = len(down) - 1
     # A piece is some rows of one group of planes, or all rows of several groups.
     lines = 2 * _ELEMENTS_PER_PIECE // (_LANES * width)
     rows = min(max(1, lines - margin), height - margin)
     groups = max(1, lines // (rows + margin))
-    vertical = x.new_tensor(window.rows).view(1, 1, -1, 1).expand(_LANES, 1, -1, 1)
-    horizontal = x.new_tensor(window.columns).view(1, 1, 1, -1).expand(_LANES, 1, 1, -1)
+    vertical = x.new_tensor(down).view(1, 1, -1, 1).expand(_LANES, 1, -1, 1)
+    horizontal = x.new_tensor(across).view(1, 1, 1, -1).expand(_LANES, 1, 1, -1)
     sums = x.new_zeros(planes)
     for first in range(0, planes, groups * _LANES):
         chosen = slice(first, first + groups * _LANES)
@@ -215,7 +223,12 @@ def cw_ssim(
         Sampat, Wang, Gupta, Bovik, Markey, Complex Wavelet Structural Similarity: A
         New Image Similarity Index, 2009, eq. 5, https://doi.org/10.1109/TIP.2009.2025923;
         pyramid: Portilla and Simoncelli, A Parametric Texture Model, IJCV 2000.
+
+    Raises:
+        InputError: Signals, volumes or tables.
     """
+    if images.dim() != 4:
+        raise InputError("the CW-SSIM filters in two dimensions, and takes N x C x H x W images")
     total = torch.zeros(len(images), dtype=images.dtype, device=images.device)
     x, y = torch.fft.fft2(images), torch.fft.fft2(originals)
     octaves = _octaves(images.shape[-2], images.shape[-1], levels, window)

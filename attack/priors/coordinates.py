@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -11,7 +12,7 @@ from attack.settings import setting_error
 
 
 class Coordinates(abc.ABC):
-    """A linear, invertible parametrisation of images (... x H x W)."""
+    """A linear, invertible parametrisation of images, signals, volumes or tables."""
 
     @abc.abstractmethod
     def decode(self, coordinates: torch.Tensor) -> torch.Tensor:
@@ -48,10 +49,11 @@ class Cosines(Coordinates):
     An image is x = D^T (W z) D per channel with the orthonormal DCT-II matrix D and
     W falling with frequency f as 1 / (f + 1)^exponent, mean square 1. White noise in
     z is then an image with a natural spectrum, and equal steps in z move coarse
-    structure before fine detail.
+    structure before fine detail. Signals and volumes are transformed along their one or
+    three axes; f is the length of the vector of an entry's frequencies.
 
     Args:
-        size: Height and width of the images.
+        size: Lengths of the last axes, those of space: L, H x W or D x H x W.
         exponent: How fast the spectrum falls; 1 for photographs.
         device: Device of the images.
         dtype: Floating-point type of the images.
@@ -62,30 +64,39 @@ class Cosines(Coordinates):
 
     def __init__(
         self,
-        size: tuple[int, int],
+        size: tuple[int, ...],
         exponent: float = 1.0,
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        height, width = size
-        self._rows = _dct_matrix(height).to(device, dtype)
-        self._columns = _dct_matrix(width).to(device, dtype)
-        down = torch.arange(height, dtype=torch.float64).view(-1, 1)
-        across = torch.arange(width, dtype=torch.float64).view(1, -1)
-        scale = (1 + (down.square() + across.square()).sqrt()) ** -exponent
+        self._matrices = [_dct_matrix(n).to(device, dtype) for n in size]
+        frequencies = [torch.arange(n, dtype=torch.float64).square() for n in size]
+        squares = sum(torch.meshgrid(*frequencies, indexing="ij"), torch.zeros(()).double())
+        scale = (1 + squares.sqrt()) ** -exponent
         self._scale = (scale / scale.square().mean().sqrt()).to(device, dtype)
 
     def decode(self, coordinates: torch.Tensor) -> torch.Tensor:
         """See `Coordinates`."""
-        return self._rows.mT @ (self._scale * coordinates) @ self._columns
+        return _transform(self._scale * coordinates, [matrix.mT for matrix in self._matrices])
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """See `Coordinates`."""
-        return (self._rows @ images @ self._columns.mT) / self._scale
+        return _transform(images, self._matrices) / self._scale
 
     def pull_back(self, image_gradient: torch.Tensor) -> torch.Tensor:
         """See `Coordinates`; the transpose of `decode`."""
-        return self._scale * (self._rows @ image_gradient @ self._columns.mT)
+        return self._scale * _transform(image_gradient, self._matrices)
+
+
+def _transform(values: torch.Tensor, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Multiply by one matrix along each of the last axes, from the first of them on."""
+    for axis, matrix in enumerate(matrices, start=-len(matrices)):
+        if axis == -1:
+            values = values @ matrix.mT
+        else:
+            # The axes behind this one are the columns of one product.
+            values = (matrix @ values.flatten(axis + 1)).reshape(values.shape)
+    return values
 
 
 def _dct_matrix(n: int) -> torch.Tensor:
@@ -98,13 +109,14 @@ def _dct_matrix(n: int) -> torch.Tensor:
 
 
 def make_coordinates(
-    name: str, size: tuple[int, int], device: torch.device, dtype: torch.dtype
+    name: str, size: tuple[int, ...], device: torch.device, dtype: torch.dtype
 ) -> Coordinates:
     """Coordinates by name.
 
     Args:
         name: "pixels", "dct" or "dct:EXPONENT".
-        size: Height and width of the images.
+        size: Lengths of the axes of space. A table has none, and its values are their own
+            coordinates whatever the name.
         device: Device of the images.
         dtype: Floating-point type of the images.
 
@@ -116,7 +128,8 @@ def make_coordinates(
         return Pixels()
     try:
         if kind == "dct":
-            return Cosines(size, float(exponent or 1.0), device, dtype)
+            falling = float(exponent or 1.0)
+            return Cosines(size, falling, device, dtype) if size else Pixels()
     except ValueError:
         pass
     raise setting_error(f"{{coordinates}} {name}: choose pixels, dct or dct:EXPONENT")

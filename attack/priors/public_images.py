@@ -1,4 +1,4 @@
-"""The variables a radiograph is optimised in."""
+"""The variables a radiograph (or a signal, or a volume) is optimised in."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Grey(Coordinates):
     def decode(self, coordinates: torch.Tensor) -> torch.Tensor:
         """N x 1 x H x W to N x C x H x W."""
         grey = coordinates * self.std + self.mean
-        return self.data.normalize(grey.expand(-1, len(self.data.mean), -1, -1))
+        return self.data.normalize(grey.expand(-1, len(self.data.mean), *grey.shape[2:]))
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """N x C x H x W to N x 1 x H x W."""
@@ -45,7 +45,8 @@ class Grey(Coordinates):
     def pull_back(self, image_gradient: torch.Tensor) -> torch.Tensor:
         """See `Coordinates`; the transpose of the linear part of `decode`."""
         std = torch.tensor(self.data.std, dtype=image_gradient.dtype, device=image_gradient.device)
-        return (image_gradient * (self.std / std.view(1, -1, 1, 1))).sum(1, keepdim=True)
+        scale = (self.std / std).view(-1, *[1] * (image_gradient.dim() - 2))
+        return (image_gradient * scale).sum(1, keepdim=True)
 
 
 class Principal(Grey):
@@ -117,4 +118,4 @@ class PriorDistance(Regularizer):
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """See `Regularizer`."""
         distance = self.scale * self.coordinates.encode(images) - self.prior
-        return distance.square().mean((-3, -2, -1))
+        return distance.square().mean(tuple(range(1, images.dim())))

@@ -1,12 +1,15 @@
 """What a plausible image looks like: penalties on the reconstruction itself.
 
-Every regulariser takes network inputs (N x C x H x W, normalised) and returns one
-value per image, so that restarts and shards can be combined exactly.
+Every regulariser takes network inputs (normalised: images N x C x H x W, signals N x C x L,
+volumes N x C x D x H x W, tables N x F) and returns one value per image, so that restarts and
+shards can be combined exactly. What compares neighbours counts every axis of space alike; a
+table has no such axis and no neighbours.
 """
 
 from __future__ import annotations
 
 import abc
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -14,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from attack.settings import setting_error
-from core.models.building import last_linear
+from core.errors import InputError
 from core.processes import distributed
 from core.target import BatchStatistics, Target
 
@@ -30,7 +33,7 @@ class Regularizer(abc.ABC):
         """Penalty per image.
 
         Args:
-            images: N x C x H x W.
+            images: N x C x H x W, or of another number of axes in space.
 
         Returns:
             N values.
@@ -38,7 +41,7 @@ class Regularizer(abc.ABC):
 
 
 class AnisotropicTV(Regularizer):
-    """Mean absolute difference of neighbouring pixels, across plus down.
+    """Mean absolute difference of neighbouring pixels, summed over the axes: across plus down.
 
     Source: the total variation of Inverting Gradients (Geiping et al. 2020), section 4,
     https://arxiv.org/abs/2003.14053.
@@ -46,9 +49,11 @@ class AnisotropicTV(Regularizer):
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """See `Regularizer`."""
-        across = (images[..., :, 1:] - images[..., :, :-1]).abs().mean((-3, -2, -1))
-        down = (images[..., 1:, :] - images[..., :-1, :]).abs().mean((-3, -2, -1))
-        return across + down
+        dims = len(_axes_of_space(images))
+        straight = [step for step in _half_of_neighbours(dims) if sum(map(abs, step)) == 1]
+        jumps = [_differences_along(images, step).abs() for step in straight]
+        means = [jump.mean(_axes_of_one(images)) for jump in jumps]
+        return sum(means[1:], means[0])
 
 
 class IsotropicTV(Regularizer):
@@ -57,7 +62,9 @@ class IsotropicTV(Regularizer):
     Args:
         double_opponents: Also penalise the differences between each channel and the one
             before it in a circle (the three pairs of three colours), which couples their
-            edges. Two channels have one pair, and one channel has none.
+            edges. Two channels have one pair, and one channel has none. The channels of
+            signals and volumes are colours only where there are three of them; other
+            channels (leads, sequences) have no such pairs.
 
     Source: Rudin, Osher, Fatemi, Physica D 60, 1992; double opponents: Aastroem et al.
     as used by Geiping's `breaching`, https://github.com/JonasGeiping/breaching.
@@ -68,15 +75,15 @@ class IsotropicTV(Regularizer):
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """See `Regularizer`."""
-        channels = images.shape[-3]
-        if self.double_opponents and channels > 1:
-            pairs = images - images.roll(1, dims=-3)
+        channels = images.shape[1]
+        coloured = channels == 3 or (channels > 1 and images.dim() == 4)
+        if self.double_opponents and coloured:
+            pairs = images - images.roll(1, dims=1)
             # The second pair of two channels is the first one with another sign.
-            images = torch.cat([images, pairs if channels > 2 else pairs[..., :1, :, :]], dim=-3)
-        # Differences over the border are 0, so that the last row and column count as well.
-        across = F.pad(images.diff(dim=-1), (0, 1))
-        down = F.pad(images.diff(dim=-2), (0, 0, 0, 1))
-        return (across.square() + down.square() + SMOOTHING).sqrt().mean((-3, -2, -1))
+            images = torch.cat([images, pairs if channels > 2 else pairs[:, :1]], dim=1)
+        squares = [_differences(images, axis).square() for axis in _axes_of_space(images)]
+        lengths = (sum(squares[1:], squares[0]) + SMOOTHING).sqrt()
+        return lengths.mean(_axes_of_one(images))
 
 
 class NormTV(Regularizer):
@@ -84,7 +91,8 @@ class NormTV(Regularizer):
 
     Sums over all pixels, not means: weights are far smaller than for the other kinds.
     The original takes one norm over the whole batch, which for equally rough images is
-    sqrt(N) times the mean over images that this gives.
+    sqrt(N) times the mean over images that this gives. A signal has one such neighbour, and
+    a volume 13.
 
     Source: DeepInversion (Yin et al. 2020), section 3.1, https://arxiv.org/abs/1912.08795,
     as its authors use it in GradInversion and in the attack of Hatamizadeh et al. (2022).
@@ -92,13 +100,48 @@ class NormTV(Regularizer):
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """See `Regularizer`."""
-        differences = (
-            images[..., :, 1:] - images[..., :, :-1],
-            images[..., 1:, :] - images[..., :-1, :],
-            images[..., 1:, :-1] - images[..., :-1, 1:],
-            images[..., 1:, 1:] - images[..., :-1, :-1],
-        )
-        return torch.stack([_image_norm(d) for d in differences]).sum(0)
+        dims = len(_axes_of_space(images))
+        norms = [_image_norm(_differences_along(images, way)) for way in _half_of_neighbours(dims)]
+        return torch.stack(norms).sum(0)
+
+
+def _axes_of_space(images: torch.Tensor) -> range:
+    """The axes behind batch and channels, from the last on.
+
+    Raises:
+        InputError: There is none: the images are rows of a table.
+    """
+    if images.dim() < 3:
+        raise InputError("a table has no neighbouring values, and so no total variation")
+    return range(-1, 1 - images.dim(), -1)
+
+
+def _axes_of_one(images: torch.Tensor) -> tuple[int, ...]:
+    """All axes of one image."""
+    return tuple(range(1, images.dim()))
+
+
+def _differences(images: torch.Tensor, axis: int) -> torch.Tensor:
+    """Differences along one axis (counted from the end), of the images' shape.
+
+    Those over the border are 0, so that the last row and column count as well.
+    """
+    return F.pad(images.diff(dim=axis), (*(0, 0) * (-axis - 1), 0, 1))
+
+
+def _half_of_neighbours(dims: int) -> list[tuple[int, ...]]:
+    """Steps to the neighbours of an entry, one of each two opposite ones; straight ones first."""
+    steps = itertools.product((0, -1, 1), repeat=dims)
+    half = [step for step in steps if next((s for s in step if s), 0) == 1]
+    return sorted(half, key=lambda step: sum(map(abs, step)))
+
+
+def _differences_along(images: torch.Tensor, step: tuple[int, ...]) -> torch.Tensor:
+    """Every entry's neighbour in a direction minus the entry, where both exist."""
+    to = {0: slice(None), 1: slice(1, None), -1: slice(None, -1)}
+    everything = (slice(None), slice(None))
+    ends = images[(*everything, *(to[s] for s in step))]
+    return ends - images[(*everything, *(to[-s] for s in step))]
 
 
 class InputNorm(Regularizer):
@@ -127,14 +170,12 @@ class PatchPrior(Regularizer):
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """See `Regularizer`."""
-        row, column = (self._borders(side, images.device) for side in images.shape[-2:])
         jumps = [images.new_zeros(images.shape[0])]
-        if len(column):
-            across = images[..., :, column] - images[..., :, column - 1]
-            jumps.append(across.square().mean((-3, -2, -1)))
-        if len(row):
-            down = images[..., row, :] - images[..., row - 1, :]
-            jumps.append(down.square().mean((-3, -2, -1)))
+        for axis in _axes_of_space(images):
+            behind = self._borders(images.shape[axis], images.device)
+            if len(behind):
+                step = images.index_select(axis, behind) - images.index_select(axis, behind - 1)
+                jumps.append(step.square().mean(_axes_of_one(images)))
         return sum(jumps[1:], jumps[0])
 
     def _borders(self, side: int, device: torch.device) -> torch.Tensor:
@@ -147,14 +188,14 @@ class ColourPrior(Regularizer):
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """See `Regularizer`."""
-        return images.mean((-2, -1)).square().mean(-1)
+        return images.mean(tuple(_axes_of_space(images))).square().mean(-1)
 
 
 class GroupConsistency(Regularizer):
     """Distance to a consensus of the restarts.
 
     Args:
-        consensus: N x C x H x W: the mean over restarts, or E2EGI's fusion.
+        consensus: Of the images' shape: the mean over restarts, or E2EGI's fusion.
         squared: Mean squared difference (E2EGI) instead of the Euclidean norm.
 
     Source: GradInversion (Yin et al. 2021), eq. 11, https://arxiv.org/abs/2104.07586;
@@ -168,7 +209,11 @@ class GroupConsistency(Regularizer):
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """See `Regularizer`."""
         difference = images - self.consensus
-        return difference.square().mean((-3, -2, -1)) if self.squared else _image_norm(difference)
+        return (
+            difference.square().mean(_axes_of_one(images))
+            if self.squared
+            else _image_norm(difference)
+        )
 
 
 class EpochOrderPrior(Regularizer):
@@ -183,24 +228,34 @@ class EpochOrderPrior(Regularizer):
         channels: Number of the images' channels.
         seed: Seed of the convolution's random weights.
         features: Number of the convolution's output channels.
+        dims: Number of axes in space; without any, the convolution is one matrix.
 
     Source: Dimitrov et al., Data Leakage in Federated Averaging, TMLR 2022, section 4.2,
     https://openreview.net/forum?id=e7A0B99zJf; `l2_max_conv` of its code.
     """
 
-    def __init__(self, epochs: int, channels: int, seed: int = 0, features: int = 96) -> None:
+    def __init__(
+        self, epochs: int, channels: int, seed: int = 0, features: int = 96, dims: int = 2
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
-        kernel = torch.randn((features, channels, 3, 3), generator=generator)
+        kernel = torch.randn((features, channels, *[3] * dims), generator=generator)
         self.epochs = epochs
-        self.kernel = kernel / math.sqrt(9 * channels)
+        self.kernel = kernel / math.sqrt(3**dims * channels)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """See `Regularizer`."""
-        features = F.conv2d(images, self.kernel.to(images), padding=1)
+        features = self._features(images, self.kernel.to(images))
         of_epochs = torch.stack([part.amax(0) for part in features.chunk(self.epochs)])
         # Over all pairs, the mean squared difference is twice the variance.
         value = 2 * of_epochs.var(0, unbiased=False).mean()
         return value.expand(len(images))
+
+    @staticmethod
+    def _features(images: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+        if images.dim() == 2:
+            return F.linear(images, kernel)
+        convolve = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[images.dim()]
+        return convolve(images, kernel, padding=1)
 
 
 TOTAL_VARIATIONS: dict[str, Callable[[], Regularizer]] = {
@@ -353,7 +408,7 @@ def _norm(x: torch.Tensor) -> torch.Tensor:
 
 def _image_norm(images: torch.Tensor) -> torch.Tensor:
     """Euclidean norm per image with a finite slope at 0."""
-    return (images.square().sum((-3, -2, -1)) + torch.finfo(images.dtype).tiny).sqrt()
+    return (images.square().sum(_axes_of_one(images)) + torch.finfo(images.dtype).tiny).sqrt()
 
 
 class FeaturePenalty:
@@ -365,20 +420,21 @@ class FeaturePenalty:
     Args:
         features: n x F, one row per image of this process.
         batch_size: Images of all processes.
+        layer: Name of the last layer.
 
     Source: the feature regularisation of Geiping's `breaching`,
     https://github.com/JonasGeiping/breaching; the quotient: Geiping et al. (2020),
     proposition 3.1, https://arxiv.org/abs/2003.14053.
     """
 
-    def __init__(self, features: torch.Tensor, batch_size: int) -> None:
-        self.features = features
+    def __init__(self, features: torch.Tensor, batch_size: int, layer: str) -> None:
+        self.features, self.layer = features, layer
         self.batch_size = batch_size
 
     def __call__(self, model: torch.nn.Module) -> Callable[[], torch.Tensor]:
         """Watch one forward pass of `model`; the result gives the penalty after it."""
         seen: list[torch.Tensor] = []
-        _, layer = last_linear(model)
+        layer = model.get_submodule(self.layer)
         handle = layer.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
 
         def total() -> torch.Tensor:
@@ -388,12 +444,13 @@ class FeaturePenalty:
         return total
 
 
-def shared_features(target: Target, labels: torch.Tensor) -> torch.Tensor:
+def shared_features(target: Target, labels: torch.Tensor, layer: str) -> torch.Tensor:
     """The features that the last layer's gradient gives away for each label.
 
     Args:
         target: What the client shared.
         labels: n class indices.
+        layer: Name of the last layer, see `core.models.head`.
 
     Returns:
         n x F; zeros where the bias gradient of a label is zero.
@@ -401,12 +458,11 @@ def shared_features(target: Target, labels: torch.Tensor) -> torch.Tensor:
     Raises:
         InputError: The last layer's weight and bias gradients were not both shared.
     """
-    name, _ = last_linear(target.build_model())
-    weight = target.gradient.get(f"{name}.weight")
-    bias = target.gradient.get(f"{name}.bias")
+    weight = target.gradient.get(f"{layer}.weight".lstrip("."))
+    bias = target.gradient.get(f"{layer}.bias".lstrip("."))
     if weight is None or bias is None:
         raise setting_error(
-            f"{{features}}: needs the gradients of {name}.weight and {name}.bias, which are not "
+            f"{{features}}: needs the gradients of {layer}.weight and {layer}.bias, which are not "
             "both shared; leave it out"
         )
     labels = labels.to(weight.device)

@@ -125,7 +125,7 @@ class Collate:
 def make_loader(
     dataset: LabelledImages,
     batches: Sampler[list[Key]] | Sampler[list[int]],
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     process: Process,
     workers: int,
 ) -> DataLoader[Any]:

@@ -19,38 +19,50 @@ class DataSpec:
 
     Attributes:
         name: Data set, for file names and tables.
-        shape: Channels, height and width of one image.
-        mean: Per channel, of images in [0, 1].
-        std: Per channel, of images in [0, 1].
-        n_classes: Number of classes.
+        shape: Of one image (C, H, W), volume (C, D, H, W), signal (C, L) or row of a table (F,).
+        mean: Per channel, of images in [0, 1]; of a table's row one per feature.
+        std: Per channel, of images in [0, 1]; of a table's row one per feature.
+        n_classes: Number of outputs per sample where targets are classes or labels, else 0.
         class_names: Names in the order of labels; may be empty.
+        bounded: Whether values lie in [0, 1]. What has no bounds (a table, a signal) is
+            neither boxed by an attack nor clamped.
     """
 
     name: str
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     n_classes: int
     class_names: tuple[str, ...] = ()
+    bounded: bool = True
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
-        """Images in [0, 1] (N x C x H x W) to the network's input."""
+        """Images in [0, 1] (N x C x ...) to the network's input."""
         return (images - self._channels(self.mean, images)) / self._channels(self.std, images)
 
     def denormalize(self, inputs: torch.Tensor) -> torch.Tensor:
-        """The network's input (N x C x H x W) to images in [0, 1] (not clamped)."""
+        """The network's input (N x C x ...) to images in [0, 1] (not clamped)."""
         return inputs * self._channels(self.std, inputs) + self._channels(self.mean, inputs)
+
+    def clamp(self, images: torch.Tensor) -> torch.Tensor:
+        """Images moved into [0, 1]; as they are where values have no bounds."""
+        return images.clamp(0, 1) if self.bounded else images
 
     @staticmethod
     def _channels(values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
-        return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
+        numbers = torch.tensor(values, dtype=like.dtype, device=like.device)
+        return numbers.view(1, -1, *[1] * (like.dim() - 2))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint or a record."""
-        return {
+        values = {
             key: list(v) if isinstance(v, tuple) else v
             for key, v in dataclasses.asdict(self).items()
         }
+        if self.bounded:
+            # Said only where it is not so: files and records of images stay what they were.
+            del values["bounded"]
+        return values
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> DataSpec:
@@ -63,6 +75,7 @@ class DataSpec:
                 std=tuple(values["std"]),
                 n_classes=int(values["n_classes"]),
                 class_names=tuple(values.get("class_names", ())),
+                bounded=bool(values.get("bounded", True)),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"the checkpoint's data description is broken: {error!r}") from None

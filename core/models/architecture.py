@@ -7,13 +7,23 @@ Nothing behind it asks which kind it is.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from core.errors import InputError
+from core.models.batch_norm import without_synchronization
+from core.models.unchanged import modes_held, refused_inputs
 
+# Where wrappers that change nothing of what a model computes keep it.
+_WRAPPERS = {
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+}
 # Plain values, as a record or a checkpoint holds them.
 Description = dict[str, str | int | None]
 
@@ -43,13 +53,19 @@ class GivenModel:
         module: Any `nn.Module`, with the parameters that the client starts from.
         builder: Where a program that reads a checkpoint finds the function that builds
             the module, as `module:function`; empty if there is none.
+        shape: Of one input; lazy layers get their parameters from it.
 
     Raises:
-        InputError: The module cannot be copied.
+        InputError: The module cannot be copied, is TorchScript, or has lazy layers and takes
+            no inputs of this shape.
     """
 
-    def __init__(self, module: nn.Module, builder: str = "") -> None:
-        self._module = _copied(module, {})
+    def __init__(
+        self, module: nn.Module, builder: str = "", shape: Sequence[int] | None = None
+    ) -> None:
+        self._module = without_synchronization(copied(_bare(module), {}))
+        if shape is not None and any(map(is_lazy, self._module.parameters())):
+            _materialise(self._module, shape)
         self.builder = builder
 
     @property
@@ -59,31 +75,67 @@ class GivenModel:
 
     def build(self) -> nn.Module:
         """A copy, with the parameters and the mode that the module was given with."""
-        return _copied(self._module, {})
+        return copied(self._module, {})
 
     def skeleton(self) -> nn.Module:
         """A copy whose parameters and buffers have shapes but no memory."""
         tensors = [*self._module.parameters(), *self._module.buffers()]
-        return _copied(self._module, {id(tensor): _without_memory(tensor) for tensor in tensors})
+        return copied(self._module, {id(tensor): _without_memory(tensor) for tensor in tensors})
 
     def describe(self) -> Description:
         """See `Architecture`."""
         return {"arch": self.name, "builder": self.builder or None}
 
 
-def _copied(module: nn.Module, known: dict[int, torch.Tensor]) -> nn.Module:
+def copied(module: nn.Module, known: dict[int, torch.Tensor]) -> nn.Module:
     """A deep copy in which some tensors are replaced.
 
     Args:
-        module: Left as it is.
+        module: Left as it is. What its layers compute in each pass and keep as a plain
+            attribute (`torch.nn.utils.weight_norm` does) is copied without its history.
         known: The replacements, by the identity of what they stand for.
+
+    Raises:
+        InputError: A part of it cannot be copied.
     """
+    computed = {id(t): t.detach().clone() for t in _computed_tensors(module)}
     try:
-        return copy.deepcopy(module, dict[int, object](known))
+        return copy.deepcopy(module, dict[int, object](computed | known))
     except (RuntimeError, TypeError) as error:
         raise InputError(
             f"the model {type(module).__name__} cannot be copied ({str(error).splitlines()[0]})"
         ) from None
+
+
+def _computed_tensors(module: nn.Module) -> list[torch.Tensor]:
+    return [
+        value
+        for layer in module.modules()
+        for value in vars(layer).values()
+        if isinstance(value, torch.Tensor) and not value.is_leaf
+    ]
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    """The module without what only spreads it over devices or compiles it."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise InputError(
+            f"the model {module.original_name} is TorchScript, whose parameters cannot be "
+            "replaced in a pass; give the nn.Module that it was made from"
+        )
+    inner = getattr(module, _WRAPPERS.get(type(module).__name__, ""), None)
+    return _bare(inner) if isinstance(inner, nn.Module) else module
+
+
+@torch.no_grad()
+def _materialise(module: nn.Module, shape: Sequence[int]) -> None:
+    """Give lazy layers their parameters, from torch's random numbers, by one pass."""
+    inputs = torch.zeros(1, *shape)
+    with modes_held(module):
+        try:
+            module.eval()(inputs)
+        except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
+            raise refused_inputs(module, inputs, error) from None
 
 
 def _without_memory(tensor: torch.Tensor) -> torch.Tensor:

@@ -385,6 +385,26 @@ def group_sizes(groups: int | Sequence[int], batch_size: int) -> list[int]:
 Build = Callable[[_BatchNorm, dict[str, Any]], _BatchNorm]
 
 
+class OneProcessBatchNorm(_SharedBatchNorm):
+    """What `torch.nn.SyncBatchNorm` is on one process: BatchNorm for any number of dimensions."""
+
+
+def without_synchronization(model: nn.Module) -> nn.Module:
+    """Replace every `torch.nn.SyncBatchNorm`, which runs nowhere but in a process group on GPUs.
+
+    Args:
+        model: Changed in place; parameters, buffers and names stay.
+
+    Returns:
+        The model (a new module where the model itself is one).
+    """
+    return _replace(
+        model,
+        lambda old, options: OneProcessBatchNorm(old.num_features, **options),
+        nn.SyncBatchNorm,
+    )
+
+
 def convert_batch_norm(
     model: nn.Module,
     kind: str,
@@ -413,11 +433,11 @@ def convert_batch_norm(
     raise ValueError(f"unknown kind of BatchNorm {kind!r}")
 
 
-def _replace(module: nn.Module, build: Build) -> nn.Module:
-    if isinstance(module, _BatchNorm):
+def _replace(module: nn.Module, build: Build, kind: type[_BatchNorm] = _BatchNorm) -> nn.Module:
+    if isinstance(module, kind):
         return _with_state_of(module, build)
     for name, child in module.named_children():
-        setattr(module, name, _replace(child, build))
+        setattr(module, name, _replace(child, build, kind))
     return module
 
 

@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from core.data.specs import DataSpec
 from core.errors import InputError
 from core.losses import main_output
-from core.models.unchanged import unchanged
+from core.models.unchanged import refused_inputs, unchanged
 
 # Any value but zero: some layers divide by what they read.
 PROBE_VALUE = 0.5
@@ -82,6 +82,15 @@ def find_linear_head(model: nn.Module, example: torch.Tensor) -> tuple[str, nn.L
     return name, layer
 
 
+def head_for(model: nn.Module, data: DataSpec) -> tuple[str, nn.Linear]:
+    """`find_linear_head` for inputs that are described.
+
+    Raises:
+        InputError: See `find_linear_head`.
+    """
+    return find_linear_head(model, example_for(model, data))
+
+
 def example_for(model: nn.Module, data: DataSpec) -> torch.Tensor:
     """One sample of the right shape, on the model's device and in its precision."""
     example = torch.full((1, *data.shape), PROBE_VALUE)
@@ -93,10 +102,7 @@ def _run(model: nn.Module, example: torch.Tensor) -> object:
     try:
         return model(example)
     except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
-        raise InputError(
-            f"the model {type(model).__name__} does not take inputs of shape "
-            f"{' x '.join(map(str, example.shape[1:]))}: {str(error).strip().splitlines()[0]}"
-        ) from None
+        raise refused_inputs(model, example, error) from None
 
 
 class _Cut:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from core.errors import InputError
+
 
 class Buffer(NamedTuple):
     """Where a buffer lies: it may be overwritten, or be replaced by another tensor."""
@@ -75,3 +77,12 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     device = torch.device("cpu") if parameter is None else parameter.device
     with held(buffers_of(model)), modes_held(model), random_numbers_held(device):
         yield
+
+
+def refused_inputs(model: nn.Module, inputs: torch.Tensor, error: Exception) -> InputError:
+    """What a model's own complaint about its inputs becomes."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    shape = " x ".join(map(str, inputs.shape[1:]))
+    return InputError(
+        f"the model {type(model).__name__} does not take inputs of shape {shape}: {reason}"
+    )

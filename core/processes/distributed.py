@@ -19,9 +19,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from core.launch_arguments import DEFAULT_TIMEOUT
 from core.processes.shared_memory import SharedMemory, connect
-
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
@@ -135,6 +134,30 @@ def all_gather_rows(rows: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
     return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
 
 
+# Seconds that the processes of a group wait for each other.
+_TIMEOUTS: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()
+
+
+def join_group(backend: str, store: dist.Store, rank: int, world_size: int, timeout: float) -> None:
+    """Become a process of the group.
+
+    Args:
+        backend: "nccl" or "gloo".
+        store: Where the processes meet.
+        rank: Index of this process.
+        world_size: Number of processes.
+        timeout: Seconds that one waits for another.
+    """
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout),
+    )
+    _TIMEOUTS[dist.group.WORLD] = timeout
+
+
 # What the processes of a group share, for as long as the group is there.
 _CONNECTED: weakref.WeakKeyDictionary[Any, SharedMemory | None] = weakref.WeakKeyDictionary()
 
@@ -148,7 +171,7 @@ def _shared_memory(tensor: torch.Tensor) -> SharedMemory | None:
         return None
     group = dist.group.WORLD
     if group not in _CONNECTED:
-        _CONNECTED[group] = connect(COLLECTIVE_TIMEOUT.total_seconds())
+        _CONNECTED[group] = connect(_TIMEOUTS.get(group, DEFAULT_TIMEOUT))
     return _CONNECTED[group]
 
 

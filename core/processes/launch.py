@@ -12,22 +12,33 @@ import contextlib
 import functools
 import logging
 import os
-import signal
-import socket
 import sys
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import ProcessException
 
-from core.errors import InputError, is_write_failure, write_failure
+from core.errors import InputError, RankError
 from core.launch_arguments import LaunchSettings
-from core.processes.distributed import COLLECTIVE_TIMEOUT, Process, barrier, seed_everything
+from core.processes.distributed import Process, barrier, join_group, seed_everything
+from core.processes.meeting import (
+    Address,
+    Meeting,
+    Watch,
+    from_environment,
+    host_store,
+    join_store,
+    told_value,
+)
+from core.processes.ranks import Ranks, complaint_about, cut_off, is_cut_off
 
 logger = logging.getLogger(__name__)
+
+# A year: longer ones do not fit into torch's clock.
+MOST_SECONDS = 3.2e7
 
 Payload = ParamSpec("Payload")
 Result = TypeVar("Result")
@@ -53,8 +64,14 @@ def check_launch(settings: LaunchSettings) -> None:
         raise InputError(f"--seed {settings.seed}: must be an integer of 64 bits")
     if settings.nproc_per_node is not None and settings.nproc_per_node < 1:
         raise InputError("--nproc-per-node must be at least 1")
+    if not 0 < settings.timeout < MOST_SECONDS:
+        raise InputError(f"--timeout {settings.timeout:g}: must be a positive number of seconds")
     if settings.world_size < 1 or not 0 <= settings.rank < settings.world_size:
         raise InputError(f"--rank {settings.rank} is not below --world-size {settings.world_size}")
+    if (settings.nproc_per_node or 1) > 1 and not settings.multiprocessing_distributed:
+        raise InputError(
+            f"--nproc-per-node {settings.nproc_per_node} needs --multiprocessing-distributed"
+        )
     spawns = settings.multiprocessing_distributed or "RANK" in os.environ
     if settings.world_size > 1 and not spawns:
         raise InputError(
@@ -83,8 +100,9 @@ def launch(
 
     Raises:
         InputError: Raised by any rank; it ends all ranks.
-        torch.multiprocessing.ProcessException: A rank failed; the others were ended
-            and the message holds that rank's own traceback.
+        RankError: A rank failed, was killed or does not answer; the others were ended.
+        KeyboardInterrupt: This process got SIGINT; the ranks were ended.
+        SystemExit: The same with SIGTERM.
     """
     check_launch(settings)
     told = functools.partial(_told, work, payload, named)
@@ -114,7 +132,17 @@ def _device(settings: LaunchSettings, local_rank: int) -> torch.device:
     return device
 
 
-def _processes_per_node(settings: LaunchSettings) -> int:
+def processes_of(settings: LaunchSettings) -> int:
+    """Number of processes over all nodes that `launch` computes with."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    if not settings.multiprocessing_distributed:
+        return 1
+    return settings.world_size * processes_per_node(settings)
+
+
+def processes_per_node(settings: LaunchSettings) -> int:
+    """Number of processes of this node that the settings ask for."""
     if settings.nproc_per_node is not None:
         return int(settings.nproc_per_node)
     return 1 if settings.cpu else max(1, torch.cuda.device_count())
@@ -129,111 +157,141 @@ def _backend(settings: LaunchSettings, n_local: int) -> str:
 
 
 def _spawn(work: Callable[[Process], Any], settings: LaunchSettings) -> None:
-    n_local = _processes_per_node(settings)
-    url = _resolve_url(settings.dist_url)
-    context = torch.multiprocessing.get_context("spawn")
-    complaints = context.SimpleQueue()
-    try:
-        torch.multiprocessing.spawn(
-            _spawned, args=(work, settings, n_local, url, complaints), nprocs=n_local
-        )
-    except ProcessException:
-        if not complaints.empty():
-            raise InputError(complaints.get()) from None
-        raise
+    n_local = processes_per_node(settings)
+    address = Address(settings.dist_url)
+    address.check()
+    # Held by this process: it outlives its ranks.
+    store = None
+    if settings.rank == 0 and address.is_tcp:
+        store, address = host_store(address)
+    group = _Group(settings, settings.world_size * n_local, n_local, address)
+    first = settings.rank * n_local
+    Ranks(functools.partial(_spawned, work, group, first), first, n_local).run()
+    del store
 
 
-def _resolve_url(url: str) -> str:
-    """Replace port 0 by a free port, and complain early about a port in use."""
-    if url.startswith(("file://", "env://")):
-        return url
-    host, _, port = url.removeprefix("tcp://").rpartition(":")
-    if not (url.startswith("tcp://") and host and port.isdigit() and int(port) < 2**16):
-        raise InputError(f"--dist-url {url}: expected tcp://HOST:PORT")
-    if host not in ("127.0.0.1", "localhost"):
-        return url
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, int(port)))
-        except OSError:
-            raise InputError(f"--dist-url {url}: the port is in use; give another one") from None
-        return f"tcp://{host}:{probe.getsockname()[1]}"
+@dataclass(frozen=True)
+class _Group:
+    """What every rank of this node is told of its group.
+
+    Attributes:
+        settings: How processes are started.
+        world_size: Number of ranks.
+        n_local: Of which so many are on this node.
+        address: Where they meet.
+        prefix: Of the keys in a store that others use as well.
+    """
+
+    settings: LaunchSettings
+    world_size: int
+    n_local: int
+    address: Address
+    prefix: str = ""
+
+    def join(self, rank: int) -> dist.Store:
+        """A connection to the store of the run."""
+        store = join_store(self.address, self.world_size, self.settings.timeout, rank)
+        return dist.PrefixStore(self.prefix, store) if self.prefix else store
 
 
 def _spawned(
-    local_rank: int,
-    work: Callable[[Process], Any],
-    settings: LaunchSettings,
-    n_local: int,
-    url: str,
-    complaints: Any,
+    work: Callable[[Process], Any], group: _Group, first: int, local_rank: int, tell: Connection
 ) -> None:
-    # torch sends SIGINT to ranks whose parent died. Started in the background, a
-    # command ignores it; waiting in a collective, Python would not get round to it.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    rank = settings.rank * n_local + local_rank
-    world_size = settings.world_size * n_local
-    report = functools.partial(_report, rank, complaints)
-    _run_in_group(work, settings, rank, world_size, local_rank, n_local, url, report)
+    rank = first + local_rank
 
+    def report(error: BaseException) -> None:
+        tell.send(complaint_about(error, rank))
 
-def _report(rank: int, complaints: Any, error: Exception) -> None:
-    """Tell the parent of a mistake, and anyone of a failure."""
-    if isinstance(error, InputError):
-        complaints.put(str(error))
-    elif isinstance(error, OSError) and is_write_failure(error):
-        complaints.put(write_failure(error))
-    elif complaints.empty():  # else a peer's mistake has cut this rank's connection
-        print(f"rank {rank} failed:", file=sys.stderr)
-        traceback.print_exception(error)
+    try:
+        _run_in_group(work, group, rank, local_rank, report)
+    except Exception:
+        # The parent has been told.
+        raise SystemExit(1) from None
 
 
 def _run_under_torchrun(work: Callable[[Process], Any], settings: LaunchSettings) -> Any:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     n_local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    return _run_in_group(work, settings, rank, world_size, local_rank, n_local, "env://")
+    address, hosted = from_environment()
+    store = None
+    if rank == 0 and not hosted:
+        store, address = host_store(address)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    group = _Group(settings, world_size, n_local, address, f"gradinvbench/{attempt}")
+    result = _run_in_group(work, group, rank, local_rank, _said_at_once(rank))
+    del store
+    return result
+
+
+def _said_at_once(rank: int) -> Callable[[BaseException], None]:
+    """How a rank without a parent of ours tells that a peer is gone."""
+
+    def report(error: BaseException) -> None:
+        if is_cut_off(error):
+            raise RankError(cut_off(error, rank)) from None
+
+    return report
 
 
 def _run_in_group(
     work: Callable[[Process], Any],
-    settings: LaunchSettings,
+    group: _Group,
     rank: int,
-    world_size: int,
     local_rank: int,
-    n_local: int,
-    url: str,
-    report: Callable[[Exception], None] | None = None,
+    report: Callable[[BaseException], None],
 ) -> Any:
+    settings, world_size = group.settings, group.world_size
     device = _device(settings, local_rank)
     if device.type == "cpu":
         # Ranks that each take every core spend their time waiting for each other.
-        torch.set_num_threads(max(1, _cores() // n_local))
-    dist.init_process_group(
-        _backend(settings, n_local),
-        init_method=url,
-        rank=rank,
-        world_size=world_size,
-        timeout=COLLECTIVE_TIMEOUT,
-    )
+        torch.set_num_threads(max(1, _cores() // group.n_local))
     ended_well: list[bool] = []
-    if world_size > 1:
-        atexit.register(_leave, ended_well)
     try:
-        seed_everything(settings.seed)
-        result = work(Process(rank, world_size, device))
-        barrier()
+        with _together(group, rank, report):
+            if world_size > 1:
+                atexit.register(_leave, ended_well)
+            seed_everything(settings.seed)
+            result = work(Process(rank, world_size, device))
         ended_well.append(True)
         return result
     except Exception as error:
         # Before the group goes: the peers fail then, and theirs would be the error shown.
-        if report is not None:
-            report(error)
+        report(error)
         raise
     finally:
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError, AssertionError):
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _together(group: _Group, rank: int, report: Callable[[BaseException], None]) -> Iterator[None]:
+    """Within the block the ranks form a group, were told the same, and watch each other."""
+    settings, world_size = group.settings, group.world_size
+    store = group.join(rank)
+    if world_size > 1:
+        told = {flag: told_value(value) for flag, value in settings.shared.items()}
+        compared = {flag: value for flag, value in told.items() if value is not None}
+        Meeting(store, rank, world_size, settings.timeout).agree(compared)
+    join_group(_backend(settings, group.n_local), store, rank, world_size, settings.timeout)
+    if world_size == 1:
+        yield
+        return
+
+    def lost(sentence: str) -> None:
+        # This rank waits in a sum that will not end: only so it can be left.
+        with contextlib.suppress(Exception):
+            report(RankError(sentence))
+        print(f"rank {rank}: {sentence}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    watch = Watch(Meeting(group.join(rank), rank, world_size, settings.timeout), lost)
+    watch.start()
+    try:
+        yield
+        barrier()
+    finally:
+        watch.end()
 
 
 def _cores() -> int:

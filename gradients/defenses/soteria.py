@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from core.models.building import last_linear
+from core.models.head import find_linear_head
 from gradients.defenses.base import ClientView, Defense, Gradient, register_defense, require
 
 
@@ -37,7 +37,7 @@ class Soteria(Defense):
 
     def apply(self, gradient: Gradient, client: ClientView) -> Gradient:
         """Mask the weight gradient of the last fully connected layer."""
-        name, _ = last_linear(client.model)
+        name, _ = find_linear_head(client.model, client.images[:1])
         weight = f"{name}.weight" if name else "weight"
         if weight not in gradient:
             return dict(gradient)
@@ -59,7 +59,7 @@ def feature_sensitivity(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
         One value per input feature of the layer.
     """
     captured: list[torch.Tensor] = []
-    _, layer = last_linear(model)
+    _, layer = find_linear_head(model, images[:1])
     hook = layer.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
     inputs = images.detach().clone().requires_grad_()
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}

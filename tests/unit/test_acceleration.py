@@ -53,8 +53,9 @@ def matcher_on(
     kind: type[AcceleratedMatcher] = TracedMatcher,
     hvp: str = "difference",
     dtype: torch.dtype = torch.float64,
+    joint: bool = False,
 ) -> AcceleratedMatcher:
-    return kind(Replica(target, CPU, dtype), Cosine(), hvp, acceleration)
+    return kind(Replica(target, CPU, dtype, joint), Cosine(), hvp, acceleration)
 
 
 def candidate(target: Target) -> torch.Tensor:
@@ -148,8 +149,9 @@ def test_labels_and_penalties_ride_along_in_a_graph() -> None:
 
         return total
 
-    plain = GradientMatcher(Replica(target, CPU, torch.float64), Cosine(), "difference", False)
-    traced = matcher_on(target)
+    replica = Replica(target, CPU, torch.float64, joint=True)
+    plain = GradientMatcher(replica, Cosine(), "difference", False)
+    traced = matcher_on(target, joint=True)
     for apart in (False, True):
         more: Any = {"weight": 2.0, "penalty": penalty, "apart": apart}
         expected = plain(candidate(target), logits, **more)

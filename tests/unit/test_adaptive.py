@@ -170,7 +170,7 @@ def test_the_truth_fits_the_mean_of_clipped_gradients() -> None:
 @pytest.mark.parametrize("optimised", [False, True], ids=["labels", "logits"])
 def test_the_derivative_goes_through_the_clipping(optimised: bool) -> None:
     target, truth = private()
-    replica = Replica(target, CPU, torch.float64)
+    replica = Replica(target, CPU, torch.float64, joint=optimised)
     clipping = adapt(target, InversionConfig()).clipping(replica)
     matcher = GradientMatcher(replica, Cosine(), clipping=clipping)
     generator = torch.Generator().manual_seed(0)

@@ -25,6 +25,7 @@ COMMON: Flags = {
     "--dist-backend": (str, None),
     "--multiprocessing-distributed": (FLAG, False),
     "--nproc-per-node": (int, None),
+    "--timeout": (float, 600.0),
 }
 TRAIN: Flags = {
     "--data": (str, "photo-patches"),
@@ -98,7 +99,7 @@ ATTACK: Flags = {
     "--BN": (float, 0.0),
     "--input-norm": (float, 0.0),
     "--target-tv": (float, 0.28),
-    "--pseudo-label-init": (str, "llg"),
+    "--pseudo-label-init": (str, "exact"),
     "--MinCombine": (FLAG, False),
     "--Group": (float, 0.0),
     "--T-init-rate": (float, 0.3),

@@ -22,6 +22,8 @@ from core.models.building import ModelSpec, build_model, last_linear
 from core.target import LocalTraining, Target
 
 CLASSES = 10
+# Made for other losses than cross-entropy, or no rule at all.
+NO_CLASS_RULES = ("known", "binary", "regression")
 DATA = DataSpec("noise", (3, 8, 8), (0.5,) * 3, (0.25,) * 3, CLASSES)
 SPEC = ModelSpec("cnn", CLASSES, 8, width=8)
 NAME = last_linear(build_model(SPEC))[0]
@@ -158,6 +160,13 @@ class TestLlg:
         found = recover_labels("llg", with_row_sums([*self.SUMS], 6))
         assert found.tolist() == [0, 0, 0, 0, 1, 1]
 
+    def test_original_code_divides_by_the_negative_classes(self) -> None:
+        target = with_row_sums([-2.0, -1.0, *[2.0] * 8], 4)
+        # The paper's m = -0.825 leaves -1.175, -0.175; then class 0 (-0.35), and 0 again.
+        assert recover_labels("llg", target).tolist() == [0, 0, 0, 1]
+        # The code's m = -1.125 leaves -0.875, 0.125; then class 0 (0.25), and class 1.
+        assert recover_labels("llg-negatives", target).tolist() == [0, 0, 1, 1]
+
     def test_stale_index_differs(self) -> None:
         # The impact always goes to class 1, so class 0 stays the lowest.
         found = recover_labels("llg-stale", with_row_sums([*self.SUMS], 6))
@@ -202,7 +211,7 @@ def test_fedavg_without_bias_and_without_touching_the_model() -> None:
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("rule", [r for r in rule_names() if r not in ("known", "idlg")])
+@pytest.mark.parametrize("rule", [r for r in rule_names() if r not in (*NO_CLASS_RULES, "idlg")])
 def test_every_rule_gives_k_classes_under_heavy_noise(rule: str) -> None:
     truth = torch.tensor(BATCHES["distinct"])
     model = network(True)
@@ -236,11 +245,18 @@ class TestErrors:
         with pytest.raises(InputError, match="needs the bias gradient"):
             recover_labels("ilrg", with_row_sums([-1.0] * 10, 2, bias=False))
 
-    def test_ilrg_of_a_zero_gradient(self) -> None:
-        with pytest.raises(InputError, match="zero"):
-            recover_labels("ilrg", with_row_sums([0.0] * 10, 2))
+    @pytest.mark.parametrize("rule", [r for r in rule_names() if r not in NO_CLASS_RULES])
+    def test_a_zero_gradient_says_nothing(self, rule: str) -> None:
+        with pytest.raises(InputError, match="last layer fc is zero everywhere"):
+            recover_labels(rule, with_row_sums([0.0] * 10, 1))
+
+    def test_no_negative_bias_gradient(self) -> None:
         with pytest.raises(InputError, match="no class"):
-            recover_labels("ilrg-robust", with_row_sums([0.0] * 10, 2))
+            recover_labels("ilrg-robust", with_row_sums([1.0] * 10, 2))
+
+    def test_a_gradient_that_is_no_number(self) -> None:
+        with pytest.raises(InputError, match="last layer fc is not finite"):
+            recover_labels("exact", with_row_sums([float("nan")] * 10, 2))
 
     def test_last_layer_kept_private(self) -> None:
         target = with_row_sums([-1.0] * 10, 2)

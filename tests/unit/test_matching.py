@@ -250,7 +250,7 @@ def test_label_logits_are_differentiated_too(hvp):
     target, _ = make_target(MODELS["lenet"], 2)
     inputs = candidate(target)
     logits = torch.randn(2, 10, dtype=torch.float64)
-    matcher = GradientMatcher(Replica(target, CPU, torch.float64), Cosine(), hvp)
+    matcher = GradientMatcher(Replica(target, CPU, torch.float64, joint=True), Cosine(), hvp)
     result = matcher(inputs, logits)
     model = target.build_model().double()
     x, y = inputs.clone().requires_grad_(), logits.clone().requires_grad_()

@@ -11,8 +11,16 @@ import torch
 from PIL import Image
 
 from attack.metrics import evaluate
+from attack.reconstruction import Reconstruction
 from core.errors import InputError
-from core.pictures import save_comparison, save_curve, save_gallery, save_images
+from core.pictures import (
+    image_grid,
+    read_image,
+    save_comparison,
+    save_curve,
+    save_gallery,
+    save_images,
+)
 from core.target import Truth
 
 
@@ -105,3 +113,73 @@ def test_a_gallery_has_a_row_per_attack(tmp_path: Path) -> None:
     assert (pixels[half:] == (0, 0, 255)).all(-1).any()
     with pytest.raises(InputError, match="equally many"):
         save_gallery(path, {"original": list(red), "attack": list(blue[:2])})
+
+
+SHAPES = {"row": (12,), "signal": (2, 40), "grey": (1, 9, 9), "volume": (1, 6, 9, 9)}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_every_shape_is_drawn(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    samples = 7 * torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    truth = Truth(samples, torch.tensor([0, 1, 2]))
+    scores = evaluate(samples.flip(0), None, truth).per_image
+    save_comparison(tmp_path / "a" / "pair.png", samples, samples.flip(0), scores)
+    save_images(tmp_path / "b" / "grid.png", samples)
+    save_gallery(tmp_path / "c" / "rows.png", {"original": list(samples), "found": list(samples)})
+    for path in tmp_path.glob("*/*.png"):
+        # More than a blank page.
+        assert len(np.unique(pixels(path).reshape(-1, 3), axis=0)) > 8
+
+
+def test_a_volume_is_a_row_of_its_slices(tmp_path: Path) -> None:
+    grey = [0.0, 0.2, 0.4, 0.6, 0.8]
+    # Ten slices, in pairs of one grey value each.
+    volume = torch.tensor(grey).repeat_interleave(2).view(1, 1, 10, 1, 1).expand(1, 1, 10, 8, 8)
+    save_images(tmp_path / "volume.png", volume)
+    picture = pixels(tmp_path / "volume.png")
+    places = []
+    for value in grey:
+        level = round(255 * value)
+        columns = np.argwhere((np.abs(picture.astype(int) - level).max(-1) <= 1).sum(0) > 20)
+        assert len(columns), f"no slice of grey {level}"
+        places.append(float(columns.mean()))
+    assert places == sorted(places)
+
+
+def test_a_reconstruction_is_drawn_on_the_scale_of_its_original(tmp_path: Path) -> None:
+    original = torch.tensor([[0.0, 10.0, 0.0, 10.0]])
+    yellow, violet = (253, 231, 36), (68, 1, 84)
+    for name, factor in (("a", 1.0), ("b", 0.0)):
+        save_comparison(tmp_path / name / "pair.png", original, factor * original)
+    both, first = (pixels(tmp_path / name / "pair.png") for name in ("a", "b"))
+    # Without its own scale, a row of zeros is all of the darkest colour.
+    assert share_of(first, yellow) == pytest.approx(share_of(both, yellow) / 2, rel=0.1)
+    assert share_of(first, violet) == pytest.approx(1.5 * share_of(both, violet), rel=0.1)
+
+
+def test_a_signal_is_one_line_per_channel() -> None:
+    figure = image_grid(torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(0)), [4, 5])
+    assert [len(axis.lines) for axis in figure.axes] == [3, 3]
+    assert [axis.get_title() for axis in figure.axes] == ["4", "5"]
+
+
+def test_images_outside_the_unit_range_keep_their_contrast(tmp_path: Path) -> None:
+    low, high = torch.full((1, 1, 8, 8), -1000.0), torch.full((1, 1, 8, 8), 1000.0)
+    save_images(tmp_path / "units.png", torch.cat([low, high], dim=-1))
+    picture = pixels(tmp_path / "units.png")
+    assert share_of(picture, (0, 0, 0)) > 0.1
+
+
+def test_an_image_for_a_target_of_volumes_is_refused(tmp_path: Path) -> None:
+    save_images(tmp_path / "x.png", flat((1, 0, 0)))
+    with pytest.raises(InputError, match=r"--prior .*: an image does not fit .* 1 x 8 x 8 x 8"):
+        read_image(tmp_path / "x.png", (1, 8, 8, 8), "--prior")
+
+
+def test_a_reconstruction_of_any_shape_plots_itself() -> None:
+    for shape in SHAPES.values():
+        found = Reconstruction(torch.rand(2, *shape), torch.tensor([3, 1]), 0.1)
+        assert "<img" in found._repr_html_()
+    several = Reconstruction(torch.rand(2, 12), torch.rand(2, 4), 0.1)
+    assert "labels of shape 2 x 4" in repr(several)
+    assert len(several.plot().axes) == 2

@@ -173,7 +173,7 @@ def test_features_of_the_gradient_are_the_true_ones() -> None:
     spec = ModelSpec("cnn", 10, 8, width=4)
     target, truth = make_target(spec, 2)
     model = target.build_model().double()
-    penalty = FeaturePenalty(shared_features(target, truth.labels[:1]), 1)
+    penalty = FeaturePenalty(shared_features(target, truth.labels[:1], "fc"), 1, "fc")
     total = penalty(model)
     inputs = target.data.normalize(truth.images).double()
     model(inputs[:1])
@@ -188,7 +188,7 @@ def test_features_of_the_gradient_are_the_true_ones() -> None:
 def test_features_of_one_image_are_exact() -> None:
     target, truth = make_target(ModelSpec("cnn", 10, 8, width=4), 1)
     model = target.build_model().double()
-    total = FeaturePenalty(shared_features(target, truth.labels), 1)(model)
+    total = FeaturePenalty(shared_features(target, truth.labels, "fc"), 1, "fc")(model)
     model(target.data.normalize(truth.images).double())
     assert float(total()) == pytest.approx(0, abs=1e-12)
 
@@ -196,7 +196,7 @@ def test_features_of_one_image_are_exact() -> None:
 def test_weighted_penalties_share_one_pass() -> None:
     target, truth = make_target(ModelSpec("cnn", 10, 8, width=4), 1)
     model = target.build_model().double()
-    features = FeaturePenalty(torch.zeros(1, 256).double(), 1)
+    features = FeaturePenalty(torch.zeros(1, 256).double(), 1, "fc")
     total = weighted_penalty([(2.0, features), (3.0, features)])(model)
     alone = features(model)
     model(target.data.normalize(truth.images).double())

@@ -55,7 +55,7 @@ def closed_form_reconstruction(
     inputs = torch.zeros((target.batch_size, *target.data.shape), dtype=torch.float64)
     found = solved.reshape(-1, *target.data.shape)[: target.batch_size]
     inputs[: len(found)] = found.cpu().nan_to_num()
-    images = target.data.denormalize(inputs).clamp(0, 1)
+    images = target.data.clamp(target.data.denormalize(inputs))
     details = {"solved": len(found), **result.pop("details", {})}
     return Reconstruction(
         images=images.float(),

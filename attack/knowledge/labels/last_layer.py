@@ -1,0 +1,154 @@
+"""The classification layer: what was shared of it, and what reaches it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from core.errors import InputError
+from core.losses import CrossEntropy, main_output
+from core.models.head import example_for, find_linear_head
+from core.models.unchanged import unchanged
+from core.target import Target
+
+# Below this share of the largest feature, a negative one is rounding.
+_ROUNDING = 1e-6
+
+
+@dataclass(frozen=True)
+class LastLayer:
+    """What was shared of the classification layer, and the layer itself.
+
+    Attributes:
+        weight_gradient: n_classes x features.
+        bias_gradient: n_classes; None where the layer has no bias or keeps it private.
+        layer: The layer with the parameters the client started from.
+        batch_size: Number of samples K behind the gradient.
+        label_smoothing: Share of the target that is spread over all classes.
+    """
+
+    weight_gradient: torch.Tensor
+    bias_gradient: torch.Tensor | None
+    layer: nn.Linear
+    batch_size: int
+    label_smoothing: float = 0.0
+
+    @property
+    def n_classes(self) -> int:
+        """Number of classes n."""
+        return len(self.weight_gradient)
+
+    def row_sums(self) -> torch.Tensor:
+        """g_i, the sum of every class's row; negative for a class in the batch (ReLU features)."""
+        return self.weight_gradient.sum(1)
+
+    def outputs(self, features: torch.Tensor) -> torch.Tensor:
+        """What the layer gives for N x features, in float64."""
+        weight, bias = self.layer.weight, self.layer.bias
+        outputs = features @ weight.detach().double().cpu().T
+        return outputs if bias is None else outputs + bias.detach().double().cpu()
+
+    def require_bias(self, rule: str) -> torch.Tensor:
+        """The bias gradient, or an `InputError` that names the rule."""
+        if self.bias_gradient is None:
+            raise InputError(
+                f"label recovery {rule} needs the bias gradient of the last layer, which is not "
+                "among what was shared; use exact"
+            )
+        return self.bias_gradient
+
+
+def head_of(target: Target, model: nn.Module) -> tuple[str, nn.Linear]:
+    """Name and module of the classification layer, found from the model's computation."""
+    return find_linear_head(model, example_for(model, target.data))
+
+
+def last_layer_of(target: Target, model: nn.Module) -> LastLayer:
+    """What a target shares of the classification layer.
+
+    Raises:
+        InputError: The layer's weight was not shared, or its gradient says nothing.
+    """
+    name, layer = head_of(target, model)
+    place = f"{name}." if name else ""
+    weight = target.gradient.get(f"{place}weight")
+    if weight is None:
+        raise InputError(
+            f"label recovery reads the gradient of {place}weight, which the client did not share"
+        )
+    bias = target.gradient.get(f"{place}bias")
+    for tensor in (weight, bias):
+        if tensor is not None and not tensor.isfinite().all():
+            raise InputError(f"the shared gradient of the last layer {name} is not finite")
+    if not weight.any() and (bias is None or not bias.any()):
+        raise InputError(
+            f"the shared gradient of the last layer {name} is zero everywhere, which says nothing "
+            "about labels"
+        )
+    bias = None if bias is None else bias.detach().double().cpu()
+    smoothing = target.loss.label_smoothing if isinstance(target.loss, CrossEntropy) else 0.0
+    return LastLayer(weight.detach().double().cpu(), bias, layer, target.batch_size, smoothing)
+
+
+def require_plain_head(target: Target, model: nn.Module) -> None:
+    """Refuse a model that does more to the last layer's output than to hand it on.
+
+    Raises:
+        InputError: The outputs are not those of the layer.
+    """
+    name, layer = head_of(target, model)
+    outputs: list[torch.Tensor] = []
+    handle = layer.register_forward_hook(lambda _, __, output: outputs.append(output.detach()))
+    try:
+        with torch.no_grad(), unchanged(model):
+            given = main_output(model.eval()(example_for(model, target.data)))
+    finally:
+        handle.remove()
+    if given.numel() != outputs[-1].numel() or not torch.equal(given.ravel(), outputs[-1].ravel()):
+        raise InputError(
+            f"the model changes the outputs of its last layer {name} (a sigmoid, a scale), so that "
+            "no rule recovers its targets: give them, or optimise them with the inputs"
+        )
+
+
+def random_features(target: Target, model: nn.Module, n_inputs: int = 16) -> torch.Tensor:
+    """What reaches the classification layer when the model reads noise.
+
+    Args:
+        target: Says the inputs' shape and the mode of the model.
+        model: Left as it was.
+        n_inputs: Each is noise of its own contrast around its own mean.
+
+    Returns:
+        Rows x features, float64, CPU; one row per input unless the layer reads several.
+    """
+    _, layer = head_of(target, model)
+    generator = torch.Generator().manual_seed(0)
+    channels, *sides = target.data.shape
+    ones = [1] * len(sides)
+    mean = torch.randn(n_inputs, channels, *ones, generator=generator)
+    contrast = torch.rand(n_inputs, 1, *ones, generator=generator)
+    noise = torch.randn(n_inputs, channels, *sides, generator=generator)
+    inputs = (mean + contrast * noise).to(layer.weight.device, layer.weight.dtype)
+    features: list[torch.Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda _, given: features.append(given[0].detach()))
+    try:
+        with torch.no_grad(), unchanged(model):
+            torch.manual_seed(0)
+            model.train(target.train_mode)(inputs)
+    finally:
+        handle.remove()
+    return torch.cat([each.flatten(0, -2) for each in features]).double().cpu()
+
+
+def lowest_feature(target: Target, model: nn.Module) -> float | None:
+    """The most negative value that noise causes at the classification layer's input.
+
+    Returns:
+        None where no feature is negative, as behind a ReLU, a sigmoid or their average.
+    """
+    features = random_features(target, model, n_inputs=4)
+    lowest = float(features.min())
+    return lowest if lowest < -_ROUNDING * float(features.abs().max()) else None

@@ -1,0 +1,1 @@
+"""Which models can be shared and inverted: each against plain double backward."""

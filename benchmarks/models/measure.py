@@ -1,0 +1,138 @@
+"""How near the gradient in the images comes to plain double backward in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import gradinvbench as gib
+from attack.matching.matcher import GradientMatcher
+from attack.matching.objectives import Cosine
+from attack.matching.replica import Replica
+from core.errors import InputError
+from core.losses import main_output
+from core.target import Target
+
+# Below this a table says why.
+ENOUGH = 0.9999
+BATCH = 4
+CPU = torch.device("cpu")
+# Of the candidate images, and of dropout masks.
+SEED = 5
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What one model gave in one mode.
+
+    Attributes:
+        model: Name in the table.
+        mode: "eval" or "train".
+        shape: Of one input.
+        parameters: Their number, in all shared tensors.
+        exact: Cosine of two backward passes in float64 to the reference; None where the model
+            is refused.
+        difference: Likewise, of the difference of two passes.
+        automatic: Cosine of what the automatic choice gives in float32, the default.
+        chosen: What that choice took: "difference" or "exact".
+        refusal: The sentence with which the model is refused; else empty.
+    """
+
+    model: str
+    mode: str
+    shape: tuple[int, ...]
+    parameters: int = 0
+    exact: float | None = None
+    difference: float | None = None
+    automatic: float | None = None
+    chosen: str = ""
+    refusal: str = ""
+
+    @property
+    def agrees(self) -> bool:
+        """Whether both ways give the reference's direction."""
+        found = (self.exact, self.difference)
+        return all(cosine is not None and cosine >= ENOUGH for cosine in found)
+
+
+def agreements(
+    name: str, build: Callable[[], nn.Module], shape: tuple[int, ...], n_classes: int
+) -> Iterator[Agreement]:
+    """Share and match a batch in both modes.
+
+    Args:
+        name: Of the model, in the table.
+        build: Builds it from torch's random numbers.
+        shape: Of one input.
+        n_classes: Number of outputs.
+    """
+    for mode in ("eval", "train"):
+        torch.manual_seed(0)
+        blank = Agreement(name, mode, shape)
+        images = torch.rand(BATCH, *shape)
+        labels = torch.arange(BATCH) % n_classes
+        try:
+            target, _ = gib.share(build().train(mode == "train"), images, labels)
+            yield _measured(blank, target, labels)
+        except InputError as error:
+            yield dataclasses.replace(blank, refusal=str(error))
+
+
+def _measured(blank: Agreement, target: Target, labels: torch.Tensor) -> Agreement:
+    generator = torch.Generator().manual_seed(SEED)
+    candidate = torch.rand(BATCH, *target.data.shape, generator=generator, dtype=torch.float64)
+    layout = Replica(target, CPU).layout
+    reference = double_backward(target, candidate, labels, layout)
+    ways = (("exact", torch.float64), ("difference", torch.float64), ("auto", torch.float32))
+    cosines, chosen = [], ""
+    for hvp, dtype in ways:
+        replica = Replica(target, CPU, dtype)
+        # Random masks are drawn in the order of memory.
+        replica.lay_out(layout)
+        matcher = GradientMatcher(replica, Cosine(), hvp)
+        torch.manual_seed(SEED)
+        found = matcher(candidate.to(dtype), labels).input_gradient
+        cosines.append(_cosine(found, reference))
+        chosen = "exact" if matcher.step is None else "difference"
+    return dataclasses.replace(
+        blank,
+        parameters=sum(g.numel() for g in target.gradient.values()),
+        exact=cosines[0],
+        difference=cosines[1],
+        automatic=cosines[2],
+        chosen=chosen,
+    )
+
+
+def double_backward(
+    target: Target, inputs: torch.Tensor, labels: torch.Tensor, layout: torch.memory_format
+) -> torch.Tensor:
+    """The cosine distance's gradient in the images by one graph of plain autograd, in float64."""
+    model = target.build_model().double().to(memory_format=layout)  # type: ignore[call-overload]
+    named = dict(model.named_parameters())
+    parameters = [named[name] for name in target.gradient]
+    inputs = _laid_out(inputs, layout).requires_grad_()
+    torch.manual_seed(SEED)
+    with sdpa_kernel(SDPBackend.MATH):
+        loss = F.cross_entropy(main_output(model(inputs)), labels)
+    gradient = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
+    goal = torch.cat([g.double().flatten() for g in target.gradient.values()])
+    flat = torch.cat([g.flatten() for g in gradient])
+    distance = 1 - flat @ goal / (flat.norm() * goal.norm())
+    return torch.autograd.grad(distance, inputs)[0]
+
+
+def _laid_out(inputs: torch.Tensor, layout: torch.memory_format) -> torch.Tensor:
+    return inputs.clone().contiguous(memory_format=layout)
+
+
+def _cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    # Not torch's cosine similarity, which takes lengths below 1e-8 for 1e-8.
+    a, b = (t.double().flatten() / t.double().abs().max() for t in (a, b))
+    return float(a @ b / (a.norm() * b.norm()))

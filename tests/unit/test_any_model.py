@@ -1,0 +1,176 @@
+"""Models of any kind are shared and matched as plain double backward says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import gradinvbench as gib
+from attack.matching.matcher import GradientMatcher
+from attack.matching.objectives import L2, Cosine
+from attack.matching.replica import Replica
+from attack.priors.regularizers import shared_features
+from benchmarks.models.measure import BATCH, CPU, ENOUGH, agreements
+from benchmarks.models.own_modules import CHANNELS, N_CLASSES, OWN_MODULES, SIDE
+from benchmarks.models.record import Record
+from core.models.head import head_for
+from core.models.unchanged import buffers_of, unchanged
+from core.target import Target, Truth
+from gradients.checkpoint import load_target, save_target
+
+SHAPE = (CHANNELS, SIDE, SIDE)
+REFUSED = {
+    "checkpointed block, reentrant": "Checkpointed checkpoints a block with use_reentrant=True",
+    "TorchScript": "Sequential is TorchScript",
+}
+MOVING = [name for name in OWN_MODULES if name.startswith(("spectral", "moving", "InstanceNorm w"))]
+WORDS = ("ropout", "noise", "depth", "DropBlock", "RReLU", "Encoder", "checkpointed block")
+RANDOM = [name for name in OWN_MODULES if any(word in name for word in WORDS)]
+TAKEN = [name for name in OWN_MODULES if name not in REFUSED]
+
+
+def shared(name: str, train: bool = True) -> tuple[Target, Truth]:
+    torch.manual_seed(0)
+    model = OWN_MODULES[name]().train(train)
+    return gib.share(model, torch.rand(BATCH, *SHAPE), torch.arange(BATCH))
+
+
+@pytest.mark.parametrize("name", list(OWN_MODULES))
+def test_an_own_module_agrees_or_says_why_not(name: str) -> None:
+    for found in agreements(name, OWN_MODULES[name], SHAPE, N_CLASSES):
+        if name in REFUSED:
+            assert REFUSED[name] in found.refusal
+            continue
+        assert found.refusal == ""
+        assert found.agrees, found
+        assert (found.automatic or 0) >= ENOUGH, found
+        assert found.chosen == "difference"
+
+
+@pytest.mark.parametrize("name", [n for n in TAKEN if n not in RANDOM])
+def test_restarts_together_equal_single_ones(name: str) -> None:
+    target, truth = shared(name)
+    matcher = GradientMatcher(Replica(target, CPU), Cosine(), "difference")
+    inputs = torch.rand(2, BATCH, *SHAPE, generator=torch.Generator().manual_seed(1))
+    for one, together in zip(inputs, matcher.several(inputs, truth.labels), strict=True):
+        alone = matcher(one, truth.labels)
+        torch.testing.assert_close(alone.value, together.value, rtol=1e-4, atol=1e-6)
+        cosine = torch.cosine_similarity(
+            alone.input_gradient.flatten(), together.input_gradient.flatten(), dim=0
+        )
+        assert cosine >= ENOUGH
+
+
+@pytest.mark.parametrize("name", [n for n in RANDOM if n not in REFUSED])
+def test_restarts_with_random_masks_run_one_by_one(name: str) -> None:
+    target, truth = shared(name)
+    matcher = GradientMatcher(Replica(target, CPU), Cosine(), "difference")
+    inputs = torch.rand(2, BATCH, *SHAPE)
+    torch.manual_seed(1)
+    together = matcher.several(inputs, truth.labels)
+    torch.manual_seed(1)
+    for one, match in zip(inputs, together, strict=True):
+        alone = matcher(one, truth.labels)
+        torch.testing.assert_close(match.input_gradient, alone.input_gradient)
+
+
+@pytest.mark.parametrize("hvp", ["exact", "difference", "auto"])
+@pytest.mark.parametrize("name", MOVING)
+def test_an_evaluation_changes_no_later_one(name: str, hvp: str) -> None:
+    target, truth = shared(name)
+    target_64 = {n: g.double() for n, g in target.gradient.items()}
+    assert all(g.isfinite().all() for g in target_64.values())
+    matcher = GradientMatcher(Replica(target, CPU), L2(), hvp)
+    true = target.data.normalize(truth.images)
+    candidate = torch.rand(BATCH, *SHAPE, generator=torch.Generator().manual_seed(1))
+    first = matcher(candidate, truth.labels)
+    at_truth = float(matcher.value(true, truth.labels))
+    scale = sum(float(g.square().sum()) for g in target_64.values())
+    assert at_truth < 1e-10 * scale
+    for _ in range(5):
+        again = matcher(candidate, truth.labels)
+        assert torch.equal(again.input_gradient, first.input_gradient)
+    assert float(matcher.value(true, truth.labels)) == at_truth
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_unchanged_puts_everything_back(name: str) -> None:
+    torch.manual_seed(0)
+    model = OWN_MODULES[name]().train()
+    x = torch.rand(2, *SHAPE)
+    moved = [(each, each.tensor, each.tensor.clone()) for each in buffers_of(model)]
+    model(x)
+    now = [(each, each.tensor, each.tensor.clone()) for each in buffers_of(model)]
+    # The test would pass for nothing if no buffer moved.
+    assert any(not torch.equal(a, b) for (_, _, a), (_, _, b) in zip(moved, now, strict=True))
+    with unchanged(model):
+        model.eval()(x)
+        model.train()(x)
+    assert model.training
+    for each, tensor, value in now:
+        assert each.tensor is tensor
+        assert torch.equal(tensor, value)
+
+
+def test_a_matcher_of_a_model_that_ran_can_be_made() -> None:
+    target, truth = shared("weight norm by hook")
+    matcher = GradientMatcher(Replica(target, CPU), Cosine(), "difference")
+    matcher(truth.images, truth.labels)
+    match = matcher.exact()(truth.images, truth.labels)
+    assert float(match.value) < 1e-6
+
+
+def test_a_model_of_the_front_door_is_the_one_inside_its_wrapper() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+    wrapped = torch.compile(nn.DataParallel(plain), backend="eager")
+    images, labels = torch.rand(2, *SHAPE), torch.tensor([0, 1])
+    expected, _ = gib.share(plain, images, labels)
+    found, _ = gib.share(wrapped, images, labels)  # type: ignore[arg-type]
+    assert list(found.gradient) == list(expected.gradient)
+    assert all(torch.equal(g, expected.gradient[n]) for n, g in found.gradient.items())
+
+
+@pytest.mark.parametrize("name", ["scaled_dot_product_attention", "lazy layers", "SyncBatchNorm"])
+def test_a_file_of_it_is_read_again(name: str, tmp_path: Path) -> None:
+    target, truth = shared(name)
+    path = tmp_path / "update.tar"
+    save_target(path, target, truth, builder="somewhere:build")
+    read, _ = load_target(path, build=OWN_MODULES[name])
+    assert all(torch.equal(value, target.state_dict[n]) for n, value in read.state_dict.items())
+    matcher = GradientMatcher(Replica(read, CPU), Cosine(), "exact")
+    assert float(matcher.value(truth.images, truth.labels)) < 1e-6
+
+
+def test_a_file_whose_statistics_are_infinite_is_refused(tmp_path: Path) -> None:
+    target, truth = shared("BatchNorm")
+    target.state_dict["1.running_mean"][0] = float("inf")
+    save_target(tmp_path / "update.tar", target, truth, builder="somewhere:build")
+    with pytest.raises(gib.InputError, match=r"1.running_mean is not finite"):
+        load_target(tmp_path / "update.tar", build=OWN_MODULES["BatchNorm"])
+
+
+def test_soteria_and_the_feature_prior_find_the_head() -> None:
+    torch.manual_seed(0)
+    model = OWN_MODULES["unused parameters"]()
+    images, labels = torch.rand(2, *SHAPE), torch.arange(2)
+    target, _ = gib.share(model, images, labels, defense="soteria:0.5")
+    assert int((target.gradient["head.weight"] == 0).all(0).sum()) == 64
+    honest, _ = gib.share(model, images[:1], labels[:1])
+    features = shared_features(honest, labels[:1], head_for(model, honest.data)[0])
+    seen: list[torch.Tensor] = []
+    model.get_submodule("head").register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    model(images[:1])
+    torch.testing.assert_close(features, seen[0].detach(), rtol=1e-3, atol=1e-5)
+
+
+def test_the_page_shows_the_record() -> None:
+    root = Path(__file__).resolve().parents[2]
+    record = Record.read(root / "results" / "models")
+    assert (root / "docs" / "models.md").read_text(encoding="utf-8") == record.page()
+    # Whatever falls short says why.
+    for rows in record.rows.values():
+        assert all(row.agrees or row.refusal for row in rows)
