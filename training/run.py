@@ -102,9 +102,10 @@ def _agreed(checkpoint: Path | None) -> Path | None:
 
 
 def _evaluate(trainer: Trainer) -> None:
-    loss, acc1 = trainer.validate()
+    loss, acc1, acc5 = trainer.validate()
     if trainer.process.is_main:
-        print(f"validation loss {loss:.4f} acc1 {acc1:.2f} (epoch {trainer.epoch})")
+        epoch = trainer.epoch
+        print(f"validation loss {loss:.4f} acc1 {acc1:.2f} acc5 {acc5:.2f} (epoch {epoch})")
 
 
 def _announce(settings: RunSettings, trainer: Trainer) -> None:

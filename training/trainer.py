@@ -79,12 +79,28 @@ class Sums:
         """Count one shard."""
         right = (logits.argmax(1) == labels).sum() if len(labels) else loss_sum.new_zeros(())
         n = loss_sum.new_tensor(float(len(labels)))
-        self.values += torch.stack([loss_sum.detach().float(), right.float(), n.float()])
+        counted = [loss_sum.detach().float(), right.float(), n.float()]
+        if len(self.values) > len(counted):
+            counted.append(_right_in_five(logits, labels).to(counted[0]))
+        self.values += torch.stack(counted)
 
     def over_processes(self) -> tuple[float, float]:
         """Mean loss, and accuracy in percent."""
-        loss, right, n = all_reduce(self.values).tolist()
+        loss, right, n, *_ = all_reduce(self.values).tolist()
         return loss / max(n, 1), 100 * right / max(n, 1)
+
+    def with_five(self) -> tuple[float, float, float]:
+        """Mean loss, and accuracy of the first and of the first five guesses in percent."""
+        loss, right, n, five = all_reduce(self.values).tolist()
+        return loss / max(n, 1), 100 * right / max(n, 1), 100 * five / max(n, 1)
+
+
+def _right_in_five(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """How many labels are among the five largest logits, or among all of fewer classes."""
+    if not len(labels):
+        return labels.new_zeros(())
+    guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    return (guesses == labels[:, None]).any(1).sum()
 
 
 class Trainer:
@@ -218,7 +234,7 @@ class Trainer:
         trained = time.perf_counter() - start
         if not self.config.synchronized:
             average_running_statistics(self.model)
-        val_loss, val_acc1 = self.validate()
+        val_loss, val_acc1, val_acc5 = self.validate()
         budget = self.accountant.epsilon().value if self.accountant else None
         images = sum(len(batch) for batch in self.batches.batches)
         return EpochResult(
@@ -231,6 +247,7 @@ class Trainer:
             epsilon=budget,
             images_per_second=images / trained,
             seconds=time.perf_counter() - start,
+            val_acc5=val_acc5,
         )
 
     def train_epoch(self, epoch: int) -> tuple[float, float]:
@@ -355,17 +372,21 @@ class Trainer:
         return result
 
     @torch.no_grad()
-    def validate(self) -> tuple[float, float]:
-        """Mean loss and accuracy in percent on the validation images of all processes."""
+    def validate(self) -> tuple[float, float, float]:
+        """On the validation images of all processes.
+
+        Returns:
+            Mean loss, and accuracy of the first and of the first five guesses in percent.
+        """
         self.model.eval()
-        sums = Sums(torch.zeros(3, dtype=torch.float64, device=self.process.device))
+        sums = Sums(torch.zeros(4, dtype=torch.float64, device=self.process.device))
         for images, labels in self.val_loader:
             images, labels = self._to_device(images, labels)
             with self._autocast():
                 logits = self.model(images)
                 loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
             sums.add(loss, logits, labels)
-        return sums.over_processes()
+        return sums.with_five()
 
     def _line(self, result: EpochResult) -> str:
         budget = "" if result.epsilon is None else f" epsilon {result.epsilon:.3g}"

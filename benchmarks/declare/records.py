@@ -37,7 +37,7 @@ _WRITTEN: dict[str, dict[str, str]] = {
         "data": _DATA,
         "privacy": f"{_PRIVACY} epsilon_rdp accountant sample_rate steps note",
         "history": "epoch lr train_loss train_acc1 val_loss val_acc1 epsilon images_per_second "
-        "seconds",
+        "seconds val_acc5",
         "checkpoints": "initial best last",
         "provenance": _PROVENANCE,
     },
