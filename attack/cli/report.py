@@ -91,8 +91,9 @@ def write_results(
 
 def _record_layers(output: Output, found: Reconstruction, record: AttackRecord) -> None:
     config = getattr(output.attack, "config", None)
+    settings = config if isinstance(config, InversionConfig) else None
     try:
-        layers = losses_by_layer(output.target, found, config)
+        layers = losses_by_layer(output.target, found, settings)
     except (InputError, RuntimeError, ValueError, TypeError) as error:
         # What hours of an attack found is not lost over what is said of it beside.
         logger.warning("no losses by layer: %s", error)
