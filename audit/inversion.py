@@ -41,6 +41,7 @@ from audit.update_matcher import AverageStatistics, UpdateMatcher
 from audit.updates import LocalUpdate, numbered_by_place, target_from_update
 from core.data.specs import DataSpec
 from core.errors import InputError
+from core.local_training import LocalTraining
 from core.target import Target
 
 __all__ = [
@@ -143,6 +144,8 @@ def granted_to_the_auditor(update: LocalUpdate) -> list[str]:
     granted = ["number of images, batch size and local epochs", "learning rate"]
     if update.momentum or update.weight_decay or update.proximal:
         granted.append("momentum, weight decay and proximal term")
+    if update.optimiser is not None and update.optimiser != LocalTraining():
+        granted.append(f"the optimiser ({update.optimiser.word})")
     if update.order_granted:
         granted.append("which images shared which local steps")
     return granted

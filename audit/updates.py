@@ -40,6 +40,8 @@ class LocalUpdate:
             of 0..n-1 per epoch. None: the same order in every epoch. After one epoch
             it says nothing but the numbering of the reconstructions; after several the
             attacker is granted which images shared which steps (`order_granted`).
+        optimiser: What the local steps are beyond the attributes above, which it does not
+            change: Adam, Nesterov's momentum, clipping. None: SGD.
     """
 
     model: Architecture
@@ -55,6 +57,7 @@ class LocalUpdate:
     proximal: float = 0.0
     bn_momentum: float = 0.1
     batch_order: tuple[tuple[int, ...], ...] | None = None
+    optimiser: LocalTraining | None = None
 
     def __post_init__(self) -> None:
         if min(self.batch_size, self.n_images, self.local_epochs) < 1:
@@ -75,13 +78,15 @@ class LocalUpdate:
 
     @property
     def local(self) -> LocalTraining:
-        """The local SGD in the terms of stage 2, its images numbered as the site's are."""
-        return LocalTraining(
+        """The local training in the terms of stage 2, its images numbered as the site's are."""
+        stated = self.optimiser or LocalTraining()
+        return dataclasses.replace(
+            stated,
             epochs=self.local_epochs,
             batches=math.ceil(self.n_images / self.batch_size),
             lr=self.learning_rate,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
+            momentum=self.momentum or stated.momentum,
+            weight_decay=self.weight_decay or stated.weight_decay,
             proximal=self.proximal,
             bn_momentum=self.bn_momentum,
             order=tuple(map(tuple, self.steps)),
@@ -117,7 +122,7 @@ class LocalUpdate:
         Raises:
             InputError: The difference lacks a parameter, or is not finite.
         """
-        scale = -1 / (self.learning_rate * len(self.steps))
+        scale = -1 / (self.learning_rate * self.local.updates)
         named = dict(self.model.skeleton().named_parameters())
         return {name: scale * self._difference(name, p.shape) for name, p in named.items()}
 

@@ -99,12 +99,15 @@ def requirements(
     yield f"--attack {attack.name}", attack.requires
     if not knowledge.leaves_labels_to(attack):
         rule = knowledge.label_rule
-        yield f"--pseudo-label-init {rule}", rule_requires(rule, target.local.steps)
+        yield f"--pseudo-label-init {rule}", rule_requires(rule)
     if knowledge.adaptive:
         yield "--adaptive", frozenset({Capability.DEFENSE})
     config = getattr(attack, "config", None)
     if isinstance(config, InversionConfig):
         yield from _of_settings(config, target)
+    if not knowledge.leaves_labels_to(attack):
+        rule = knowledge.label_rule
+        yield f"--pseudo-label-init {rule}", rule_requires(rule, target.local.steps)
 
 
 def _of_settings(config: InversionConfig, target: Target) -> Iterator[tuple[str, Capabilities]]:

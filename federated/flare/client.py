@@ -30,6 +30,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--aggregation_epochs", type=int, default=1, help="local epochs per round")
     parser.add_argument("--lr", type=float, default=1e-2, help="local learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the images")
+    parser.add_argument(
+        "--optimizer", default="sgd", help='and its settings, as "adamw weight-decay=0.01"'
+    )
     return parser
 
 

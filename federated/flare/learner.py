@@ -50,6 +50,7 @@ class CXRLearner(Learner):
         cache_rate: Share of the images kept in memory.
         seed: Seed of the order in which a round visits the images.
         image_size: Side in pixels that images are resized to.
+        optimizer: The optimiser and its settings but `lr`, such as "adamw weight-decay=0.01".
 
     Raises:
         InputError: Missing folder or list, or impossible numbers.
@@ -73,6 +74,7 @@ class CXRLearner(Learner):
         cache_rate: float = 1.0,
         seed: int = 0,
         image_size: int = 224,
+        optimizer: str = "sgd",
     ) -> None:
         super().__init__()
         self.data_root = data_root
@@ -91,10 +93,11 @@ class CXRLearner(Learner):
         self.cache_rate = cache_rate
         self.seed = seed
         self.image_size = image_size
+        self.optimizer = optimizer
         self._settings = SiteSettings(
             data_root, dataset_json, model_name, num_class, image_size, batch_size,
             aggregation_epochs, lr, fedproxloss_mu, num_workers, train_set, valid_set, test_set,
-            cache_rate, seed,
+            cache_rate, seed, optimizer,
         )  # fmt: skip
         self.site: SiteTraining | None = None
         self.global_weights: dict[str, np.ndarray] | None = None

@@ -28,6 +28,7 @@ class SiteDescription(FLComponent):
         aggregation_epochs: Passes over the training images per round.
         lr: Learning rate of the first rounds.
         seed: Seed of the order in which a round visits the images.
+        optimizer: The optimiser and its settings but `lr`.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class SiteDescription(FLComponent):
         aggregation_epochs: int = 1,
         lr: float = 1e-2,
         seed: int = 0,
+        optimizer: str = "sgd",
     ) -> None:
         super().__init__()
         self.data_root = data_root
@@ -52,10 +54,11 @@ class SiteDescription(FLComponent):
         self.aggregation_epochs = aggregation_epochs
         self.lr = lr
         self.seed = seed
+        self.optimizer = optimizer
         self._settings = SiteSettings(
             data_root=data_root, dataset_json=dataset_json, model_name=model_name,
             num_class=num_class, image_size=image_size, batch_size=batch_size,
-            aggregation_epochs=aggregation_epochs, lr=lr, seed=seed,
+            aggregation_epochs=aggregation_epochs, lr=lr, seed=seed, optimizer=optimizer,
         )  # fmt: skip
         self._site: SiteTraining | None = None
         self._weights: Mapping[str, np.ndarray] | None = None

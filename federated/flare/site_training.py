@@ -5,6 +5,7 @@ Nothing here knows of NVFlare; `CXRLearner` and the client script are two ways t
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ from audit.updates import LocalUpdate
 from core.data.list_files import Sample, load_datalist
 from core.data.listed_images import ImageListDataset
 from core.errors import InputError
+from core.local_training import LocalTraining
 from core.models.building import ModelSpec, build_model
 from federated.flare.images import chest_spec
 from federated.flare.networks import network_spec
@@ -28,6 +30,18 @@ Weights = Mapping[str, np.ndarray]
 # After this many local epochs the learning rate falls to a tenth, as published.
 DECAY_EPOCHS, DECAY = 40, 0.1
 EVALUATION_BATCH = 64
+# What `optimizer` may state.
+OF_OPTIMISER = (
+    "optimizer",
+    "momentum",
+    "dampening",
+    "nesterov",
+    "betas",
+    "eps",
+    "amsgrad",
+    "weight_decay",
+    "clip_norm",
+)
 MAX_PUBLIC = 200
 
 
@@ -51,6 +65,8 @@ class SiteSettings:
         test_set: Section to test on; may be absent.
         cache_rate: Share of the images kept in memory.
         seed: Seed of the order in which a round visits the images.
+        optimizer: The optimiser of a round and its settings but `lr`, such as
+            "adamw weight-decay=0.01 clip-norm=1", see `LocalTraining.parse`.
     """
 
     data_root: str
@@ -68,6 +84,7 @@ class SiteSettings:
     test_set: str = "testing"
     cache_rate: float = 1.0
     seed: int = 0
+    optimizer: str = "sgd"
 
     def __post_init__(self) -> None:
         for key in ("data_root", "dataset_json"):
@@ -82,7 +99,26 @@ class SiteSettings:
                 raise InputError(f"{key} {getattr(self, key)}: must be at least 1")
         if self.lr <= 0 or self.fedproxloss_mu < 0:
             raise InputError("lr must be positive and fedproxloss_mu not below 0")
-        _ = self.network
+        _ = self.network, self.optimiser
+
+    @property
+    def optimiser(self) -> LocalTraining:
+        """The optimiser alone; the rest of the local training is that of this record.
+
+        Raises:
+            InputError: The words state something else than the optimiser.
+        """
+        try:
+            stated = LocalTraining.parse(self.optimizer)
+        except InputError as error:
+            raise InputError(f"optimizer {self.optimizer!r}: {error}") from None
+        usual = LocalTraining(**{name: getattr(stated, name) for name in OF_OPTIMISER})
+        if stated != usual:
+            raise InputError(
+                f"optimizer {self.optimizer!r}: only {', '.join(OF_OPTIMISER)} are its settings; "
+                "the others are arguments of their own"
+            )
+        return stated
 
     @property
     def network(self) -> ModelSpec:
@@ -247,7 +283,8 @@ class SiteTraining:
         self.load(weights)
         before = self.weights()
         fixed = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        optimizer = torch.optim.SGD(self.model.parameters(), lr=self.learning_rate(round_number))
+        local = dataclasses.replace(self.settings.optimiser, lr=self.learning_rate(round_number))
+        optimizer = local.torch_optimizer(self.model.parameters())
         self.model.train()
         for order in self.orders(round_number):
             for inputs, labels in self._batches(order):
@@ -256,6 +293,8 @@ class SiteTraining:
                 optimizer.zero_grad()
                 inputs = inputs.to(next(self.model.parameters()))
                 self._loss(inputs, labels.to(self.device), fixed).backward()
+                if local.clip_norm is not None:
+                    nn.utils.clip_grad_norm_(self.model.parameters(), local.clip_norm)
                 optimizer.step()
         change = {name: np.asarray(v - before[name]) for name, v in self.weights().items()}
         broken = [name for name, value in change.items() if not np.isfinite(value).all()]
@@ -325,6 +364,7 @@ class SiteTraining:
             proximal=self.settings.fedproxloss_mu,
             bn_momentum=bn_momentum,
             batch_order=self.orders(round_number),
+            optimiser=self.settings.optimiser,
         )
 
 

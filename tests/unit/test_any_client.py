@@ -487,7 +487,7 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: invert(with_gradient(spoil), targets=VALUES), r"update of 1\.bias is not finite"),
     (lambda: invert(with_gradient(cut), targets=VALUES), r"1\.weight has shape \(2, 16\).*\(12"),
     (lambda: invert(broken_target(gradient={}), targets=VALUES), "holds no parameter"),
-    (lambda: invert(broken_target()), "give its targets, or optimise them"),
+    (lambda: invert(broken_target()), "give the targets, or optimise them"),
     (lambda: invert(broken_target(), targets=VALUES[:, :3]), "one target for each number"),
     (lambda: invert(broken_target(), targets=VALUES, labels=VALUES), "not both"),
     (lambda: invert(broken_target(), targets="optimize"), "did you mean optimise"),

@@ -498,6 +498,12 @@ class TestAttacks:
         assert found.images.shape == truth.images.shape
         assert found.images.isfinite().all()
 
+    def test_a_start_is_not_what_people_draw_for_a_trial(self) -> None:
+        rows = torch.randn(1, 12, generator=torch.Generator().manual_seed(0))
+        target, truth = gib.share(small_network((12,)), rows, [0], bounds=None)
+        found = gib.invert(target, labels=truth.labels, iterations=1, progress=False)
+        assert found.objective > 1e-3
+
     def test_a_table_has_no_other_prior_than_its_length(self) -> None:
         target, truth = shared(small_network((12,)), *sample_of((12,), bounded=False))
         options = {"attack": "inverting-gradients", "iterations": 3, "progress": False}

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 from core.data.specs import DataSpec
+from core.errors import InputError
 from core.models.building import ModelSpec, build_model
 from core.target import LocalTraining, Target, Truth
 from gradients.checkpoint import load_target
 from gradients.command import build_parser, main
+from gradients.command import run as run_command
 from gradients.defenses import defense_names, parse_defenses
 from gradients.extract import needs_our_stem
 from gradients.inspect import main as inspect
@@ -666,3 +668,23 @@ def test_both_words_for_clipping_every_image(word: str, run: Run) -> None:
     shared = run("--enable-dp", "--sigma", "0.5", "--dp-clipping", word)
     assert shared.record["privacy"]["clipping"] == "per-sample"
     assert shared.target.defenses == ("dp-sgd:0.5:1",)
+
+
+def test_the_whole_local_training_in_words(run: Run) -> None:
+    shared = run("--local", "adamw lr=1e-3 weight-decay=0.01 epochs=2 batch-size=2")
+    local = shared.target.local
+    assert (local.optimizer, local.lr, local.weight_decay) == ("adamw", 1e-3, 0.01)
+    assert (local.epochs, local.batches, local.steps) == (2, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--local", "adam", "--lr", "0.1"], "--lr and --local both state"),
+        (["--local", "adam", "--local-epochs", "2"], "--local-epochs and --local both state"),
+        (["--local", "adan lr=1"], "--local: local training: optimizer 'adan' is none of"),
+    ],
+)
+def test_words_and_flags_that_contradict_each_other(flags: list[str], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        run_command(["--data", "photo-patches", *flags])

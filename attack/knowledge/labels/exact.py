@@ -32,6 +32,8 @@ _TRIED_CLASSES = 8
 _ROUNDS = 3
 # Where the best hypothesis leaves more than this unexplained, none was tried well.
 _HOPELESS = 0.5
+# Sine of the angle below which a class passes for one of the batch.
+_IN_SPAN = 0.3
 _TINY = 1e-30
 
 
@@ -152,7 +154,8 @@ class _Batch:
 
     def _exchanges(self, equations: Equations, best: _Trial) -> Iterator[_Trial]:
         """Hypotheses that differ from the best one in a label, as long as that helps."""
-        classes = self.gradient.argsort()[:_TRIED_CLASSES].tolist()
+        certainty = self._distances() if self.last.bias_gradient is None else self.gradient
+        classes = certainty.argsort()[:_TRIED_CLASSES].tolist()
         for _ in range(_ROUNDS):
             tried = [best]
             for place, label in itertools.product(range(len(best.labels)), classes):
@@ -179,9 +182,11 @@ class _Batch:
             factor: What the shared gradient is to be multiplied by.
         """
         found = [self._by_quotients(factor), self._by_mean_outputs(factor)]
-        if factor == 1 and self.last.bias_gradient is not None:
-            with contextlib.suppress(InputError):
-                found.append(robust_counts(self.last))
+        if factor == 1:
+            found += [self._by_span(), self._by_signs()]
+            if self.last.bias_gradient is not None:
+                with contextlib.suppress(InputError):
+                    found.append(robust_counts(self.last))
         return list({tuple(labels.tolist()): labels for labels in found}.values())
 
     def _common_factor(self) -> float:
@@ -206,6 +211,30 @@ class _Batch:
         right = torch.cat([factor * self.gradient + smoothing / n, torch.ones(1)]) * k
         counts = torch.linalg.lstsq(system, right[:, None], driver="gelsd").solution.flatten()
         return self._whole(counts * (1 - smoothing) + k * smoothing / n)
+
+    def _by_span(self) -> torch.Tensor:
+        """The classes whose excess lies in the span of the gradient's columns, filled up in turn.
+
+        Neither a factor, nor signs, nor the bias matter to it.
+        """
+        k, distances = self.last.batch_size, self._distances()
+        order = distances.argsort()
+        present = min(k, max(1, int((distances < _IN_SPAN).sum())))
+        return order[torch.arange(k) % present].sort().values
+
+    def _distances(self) -> torch.Tensor:
+        """n sines of the angle between a sample's excess p - [y = i] and the gradient's columns."""
+        rank = min(self.last.batch_size, self.last.n_classes - 1)
+        columns = torch.linalg.svd(self.last.weight_gradient, full_matrices=False).U[:, :rank]
+        excess = self.probabilities - torch.eye(self.last.n_classes, dtype=torch.float64)
+        outside = excess - (excess @ columns) @ columns.T
+        return outside.norm(dim=1) / excess.norm(dim=1).clamp_min(_TINY)
+
+    def _by_signs(self) -> torch.Tensor:
+        """The classes of negative gradient, filled up in turn."""
+        k, order = self.last.batch_size, self.gradient.argsort()
+        present = max(1, int((self.gradient < 0).sum()))
+        return order[torch.arange(k) % present].sort().values
 
     def _whole(self, counts: torch.Tensor) -> torch.Tensor:
         """Labels from the sums of targets over the batch."""

@@ -16,8 +16,8 @@ import torch
 
 from attack.knowledge.labels.last_layer import LastLayer
 
-# Labels that leave less than this share of the gradient unexplained are right: wrong ones leave
-# several per cent, right ones the rounding of float32 to half precision.
+# Labels that leave less than this share of the gradient unexplained pass for right: right ones left
+# 1e-4 or less on nine architectures, wrong ones 6e-3 or more.
 EXPLAINED = 1e-3
 # Entries of the Jacobian beyond which a hypothesis is not tried.
 MAX_ENTRIES = 2_000_000
