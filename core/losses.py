@@ -229,6 +229,45 @@ def as_loss(given: str | Function | Loss | None) -> Loss:
     return _of_torch(given) or GivenLoss(given)
 
 
+def share_right(loss: Loss, outputs: Outputs, targets: torch.Tensor) -> torch.Tensor | None:
+    """How right the outputs are, per sample: 1 for a class that is met.
+
+    Args:
+        loss: Says what the targets are.
+        outputs: What the model gives for N samples.
+        targets: What belongs to them.
+
+    Returns:
+        N numbers from 0 to 1 (of several labels or pixels the share that is met); None where
+        targets are no classes or labels.
+    """
+    if loss.targets is Targets.CLASSES:
+        classes = targets.argmax(1) if targets.dim() > 1 else targets
+        return (main_output(outputs).argmax(1) == classes).double()
+    if loss.targets is Targets.LABELS:
+        met = (main_output(outputs) > 0) == (targets > 0.5)
+        return met.double().flatten(1).mean(1)
+    if loss.targets is Targets.PIXEL_CLASSES:
+        met = main_output(outputs).argmax(1) == targets
+        return met.double().flatten(1).mean(1)
+    return None
+
+
+def as_function(given: object, flag: str) -> Function | Loss:
+    """An object of the user's own code as a loss.
+
+    Args:
+        given: A `Loss`, or a function of (outputs, targets).
+        flag: The flag that the user gave it with, for messages.
+
+    Raises:
+        InputError: It cannot be called.
+    """
+    if not callable(given):
+        raise InputError(f"{flag}: a {type(given).__name__} is no function of outputs and targets")
+    return given
+
+
 def _named(name: str) -> Loss:
     try:
         return loss_class(name)()

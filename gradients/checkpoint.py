@@ -263,8 +263,8 @@ def _loss(raw: Mapping[str, Any], given: Function | Loss | None) -> Loss:
     source = str(description.get("source"))
     if given is None:
         raise InputError(
-            f"its loss is a function of the user's own, {source}; import that function and pass "
-            "it: load_target(path, loss=function)"
+            f"its loss is a function of the user's own, {source}; say where it is: "
+            "--loss module:function, or load_target(path, loss=function)"
         )
     if isinstance(given, Loss):
         return given
@@ -282,8 +282,8 @@ def _architecture(raw: Mapping[str, Any], data: DataSpec, build: Builder | None)
         return spec
     if build is None:
         raise InputError(
-            f"its model is a module of the user's own, built by {builder}; import that function "
-            "and pass it: load_target(path, build=function)"
+            f"its model is a module of the user's own, built by {builder}; say where that function "
+            "is: --model module:function, or load_target(path, build=function)"
         )
     return GivenModel(build(), str(builder), data.shape)
 

@@ -54,7 +54,11 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data and files")
     group.add_argument("--id", default="test", help="first part of the file name")
     group.add_argument("--results", default=DEFAULT_RESULTS, metavar="DIR", help="where to write")
-    group.add_argument("--data", metavar="DIR", help="folder with images, or a built-in name")
+    group.add_argument(
+        "--data",
+        metavar="DIR",
+        help="folder with images, built-in name, or MODULE:FUNCTION that gives your own samples",
+    )
     group.add_argument("--data-name", help="imagenet, cifar100, svhn, celeba, ...")
     group.add_argument("--data-root", metavar="DIR", help="where a built-in data set lies")
     group.add_argument("--split-seed", type=int, default=0, help="as in training")
@@ -72,6 +76,16 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("-a", "--arch", default="resnet18", help="unless --pretrained says")
+    group.add_argument(
+        "--model",
+        metavar="MODULE:FUNCTION",
+        help="your function that builds a model of your own, in place of --arch",
+    )
+    group.add_argument(
+        "--loss",
+        metavar="NAME",
+        help="cross-entropy, binary-cross-entropy, mse, ... or MODULE:FUNCTION of your own",
+    )
     group.add_argument("--pretrained", metavar="PATH", help=".tar checkpoint or .pth parameters")
     group.add_argument(
         "--outlayer-state", default="None", choices=["None", "kaiming_uniform", "normal"]
@@ -267,6 +281,7 @@ def _model_settings(args: argparse.Namespace, given: Mapping[str, Any]) -> Model
         pool_kernel=given.get("kernel_size_of_maxpool"),
         malicious=args.malicious,
         double=args.double,
+        builder=args.model,
     )
 
 
@@ -292,6 +307,7 @@ def _local_training(args: argparse.Namespace, given: Mapping[str, Any]) -> Local
 
 
 def _client_settings(args: argparse.Namespace, given: Mapping[str, Any]) -> ClientSettings:
+    from core.client import loss_named
     from gradients.client import ClientSettings
     from gradients.defenses import parse_defenses
     from gradients.private_gradient import PrivacySettings
@@ -314,6 +330,7 @@ def _client_settings(args: argparse.Namespace, given: Mapping[str, Any]) -> Clie
         seed=args.seed,
         dropout_seed=args.seed if args.dropout_seed is None else args.dropout_seed,
         share_running=args.share_running,
+        loss=loss_named(args.loss),
     )
 
 

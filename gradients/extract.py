@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from core.client import check_fits, in_full_precision, own_data
 from core.clipping import PER_SAMPLE
 from core.data.data_sets import DataSets, load_data
 from core.data.specs import DataSpec
 from core.errors import InputError
+from core.models.architecture import Architecture
 from core.models.building import DEFAULT_POOL_KERNEL, ModelSpec, default_stem, skeleton_of
 from core.models.malicious import parse_malice
+from core.models.own_model import own_architecture
+from core.models.state_files import fit, load_fitting
+from core.named_objects import called, is_object_name
 from core.plugins import import_plugin
 from core.processes.distributed import Process
 from core.target import Target, Truth
@@ -64,18 +71,16 @@ def extract(process: Process, settings: ExtractSettings) -> Path | None:
     began = time.perf_counter()
     chosen = settings.model
     pretrained = None if chosen.pretrained is None else read_pretrained(chosen.pretrained)
-    data, data_spec = _load_data(settings.data, pretrained, settings.seed)
-    spec = _model_spec(chosen, pretrained, data_spec)
-    if chosen.malicious:
-        parse_malice(chosen.malicious, spec.n_classes)
-    spec, client = _suit_privacy(spec, settings, process)
-    if needs_our_stem(spec):
-        _say(process, OUR_STEM)
+    received = (
+        _own(settings, pretrained) if chosen.builder else _ours(settings, pretrained, process)
+    )
+    data, data_spec, client = received.data, received.spec, received.client
     indices = _choose(settings.batch, data, settings.seed)
     truth = _truth(data, indices, settings.data.workers, process)
-    model = build_received_model(spec, pretrained, chosen.outlayer_state, settings.seed)
+    spec, model = received.architecture, received.model()
     model = model.double() if chosen.double else model
     if chosen.malicious:
+        assert isinstance(spec, ModelSpec)
         spec, model = _tampered(model, spec, data, data_spec, settings)
     ranks = _rank_analysis(model, data_spec, settings, process)
     if process.device.type == "cuda":
@@ -95,6 +100,73 @@ def extract(process: Process, settings: ExtractSettings) -> Path | None:
         update_cosine=cost.get("update_cosine"),
     )
     return write_results(settings, target, truth, ranks, process.device, measured)
+
+
+@dataclass(frozen=True)
+class _Received:
+    """What a client has when it begins.
+
+    Attributes:
+        architecture: How an attacker rebuilds the model.
+        data: The data set.
+        spec: Its description, with the normalisation that the model expects.
+        client: What the client computes.
+        model: Builds the model with the parameters that the client received.
+    """
+
+    architecture: Architecture
+    data: DataSets
+    spec: DataSpec
+    client: ClientSettings
+    model: Callable[[], nn.Module]
+
+
+def _ours(settings: ExtractSettings, pretrained: Pretrained | None, process: Process) -> _Received:
+    """A client with one of our architectures."""
+    chosen = settings.model
+    if is_object_name(settings.data.data):
+        raise InputError(f"--data {settings.data.data}: your own samples need your own --model")
+    if pretrained is not None and pretrained.builder is not None:
+        raise InputError(
+            f"--pretrained: {pretrained.path} is of a module of your own; give --model "
+            f"{pretrained.builder}, or where that function is now"
+        )
+    data, data_spec = _load_data(settings.data, pretrained, settings.seed)
+    spec = _model_spec(chosen, pretrained, data_spec)
+    if chosen.malicious:
+        parse_malice(chosen.malicious, spec.n_classes)
+    spec, client = _suit_privacy(spec, settings, process)
+    if needs_our_stem(spec):
+        _say(process, OUR_STEM)
+
+    def model() -> nn.Module:
+        return build_received_model(spec, pretrained, chosen.outlayer_state, settings.seed)
+
+    return _Received(spec, data, data_spec, client, model)
+
+
+def _own(settings: ExtractSettings, pretrained: Pretrained | None) -> _Received:
+    """A client with a module of the user's own, on the user's samples or on images of ours."""
+    chosen, client = settings.model, settings.client
+    for flag, value in (("--malicious", chosen.malicious), ("--arch", chosen.arch)):
+        if value:
+            raise InputError(f"{flag} {value}: is for our architectures, and --model is your own")
+    architecture = own_architecture(chosen.builder, settings.seed)
+    assert architecture is not None
+    model = in_full_precision(architecture.build()).train(client.train_mode)
+    if pretrained is not None:
+        place = f"--pretrained {pretrained.path}"
+        found = fit(pretrained.state_dict, model)
+        if found.missing or found.other_shape:
+            raise InputError(f"{place}: does not fit {architecture.name}: {found.sentence()}")
+        load_fitting(model, found, place)
+    text = settings.data.data
+    if is_object_name(text):
+        data = own_data(called(text, "--data"), model, client.loss, settings.seed, f"--data {text}")
+        return _Received(architecture, data, data.spec, client, lambda: model)
+    data, spec = _load_data(settings.data, pretrained, settings.seed)
+    check_fits(model, data, client.loss)
+    return _Received(architecture, data, spec, client, lambda: model)
 
 
 def _truth(data: DataSets, indices: list[int], workers: int, process: Process) -> Truth:

@@ -17,7 +17,8 @@ class DataSettings:
     """Which images.
 
     Attributes:
-        data: Folder, `.json` list or built-in name.
+        data: Folder, `.json` list or built-in name; or, as `module:function`, what gives the
+            user's own samples.
         name: Of the data set where `data` is a folder; also for the file names.
         root: Where the files of a built-in set lie, or the paths of a list start.
         image_size: Side in pixels; None for the checkpoint's, else the data set's own.
@@ -62,6 +63,8 @@ class ModelSettings:
         pool_kernel: Kernel of the first max-pooling layer, as at 224 px.
         malicious: What a malicious server does to the model; empty for an honest one.
         double: Whether it computes in float64.
+        builder: Function that builds a module of the user's own, as `module:function`; None
+            for `arch`.
     """
 
     arch: str | None = None
@@ -73,6 +76,7 @@ class ModelSettings:
     pool_kernel: int | None = None
     malicious: str = ""
     double: bool = False
+    builder: str | None = None
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from attack.metrics import Evaluation, register_metric
     from attack.reconstruction import Reconstruction
     from attack.settings import InversionConfig as Settings
+    from core.data.given import GivenData
     from core.data.specs import DataSpec
     from core.errors import InputError
     from core.losses import (
@@ -57,6 +58,7 @@ __all__ = [
     "Defense",
     "Dice",
     "Evaluation",
+    "GivenData",
     "GivenLoss",
     "GivenModel",
     "Gradient",
@@ -103,6 +105,7 @@ _HOMES = {
     "Dice": "core.losses",
     "Evaluation": "attack.metrics",
     "GivenLoss": "core.losses",
+    "GivenData": "core.data.given",
     "GivenModel": "core.models.architecture",
     "Gradient": "gradients.defenses",
     "InputError": "core.errors",

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import difflib
 import fnmatch
-import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+from core.client import SHAPES, fitted_targets, in_full_precision, outputs_of, with_classes
 from core.data.specs import DataSpec
 from core.errors import InputError
-from core.losses import Function, Loss, Outputs, Targets, as_loss, main_output
+from core.losses import Function, Loss, as_loss
 from core.models.architecture import Architecture, GivenModel
 from core.processes.distributed import Process
 from core.target import LocalTraining, Target, Truth
@@ -22,14 +20,8 @@ from gradients.client import ClientSettings, share_update
 from gradients.defenses import Defense, defense_names, parse_defenses
 from gradinvbench._names import check_name
 
-log = logging.getLogger(__name__)
-
 # Rounding of a normalisation that was undone.
 _TOLERANCE = 1e-4
-# What a model may take, N samples of it.
-_SHAPES = "N x C x H x W, N x C x D x H x W, N x C x L or N x F"
-# What a model raises that does not like its inputs.
-_REFUSALS = (RuntimeError, ValueError, TypeError, AssertionError, IndexError, KeyError)
 
 
 def share(
@@ -94,12 +86,12 @@ def share(
         architecture = (
             GivenModel(model, shape=given.shape[1:]) if isinstance(model, nn.Module) else model
         )
-        received = _in_full_precision(architecture.build())
+        received = in_full_precision(architecture.build())
     data = _data(given, mean, std, class_names, bounds is not None)
     received.train(received.training if train_mode is None else train_mode)
-    outputs = _outputs(received, data, given)
-    wanted = _checked_targets(chosen, outputs, _one_of("targets", targets, labels), len(given))
-    data = _with_classes(data, chosen, outputs)
+    outputs = outputs_of(received, data, given)
+    wanted = fitted_targets(chosen, outputs, _one_of("targets", targets, labels), len(given))
+    data = with_classes(data, chosen, outputs)
     _freeze_others(received, shared)
     settings = ClientSettings(
         local=_local(local, len(given)),
@@ -134,19 +126,6 @@ def _one_of(name: str, given: object, other: object) -> torch.Tensor:
         raise InputError(f"{name} cannot be read as a tensor: {error}") from None
 
 
-def _in_full_precision(model: nn.Module) -> nn.Module:
-    """The model, in float32 where it came in fewer bits: a gradient needs the digits."""
-    few = {p.dtype for p in model.parameters() if p.is_floating_point() and p.itemsize < 4}
-    if not few:
-        return model
-    log.warning(
-        "the model %s is in %s and is computed in float32",
-        type(model).__name__,
-        " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in few)),
-    )
-    return model.float()
-
-
 def _is_bounded(bounds: tuple[float, float] | None) -> bool:
     if bounds is not None and tuple(bounds) != (0, 1):
         raise InputError(
@@ -159,7 +138,7 @@ def _is_bounded(bounds: tuple[float, float] | None) -> bool:
 def _checked_inputs(inputs: torch.Tensor, bounded: bool) -> torch.Tensor:
     if not 2 <= inputs.dim() <= 5 or not inputs.is_floating_point() or not inputs.numel():
         raise InputError(
-            f"images must be floating-point numbers of shape {_SHAPES}, not {inputs.dtype} of "
+            f"images must be floating-point numbers of shape {SHAPES}, not {inputs.dtype} of "
             f"shape {tuple(inputs.shape)}"
         )
     inputs = inputs.detach().cpu()
@@ -177,53 +156,6 @@ def _checked_inputs(inputs: torch.Tensor, bounded: bool) -> torch.Tensor:
             "std= if the model expects normalised ones, or bounds=None for values without bounds"
         )
     return inputs.clamp(0, 1)
-
-
-def _checked_targets(loss: Loss, outputs: Outputs, targets: torch.Tensor, n: int) -> torch.Tensor:
-    """The targets as the loss takes them, once it has shown that it does."""
-    targets = targets.detach().cpu()
-    if targets.dim() == 0 or len(targets) != n:
-        what = "one class index" if loss.targets is Targets.CLASSES else "one entry"
-        raise InputError(
-            f"labels must be {what} for each of the {n} images, not {targets.dtype} of shape "
-            f"{tuple(targets.shape)}"
-        )
-    fitted = loss.fitted(outputs, targets)
-    _check_loss(loss, outputs, fitted)
-    return fitted
-
-
-def _check_loss(loss: Loss, outputs: Outputs, targets: torch.Tensor) -> None:
-    """Refuse a loss that gives no scalar that depends on the outputs."""
-    given = [t.requires_grad_() for t in _tensors(outputs) if t.is_floating_point()]
-    if not given:
-        raise InputError(f"the model gives a {type(outputs).__name__} without numbers in it")
-    target = targets[: len(given[0])].to(
-        given[0].device, given[0].dtype if targets.is_floating_point() else None
-    )
-    try:
-        value = loss(outputs, target)
-    except InputError:
-        raise
-    except _REFUSALS as error:
-        raise InputError(
-            f"the loss {loss.name} does not take the model's outputs and a target of shape "
-            f"{tuple(target.shape)}: {_first_line(error)}"
-        ) from None
-    if not value.requires_grad:
-        raise InputError(f"the loss {loss.name} has no derivative in the model's outputs")
-
-
-def _tensors(outputs: Outputs) -> list[torch.Tensor]:
-    """The tensors that a model gives, whatever they lie in."""
-    if isinstance(outputs, torch.Tensor):
-        return [outputs]
-    values: Iterable[object] = vars(outputs).values() if hasattr(outputs, "__dict__") else ()
-    if isinstance(outputs, Mapping):
-        values = outputs.values()
-    elif isinstance(outputs, Sequence):
-        values = outputs
-    return [value for value in values if isinstance(value, torch.Tensor)]
 
 
 def _data(
@@ -254,51 +186,6 @@ def _per_channel(name: str, values: float | Sequence[float], channels: int) -> t
     if name == "std" and float(numbers.min()) <= 0:
         raise InputError("std must be positive")
     return tuple(numbers.tolist())
-
-
-def _outputs(model: nn.Module, data: DataSpec, inputs: torch.Tensor) -> Outputs:
-    """The model's outputs for a sample or two, to see that they fit; it stays as it is."""
-    parameter = next(model.parameters(), None)
-    if parameter is None:
-        raise InputError(f"the model {type(model).__name__} has no parameters to share")
-    first = data.normalize(inputs[:2].to(parameter.device, parameter.dtype))
-    if model.training:
-        # Heads may give more in training; where BatchNorm has too few values, eval mode tells.
-        with contextlib.suppress(*_REFUSALS):
-            return _passed(model, first)
-    modes = {module: module.training for module in model.modules()}
-    try:
-        return _passed(model.eval(), first)
-    except _REFUSALS as error:
-        raise InputError(
-            f"the model {type(model).__name__} does not take images of shape "
-            f"{' x '.join(map(str, data.shape))}: {_first_line(error)} (inputs may be {_SHAPES})"
-        ) from None
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def _passed(model: nn.Module, inputs: torch.Tensor) -> Outputs:
-    """The model's outputs; buffers and torch's random numbers stay as they are."""
-    state = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        outputs: Outputs = torch.func.functional_call(model, state, (inputs,))
-    return outputs
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _with_classes(data: DataSpec, loss: Loss, outputs: Outputs) -> DataSpec:
-    """The description with the number of outputs where they stand for classes or labels."""
-    n_classes = 0
-    if loss.targets in (Targets.CLASSES, Targets.LABELS):
-        n_classes = main_output(outputs).shape[-1]
-    if data.class_names and len(data.class_names) != n_classes:
-        raise InputError(f"{len(data.class_names)} class_names for {n_classes} classes")
-    return dataclasses.replace(data, n_classes=n_classes)
 
 
 def _freeze_others(model: nn.Module, patterns: str | Sequence[str] | None) -> None:

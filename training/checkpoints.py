@@ -9,8 +9,12 @@ INITIAL, BEST = "model_init.pth.tar", "model_best.pth.tar"
 _NAME = re.compile(r"checkpoint_epoch_(\d{4,})_acc1_[\d.]+\.pth\.tar")
 
 
-def checkpoint_name(epoch: int, acc1: float) -> str:
-    """The name of the checkpoint after `epoch` epochs with a validation accuracy in percent."""
+def checkpoint_name(epoch: int, acc1: float | None) -> str:
+    """The name of the checkpoint after `epoch` epochs with a validation accuracy in percent.
+
+    Where there is no accuracy, the name keeps its published form and says 0.
+    """
+    acc1 = 0.0 if acc1 is None else acc1
     return f"checkpoint_epoch_{epoch:04d}_acc1_{acc1:.2f}.pth.tar"
 
 

@@ -10,10 +10,10 @@ from torch import nn
 
 from core.data.specs import DataSpec
 from core.errors import InputError
+from core.models.architecture import Architecture
 from core.models.batch_norm import convert_batch_norm
 from core.models.building import (
     ModelSpec,
-    build_model,
     default_stem,
 )
 from core.models.state_files import fit, load_fitting, read_state
@@ -44,7 +44,7 @@ def model_spec(settings: ModelSettings, data: DataSpec, *, per_sample: bool) -> 
 
 
 def build_client_model(
-    settings: ModelSettings, config: TrainingConfig, spec: ModelSpec, process: Process
+    settings: ModelSettings, config: TrainingConfig, spec: Architecture, process: Process
 ) -> nn.Module:
     """The model of one process: initialised, BatchNorm converted, on its device.
 
@@ -58,7 +58,7 @@ def build_client_model(
         InputError: The BatchNorm that was asked for needs CUDA or another package.
     """
     # Every process draws the same initial parameters.
-    model = build_model(spec)
+    model = spec.build()
     if settings.bn_groups:
         model = convert_batch_norm(model, "grouped", groups=settings.bn_groups)
     elif config.synchronized and process.world_size > 1:

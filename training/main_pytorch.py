@@ -62,7 +62,8 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         default="photo-patches",
         metavar="DIR",
-        help="folder with train/ and val/, folder of class folders, .json list or built-in name",
+        help="folder with train/ and val/, folder of class folders, .json list, built-in name, "
+        "or MODULE:FUNCTION that gives your own samples",
     )
     group.add_argument("--data-root", default=None, metavar="DIR", help="files of a built-in set")
     group.add_argument("--data-name", default=None, help="name of the data set in --data")
@@ -74,6 +75,18 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("-a", "--arch", default="resnet18")
+    group.add_argument(
+        "--model",
+        default=None,
+        metavar="MODULE:FUNCTION",
+        help="your function that builds a model of your own, in place of --arch",
+    )
+    group.add_argument(
+        "--loss",
+        default=None,
+        metavar="NAME",
+        help="cross-entropy, binary-cross-entropy, mse, ... or MODULE:FUNCTION of your own",
+    )
     group.add_argument("--stem", choices=["auto", "imagenet", "cifar"], default="auto")
     group.add_argument("--width", type=int, default=None, help="channels of the first stage")
     group.add_argument(
@@ -222,8 +235,10 @@ def run_settings(args: argparse.Namespace) -> RunSettings:
             bn_groups=args.bn_groups,
             bn_backend=args.bn_backend,
             pretrained=args.pretrained,
+            builder=args.model,
         ),
         training=_training_config(args),
+        loss=args.loss,
         resume=args.resume,
         overwrite=args.overwrite,
         start_epoch=args.start_epoch,

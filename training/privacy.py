@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from core.errors import InputError
+from core.losses import DEFAULT_LOSS, Loss, main_output
 from core.processes.distributed import all_reduce, derived_seed
 
 NOISE = 2  # domain of derived seeds
@@ -159,6 +160,7 @@ class PerSampleClipping:
         expected_batch_size: Over all processes; the sum is divided by it, whatever
             the actual number of samples.
         max_physical_batch: Samples whose gradients are held in memory at once.
+        client_loss: What is minimised, a mean over samples.
     """
 
     def __init__(
@@ -169,10 +171,11 @@ class PerSampleClipping:
         noise_multiplier: float,
         expected_batch_size: int,
         max_physical_batch: int = 32,
+        client_loss: Loss = DEFAULT_LOSS,
     ) -> None:
         opacus = require_opacus()
         check_mixes_no_samples(model)
-        self.model = model
+        self.model, self.client_loss = model, client_loss
         self.named: dict[str, torch.Tensor] = {
             n: p for n, p in model.named_parameters() if p.requires_grad
         }
@@ -193,8 +196,8 @@ class PerSampleClipping:
     def _loss(
         self, parameters: dict[str, torch.Tensor], image: torch.Tensor, label: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = torch.func.functional_call(self.model, parameters, (image[None],))
-        return nn.functional.cross_entropy(logits, label[None]), logits[0]
+        outputs = torch.func.functional_call(self.model, parameters, (image[None],))
+        return self.client_loss(outputs, label[None]), main_output(outputs)[0]
 
     def backward(
         self, images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator

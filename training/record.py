@@ -29,8 +29,9 @@ class EpochResult:
     Attributes:
         epoch: Number of finished epochs.
         lr: Learning rate of SGD.
-        train_loss: Mean cross-entropy over the epoch's samples.
-        train_acc1: Share of samples classified correctly, in percent.
+        train_loss: Mean loss over the epoch's samples.
+        train_acc1: Share of samples classified correctly, in percent; None where targets are
+            no classes or labels.
         val_loss: On the validation images.
         val_acc1: In percent.
         epsilon: Privacy budget spent; None without a guarantee.
@@ -43,9 +44,9 @@ class EpochResult:
     epoch: int
     lr: float
     train_loss: float
-    train_acc1: float
+    train_acc1: float | None
     val_loss: float
-    val_acc1: float
+    val_acc1: float | None
     epsilon: float | None
     images_per_second: float
     seconds: float
@@ -109,8 +110,9 @@ class TrainRecord:
         status: "running" or "finished".
         scheme: Name of the defense scheme.
         config: How it was trained.
-        model: How the client's model is built.
+        model: How the client's model is built, see `Architecture.describe`.
         data: The images' description.
+        loss: What was minimised.
         n_train: Training images.
         n_val: Validation images.
         processes: Over all nodes.
@@ -132,7 +134,7 @@ class TrainRecord:
     status: str
     scheme: str
     config: TrainingConfig
-    model: ModelSpec
+    model: Mapping[str, Any]
     data: DataSpec
     n_train: int
     n_val: int
@@ -148,6 +150,7 @@ class TrainRecord:
     seconds: float
     history: tuple[EpochResult, ...]
     checkpoints: CheckpointNames
+    loss: str = "cross-entropy"
     provenance: Mapping[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
@@ -157,7 +160,7 @@ class TrainRecord:
         return values | {
             "kind": KIND,
             "config": dataclasses.asdict(self.config),
-            "model": self.model.to_dict(),
+            "model": dict(self.model),
             "data": self.data.to_dict(),
             "privacy": None if self.privacy is None else dataclasses.asdict(self.privacy),
             "history": [dataclasses.asdict(result) for result in self.history],
@@ -176,7 +179,7 @@ class TrainRecord:
         privacy = values.get("privacy")
         read = {
             "config": TrainingConfig.from_dict(values["config"]),
-            "model": ModelSpec.from_dict(values["model"]),
+            "model": _model(values["model"]),
             "data": DataSpec.from_dict(values["data"]),
             "privacy": None if privacy is None else PrivacySpent.from_dict(privacy),
             "history": tuple(EpochResult(**result) for result in values["history"]),
@@ -186,6 +189,13 @@ class TrainRecord:
         names = [f.name for f in dataclasses.fields(TrainRecord)]
         plain = {name: values[name] for name in names if name in values}
         return TrainRecord(**{**plain, **read})
+
+
+def _model(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The description of a model: one of ours as it would be built, or a module's own."""
+    if "stem" not in values:
+        return {"arch": str(values["arch"]), "builder": values["builder"]}
+    return ModelSpec.from_dict(dict(values)).to_dict()
 
 
 def _check_version(values: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
@@ -53,8 +54,10 @@ def plot_curves(record: TrainRecord, path: Path) -> None:
     loss, accuracy = figure.subplots(1, 2)
     for part, label in (("train", "training"), ("val", "validation")):
         loss.plot(epochs, [getattr(entry, f"{part}_loss") for entry in history], label=label)
-        accuracy.plot(epochs, [getattr(entry, f"{part}_acc1") for entry in history], label=label)
-    loss.set(xlabel="epoch", ylabel="cross-entropy")
+        shares = [getattr(entry, f"{part}_acc1") for entry in history]
+        if None not in shares:
+            accuracy.plot(epochs, shares, label=label)
+    loss.set(xlabel="epoch", ylabel=record.loss)
     accuracy.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 100))
     loss.legend()
     figure.suptitle(f"{record.scheme} on {record.data.name}")
@@ -72,7 +75,7 @@ def plot_comparison(records: Sequence[TrainRecord], path: Path) -> None:
     axes = figure.subplots()
     for record in records:
         history = record.history
-        accuracies = [entry.val_acc1 for entry in history]
+        accuracies = [math.nan if e.val_acc1 is None else e.val_acc1 for e in history]
         axes.plot([entry.epoch for entry in history], accuracies, label=_label(record))
     axes.set(xlabel="epoch", ylabel="validation accuracy (%)", ylim=(0, 100))
     axes.grid(alpha=0.3)

@@ -9,15 +9,20 @@ from pathlib import Path
 
 import torch
 
+from core.client import check_fits, loss_named, own_data
 from core.clipping import noise_sentence
-from core.data.data_sets import load_data
+from core.data.data_sets import DataSets, load_data
 from core.errors import InputError
+from core.losses import Loss
+from core.models.architecture import GivenModel
 from core.models.building import DEFAULT_POOL_KERNEL
+from core.models.own_model import own_architecture
+from core.named_objects import called, is_object_name
 from core.plugins import import_plugin
 from core.processes.distributed import Process, barrier, broadcast_object
 from training.checkpoints import checkpoints, latest_checkpoint, remove_unfinished
 from training.initial_model import build_client_model, load_pretrained, model_spec
-from training.settings import RunSettings
+from training.settings import DataSettings, RunSettings
 from training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -71,28 +76,44 @@ def _train(process: Process, settings: RunSettings) -> None:
 
 def _make_trainer(process: Process, settings: RunSettings) -> Trainer:
     chosen, model_settings, config = settings.data, settings.model, settings.training
-    data = load_data(
-        chosen.data,
-        image_size=chosen.image_size,
-        seed=config.seed,
-        root=chosen.root,
-        name=chosen.name,
-        split_seed=chosen.split_seed,
-    )
-    spec = model_spec(model_settings, data.spec, per_sample=config.per_sample)
-    model = build_client_model(model_settings, config, spec, process)
+    loss = loss_named(settings.loss)
+    own = own_architecture(model_settings.builder, config.seed)
+    data = _load_data(chosen, own, loss, config.seed)
+    architecture = own or model_spec(model_settings, data.spec, per_sample=config.per_sample)
+    model = build_client_model(model_settings, config, architecture, process)
     if model_settings.pretrained:
-        load_pretrained(model, model_settings.pretrained, model_settings.arch)
+        load_pretrained(model, model_settings.pretrained, architecture.name)
     return Trainer(
         model,
-        spec,
+        architecture,
         data,
         config,
         process,
         settings.root,
         flags=settings.flags,
         print_freq=settings.print_freq,
+        loss=loss,
     )
+
+
+def _load_data(settings: DataSettings, own: GivenModel | None, loss: Loss, seed: int) -> DataSets:
+    """The data set of a name or a folder, or what the user's own code gives."""
+    if own is not None and is_object_name(settings.data):
+        place = f"--data {settings.data}"
+        return own_data(called(settings.data, "--data"), own.build().train(), loss, seed, place)
+    if is_object_name(settings.data):
+        raise InputError(f"--data {settings.data}: your own samples need your own --model")
+    data = load_data(
+        settings.data,
+        image_size=settings.image_size,
+        seed=seed,
+        root=settings.root,
+        name=settings.name,
+        split_seed=settings.split_seed,
+    )
+    if own is not None:
+        check_fits(own.build().train(), data, loss)
+    return data
 
 
 def _agreed(checkpoint: Path | None) -> Path | None:
@@ -103,21 +124,22 @@ def _agreed(checkpoint: Path | None) -> Path | None:
 
 def _evaluate(trainer: Trainer) -> None:
     loss, acc1, acc5 = trainer.validate()
+    guesses = {"acc1": acc1, "acc5": acc5}
+    accuracy = "".join(f" {k} {v:.2f}" for k, v in guesses.items() if v is not None)
     if trainer.process.is_main:
-        epoch = trainer.epoch
-        print(f"validation loss {loss:.4f} acc1 {acc1:.2f} acc5 {acc5:.2f} (epoch {epoch})")
+        print(f"validation loss {loss:.4f}{accuracy} (epoch {trainer.epoch})")
 
 
 def _announce(settings: RunSettings, trainer: Trainer) -> None:
     process, config, spec = trainer.process, trainer.config, trainer.data.spec
-    norm = trainer.model_spec.norm
+    norm = str(trainer.architecture.describe().get("norm", "its own norm"))
     if norm == "batch":
         norm = "synchronized BatchNorm" if config.synchronized else "asynchronous BatchNorm"
     logger.info(
         "scheme %s: %s on %s (%d training, %d validation images of %d classes), %s, batch %d, "
         "%d process(es) on %s",
         config.scheme,
-        trainer.model_spec.arch,
+        trainer.architecture.name,
         spec.name,
         trainer.n,
         len(trainer.data.val),
@@ -147,7 +169,7 @@ def _announce(settings: RunSettings, trainer: Trainer) -> None:
 
 def _announce_pooling(trainer: Trainer) -> None:
     """Say so where the kernel of the RA defense is scaled to a small feature map."""
-    asked = trainer.model_spec.pool_kernel
+    asked = trainer.architecture.describe().get("pool_kernel", DEFAULT_POOL_KERNEL)
     if asked == DEFAULT_POOL_KERNEL:
         return
     pools = (m for m in trainer.model.modules() if isinstance(m, torch.nn.MaxPool2d))
@@ -164,10 +186,16 @@ def _conclude(trainer: Trainer) -> None:
     if trainer.accountant is not None:
         spent = trainer.accountant.epsilon()
         print(spent.sentence(trainer.config.noise_multiplier))
-    reached = f"best validation accuracy {trainer.best_acc1:.2f} %"
+    print(f"{trainer.config.scheme}: {_reached(trainer)}, results in {trainer.root}")
+
+
+def _reached(trainer: Trainer) -> str:
+    """How good the best epoch was, in words."""
     if not trainer.history:
-        reached = "no epoch was trained"
-    print(f"{trainer.config.scheme}: {reached}, results in {trainer.root}")
+        return "no epoch was trained"
+    if trainer.best_acc1 is None:
+        return f"smallest validation loss {min(e.val_loss for e in trainer.history):.4g}"
+    return f"best validation accuracy {trainer.best_acc1:.2f} %"
 
 
 def prepare_root(settings: RunSettings) -> Path | None:

@@ -96,7 +96,8 @@ class DataSettings:
     """Which images.
 
     Attributes:
-        data: Folder, `.json` list or built-in name.
+        data: Folder, `.json` list or built-in name; or, as `module:function`, what gives the
+            user's own samples.
         root: Where the files of a built-in set lie, or the paths of a list start.
         name: Of the data set where `data` is a folder.
         image_size: Side in pixels; None for the data set's own.
@@ -123,6 +124,8 @@ class ModelSettings:
         bn_groups: Groups of asynchronous BatchNorm on one process; None for one group.
         bn_backend: "auto", "own", "torch" or "apex": whose synchronized BatchNorm.
         pretrained: "torchvision", or a file of parameters to start from.
+        builder: Function that builds a module of the user's own, as `module:function`; None
+            for `arch`.
     """
 
     arch: str = "resnet18"
@@ -133,6 +136,7 @@ class ModelSettings:
     bn_groups: int | None = None
     bn_backend: str = "auto"
     pretrained: str | None = None
+    builder: str | None = None
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,7 @@ class RunSettings:
         data: Which images.
         model: Which architecture.
         training: How it is trained.
+        loss: Name of a ready loss, or `module:function`; None for cross-entropy.
         resume: Checkpoint to continue from, "auto" for the latest, empty for none.
         overwrite: Whether an earlier run's results are discarded.
         start_epoch: Epochs that count as done; 0 for what the checkpoint says.
@@ -158,6 +163,7 @@ class RunSettings:
     data: DataSettings = DataSettings()
     model: ModelSettings = ModelSettings()
     training: TrainingConfig = TrainingConfig()
+    loss: str | None = None
     resume: str = ""
     overwrite: bool = False
     start_epoch: int = 0

@@ -24,12 +24,14 @@ from torch import nn
 from core.data.data_sets import DataSets
 from core.data.loaders import ShardedBatches, ValidationShard, check_batches, make_loader
 from core.errors import InputError
+from core.losses import DEFAULT_LOSS, Loss, Targets, main_output, share_right
+from core.models.architecture import Architecture
 from core.models.batch_norm import (
     average_running_statistics,
     explain_single_values,
     leave_synchronization_to_python,
 )
-from core.models.building import ModelSpec, load_parameters
+from core.models.building import load_parameters
 from core.processes.distributed import Process, all_reduce, barrier, derived_seed, seed_everything
 from core.records import provenance
 from core.storage import load_checkpoint, save_checkpoint
@@ -75,32 +77,40 @@ class Sums:
 
     values: torch.Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
 
-    def add(self, loss_sum: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Count one shard."""
-        right = (logits.argmax(1) == labels).sum() if len(labels) else loss_sum.new_zeros(())
-        n = loss_sum.new_tensor(float(len(labels)))
-        counted = [loss_sum.detach().float(), right.float(), n.float()]
-        if len(self.values) > len(counted):
-            counted.append(_right_in_five(logits, labels).to(counted[0]))
-        self.values += torch.stack(counted)
+    def add(
+        self,
+        loss_sum: torch.Tensor,
+        n: int,
+        right: torch.Tensor | None,
+        five: torch.Tensor | None = None,
+    ) -> None:
+        """Count one shard of n samples; `right` says how right each is, if that can be said.
 
-    def over_processes(self) -> tuple[float, float]:
-        """Mean loss, and accuracy in percent."""
+        `five` says it of the first five guesses, where there is a place for it.
+        """
+        counts = [right, five][: len(self.values) - 2]
+        met = [loss_sum.new_full((), math.nan) if c is None else c.sum().float() for c in counts]
+        if not n:
+            met = [loss_sum.new_zeros(()) for _ in counts]
+        size = loss_sum.new_tensor(float(n))
+        self.values += torch.stack([loss_sum.detach().float(), met[0], size.float(), *met[1:]])
+
+    def over_processes(self) -> tuple[float, float | None]:
+        """Mean loss, and accuracy in percent; None where there is none."""
         loss, right, n, *_ = all_reduce(self.values).tolist()
-        return loss / max(n, 1), 100 * right / max(n, 1)
+        return loss / max(n, 1), None if math.isnan(right) else 100 * right / max(n, 1)
 
-    def with_five(self) -> tuple[float, float, float]:
+    def with_five(self) -> tuple[float, float | None, float | None]:
         """Mean loss, and accuracy of the first and of the first five guesses in percent."""
         loss, right, n, five = all_reduce(self.values).tolist()
-        return loss / max(n, 1), 100 * right / max(n, 1), 100 * five / max(n, 1)
+        shares = [None if math.isnan(met) else 100 * met / max(n, 1) for met in (right, five)]
+        return loss / max(n, 1), shares[0], shares[1]
 
 
 def _right_in_five(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """How many labels are among the five largest logits, or among all of fewer classes."""
-    if not len(labels):
-        return labels.new_zeros(())
+    """Whether each label is among the five largest logits, or among all of fewer classes."""
     guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices
-    return (guesses == labels[:, None]).any(1).sum()
+    return (guesses == labels[:, None]).any(1)
 
 
 class Trainer:
@@ -109,19 +119,23 @@ class Trainer:
     Args:
         model: On this process' device, BatchNorm already converted; all processes
             must hold the same parameters.
-        model_spec: How to rebuild it, for the checkpoints.
+        architecture: How to rebuild it, for the checkpoints.
         data: The data sets to train and to validate on.
         config: Settings of the training.
         process: Rank, device and number of processes.
         root: Folder of checkpoints and records.
         flags: The command line by flag, for the checkpoints.
         print_freq: Steps between renewals of the progress bar.
+        loss: What is minimised.
+
+    Raises:
+        InputError: The batches, or a loss that is no mean over samples, cannot be spread.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        model_spec: ModelSpec,
+        architecture: Architecture,
         data: DataSets,
         config: TrainingConfig,
         process: Process,
@@ -129,12 +143,14 @@ class Trainer:
         *,
         flags: Mapping[str, Any] | None = None,
         print_freq: int = 10,
+        loss: Loss = DEFAULT_LOSS,
     ) -> None:
-        self.model, self.model_spec, self.data = model, model_spec, data
+        self.model, self.architecture, self.data = model, architecture, data
+        self.loss = loss
         self.config, self.process, self.root = config, process, root
         self.flags, self.print_freq = flags or {}, print_freq
         self.epoch = 0
-        self.best_acc1 = 0.0
+        self.best_acc1: float | None = 0.0
         self.initial_acc1: float | None = None
         self.history: list[EpochResult] = []
         self.scalars = ScalarLog(root / "tensorboard", process.is_main and config.tensorboard)
@@ -142,8 +158,18 @@ class Trainer:
         check_batches(
             self.n, config.batch_size, process.world_size * config.accumulate, config.per_sample
         )
+        self._check_loss()
         self._prepare_loaders()
         self._prepare_optimizer()
+
+    def _check_loss(self) -> None:
+        """Refuse to sum a loss over parts that is not the sum of its parts."""
+        parts = self.process.world_size * self.config.accumulate
+        if not self.loss.mean_over_samples and (parts > 1 or self.config.per_sample):
+            raise InputError(
+                f"--loss {self.loss.name}: is no mean over samples, so that a batch can neither be "
+                "spread over processes or accumulated nor its samples be clipped one by one"
+            )
 
     def _prepare_loaders(self) -> None:
         config, process, shape = self.config, self.process, self.data.spec.shape
@@ -174,6 +200,7 @@ class Trainer:
                 max_norm=config.max_norm,
                 noise_multiplier=config.noise_multiplier,
                 expected_batch_size=self.batches.batch_size,
+                client_loss=self.loss,
             )
         self.forward = self._wrapped_model()
 
@@ -214,8 +241,8 @@ class Trainer:
             result = self.run_epoch(epoch)
             self.history.append(result)
             self.epoch = epoch + 1
-            is_best = result.val_acc1 > self.best_acc1 or epoch == 0
-            self.best_acc1 = max(self.best_acc1, result.val_acc1)
+            is_best = self._is_best(result)
+            self.best_acc1 = result.val_acc1 if is_best else self.best_acc1
             self.save(result.val_acc1, is_best)
             self.write_record(RUNNING)
             self.scalars.write(dataclasses.asdict(result))
@@ -223,6 +250,15 @@ class Trainer:
         self.scalars.close()
         self.write_record(FINISHED)
         return self.history
+
+    def _is_best(self, result: EpochResult) -> bool:
+        """Whether no epoch before was as good: by accuracy, or by loss where there is none."""
+        before = self.history[:-1]
+        if not before:
+            return True
+        if result.val_acc1 is None:
+            return all(result.val_loss < earlier.val_loss for earlier in before)
+        return result.val_acc1 > (self.best_acc1 or 0.0)
 
     def run_epoch(self, epoch: int) -> EpochResult:
         """Train on all images once, then validate."""
@@ -250,7 +286,7 @@ class Trainer:
             val_acc5=val_acc5,
         )
 
-    def train_epoch(self, epoch: int) -> tuple[float, float]:
+    def train_epoch(self, epoch: int) -> tuple[float, float | None]:
         """One pass over the training images.
 
         Returns:
@@ -321,12 +357,12 @@ class Trainer:
         for index, (part, part_labels) in enumerate(parts):
             with self._without_communication(index < len(parts) - 1):
                 with self._autocast():
-                    logits = self.forward(part)
-                    loss = nn.functional.cross_entropy(logits, part_labels, reduction="sum")
+                    outputs = self.forward(part)
+                    loss = self.loss.total(outputs, part_labels)
                 # DDP averages over processes; what is wanted is the sum.
                 factor = self.process.world_size if self._uses_ddp else 1
                 self.scaler.scale(loss * factor / batch_size).backward()
-            sums.add(loss, logits, part_labels)
+            sums.add(loss, len(part), share_right(self.loss, outputs, part_labels))
         if not self._uses_ddp:
             self._sum_gradients()
         if self.config.dp:
@@ -361,10 +397,10 @@ class Trainer:
             loss, logits = self.clipping.backward(images, labels, generator)
         self.optimizer.step()
         self.accountant.step()
-        sums.add(loss, logits, labels)
+        sums.add(loss, len(images), share_right(self.loss, logits, labels))
 
     @staticmethod
-    def _checked(result: tuple[float, float]) -> tuple[float, float]:
+    def _checked(result: tuple[float, float | None]) -> tuple[float, float | None]:
         if not math.isfinite(result[0]):
             raise InputError(
                 "training diverged: the loss is not finite; lower --lr, or add --warmup-epochs"
@@ -372,28 +408,31 @@ class Trainer:
         return result
 
     @torch.no_grad()
-    def validate(self) -> tuple[float, float, float]:
+    def validate(self) -> tuple[float, float | None, float | None]:
         """On the validation images of all processes.
 
         Returns:
-            Mean loss, and accuracy of the first and of the first five guesses in percent.
+            Mean loss, and accuracy of the first and of the first five guesses in percent; None
+            where there is none.
         """
         self.model.eval()
         sums = Sums(torch.zeros(4, dtype=torch.float64, device=self.process.device))
         for images, labels in self.val_loader:
             images, labels = self._to_device(images, labels)
             with self._autocast():
-                logits = self.model(images)
-                loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-            sums.add(loss, logits, labels)
+                outputs = self.model(images)
+                loss = self.loss.total(outputs, labels)
+            classes = self.loss.targets is Targets.CLASSES
+            five = _right_in_five(main_output(outputs), labels) if classes else None
+            sums.add(loss, len(images), share_right(self.loss, outputs, labels), five)
         return sums.with_five()
 
     def _line(self, result: EpochResult) -> str:
         budget = "" if result.epsilon is None else f" epsilon {result.epsilon:.3g}"
         return (
             f"{self.config.scheme} epoch {result.epoch}/{self.config.epochs} "
-            f"lr {result.lr:.2g} train loss {result.train_loss:.3f} acc {result.train_acc1:.1f} "
-            f"val loss {result.val_loss:.3f} acc {result.val_acc1:.1f}{budget} "
+            f"lr {result.lr:.2g} train loss {result.train_loss:.3f}{_accuracy(result.train_acc1)} "
+            f"val loss {result.val_loss:.3f}{_accuracy(result.val_acc1)}{budget} "
             f"({result.images_per_second:.0f} images/s, {result.seconds:.1f} s)"
         )
 
@@ -403,14 +442,14 @@ class Trainer:
         """Everything a checkpoint holds; the published keys first."""
         return {
             "epoch": self.epoch,
-            "arch": self.model_spec.arch,
+            "arch": self.architecture.name,
             "state_dict": self.model.state_dict(),
             "best_acc1": self.best_acc1,
             "initial_acc1": self.initial_acc1,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "accountant": self.accountant.state_dict() if self.accountant else None,
-            "model": self.model_spec.to_dict(),
+            "model": self.architecture.describe(),
             "data": self.data.spec.to_dict(),
             "scheme": self.config.scheme,
             "config": dataclasses.asdict(self.config),
@@ -424,7 +463,7 @@ class Trainer:
             save_checkpoint(self.state(), self.root / INITIAL)
         barrier()
 
-    def save(self, acc1: float, is_best: bool) -> None:
+    def save(self, acc1: float | None, is_best: bool) -> None:
         """Save the latest state; the one before it goes, unless it is to be kept."""
         if self.process.is_main:
             name = checkpoint_name(self.epoch, acc1)
@@ -463,13 +502,16 @@ class Trainer:
             self.scaler.load_state_dict(raw["scaler"])
         if self.accountant is not None and raw.get("accountant"):
             self.accountant.load_state_dict(raw["accountant"])
-        self.epoch, self.best_acc1 = int(raw["epoch"]), float(raw.get("best_acc1", 0.0))
+        self.epoch, self.best_acc1 = int(raw["epoch"]), raw.get("best_acc1", 0.0)
         self.initial_acc1 = raw.get("initial_acc1")
         self.history = [EpochResult(**entry) for entry in raw.get("history", [])]
 
     def _check_resumable(self, path: Path, raw: dict[str, Any]) -> None:
         """The model and data must be the same; other settings may change, and it is said."""
-        for key, ours in (("model", self.model_spec.to_dict()), ("data", self.data.spec.to_dict())):
+        for key, ours in (
+            ("model", self.architecture.describe()),
+            ("data", self.data.spec.to_dict()),
+        ):
             for name, value in ours.items():
                 theirs = (raw.get(key) or ours).get(name)
                 if theirs != value:
@@ -503,7 +545,8 @@ class Trainer:
             status=status,
             scheme=self.config.scheme,
             config=self.config,
-            model=self.model_spec,
+            model=self.architecture.describe(),
+            loss=self.loss.name,
             data=self.data.spec,
             n_train=self.n,
             n_val=len(self.data.val),
@@ -541,6 +584,10 @@ class Trainer:
             sample_rate=self.accountant.sample_rate,
             steps=spent.steps,
         )
+
+
+def _accuracy(share: float | None) -> str:
+    return "" if share is None else f" acc {share:.1f}"
 
 
 def _median(values: list[float]) -> float | None:

@@ -8,13 +8,12 @@ import torch
 
 from attack.attacks.base import Attack
 from attack.attacks.optimisation import OptimizationAttack, make_attack
-from attack.cli.request import AttackRun, Search, prior_images
+from attack.cli.request import AttackRun, Search, open_checkpoint, prior_images
 from attack.knowledge.labels import rule_names
 from attack.knowledge.requirements import check_knowledge
 from attack.settings import InversionConfig
 from core.errors import InputError
 from core.target import Target, Truth
-from gradients.checkpoint import load_target
 
 
 def check_run(run: AttackRun, *, cpu: bool) -> tuple[Target, Truth | None]:
@@ -33,7 +32,7 @@ def check_run(run: AttackRun, *, cpu: bool) -> tuple[Target, Truth | None]:
     attack = check_settings(run, cpu=cpu)
     if run.spread == "restarts":
         check_spreadable(attack)
-    target, truth = load_target(run.checkpoint)
+    target, truth = open_checkpoint(run)
     check_knowledge(run.knowledge, attack, target)
     if truth is None:
         _check_needs_no_truth(run)
@@ -99,9 +98,9 @@ def check_places(run: AttackRun, root: Path, name: str) -> None:
         raise InputError("--state-every must be at least 1, and --save-every not negative")
 
 
-def check_search(search: Search) -> None:
+def check_search(search: Search, run: AttackRun) -> None:
     """Refuse a search whose simulated checkpoint cannot be read."""
-    load_target(search.checkpoint, "--simulation-checkpoint")
+    open_checkpoint(run, search.checkpoint, "--simulation-checkpoint")
 
 
 def check_spreadable(attack: Attack) -> None:

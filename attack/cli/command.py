@@ -69,7 +69,7 @@ def _prepared(
         from attack.cli.search import with_best_settings
 
         search = _make_search(args)
-        check_search(search)
+        check_search(search, run)
         run = with_best_settings(run, search)
     return run, opened
 
@@ -84,7 +84,7 @@ def _search_alone(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
     search = _make_search(args)
     check_places(run, Path(args.root), args.id)
     check_settings(run, cpu=args.cpu)
-    check_search(search)
+    check_search(search, run)
     best = with_best_settings(run, search)
     found = {name: best.arguments[name] for name in search.names}
     path = run.folder / "best_setting.json"
@@ -110,6 +110,8 @@ def make_run(args: argparse.Namespace, given: Mapping[str, Any]) -> AttackRun:
         attack=args.attack,
         settings=settings,
         labels_only=args.labels_only,
+        model=args.model,
+        loss=args.loss,
         prior=args.prior,
         spread=args.spread,
         measuring=Measuring(

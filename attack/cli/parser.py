@@ -46,6 +46,16 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "flags say)",
     )
     parser.add_argument(
+        "--model",
+        metavar="MODULE:FUNCTION",
+        help="your function that builds the client's model, for a checkpoint of your own module",
+    )
+    parser.add_argument(
+        "--loss",
+        metavar="MODULE:FUNCTION",
+        help="your function of (outputs, targets), for a checkpoint of your own loss",
+    )
+    parser.add_argument(
         "--prior", metavar="IMAGE", help="file of the image that --start prior uses"
     )
     parser.add_argument(

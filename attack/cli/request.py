@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
 
     from attack.knowledge.requirements import Knowledge
-    from core.target import Target
+    from core.target import Target, Truth
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,9 @@ class AttackRun:
         attack: Name of a published setting; None: the settings alone.
         settings: Settings by name: with an attack those that were given, else all.
         labels_only: Recover the labels by every rule, and end.
+        model: Function that builds the client's own module, as `module:function`; None for one
+            of our architectures.
+        loss: The client's own loss, as `module:function`; None for a ready one.
         prior: File of the image to start from.
         spread: What several processes share: "batch" or "restarts".
         measuring: What is measured.
@@ -74,6 +77,8 @@ class AttackRun:
     attack: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     labels_only: bool = False
+    model: str | None = None
+    loss: str | None = None
     prior: str | None = None
     spread: str = "batch"
     measuring: Measuring = Measuring()
@@ -110,6 +115,29 @@ class Search:
     min_t: int
     max_t: int
     verbose: int
+
+
+def open_checkpoint(
+    run: AttackRun, path: str | Path | None = None, flag: str = "--checkpoint"
+) -> tuple[Target, Truth | None]:
+    """Read a gradient checkpoint with the user's own code that the run names.
+
+    Args:
+        run: Names the model and the loss, where they are the user's own.
+        path: Another file than the run's checkpoint.
+        flag: The flag that it was given with, for messages.
+
+    Raises:
+        InputError: It cannot be read, or needs code that the run does not name.
+    """
+    from core.losses import as_function
+    from core.models.own_model import model_builder
+    from core.named_objects import named_object
+    from gradients.checkpoint import load_target
+
+    build = None if run.model is None else model_builder(run.model)
+    loss = None if run.loss is None else as_function(named_object(run.loss, "--loss"), "--loss")
+    return load_target(path or run.checkpoint, flag, build, loss)
 
 
 def prior_images(path: str, target: Target) -> torch.Tensor:

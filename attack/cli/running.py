@@ -16,7 +16,7 @@ from attack.attacks.base import Attack
 from attack.attacks.optimisation import OptimizationAttack, make_attack
 from attack.attacks.restarts_over_processes import reconstruct_spread
 from attack.cli.report import Output, write_label_results, write_results
-from attack.cli.request import AttackRun, prior_images
+from attack.cli.request import AttackRun, open_checkpoint, prior_images
 from attack.knowledge.label_search import arrange_labels
 from attack.knowledge.labels import recover_labels
 from attack.knowledge.threat_models import Capability, find_threat
@@ -32,7 +32,6 @@ from core.plugins import import_plugin
 from core.processes.distributed import Process, barrier, broadcast_object
 from core.storage import write_json
 from core.target import Target, Truth
-from gradients.checkpoint import load_target
 
 SNAPSHOTS_OF_A_CURVE = 20
 LOG = "log.txt"
@@ -52,7 +51,7 @@ def run_attack(
     import_plugin(run.plugin)
     keep_freed_memory()
     logging.basicConfig(level=logging.INFO if process.is_main else logging.ERROR)
-    target, truth = opened or load_target(run.checkpoint)
+    target, truth = opened or open_checkpoint(run)
     threat = find_threat(run.knowledge.threat)
     if threat is not None:
         target = threat.view(target)

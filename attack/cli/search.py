@@ -316,14 +316,14 @@ def search_trial(run: AttackRun, options: Search, config: dict[str, Any], report
     import torch
 
     from attack.attacks.optimisation import make_attack
+    from attack.cli.request import open_checkpoint
     from attack.cli.running import labels_for
-    from gradients.checkpoint import load_target
 
     import_plugin(run.plugin)
     if "iterations" in run.settings:
         config = {"epochs": options.iterations, **config}
     trial = _with_flags(run, config)
-    target, truth = load_target(options.checkpoint, "--simulation-checkpoint")
+    target, truth = open_checkpoint(run, options.checkpoint, "--simulation-checkpoint")
     cuda = torch.cuda.is_available() and not options.cpu
     attack = make_attack(trial.attack, trial.settings, trial.knowledge)
     reconstruct: Callable[..., Reconstruction] = attack.reconstruct

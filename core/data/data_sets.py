@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,6 +28,32 @@ from core.errors import InputError
 from core.processes.distributed import derived_seed
 
 DEFAULT_VALIDATION_SHARE = 0.2
+
+
+class ClientSamples(Protocol):
+    """Inputs with targets, as training and extraction read them.
+
+    Attributes:
+        labels: The class of every sample, where targets are classes.
+        in_memory: Whether a worker process would save no time.
+    """
+
+    @property
+    def labels(self) -> Sequence[int]:
+        """See above."""
+
+    @property
+    def in_memory(self) -> bool:
+        """See above."""
+
+    def target_like(self) -> torch.Tensor:
+        """A target, for the shape and the type of those of an empty batch."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, int | torch.Tensor]:
+        """The normalised input of an index or (epoch, index), and its target."""
 
 
 class LabelledImages(Dataset[tuple[torch.Tensor, int]]):
@@ -48,6 +74,16 @@ class LabelledImages(Dataset[tuple[torch.Tensor, int]]):
     def labels(self) -> Sequence[int]:
         """The label of every image, without decoding one."""
         return self.source.labels
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether no image has to be decoded."""
+        return self.source.in_memory
+
+    @staticmethod
+    def target_like() -> torch.Tensor:
+        """A label, for the type of an empty batch's."""
+        return torch.empty((), dtype=torch.long)
 
     def __len__(self) -> int:
         return len(self.source.labels)
@@ -76,13 +112,13 @@ class DataSets:
     """
 
     spec: DataSpec
-    train: LabelledImages
-    train_plain: LabelledImages
-    val: LabelledImages
+    train: ClientSamples
+    train_plain: ClientSamples
+    val: ClientSamples
 
 
 def take_samples(
-    dataset: LabelledImages, indices: Sequence[int], spec: DataSpec
+    dataset: ClientSamples, indices: Sequence[int], spec: DataSpec
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Some images of a data set as one batch.
 
@@ -92,7 +128,8 @@ def take_samples(
         spec: Undoes the normalisation.
 
     Returns:
-        Images (N x C x H x W, in [0, 1]) and labels (N).
+        Images (N x C x H x W, in [0, 1]) and labels (N); of the user's own samples inputs and
+        targets of any shape.
 
     Raises:
         InputError: An index lies outside the data set.
@@ -102,8 +139,8 @@ def take_samples(
         raise InputError(f"image {wrong[0]} does not exist: the data set has {len(dataset)} images")
     items = [dataset[i] for i in indices]
     inputs = torch.stack([image for image, _ in items])
-    labels = torch.tensor([label for _, label in items])
-    return spec.denormalize(inputs).clamp(0, 1), labels
+    labels = torch.stack([torch.as_tensor(label) for _, label in items])
+    return spec.clamp(spec.denormalize(inputs)), labels
 
 
 @dataclass(frozen=True)

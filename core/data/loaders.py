@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from core.data.data_sets import LabelledImages
+from core.data.data_sets import ClientSamples
 from core.errors import InputError
 from core.processes.distributed import Process, derived_seed, shard_sizes, shard_slice
 
@@ -110,20 +110,31 @@ class ValidationShard(Sampler[list[int]]):
 
 
 class Collate:
-    """Stack images and labels; an empty shard becomes tensors of no rows."""
+    """Stack inputs and targets; an empty shard becomes tensors of no rows.
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
+    Args:
+        shape: Of one input.
+        like: A target, for the shape and the type of those of an empty shard; None: a class.
+    """
+
+    def __init__(self, shape: tuple[int, ...], like: torch.Tensor | None = None) -> None:
         self.shape = shape
+        self.like = torch.empty((), dtype=torch.long) if like is None else like
 
-    def __call__(self, items: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Items to N x C x H x W and N."""
+    def __call__(
+        self, items: list[tuple[torch.Tensor, int | torch.Tensor]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Items to N x C x ... and N x ..."""
         if not items:
-            return torch.empty(0, *self.shape), torch.empty(0, dtype=torch.long)
-        return torch.stack([image for image, _ in items]), torch.tensor([lbl for _, lbl in items])
+            return torch.empty(0, *self.shape), self.like.new_empty((0, *self.like.shape))
+        return (
+            torch.stack([given for given, _ in items]),
+            torch.stack([torch.as_tensor(target) for _, target in items]),
+        )
 
 
 def make_loader(
-    dataset: LabelledImages,
+    dataset: ClientSamples,
     batches: Sampler[list[Key]] | Sampler[list[int]],
     shape: tuple[int, ...],
     process: Process,
@@ -132,18 +143,18 @@ def make_loader(
     """A loader for one process.
 
     Args:
-        dataset: The labelled images.
+        dataset: The labelled images, or the user's own samples.
         batches: Yields lists of keys of `dataset`.
         shape: Of one image, for empty shards.
         process: Whose share it loads.
         workers: Loading processes over all processes; images in memory need none.
     """
-    local = 0 if dataset.source.in_memory else math.ceil(workers / process.world_size)
+    local = 0 if dataset.in_memory else math.ceil(workers / process.world_size)
     return DataLoader(
-        dataset,
+        cast("Dataset[Any]", dataset),
         batch_sampler=batches,
         num_workers=local,
-        collate_fn=Collate(shape),
+        collate_fn=Collate(shape, dataset.target_like()),
         pin_memory=process.device.type == "cuda",
         persistent_workers=local > 0,
         # Its own generator: the loader would draw from the global one otherwise.

@@ -230,7 +230,7 @@ def again(process: Process, args: argparse.Namespace) -> list[torch.Tensor]:
 
 
 def test_a_new_group_gets_memory_of_its_own(tmp_path: Path) -> None:
-    for before, ranks in run(again, 2, tmp_path):
+    for before, places in run(again, 2, tmp_path):
         assert torch.equal(before, torch.full((2,), 2.0))
         # The processes have changed places.
-        assert ranks.flatten().tolist() == [1.0, 0.0]
+        assert places.flatten().tolist() == [1.0, 0.0]

@@ -52,7 +52,7 @@ def test_a_record_of_the_first_version_still_reads(tmp_path: Path) -> None:
     assert record.config.per_sample
     assert record.privacy is not None
     assert record.privacy.clipping == "per-sample"
-    assert (record.history[0].val_acc1, record.model.width) == (22.4, 4)
+    assert (record.history[0].val_acc1, record.model["width"]) == (22.4, 4)
 
 
 def test_what_is_written_reads_back_and_keeps_its_keys(tmp_path: Path) -> None:

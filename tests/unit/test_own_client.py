@@ -1,0 +1,178 @@
+"""The three commands on a client of the user's own: model, loss and data from a module file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import gradinvbench as gib
+from attack.cli.command import main as attack
+from core.errors import InputError
+from core.named_objects import is_object_name, named_object
+from gradients.command import run as extract
+from training.main_pytorch import run as train
+
+MODULE = '''
+"""A site's own code."""
+
+import torch
+from torch import nn
+
+import gradinvbench as gib
+
+
+def build():
+    torch.manual_seed(torch.initial_seed() % 2**31)
+    return nn.Sequential(
+        nn.Conv1d(2, 6, 3, padding=1), nn.Sigmoid(), nn.Flatten(), nn.Linear(96, 3)
+    )
+
+
+def no_model():
+    return 3
+
+
+def distance(outputs, targets):
+    return (outputs - targets).square().mean()
+
+
+def not_a_scalar(outputs, targets):
+    return outputs - targets
+
+
+def signals():
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.rand((24, 2, 16), generator=generator)
+    targets = torch.randn((24, 3), generator=generator)
+    return gib.GivenData((inputs[:16], targets[:16]), (inputs[16:], targets[16:]))
+
+
+def findings():
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.rand((24, 2, 16), generator=generator)
+    targets = (torch.rand((24, 3), generator=generator) > 0.5).float()
+    return (inputs[:16], targets[:16]), (inputs[16:], targets[16:])
+
+
+def images():
+    return torch.rand(8, 3, 4, 4), torch.zeros(8, 3)
+
+
+def words():
+    return ["a", "b"]
+'''
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with the module, in which the user stands."""
+    (tmp_path / "own_site.py").write_text(MODULE, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield tmp_path
+    sys.modules.pop("own_site", None)
+
+
+def trained(loss: str, data: str, *more: str) -> None:
+    train(["--model", "own_site:build", "--loss", loss, "--data", f"own_site:{data}", "--epochs",
+           "2", "-b", "8", "--lr", "0.05", "--result-root", "trained", "--no-tensorboard",
+           *more])  # fmt: skip
+
+
+def extracted(loss: str, data: str, *more: str) -> Path:
+    extract(["--model", "own_site:build", "--loss", loss, "--data", f"own_site:{data}", "-b", "1",
+             "--results", "shared", "--double", *more])  # fmt: skip
+    (found,) = Path("shared").glob("*-checkpoint.pth.tar")
+    return found
+
+
+@pytest.mark.parametrize("loss", ["mse", "own_site:distance"])
+def test_a_regression_goes_through_all_three_stages(site: Path, loss: str) -> None:
+    trained(loss, "signals")
+    record = json.loads((site / "trained" / "record.json").read_text())
+    assert record["model"] == {"arch": "Sequential", "builder": "own_site:build"}
+    assert record["final_val_acc1"] is None
+    losses = [epoch["val_loss"] for epoch in record["history"]]
+    assert losses[-1] < losses[0]
+    checkpoint = extracted(loss, "signals", "--pretrained", "trained/model_best.pth.tar")
+    own = ["--loss", loss] if ":" in loss else []
+    attack(["--checkpoint", str(checkpoint), "--model", "own_site:build", *own, "--attack",
+            "spectral", "--epochs", "150", "--pseudo-label-init", "known", "--metric", "--quiet",
+            "--double", "--root", "found"])  # fmt: skip
+    file = site / "found" / "test" / "record.json"
+    found = json.loads(file.read_text())
+    assert found["evaluation"]["per_image"][0]["psnr"] > 30
+    # Trained further from the parameters that were trained, not from new ones.
+    target, _ = gib.load_target(
+        checkpoint, build=named_object("own_site:build", "x"),  # type: ignore[arg-type]
+        loss=None if loss == "mse" else named_object(loss, "x"),  # type: ignore[arg-type]
+    )  # fmt: skip
+    best = torch.load(site / "trained" / "model_best.pth.tar", weights_only=False)["state_dict"]
+    assert torch.equal(target.state_dict["3.weight"].float(), best["3.weight"])
+
+
+def test_its_parameters_ask_for_the_module_they_belong_to(site: Path) -> None:
+    trained("mse", "signals", "--epochs", "1")
+    with pytest.raises(InputError, match="give --model own_site:build"):
+        extract(["--data", "photo-patches", "--pretrained", "trained/model_best.pth.tar"])
+
+
+def test_several_findings_have_an_accuracy(site: Path) -> None:
+    trained("binary-cross-entropy", "findings")
+    record = json.loads((site / "trained" / "record.json").read_text())
+    assert 0 <= record["final_val_acc1"] <= 100
+
+
+def test_an_interrupted_training_goes_on(site: Path) -> None:
+    trained("mse", "signals", "--epochs", "1")
+    trained("mse", "signals", "--resume", "auto")
+    record = json.loads((site / "trained" / "record.json").read_text())
+    assert record["epochs_done"] == 2
+
+
+REFUSED = {
+    "no such module": (["--model", "own_sight:build"], "own_sight cannot be imported"),
+    "no such name": (["--model", "own_site:buld"], "has no buld; did you mean build"),
+    "not a name": (["--model", "own_site.py"], "give a module and a name in it"),
+    "no module": (["--model", "own_site:no_model"], "gives a int, not an nn.Module"),
+    "no scalar": (["--loss", "own_site:not_a_scalar"], "must give a scalar tensor"),
+    "no such loss": (["--loss", "crossentropy"], "crossentropy"),
+    "other shape": (["--data", "own_site:images"], "does not take images of shape 3 x 4 x 4"),
+    "no samples": (["--data", "own_site:words"], "item 0 is no pair"),
+    "no function": (["--data", "own_site:torch"], "is a module, not a function"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("stage", ["train", "extract"])
+def test_what_does_not_fit_is_one_sentence(site: Path, stage: str, case: str) -> None:
+    flags, message = REFUSED[case]
+    run = train if stage == "train" else extract
+    where = ["--result-root", "out"] if stage == "train" else ["--results", "out"]
+    with pytest.raises(InputError, match=message):
+        run(["--model", "own_site:build", "--loss", "mse", "--data", "own_site:signals", "-b", "4",
+             *where, *flags])  # fmt: skip
+    assert not (site / "out").exists()
+
+
+def test_own_samples_need_an_own_model(site: Path) -> None:
+    with pytest.raises(InputError, match="your own samples need your own --model"):
+        extract(["--data", "own_site:signals", "--results", "out"])
+    with pytest.raises(InputError, match="your own samples need your own --model"):
+        train(["--data", "own_site:signals", "--result-root", "out"])
+
+
+def test_a_checkpoint_of_an_own_module_names_the_flag(site: Path) -> None:
+    checkpoint = extracted("mse", "signals")
+    with pytest.raises(InputError, match="--model module:function"):
+        attack(["--checkpoint", str(checkpoint), "--root", "found"])
+
+
+def test_names_of_objects() -> None:
+    assert is_object_name("a.b:c")
+    assert not any(map(is_object_name, ["photo-patches", "/data:x", "a.py", "C:\\data", "a:b:c"]))
