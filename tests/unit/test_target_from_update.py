@@ -60,8 +60,11 @@ TRAININGS: dict[str, tuple[Callable[..., Any], str, int, int]] = {
 FORMS: dict[str, Callable[[nn.Module], Any]] = {
     "state": lambda after: after.state_dict(),
     "wrapped": lambda after: {f"module.{n}": v for n, v in after.state_dict().items()},
-    "arrays": lambda after: [value.numpy() for value in after.state_dict().values()],
-}
+    "Flower's list": lambda after: [value.numpy() for value in after.state_dict().values()],
+    "NVFlare's arrays": lambda after: {n: v.numpy() for n, v in after.state_dict().items()},
+    "difference": lambda after: {n: v - network().state_dict()[n]
+                                 for n, v in after.state_dict().items()},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("form", FORMS)
