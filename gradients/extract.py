@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from core.client import check_fits, in_full_precision, own_data
+from core.client import check_fits, in_full_precision, own_data, with_outputs
 from core.clipping import PER_SAMPLE
 from core.data.data_sets import DataSets, load_data
 from core.data.specs import DataSpec
@@ -46,6 +46,11 @@ from gradients.settings import (
     DataSettings,
     ExtractSettings,
     ModelSettings,
+)
+
+OUR_STEM = (
+    "the model has the stem for small images, which the original tools do not know; for a "
+    "checkpoint that they load as well: --stem imagenet"
 )
 
 
@@ -127,10 +132,17 @@ def _ours(settings: ExtractSettings, pretrained: Pretrained | None, process: Pro
             f"{pretrained.builder}, or where that function is now"
         )
     data, data_spec = _load_data(settings.data, pretrained, settings.seed)
+    if data_spec.n_classes < 2:
+        raise InputError(
+            f"--data: {settings.data.data} has one class, and a classifier of one class has no "
+            "gradient; give --pretrained of stage 1 with this class among others, or --model"
+        )
     spec = _model_spec(chosen, pretrained, data_spec)
     if chosen.malicious:
         parse_malice(chosen.malicious, spec.n_classes)
     spec, client = _suit_privacy(spec, settings, process)
+    if needs_our_stem(spec):
+        _say(process, OUR_STEM)
 
     def model() -> nn.Module:
         return build_received_model(spec, pretrained, chosen.outlayer_state, settings.seed)
@@ -159,6 +171,7 @@ def _own(settings: ExtractSettings, pretrained: Pretrained | None) -> _Received:
         return _Received(architecture, data, data.spec, client, lambda: model)
     data, spec = _load_data(settings.data, pretrained, settings.seed)
     check_fits(model, data, client.loss)
+    spec = with_outputs(model, spec, client.loss)
     return _Received(architecture, data, spec, client, lambda: model)
 
 
@@ -198,6 +211,7 @@ def _load_data(
     """The data set, and its description with the normalisation that the model expects."""
     described = None if pretrained is None else pretrained.model
     size = settings.image_size or (None if described is None else described.image_size)
+    stated = None if pretrained is None else pretrained.data
     data = load_data(
         settings.data,
         image_size=size,
@@ -205,6 +219,8 @@ def _load_data(
         name=settings.name,
         seed=seed,
         split_seed=settings.split_seed,
+        training=False,
+        class_names=() if stated is None else stated.class_names,
     )
     if pretrained is None or pretrained.data is None:
         return data, data.spec
@@ -268,6 +284,18 @@ def _suit_privacy(
         return dataclasses.replace(spec, norm="group"), client
     _say(process, "per-sample clipping: BatchNorm runs with its running statistics (eval mode)")
     return spec, dataclasses.replace(client, train_mode=False)
+
+
+def needs_our_stem(spec: ModelSpec) -> bool:
+    """Whether its parameters have other shapes than with torchvision's own stem.
+
+    The original tools know no other stem, and cannot load them.
+    """
+    if spec.stem == "imagenet" or spec.width is not None:
+        return False
+    own, other = (skeleton_of(s) for s in (spec, dataclasses.replace(spec, stem="imagenet")))
+    shapes = [{n: p.shape for n, p in model.named_parameters()} for model in (own, other)]
+    return shapes[0] != shapes[1]
 
 
 def _say(process: Process, sentence: str) -> None:

@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -108,7 +107,11 @@ def leakage_record() -> dict[str, Any]:
 class _Images:
     """Four grey images."""
 
-    source = SimpleNamespace(in_memory=True)
+    in_memory = True
+
+    @staticmethod
+    def target_like() -> torch.Tensor:
+        return torch.tensor(0)
 
     def __len__(self) -> int:
         return 4

@@ -37,6 +37,8 @@ class EpochResult:
         epsilon: Privacy budget spent; None without a guarantee.
         images_per_second: Over all processes, training only.
         seconds: Training and validation.
+        val_acc5: Share of samples whose class is among the first five guesses, in percent; None
+            in records of earlier versions.
     """
 
     epoch: int
@@ -48,6 +50,7 @@ class EpochResult:
     epsilon: float | None
     images_per_second: float
     seconds: float
+    val_acc5: float | None = None
 
 
 @dataclass(frozen=True)

@@ -154,8 +154,9 @@ def _agreed(checkpoint: Path | None) -> Path | None:
 
 
 def _evaluate(trainer: Trainer) -> None:
-    loss, acc1 = trainer.validate()
-    accuracy = "" if acc1 is None else f" acc1 {acc1:.2f}"
+    loss, acc1, acc5 = trainer.validate()
+    guesses = {"acc1": acc1, "acc5": acc5}
+    accuracy = "".join(f" {k} {v:.2f}" for k, v in guesses.items() if v is not None)
     if trainer.process.is_main:
         print(f"validation loss {loss:.4f}{accuracy} (epoch {trainer.epoch})")
 

@@ -24,7 +24,7 @@ from torch import nn
 from core.data.data_sets import DataSets
 from core.data.loaders import ShardedBatches, ValidationShard, check_batches, make_loader
 from core.errors import InputError
-from core.losses import DEFAULT_LOSS, Loss, share_right
+from core.losses import DEFAULT_LOSS, Loss, Targets, main_output, share_right
 from core.models.architecture import Architecture
 from core.models.batch_norm import (
     average_running_statistics,
@@ -80,18 +80,40 @@ class Sums:
 
     values: torch.Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
 
-    def add(self, loss_sum: torch.Tensor, n: int, right: torch.Tensor | None) -> None:
-        """Count one shard of n samples; `right` says how right each is, if that can be said."""
-        met = loss_sum.new_full((), math.nan) if right is None else right.sum()
+    def add(
+        self,
+        loss_sum: torch.Tensor,
+        n: int,
+        right: torch.Tensor | None,
+        five: torch.Tensor | None = None,
+    ) -> None:
+        """Count one shard of n samples; `right` says how right each is, if that can be said.
+
+        `five` says it of the first five guesses, where there is a place for it.
+        """
+        counts = [right, five][: len(self.values) - 2]
+        met = [loss_sum.new_full((), math.nan) if c is None else c.sum().float() for c in counts]
         if not n:
-            met = loss_sum.new_zeros(())
+            met = [loss_sum.new_zeros(()) for _ in counts]
         size = loss_sum.new_tensor(float(n))
-        self.values += torch.stack([loss_sum.detach().float(), met.float(), size.float()])
+        self.values += torch.stack([loss_sum.detach().float(), met[0], size.float(), *met[1:]])
 
     def over_processes(self) -> tuple[float, float | None]:
         """Mean loss, and accuracy in percent; None where there is none."""
-        loss, right, n = all_reduce(self.values).tolist()
+        loss, right, n, *_ = all_reduce(self.values).tolist()
         return loss / max(n, 1), None if math.isnan(right) else 100 * right / max(n, 1)
+
+    def with_five(self) -> tuple[float, float | None, float | None]:
+        """Mean loss, and accuracy of the first and of the first five guesses in percent."""
+        loss, right, n, five = all_reduce(self.values).tolist()
+        shares = [None if math.isnan(met) else 100 * met / max(n, 1) for met in (right, five)]
+        return loss / max(n, 1), shares[0], shares[1]
+
+
+def _right_in_five(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Whether each label is among the five largest logits, or among all of fewer classes."""
+    guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    return (guesses == labels[:, None]).any(1)
 
 
 class Trainer:
@@ -251,7 +273,7 @@ class Trainer:
         trained = time.perf_counter() - start
         if not self.config.synchronized:
             average_running_statistics(self.model)
-        val_loss, val_acc1 = self.validate()
+        val_loss, val_acc1, val_acc5 = self.validate()
         budget = self.accountant.epsilon().value if self.accountant else None
         images = sum(len(batch) for batch in self.batches.batches)
         return EpochResult(
@@ -264,6 +286,7 @@ class Trainer:
             epsilon=budget,
             images_per_second=images / trained,
             seconds=time.perf_counter() - start,
+            val_acc5=val_acc5,
         )
 
     def train_epoch(self, epoch: int) -> tuple[float, float | None]:
@@ -388,17 +411,24 @@ class Trainer:
         return result
 
     @torch.no_grad()
-    def validate(self) -> tuple[float, float | None]:
-        """Mean loss and accuracy in percent on the validation images of all processes."""
+    def validate(self) -> tuple[float, float | None, float | None]:
+        """On the validation images of all processes.
+
+        Returns:
+            Mean loss, and accuracy of the first and of the first five guesses in percent; None
+            where there is none.
+        """
         self.model.eval()
-        sums = Sums(torch.zeros(3, dtype=torch.float64, device=self.process.device))
+        sums = Sums(torch.zeros(4, dtype=torch.float64, device=self.process.device))
         for images, labels in self.val_loader:
             images, labels = self._to_device(images, labels)
             with self._autocast():
                 outputs = self.model(images)
                 loss = self.loss.total(outputs, labels)
-            sums.add(loss, len(images), share_right(self.loss, outputs, labels))
-        return sums.over_processes()
+            classes = self.loss.targets is Targets.CLASSES
+            five = _right_in_five(main_output(outputs), labels) if classes else None
+            sums.add(loss, len(images), share_right(self.loss, outputs, labels), five)
+        return sums.with_five()
 
     def _line(self, result: EpochResult) -> str:
         budget = "" if result.epsilon is None else f" epsilon {result.epsilon:.3g}"

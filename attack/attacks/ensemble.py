@@ -33,7 +33,7 @@ from attack.knowledge.label_search import (
     parts_of,
 )
 from attack.knowledge.threat_models import Capability
-from attack.loop.inversion import label_trial
+from attack.loop.inversion import InterruptedInversion, label_trial
 from attack.matching.matcher import GradientMatcher
 from attack.matching.objectives import Cosine
 from attack.matching.replica import Replica
@@ -253,7 +253,14 @@ class Ensemble:
         self._measure_budget()
         labels = self._recover_labels()
         self._run_closed_forms(labels)
-        self._halve(labels)
+        try:
+            self._halve(labels)
+        except InterruptedInversion:
+            finished = [m for m in self.members if m.result is not None]
+            if not finished:
+                raise
+            best = dataclasses.replace(self._conclude(finished), status="interrupted")
+            raise InterruptedInversion(best) from None
         finished = [m for m in self.members if m.result is not None]
         if not finished:
             reasons = "; ".join(f"{m.name}: {m.reason}" for m in self.members)
@@ -441,9 +448,13 @@ class Ensemble:
         return found
 
     def _checked(self, saved: dict[str, Any], path: Path) -> dict[str, Any]:
-        """What an interrupted run kept of a member: a result of this batch, or a reason."""
+        """What an interrupted run kept: the labels, or of a member its result or a reason."""
         try:
-            if "images" not in saved:
+            if "spent" in saved:
+                labels = saved["labels"]
+                right = len(labels) == self.target.batch_size and fits(saved["spent"], int)
+                right = right and not labels.is_floating_point()
+            elif "images" not in saved:
                 right = fits([saved["status"], saved["reason"]], list[str])
             else:
                 result = _result(saved)

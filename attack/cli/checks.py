@@ -33,13 +33,7 @@ def check_run(run: AttackRun, *, cpu: bool, processes: int = 1) -> tuple[Target,
     Raises:
         InputError: Names the flag or the file.
     """
-    rule = run.knowledge.label_rule
-    if rule not in rule_names():
-        raise InputError(f"--pseudo-label-init {rule}: choose one of {', '.join(rule_names())}")
-    attack = make_attack(run.attack, run.settings, run.knowledge)
-    config = getattr(attack, "config", None)
-    if isinstance(config, InversionConfig):
-        config.speed.check_device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
+    attack = check_settings(run, cpu=cpu)
     if run.spread == "restarts":
         check_spreadable(attack)
     target, truth = open_checkpoint(run)
@@ -61,6 +55,29 @@ def _check_shareable(attack: Attack, target: Target, processes: int) -> None:
     if config.optimiser.name == "LBFGS":
         raise setting_error("{optimizer} LBFGS runs on one process; use Adam and {polish} here")
     check_shares(target, processes)
+
+
+def check_settings(run: AttackRun, *, cpu: bool) -> Attack:
+    """Refuse settings that no checkpoint could be inverted with.
+
+    Args:
+        run: What is asked for.
+        cpu: Whether a GPU is left alone even if there is one.
+
+    Returns:
+        The attack.
+
+    Raises:
+        InputError: Names the flag.
+    """
+    rule = run.knowledge.label_rule
+    if rule not in rule_names():
+        raise InputError(f"--pseudo-label-init {rule}: choose one of {', '.join(rule_names())}")
+    attack = make_attack(run.attack, run.settings, run.knowledge)
+    config = getattr(attack, "config", None)
+    if isinstance(config, InversionConfig):
+        config.speed.check_device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
+    return attack
 
 
 def _check_needs_no_truth(run: AttackRun) -> None:

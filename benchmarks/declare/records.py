@@ -37,7 +37,7 @@ _WRITTEN: dict[str, dict[str, str]] = {
         "data": _DATA,
         "privacy": f"{_PRIVACY} epsilon_rdp accountant sample_rate steps note",
         "history": "epoch lr train_loss train_acc1 val_loss val_acc1 epsilon images_per_second "
-        "seconds",
+        "seconds val_acc5",
         "checkpoints": "initial best last",
         "provenance": _PROVENANCE,
     },
@@ -70,7 +70,8 @@ _WRITTEN: dict[str, dict[str, str]] = {
         "evaluation.gain_over_baselines": METRIC,
         "worst_case.per_image": f"index {METRIC} {METRIC}_attack",
         f"worst_case.by_attack.{KEY}.{METRIC}": "mean std",
-        "GInfoR.by_sample": "index label confidence predicted norm cosine information ratio",
+        "GInfoR.by_sample": "index label confidence predicted norm cosine information ratio "
+        "predicted_confidence distance same_signs",
         "GInfoR.by_label": KEY,
         f"label_rules.{KEY}": "accuracy reason labels",
         "provenance": _PROVENANCE,

@@ -21,6 +21,7 @@ from gradients.checkpoint import load_target
 from gradients.command import build_parser, main
 from gradients.command import run as run_command
 from gradients.defenses import defense_names, parse_defenses
+from gradients.extract import needs_our_stem
 from gradients.inspect import main as inspect
 
 CLASSES, PER_CLASS, SIDE = 8, 6, 16
@@ -461,7 +462,7 @@ BAD = {
         "the parameters in {nan} are not finite",
     ),
     "results in a file": (["--data", "{data}", "-b", "4", "--results", "{broken}"], "File exists"),
-    "batch too large": (["--data", "{data}", "-b", "64"], "--target-idx 0: 48 images make 0"),
+    "batch too large": (["--data", "{data}", "-b", "64"], "-b 64: the data set has 48 images"),
     "no such batch": (
         ["--data", "{data}", "-b", "4", "--target-idx", "12"],
         "--target-idx 12: 48 images make 12 batches of 4",
@@ -600,6 +601,29 @@ def test_published_flags_and_defaults() -> None:
         "multiprocessing_distributed": False,
     }
     assert {key: args[key] for key in published} == published
+
+
+def test_torchvisions_stem_loads_where_the_small_one_does_not() -> None:
+    import torchvision
+
+    theirs = torchvision.models.resnet18(num_classes=CLASSES)
+    for stem, fits in (("imagenet", True), ("cifar", False)):
+        spec = ModelSpec("resnet18", CLASSES, 32, stem)
+        assert needs_our_stem(spec) != fits
+        state = build_model(spec).state_dict()
+        if fits:
+            theirs.load_state_dict(state)
+        else:
+            with pytest.raises(RuntimeError, match="conv1"):
+                theirs.load_state_dict(state)
+    assert not needs_our_stem(ModelSpec("cnn", CLASSES, 32, "cifar"))
+
+
+def test_the_small_stem_is_said(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run(model=["--arch", "resnet18", "--image-size", "16"])
+    assert "--stem imagenet" in capsys.readouterr().out
+    run(model=["--arch", "resnet18", "--image-size", "16", "--stem", "imagenet"])
+    assert "--stem imagenet" not in capsys.readouterr().out
 
 
 def test_published_command_lines_parse() -> None:
