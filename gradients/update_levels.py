@@ -13,6 +13,9 @@ from gradients.update_traces import Finding, Moved, Trace
 _ENOUGH = 32
 # Elements per level, and the finest grid that is looked for.
 _PER_LEVEL, _MOST_LEVELS = 8, 4096
+# Of the multiples up to the largest at least this share is there: any two levels are multiples
+# of some number.
+_USED = 1 / 16
 # A value lies on the grid when it is this near, in units of the grid.
 _NEAR = 1 / 16
 # Signs of a gradient are zero where it is; more zeros than this are a level of their own.
@@ -55,7 +58,8 @@ def grid(tensor: Moved) -> Grid | None:
     multiples = (values / step).round()
     if float((values / step - multiples).abs().max()) > _NEAR or multiples[-1] > _MOST_LEVELS:
         return None
-    return Grid(tensor.name, step, int(multiples[-1]), len(multiples.unique()))
+    used, most = len(multiples.unique()), int(multiples[-1])
+    return Grid(tensor.name, step, most, used) if used >= _USED * most else None
 
 
 def _levels(values: torch.Tensor, error: float) -> torch.Tensor:

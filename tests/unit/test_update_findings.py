@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -213,9 +214,9 @@ def test_half_precision_is_told_after_it_was_widened_again(dtype: torch.dtype) -
 
 
 def test_the_first_step_of_adam_may_be_signs_and_nothing_else() -> None:
-    for model in ("perceptron", "dead units", "attention"):
-        before, gradient = shared(model, 4, "adam lr=1e-3")
-        (found,) = findings(before, gradient)
+    cases = itertools.product(("perceptron", "attention", "group norm"), (None, 0.1, 1e-4))
+    for model, lr in cases:
+        (found,) = findings(*shared(model, 4, "adam lr=1e-3"), lr)
         assert found.trace is Trace.SIGNS
         assert not found.certain
         assert "Adam" in found.evidence
@@ -269,3 +270,15 @@ def test_the_law_of_noise_is_that_of_drawn_matrices(shape: tuple[int, int]) -> N
     drawn = torch.randn(30, *shape, generator=generator, dtype=torch.float64)
     mean = torch.linalg.svdvals(drawn).mean(0) / math.sqrt(shape[1])
     assert float((mean - law(*shape)).abs().max()) < 0.02
+
+
+def test_two_levels_near_each_other_are_no_grid() -> None:
+    """Any two numbers are multiples of their difference, if it is small."""
+    before = {"w": torch.zeros(40, 10), "b": torch.zeros(10)}
+    signs = torch.ones(40, 10)
+    signs[::2] = -1
+    near = torch.where(torch.arange(10) < 5, 0.1, 0.0999725) * signs
+    levels = torch.where(torch.arange(10) < 5, 0.1, 0.3) * signs
+    bias = torch.linspace(0.01, 0.02, 10)
+    said = [[f.trace for f in findings(before, {"w": w, "b": bias})] for w in (near, levels)]
+    assert said == [[Trace.SIGNS], [Trace.QUANTISED]]
