@@ -13,6 +13,7 @@ import torch
 from attack.priors.shared_statistics import recovered_statistics
 from core.data.specs import DataSpec
 from core.errors import InputError
+from core.losses import DEFAULT_LOSS, Loss
 from core.models.architecture import Architecture
 from core.processes.distributed import shard_sizes
 from core.target import RUNNING_STATISTICS, LocalTraining, Target
@@ -40,6 +41,12 @@ class LocalUpdate:
             of 0..n-1 per epoch. None: the same order in every epoch. After one epoch
             it says nothing but the numbering of the reconstructions; after several the
             attacker is granted which images shared which steps (`order_granted`).
+        loss: What the client minimises.
+        training: Optimiser, schedule, clipping and the like of the local training, in place of
+            `learning_rate`, `momentum`, `weight_decay` and `proximal`; epochs, batches and
+            order are those stated here. None: the SGD that those say.
+        colour: Whether channels differ from each other; else an image is one grey value per
+            pixel, in whichever number of channels.
     """
 
     model: Architecture
@@ -55,6 +62,9 @@ class LocalUpdate:
     proximal: float = 0.0
     bn_momentum: float = 0.1
     batch_order: tuple[tuple[int, ...], ...] | None = None
+    loss: Loss = DEFAULT_LOSS
+    training: LocalTraining | None = None
+    colour: bool = False
 
     def __post_init__(self) -> None:
         if min(self.batch_size, self.n_images, self.local_epochs) < 1:
@@ -75,14 +85,17 @@ class LocalUpdate:
 
     @property
     def local(self) -> LocalTraining:
-        """The local SGD in the terms of stage 2, its images numbered as the site's are."""
-        return LocalTraining(
-            epochs=self.local_epochs,
-            batches=math.ceil(self.n_images / self.batch_size),
+        """The local training in the terms of stage 2, its images numbered as the site's are."""
+        known = self.training or LocalTraining(
             lr=self.learning_rate,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
             proximal=self.proximal,
+        )
+        return dataclasses.replace(
+            known,
+            epochs=self.local_epochs,
+            batches=math.ceil(self.n_images / self.batch_size),
             bn_momentum=self.bn_momentum,
             order=tuple(map(tuple, self.steps)),
         )
@@ -112,14 +125,15 @@ class LocalUpdate:
 
     @cached_property
     def gradient(self) -> dict[str, torch.Tensor]:
-        """(theta_0 - theta_K) / (lr K) by parameter name.
+        """(theta_0 - theta_K) / (lr K) by the name of each parameter that is trained.
 
         Raises:
             InputError: The difference lacks a parameter, or is not finite.
         """
-        scale = -1 / (self.learning_rate * len(self.steps))
-        named = dict(self.model.skeleton().named_parameters())
-        return {name: scale * self._difference(name, p.shape) for name, p in named.items()}
+        scale = -1 / (self.local.lr * self.local.updates)
+        named = self.model.skeleton().named_parameters()
+        trained = {name: p.shape for name, p in named if p.requires_grad}
+        return {name: scale * self._difference(name, shape) for name, shape in trained.items()}
 
     def _difference(self, name: str, shape: torch.Size) -> torch.Tensor:
         value = self.weight_diff.get(name)
@@ -165,6 +179,7 @@ def target_from_update(update: LocalUpdate) -> Target:
         batch_size=update.n_images,
         local=update.local,
         running_after=update.running_after,
+        loss=update.loss,
     )
     if target.running_after is None or target.local.steps > 1:
         return target
