@@ -7,13 +7,14 @@ before there was one; what it lacks takes the defaults.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from core.errors import InputError
+from core.reading import read_json
+from core.records import check_types
 
 SCHEMA_VERSION = 1
 # Plain values, as JSON has them.
@@ -111,21 +112,30 @@ def from_json(values: Mapping[str, Any], source: str = "the record") -> AttackRe
     Raises:
         InputError: It is no record of stage 3, or a newer version wrote it.
     """
-    version = values.get("schema_version", 0)
-    if not isinstance(version, int) or version > SCHEMA_VERSION:
-        raise InputError(
-            f"{source}: written by a newer version (schema {version}; this one reads up to "
-            f"{SCHEMA_VERSION})"
-        )
+    version = _version(values, source)
     kind: type[AttackRecord] | type[LabelRecord] = AttackRecord
     if "label_rules" in values:
         kind = LabelRecord
     known = {each.name for each in dataclasses.fields(kind)}
     given = {name: value for name, value in values.items() if name in known}
     try:
-        return kind(**{**given, "schema_version": version})
+        record = kind(**{**given, "schema_version": version})
+        check_types(record)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
     except TypeError:
         raise InputError(f"{source}: is not a record of an attack") from None
+    return record
+
+
+def _version(values: Mapping[str, Any], source: str) -> int:
+    version = values.get("schema_version", 0)
+    if type(version) is not int or not 0 <= version <= SCHEMA_VERSION:
+        raise InputError(
+            f"{source}: written by a newer version (schema {version!r:.40}; this one reads up to "
+            f"{SCHEMA_VERSION})"
+        )
+    return version
 
 
 def read_record(path: str | Path) -> AttackRecord | LabelRecord:
@@ -135,8 +145,8 @@ def read_record(path: str | Path) -> AttackRecord | LabelRecord:
         InputError: It cannot be read, or is no record of stage 3.
     """
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        values = read_json(path, what="record of an attack")
+    except InputError as error:
         raise InputError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: is not a record of an attack")

@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import InputError, exit_status
+from core.reading import check_regular, open_regular, parse_json
 
 LOG_NAME = "gate_log.jsonl"
+MAX_LINE_BYTES = 1 << 20
 # What the first line names as the line before it.
 START = "0" * 64
 
@@ -41,6 +43,8 @@ def append(folder: str | Path, entry: Mapping[str, Any]) -> str:
         OSError: The line cannot be written.
     """
     path = Path(folder) / LOG_NAME
+    if path.exists():
+        check_regular(path, what="log")
     with open(path, "a+b") as file:
         content = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -71,24 +75,21 @@ def verify(path: str | Path) -> list[dict[str, Any]]:
     path = path / LOG_NAME if path.is_dir() else path
     entries: list[dict[str, Any]] = []
     previous = START
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                entry = _parsed(line, f"{path}: line {number}")
-                sealed = {key: value for key, value in entry.items() if key != "seal"}
-                if entry.get("previous") != previous or entry.get("seal") != _seal(sealed):
-                    raise InputError(f"{path}: line {number} does not follow from the one before")
-                previous = str(entry["seal"])
-                entries.append(entry)
-    except OSError as error:
-        raise InputError(f"the log {path} cannot be read ({error.strerror})") from None
+    with open_regular(path, what="log") as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
+            entry = _parsed(line, f"{path}: line {number}")
+            sealed = {key: value for key, value in entry.items() if key != "seal"}
+            if entry.get("previous") != previous or entry.get("seal") != _seal(sealed):
+                raise InputError(f"{path}: line {number} does not follow from the one before")
+            previous = str(entry["seal"])
+            entries.append(entry)
     return entries
 
 
 def _last_seal(file: Any, path: Path) -> str:
     """The seal of the last line, read from the end of the file."""
     end = file.seek(0, os.SEEK_END)
-    file.seek(max(0, end - (1 << 20)))
+    file.seek(max(0, end - MAX_LINE_BYTES))
     lines = file.read().splitlines()
     if not lines:
         return START
@@ -96,9 +97,11 @@ def _last_seal(file: Any, path: Path) -> str:
 
 
 def _parsed(line: bytes, where: str) -> dict[str, Any]:
+    if len(line) > MAX_LINE_BYTES:
+        raise InputError(f"{where} is damaged: it is longer than any line of a log")
     try:
-        entry = json.loads(line)
-    except ValueError:
+        entry = parse_json(line, where)
+    except InputError:
         raise InputError(f"{where} is damaged: it is no JSON") from None
     if not isinstance(entry, dict):
         raise InputError(f"{where} is damaged: it is no JSON object")

@@ -42,7 +42,7 @@ from audit.updates import LocalUpdate, numbered_by_place, target_from_update
 from core.client import outputs_of
 from core.data.specs import DataSpec
 from core.errors import InputError
-from core.local_training import SGD
+from core.local_training import SGD, LocalTraining
 from core.losses import Targets, is_default
 from core.target import Target
 
@@ -147,11 +147,16 @@ def invert_update(
 def _check_published(update: LocalUpdate) -> None:
     """Refuse clients that the published attack was not made for."""
     size = update.data.shape[1:]
-    if update.training is not None or not is_default(update.loss) or len(size) != 2:
+    if _is_other(update) or not is_default(update.loss) or len(size) != 2:
         raise InputError(
             "method published: is for images, plain SGD and cross-entropy; choose full, bn or an "
             "attack of stage 3"
         )
+
+
+def _is_other(update: LocalUpdate) -> bool:
+    """Whether the local training is something else than the SGD that an update states."""
+    return update.optimiser is not None and update.optimiser != LocalTraining()
 
 
 def granted_to_the_auditor(update: LocalUpdate) -> list[str]:
@@ -159,10 +164,10 @@ def granted_to_the_auditor(update: LocalUpdate) -> list[str]:
     granted = ["number of images, batch size and local epochs", "learning rate"]
     if update.momentum or update.weight_decay or update.proximal:
         granted.append("momentum, weight decay and proximal term")
-    if update.training is not None:
-        granted.append(f"local training: {update.training.word}")
+    if update.optimiser is not None and _is_other(update):
+        granted.append(f"the optimiser ({update.optimiser.word})")
     if not is_default(update.loss):
-        granted.append(f"loss: {update.loss.name}")
+        granted.append(f"the loss ({update.loss.name})")
     if update.order_granted:
         granted.append("which images shared which local steps")
     return granted

@@ -11,7 +11,6 @@ Source: Hatamizadeh et al., Do Gradient Inversion Attacks Make Federated Learnin
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -24,10 +23,13 @@ import torch
 from attack.metrics import relative_leakage
 from audit.rdlv_archive import read_archive
 from audit.similarity import SimMetric, similarity_matrix
+from core.array_files import read_arrays
 from core.errors import InputError
 from core.figures import blank_figure, save_figure
 from core.pictures import save_gallery
-from core.storage import atomic_file, write_json
+from core.reading import read_json_object
+from core.records import BROKEN
+from core.storage import atomic_file, write_record
 
 PASS, WITHHOLD = "pass", "withhold"
 # What the published tool's archives say of it.
@@ -318,10 +320,12 @@ class LeakageRecord:
         archive = self.path.with_name(ARCHIVE_NAME.format(self.round_number))
         if not archive.is_file():
             return None
-        with np.load(archive, allow_pickle=False) as arrays:
-            if "best_match_recons" not in arrays.files:
-                return None
-            return arrays["best_match_inputs"], arrays["best_match_recons"]
+        arrays = read_arrays(archive)
+        if "best_match_recons" not in arrays:
+            return None
+        if "best_match_inputs" not in arrays:
+            raise InputError(f"{archive} holds reconstructions without their originals")
+        return arrays["best_match_inputs"], arrays["best_match_recons"]
 
 
 def write_leakage(
@@ -361,7 +365,7 @@ def write_leakage(
     if matches is not None:
         _draw_matches(folder / PICTURE_NAME.format(round_number), report, *matches)
     path = folder / RECORD_NAME.format(round_number)
-    write_json(path, _finite({**_content(report, site, round_number), **(details or {})}))
+    write_record(path, _finite({**_content(report, site, round_number), **(details or {})}))
     return path
 
 
@@ -476,8 +480,8 @@ def _read_archive(path: Path) -> LeakageRecord:
 
 
 def _read(path: Path) -> LeakageRecord:
+    content = read_json_object(path, what="leakage record")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         return LeakageRecord(
             site=str(content["site"]),
             round_number=int(content["round"]),
@@ -488,5 +492,5 @@ def _read(path: Path) -> LeakageRecord:
             content=content,
             path=path,
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"the leakage record {path} is broken ({error!r})") from None
+    except BROKEN as error:
+        raise InputError(f"the leakage record {path} is broken ({error!r:.200})") from None

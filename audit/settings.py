@@ -9,7 +9,6 @@ the softening of ReLUs, the published attack's factors, and files.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from attack.settings import OBJECTIVES, InversionConfig
 from core.errors import InputError
+from core.reading import read_json_object
 
 OWN_METHODS = ("full", "bn", "published")
 LABEL_RULES = ("auto", "recovered", "joint")
@@ -190,14 +190,9 @@ def load_inversion_settings(path: str | Path) -> InversionSettings:
         InputError: The file is missing or no JSON object, a key is unknown, or a value
             is impossible.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"there is no inversion configuration {path}") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is a JSON {type(content).__name__}, not an object")
+    if not Path(path).exists():
+        raise InputError(f"there is no inversion configuration {path}")
+    content = read_json_object(path, what="inversion configuration")
     try:
         return settings_from_dict(content)
     except InputError as error:

@@ -41,10 +41,9 @@ class LocalUpdate:
             of 0..n-1 per epoch. None: the same order in every epoch. After one epoch
             it says nothing but the numbering of the reconstructions; after several the
             attacker is granted which images shared which steps (`order_granted`).
+        optimiser: What the local steps are beyond the attributes above, which it does not
+            change: Adam, Nesterov's momentum, clipping. None: SGD.
         loss: What the client minimises.
-        training: Optimiser, schedule, clipping and the like of the local training, in place of
-            `learning_rate`, `momentum`, `weight_decay` and `proximal`; epochs, batches and
-            order are those stated here. None: the SGD that those say.
         colour: Whether channels differ from each other; else an image is one grey value per
             pixel, in whichever number of channels.
     """
@@ -62,8 +61,8 @@ class LocalUpdate:
     proximal: float = 0.0
     bn_momentum: float = 0.1
     batch_order: tuple[tuple[int, ...], ...] | None = None
+    optimiser: LocalTraining | None = None
     loss: Loss = DEFAULT_LOSS
-    training: LocalTraining | None = None
     colour: bool = False
 
     def __post_init__(self) -> None:
@@ -86,16 +85,15 @@ class LocalUpdate:
     @property
     def local(self) -> LocalTraining:
         """The local training in the terms of stage 2, its images numbered as the site's are."""
-        known = self.training or LocalTraining(
-            lr=self.learning_rate,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            proximal=self.proximal,
-        )
+        stated = self.optimiser or LocalTraining()
         return dataclasses.replace(
-            known,
+            stated,
             epochs=self.local_epochs,
             batches=math.ceil(self.n_images / self.batch_size),
+            lr=self.learning_rate,
+            momentum=self.momentum or stated.momentum,
+            weight_decay=self.weight_decay or stated.weight_decay,
+            proximal=self.proximal,
             bn_momentum=self.bn_momentum,
             order=tuple(map(tuple, self.steps)),
         )
@@ -130,7 +128,7 @@ class LocalUpdate:
         Raises:
             InputError: The difference lacks a parameter, or is not finite.
         """
-        scale = -1 / (self.local.lr * self.local.updates)
+        scale = -1 / (self.learning_rate * self.local.updates)
         named = self.model.skeleton().named_parameters()
         trained = {name: p.shape for name, p in named if p.requires_grad}
         return {name: scale * self._difference(name, shape) for name, shape in trained.items()}

@@ -12,7 +12,7 @@ from attack.knowledge.threat_models import find_threat
 from benchmarks.compute import Workers, compute
 from benchmarks.declare.tables import Table, find_table, load_table
 from benchmarks.run.store import Store
-from benchmarks.show.leaderboard import FOLDER, make_entry
+from benchmarks.show.leaderboard import FOLDER, check_entry, make_entry
 from benchmarks.show.results import DEFAULT_STORE, RowResult, TableResult, collect
 from core.errors import InputError
 from core.plugins import import_plugin
@@ -87,6 +87,7 @@ def submit(submission: Submission) -> Path:
     entry = make_entry(rows, submission.defense, submission.description, submission.reference)
     if submission.utility is not None:
         entry["utility"] = submission.utility
+        check_entry(entry, "--utility")
     path = submission.entries / f"{_stem(submission.defense)}.json"
     write_json(path, entry)
     return path

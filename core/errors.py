@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from core.escaping import printable
+
 WRITE_FAILURES = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
     errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
@@ -45,10 +47,10 @@ def exit_status(command: Callable[[], None]) -> int:
         command()
         sys.stdout.flush()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     except RankError as error:
-        print(f"{error.told}error: {error}", file=sys.stderr)
+        print(printable(f"{error.told}error: {error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted: run the same command again to continue", file=sys.stderr)
@@ -60,7 +62,7 @@ def exit_status(command: Callable[[], None]) -> int:
     except OSError as error:
         if not is_write_failure(error):
             raise
-        print(f"error: {write_failure(error)}", file=sys.stderr)
+        print(f"error: {printable(write_failure(error))}", file=sys.stderr)
         return 2
     return 0
 

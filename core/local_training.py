@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,6 +189,27 @@ class LocalTraining:
             height = (1 + math.cos(math.pi * update / self.updates)) / 2
             return self.min_lr + (self.lr - self.min_lr) * height
         return self.lr
+
+    def torch_optimizer(self, parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
+        """`torch.optim`'s own optimiser with these settings, for a client that trains."""
+        if self.optimizer == SGD:
+            return torch.optim.SGD(
+                parameters,
+                lr=self.lr,
+                momentum=self.momentum,
+                dampening=self.dampening,
+                weight_decay=self.weight_decay,
+                nesterov=self.nesterov,
+            )
+        kind = torch.optim.Adam if self.optimizer == ADAM else torch.optim.AdamW
+        return kind(
+            parameters,
+            lr=self.lr,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            amsgrad=self.amsgrad,
+        )
 
     def as_told(self, n_images: int) -> LocalTraining:
         """What an attacker is told: where the order is not known, that of the images' numbers.

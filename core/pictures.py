@@ -46,7 +46,8 @@ def read_image(path: str | Path, shape: tuple[int, ...], flag: str) -> torch.Ten
         InputError: Missing, or no image; or the target's samples are no images.
     """
     import numpy as np
-    from PIL import Image
+
+    from core.data.image_files import decoded
 
     if len(shape) != 3:
         raise InputError(
@@ -54,11 +55,8 @@ def read_image(path: str | Path, shape: tuple[int, ...], flag: str) -> torch.Ten
             f"{' x '.join(map(str, shape))}"
         )
     channels, height, width = shape
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGB" if channels == 3 else "L").resize((width, height))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{flag} {path}: cannot be read as an image ({error})") from None
+    mode = "RGB" if channels == 3 else "L"
+    image = decoded(path, flag, lambda file: file.convert(mode).resize((width, height)))
     pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)
     pixels = pixels.reshape(height, width, -1).permute(2, 0, 1)
     return pixels.expand(channels, height, width).contiguous()

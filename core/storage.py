@@ -5,22 +5,17 @@ Torch is imported where checkpoints are: commands that write text only start wit
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
-import pickle
-import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from core.errors import InputError
-
-# The published checkpoints carry their command line as a Namespace; it is a
-# plain bag of attributes and its constructor runs no code of the file's.
-ALLOWED_CLASSES: list[Any] = [argparse.Namespace]
+from core.locks import temporary_prefix
+from core.reading import sealed
 
 
 @contextlib.contextmanager
@@ -38,7 +33,8 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     encoding = None if "b" in mode else "utf-8"
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    prefix = temporary_prefix(f".{path.name}.")
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=prefix)
     try:
         with os.fdopen(descriptor, mode, encoding=encoding) as file:
             yield file
@@ -46,10 +42,25 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+        sync_folder(path.parent)
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+        if isinstance(error, OSError) and error.filename in (None, temporary):
+            # A write on an open file, of a full disk above all, does not say which.
+            error.filename = str(path)
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the disk has a folder's entries: a new name is safe only then."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        # Some network file systems refuse it; there is nothing more to do then.
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -61,6 +72,11 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` to `path` as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
+    """Write a record as indented JSON with its checksum, atomically."""
+    write_json(path, sealed(record))
 
 
 def save_checkpoint(value: dict[str, Any], path: str | Path) -> None:
@@ -79,27 +95,9 @@ def save_checkpoint(value: dict[str, Any], path: str | Path) -> None:
         # torch's zip writer hides the cause of a failed write (a full disk,
         # mostly) behind its own exception; the chain still has it.
         if isinstance(error.__context__, OSError):
+            error.__context__.filename = str(path)
             raise error.__context__ from None
         raise
-
-
-def _reason(error: pickle.UnpicklingError) -> str:
-    """What a refused file contains; torch's own text advises to switch the check off."""
-    found = re.search(r"GLOBAL ([\w.]+)", str(error))
-    return f"it refers to {found[1]}" if found else "it is not a file of torch.save"
-
-
-def _numpy_scalars() -> list[Any]:
-    """What a file with NumPy's scalars names: trainers write accuracies and counters so.
-
-    Their constructor takes bytes and runs nothing; NumPy 2 moved it to another module.
-    """
-    import numpy as np
-
-    scalar = np.float64(0).__reduce__()[0]
-    places = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
-    names = ("float64", "float32", "float16", "int64", "int32", "bool")
-    return [*((scalar, place) for place in places), np.dtype, *(type(np.dtype(n)) for n in names)]
 
 
 def load_checkpoint(path: str | Path, flag: str = "--checkpoint") -> dict[str, Any]:
@@ -113,27 +111,12 @@ def load_checkpoint(path: str | Path, flag: str = "--checkpoint") -> dict[str, A
         The dictionary in the file, tensors on the CPU.
 
     Raises:
-        InputError: The file is missing, empty, truncated, not a checkpoint, or
-            holds objects outside the allow-list.
+        InputError: The file is missing, empty, truncated, damaged, not a checkpoint, holds
+            anything but plain data, or claims more than it holds.
     """
-    import torch
+    from core.torch_files import read_torch_file
 
-    path = Path(path)
-    if not path.exists():
-        raise InputError(f"{flag}: there is no file {path}")
-    if path.is_dir():
-        raise InputError(f"{flag}: {path} is a folder, not a checkpoint file")
-    if path.stat().st_size == 0:
-        raise InputError(f"{flag}: {path} is empty (0 bytes)")
-    try:
-        with torch.serialization.safe_globals([*ALLOWED_CLASSES, *_numpy_scalars()]):
-            value = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{flag}: {path} is not a checkpoint that can be loaded safely ({_reason(error)})"
-        ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError) as error:
-        raise InputError(f"{flag}: {path} is truncated or not a checkpoint") from error
+    value = read_torch_file(path, flag)
     if not isinstance(value, dict):
         raise InputError(f"{flag}: {path} holds a {type(value).__name__}, not a checkpoint")
     return value

@@ -8,6 +8,7 @@ either origin load in both. Loading never runs code.
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from core.losses import (
 from core.models.architecture import Architecture, GivenModel
 from core.models.building import ModelSpec, default_stem
 from core.processes.distributed import shard_sizes
+from core.records import BROKEN, check_types, fits
 from core.storage import load_checkpoint, save_checkpoint
 from core.target import RUNNING_STATISTICS, BatchStatistics, LocalTraining, Target, Truth
 from gradients.private_gradient import PrivacySettings
@@ -43,10 +45,15 @@ ANY_CLIENT_VERSION = 2
 ALL_LAYERS = "all"
 # Builds the module that a checkpoint belongs to, where it is not one of our architectures.
 Builder = Callable[[], torch.nn.Module]
-MAX_BATCH_SIZE = 1_000_000
+# What a file may state. Nothing in it proves these numbers, and an attack allocates by them.
+MAX_BATCH_SIZE = 100_000
 MAX_IMAGE_SIDE = 16384
 # Of a volume, a signal or a row of a table.
 MAX_SIDE = 1 << 20
+MAX_LOCAL_STEPS = 100_000
+MAX_POOL_KERNEL = 1024
+# Of the whole batch, where the file does not hold it: 1 GiB in float32.
+MAX_INPUT_VALUES = 2**28
 
 
 def save_target(
@@ -203,16 +210,10 @@ def load_target(
         truth = _parse_truth(raw, target)
     except InputError as error:
         raise InputError(f"{flag}: {path}: {error}") from None
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        IndexError,
-        RuntimeError,
-        OverflowError,
-    ) as error:
-        raise InputError(f"{flag}: {path} is not a valid gradient checkpoint ({error!r})") from None
+    except (*BROKEN, AssertionError) as error:
+        raise InputError(
+            f"{flag}: {path} is not a valid gradient checkpoint ({error!r:.200})"
+        ) from None
     return target, truth
 
 
@@ -220,9 +221,9 @@ def _parse_target(
     raw: Mapping[str, Any], build: Builder | None, given_loss: Function | Loss | None
 ) -> Target:
     version = raw.get("format_version", FORMAT_VERSION)
-    if not isinstance(version, int) or version > ANY_CLIENT_VERSION:
+    if type(version) is not int or version > ANY_CLIENT_VERSION:
         raise InputError(
-            f"it has format version {version!r} and this program reads up to "
+            f"it has format version {version!r:.40} and this program reads up to "
             f"{ANY_CLIENT_VERSION}; update the program"
         )
     loss = _loss(raw, given_loss)
@@ -230,6 +231,8 @@ def _parse_target(
     model = _architecture(raw, data, build)
     skeleton = model.skeleton()
     batch_size = _count(raw["batch_size"], "batch size", MAX_BATCH_SIZE)
+    if raw.get("x_true") is None:
+        _check_inputs(batch_size, data)
     shards = _shards(raw, batch_size)
     synchronized = bool(raw.get("syncbn", False)) or len(shards) == 1
     seed = raw.get("dropout_seed")
@@ -245,7 +248,7 @@ def _parse_target(
         synchronized=synchronized,
         bn_statistics=_bn_statistics(raw, skeleton, 1 if synchronized else len(shards)),
         defenses=_defenses(raw),
-        dropout_seed=None if seed is None else int(seed),
+        dropout_seed=None if seed is None else _integer(seed, "dropout seed", -(2**63), 2**64),
         running_after=_running_after(raw, skeleton),
         loss=loss,
     )
@@ -296,10 +299,46 @@ def _check_sizes(raw: Mapping[str, Any], model: ModelSpec) -> None:
             raise InputError(f"it states {number} {what} but no parameter is that large")
 
 
+def _check_inputs(batch_size: int, data: DataSpec) -> None:
+    """Refuse a batch that no attack could hold, where the file does not hold it either."""
+    if batch_size * math.prod(data.shape) > MAX_INPUT_VALUES:
+        shape = " x ".join(map(str, data.shape))
+        raise InputError(
+            f"it states {batch_size} images of {shape} values without holding them; more than "
+            f"{MAX_INPUT_VALUES} values are not believed"
+        )
+
+
+def _check_model(model: ModelSpec) -> None:
+    """Words and numbers that `build_model` takes as they come."""
+    check_types(model)
+    for what, word, words in (
+        ("normalisation", model.norm, ("batch", "group")),
+        ("stem", model.stem, ("imagenet", "cifar")),
+    ):
+        if word not in words:
+            raise InputError(f"the {what} of its model is {word!r:.40}, not {' or '.join(words)}")
+    if not 1 <= model.pool_kernel <= MAX_POOL_KERNEL:
+        raise InputError(f"the pooling kernel of its model is {model.pool_kernel}")
+
+
+def _integer(value: Any, what: str, least: int, limit: int) -> int:
+    """A whole number; not True, and nothing that has to be rounded."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_floating_point():
+        value = value.item()
+    if type(value) is not int or not least <= value <= limit:
+        raise InputError(f"its {what} is {value!r:.40}")
+    return value
+
+
 def _count(value: Any, what: str, limit: int) -> int:
-    if int(value) != value or not 1 <= int(value) <= limit:
-        raise InputError(f"its {what} is {value!r}")
-    return int(value)
+    return _integer(value, what, 1, limit)
+
+
+def _words(values: Any, what: str) -> tuple[str, ...]:
+    if not fits(values, list[str]):
+        raise InputError(f"its {what} are not a list of words")
+    return tuple(values)
 
 
 def _tensor(value: Any, what: str, shape: Sequence[int] | None = None) -> torch.Tensor:
@@ -313,12 +352,34 @@ def _tensor(value: Any, what: str, shape: Sequence[int] | None = None) -> torch.
     return value.detach()
 
 
-def _finite(value: Any, what: str, shape: Sequence[int] | None = None) -> torch.Tensor:
-    """The same without NaN or infinity."""
+def _finite(
+    value: Any, what: str, shape: Sequence[int] | None = None, *, whole: bool | None = False
+) -> torch.Tensor:
+    """The same without NaN or infinity, of real numbers.
+
+    Args:
+        value: What the file holds.
+        what: What to call it in a message.
+        shape: Expected; None for any.
+        whole: Whether it holds whole numbers (of any type) instead of floating-point ones;
+            None for either, or yes and no.
+    """
     tensor = _tensor(value, what, shape)
+    if tensor.is_complex() or not _is_of_kind(tensor, whole):
+        raise InputError(f"{what} has values of type {tensor.dtype}")
     if not torch.isfinite(tensor).all():
         raise InputError(f"{what} is not finite (NaN or infinity)")
     return tensor
+
+
+def _is_of_kind(value: torch.Tensor, whole: bool | None) -> bool:
+    if whole is None:
+        return True
+    if value.dtype == torch.bool:
+        return False
+    if whole and value.is_floating_point():
+        return bool((value == value.round()).all())
+    return whole or value.is_floating_point()
 
 
 def _state_dict(
@@ -333,11 +394,21 @@ def _state_dict(
     # A mask of attention, for one, may hold infinity; statistics may not.
     free = {n for n, _ in skeleton.named_buffers() if not n.endswith(RUNNING_STATISTICS)}
     return {
-        name: (_tensor if name in free else _finite)(
-            value, f"the parameter {name}", expected[name].shape
-        )
+        name: _like(value, f"the parameter {name}", expected[name], finite=name not in free)
         for name, value in state.items()
     }
+
+
+def _like(value: Any, what: str, expected: torch.Tensor, *, finite: bool) -> torch.Tensor:
+    """A tensor of the shape and the kind of another one; its number format may differ."""
+    tensor = _tensor(value, what, expected.shape)
+    # A module of the user's own may have complex or logical buffers.
+    odd = [t.is_complex() or t.dtype == torch.bool for t in (tensor, expected)]
+    if any(odd) and tensor.dtype != expected.dtype:
+        raise InputError(f"{what} has values of type {tensor.dtype}")
+    if any(odd) or not finite:
+        return tensor
+    return _finite(tensor, what, whole=not expected.is_floating_point())
 
 
 def _gradient(
@@ -350,6 +421,8 @@ def _gradient(
         raise InputError(
             f"it holds {len(gradients)} gradients but {model.name} has {len(names)} parameters"
         )
+    if len(set(names)) != len(names):
+        raise InputError("its gradient names a parameter twice")
     unknown = [name for name in names if name not in named]
     if unknown:
         raise InputError(f"its gradient names a parameter {unknown[0]} that {model.name} has not")
@@ -362,7 +435,7 @@ def _gradient(
 def _gradient_names(raw: Mapping[str, Any], named: Sequence[str]) -> list[str]:
     """Which parameters the list of gradients belongs to, in its order."""
     if raw.get("parameter_names") is not None:
-        return [str(name) for name in raw["parameter_names"]]
+        return list(_words(raw["parameter_names"], "parameter names"))
     free = raw.get("free_last_layers_list") or [ALL_LAYERS]
     if ALL_LAYERS in free:
         return list(named)
@@ -371,9 +444,12 @@ def _gradient_names(raw: Mapping[str, Any], named: Sequence[str]) -> list[str]:
 
 
 def _shards(raw: Mapping[str, Any], batch_size: int) -> tuple[int, ...]:
-    shards = tuple(int(n) for n in raw.get("shards") or _original_shards(raw, batch_size))
+    stated = raw.get("shards") or _original_shards(raw, batch_size)
+    if not fits(stated, list[int]):
+        raise InputError("its shards are not a list of numbers of images")
+    shards = tuple(stated)
     if sum(shards) != batch_size or min(shards) < 1:
-        raise InputError(f"its shards {shards} do not add up to its batch size {batch_size}")
+        raise InputError(f"its shards {shards!s:.80} do not add up to its batch size {batch_size}")
     return shards
 
 
@@ -388,8 +464,8 @@ def _original_shards(raw: Mapping[str, Any], batch_size: int) -> Sequence[int]:
 
 def _data_spec(raw: Mapping[str, Any], loss: Loss) -> DataSpec:
     setup = raw["dataset_setup"]
-    shape = tuple(int(n) for n in setup["size"])
-    n_classes = int(setup["n_classes"])
+    shape = tuple(_count(n, "image side", MAX_SIDE) for n in setup["size"])
+    n_classes = _integer(setup["n_classes"], "number of classes", 0, 2**62)
     if raw.get("data") is not None:
         data = DataSpec.from_dict(raw["data"])
     else:
@@ -402,6 +478,7 @@ def _data_spec(raw: Mapping[str, Any], loss: Loss) -> DataSpec:
         )
     if tuple(data.shape) != shape or data.n_classes != n_classes:
         raise InputError("its two descriptions of the data (data, dataset_setup) differ")
+    check_types(data)
     _check_data(data, loss)
     return data
 
@@ -428,13 +505,17 @@ def _model_spec(raw: Mapping[str, Any], data: DataSpec) -> ModelSpec:
         raise InputError(f"its images of {data.shape[1]} x {data.shape[2]} px are not square")
     if raw.get("model") is not None:
         model = ModelSpec.from_dict(raw["model"])
+        _check_model(model)
         if model.n_classes != data.n_classes or model.image_size != data.shape[1]:
             raise InputError("its model and its data differ in classes or image size")
         return model
     # The original tools always used torchvision's own stem.
     stem = "imagenet" if default_stem(data.shape[1]) == "imagenet" else _stem_of(raw["state_dict"])
+    # Their command line kept some numbers as text.
     kernel = int(getattr(raw.get("args"), "kernel_size_of_maxpool", 3) or 3)
-    return ModelSpec(str(raw["arch"]), data.n_classes, data.shape[1], stem, pool_kernel=kernel)
+    model = ModelSpec(raw["arch"], data.n_classes, data.shape[1], stem, pool_kernel=kernel)
+    _check_model(model)
+    return model
 
 
 def _stem_of(state_dict: Mapping[str, torch.Tensor]) -> str:
@@ -450,19 +531,24 @@ def _local_training(raw: Mapping[str, Any], batch_size: int) -> LocalTraining:
         stated: dict[str, Any] = {"batches": batches, "lr": float(getattr(args, "lr", 0.1) or 0.1)}
     else:
         stated = dict(raw["local_training"])
-    stated["epochs"] = _count(stated.get("epochs", 1), "number of local epochs", 10**6)
-    stated["batches"] = _count(stated.get("batches", 1), "number of local batches", MAX_BATCH_SIZE)
+    stated["epochs"] = _count(stated.get("epochs", 1), "number of local epochs", MAX_LOCAL_STEPS)
+    stated["batches"] = _count(stated.get("batches", 1), "number of local batches", MAX_LOCAL_STEPS)
     stated["order"] = _order(stated.get("order"), batch_size)
     try:
-        return LocalTraining.from_dict(stated)
+        local = LocalTraining.from_dict(stated)
+        check_types(local)
     except InputError as error:
         raise InputError(f"its local training is amiss: {error}") from None
+    _count(local.steps, "number of local steps", MAX_LOCAL_STEPS)
+    return local
 
 
 def _order(stated: Any, batch_size: int) -> tuple[tuple[int, ...], ...] | None:
     if stated is None:
         return None
-    order = tuple(tuple(int(image) for image in step) for step in stated)
+    if not fits(stated, list[list[int]]):
+        raise InputError("its local steps are not lists of image numbers")
+    order = tuple(tuple(step) for step in stated)
     if any(not step or not 0 <= min(step) <= max(step) < batch_size for step in order):
         raise InputError(f"its local steps do not use images 0 to {batch_size - 1} only")
     return order
@@ -472,7 +558,7 @@ def _defenses(raw: Mapping[str, Any]) -> tuple[str, ...]:
     """What the client says it did; the original tools say it in their command line."""
     args = raw.get("args")
     if raw.get("defenses") is not None or not getattr(args, "enable_dp", False):
-        return tuple(str(word) for word in raw.get("defenses") or ())
+        return _words(raw.get("defenses") or [], "defenses")
     # Their --enable-dp clips the mean gradient and adds noise of sigma C to it.
     privacy = PrivacySettings(
         noise_multiplier=float(getattr(args, "sigma", 0.01)),
@@ -553,13 +639,13 @@ def _parse_truth(raw: Mapping[str, Any], target: Target) -> Truth | None:
 
 def _true_labels(value: Any, target: Target) -> torch.Tensor:
     """Class indices within range, or targets of any other kind, one entry per sample."""
-    labels = _finite(value, "the true labels tensor")
+    labels = _finite(value, "the true labels tensor", whole=None)
     soft = labels.is_floating_point() and labels.dim() == 2
     if target.loss.targets is not Targets.CLASSES or soft:
         if labels.dim() == 0 or len(labels) != target.batch_size:
             raise InputError(f"its true targets have shape {tuple(labels.shape)}")
         return labels
-    labels = _finite(labels, "the true labels tensor", (target.batch_size,)).long()
+    labels = _finite(labels, "the true labels tensor", (target.batch_size,), whole=True).long()
     if int(labels.min()) < 0 or int(labels.max()) >= target.data.n_classes:
         raise InputError(f"its true labels lie outside 0..{target.data.n_classes - 1}")
     return labels

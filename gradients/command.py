@@ -17,6 +17,7 @@ from core.launch_arguments import (
     given_flags,
 )
 from core.plugins import import_plugin
+from core.reading import check_name
 
 if TYPE_CHECKING:
     from core.local_training import LocalTraining
@@ -189,19 +190,25 @@ def run(argv: Sequence[str] | None = None) -> None:
     check_arguments(args)
     settings = extract_settings(args, given_flags(parser, argv))
 
-    from core.processes.launch import launch
+    from core.processes.launch import check_launch, launch, processes_of
+    from gradients.client import resolve_shards
     from gradients.extract import extract
+    from gradients.local_update import images_of_steps
 
-    launch(extract, LaunchSettings.from_arguments(args), settings)
+    launched = LaunchSettings.from_arguments(args)
+    check_launch(launched)
+    shards = resolve_shards(settings.batch.size, settings.client, processes_of(launched))
+    images_of_steps(settings.batch.size, settings.client.local, shards)
+    launch(extract, launched, settings)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse what cannot work before any work is done."""
     if args.data is None and args.data_name is None:
         raise InputError("--data: give a folder with images or a built-in name (photo-patches)")
-    for flag, word in (("--id", args.id), ("--data-name", args.data_name or "")):
-        if Path(word).name != word:
-            raise InputError(f"{flag} {word}: becomes part of a file name, without folders")
+    check_name(args.id, "--id", "part of a file name")
+    if args.data_name is not None:
+        check_name(args.data_name, "--data-name", "part of a file name")
     for flag in ("batch_size", "epochs", "local_epochs", "local_batches", "duplicates"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise InputError(f"--{flag.replace('_', '-')} must be at least 1")

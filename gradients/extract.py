@@ -48,6 +48,11 @@ from gradients.settings import (
     ModelSettings,
 )
 
+OUR_STEM = (
+    "the model has the stem for small images, which the original tools do not know; for a "
+    "checkpoint that they load as well: --stem imagenet"
+)
+
 
 def extract(process: Process, settings: ExtractSettings) -> Path | None:
     """Compute and write, on one of the client's processes.
@@ -121,11 +126,18 @@ def _ours(settings: ExtractSettings, pretrained: Pretrained | None, process: Pro
     chosen = settings.model
     if is_object_name(settings.data.data):
         raise InputError(f"--data {settings.data.data}: your own samples need your own --model")
+    if pretrained is not None and pretrained.builder is not None:
+        raise InputError(
+            f"--pretrained: {pretrained.path} is of a module of your own; give --model "
+            f"{pretrained.builder}, or where that function is now"
+        )
     data, data_spec = _load_data(settings.data, pretrained, settings.seed)
     spec = _model_spec(chosen, pretrained, data_spec)
     if chosen.malicious:
         parse_malice(chosen.malicious, spec.n_classes)
     spec, client = _suit_privacy(spec, settings, process)
+    if needs_our_stem(spec):
+        _say(process, OUR_STEM)
 
     def model() -> nn.Module:
         return build_received_model(spec, pretrained, chosen.outlayer_state, settings.seed)
@@ -263,6 +275,18 @@ def _suit_privacy(
         return dataclasses.replace(spec, norm="group"), client
     _say(process, "per-sample clipping: BatchNorm runs with its running statistics (eval mode)")
     return spec, dataclasses.replace(client, train_mode=False)
+
+
+def needs_our_stem(spec: ModelSpec) -> bool:
+    """Whether its parameters have other shapes than with torchvision's own stem.
+
+    The original tools know no other stem, and cannot load them.
+    """
+    if spec.stem == "imagenet" or spec.width is not None:
+        return False
+    own, other = (skeleton_of(s) for s in (spec, dataclasses.replace(spec, stem="imagenet")))
+    shapes = [{n: p.shape for n, p in model.named_parameters()} for model in (own, other)]
+    return shapes[0] != shapes[1]
 
 
 def _say(process: Process, sentence: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core.errors import exit_status
+from core.escaping import printable
 
 if TYPE_CHECKING:
     from core.models.architecture import Description
@@ -40,7 +41,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     from gradients.checkpoint import load_target, save_target
 
     target, truth = load_target(args.file, "FILE")
-    print(format_report(target, truth))
+    print(printable(format_report(target, truth)))
     if args.strip_truth is not None:
         save_target(args.strip_truth, target)
         print(f"without the truth: {Path(args.strip_truth)}")

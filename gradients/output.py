@@ -12,6 +12,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from core.clipping import PER_SAMPLE, noise_sentence
+from core.locks import locked, remove_left_behind
 from core.records import provenance
 from core.storage import atomic_file, save_checkpoint
 from core.target import Target, Truth
@@ -67,10 +68,13 @@ def write_results(
         arguments=settings.arguments,
         provenance=provenance(device, settings.seed),
     )
-    save_checkpoint(target.state_dict, folder / "model.pth")
-    _write_picture(folder / f"{stem}-true.png", truth)
-    save_target(path, target, truth, settings.arguments)
-    write_record(record, folder / f"{stem}.json")
+    remove_left_behind(folder)
+    # Two runs of one name: each writes all its files, or none.
+    with locked(folder / f".{stem}.lock", f"--results and --id: {path}", wait=60):
+        save_checkpoint(target.state_dict, folder / "model.pth")
+        _write_picture(folder / f"{stem}-true.png", truth)
+        save_target(path, target, truth, settings.arguments)
+        write_record(record, folder / f"{stem}.json")
     _print_summary(record)
     print(f"gradient checkpoint: {path}")
     return path

@@ -33,6 +33,7 @@ class Pretrained:
         model: The architecture, where the file states it.
         data: What it was trained on, where the file states it.
         without_classifier: Whether the last layer is missing on purpose (MoCo).
+        builder: The function that builds the module, where it is the user's own.
     """
 
     path: Path
@@ -40,6 +41,7 @@ class Pretrained:
     model: ModelSpec | None = None
     data: DataSpec | None = None
     without_classifier: bool = False
+    builder: str | None = None
 
 
 def read_pretrained(path: str | Path, flag: str = "--pretrained") -> Pretrained:
@@ -61,9 +63,10 @@ def read_pretrained(path: str | Path, flag: str = "--pretrained") -> Pretrained:
     return Pretrained(
         path=path,
         state_dict=tensors,
-        model=ModelSpec.from_dict(raw["model"]) if _has(raw.get("model"), "arch") else None,
+        model=ModelSpec.from_dict(raw["model"]) if _has(raw.get("model"), "n_classes") else None,
         data=DataSpec.from_dict(raw["data"]) if _has(raw.get("data"), "shape") else None,
         without_classifier=is_moco,
+        builder=str(raw["model"]["builder"]) if _has(raw.get("model"), "builder") else None,
     )
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from core import records, storage
 from core.data.specs import DataSpec
-from core.errors import InputError
 from core.models.architecture import Description
-from core.storage import write_json
+from core.records import check_types, check_version
 from core.target import LocalTraining, Target
 from gradients.rank_analysis import LayerRank, ra_index
 
@@ -226,9 +225,9 @@ class ExtractRecord:
         Raises:
             InputError: It is one of a later version.
         """
-        _check_version(values)
+        check_version(values, SCHEMA_VERSION, "the extraction")
         privacy = values.get("privacy")
-        return ExtractRecord(
+        record = ExtractRecord(
             target=TargetDescription.from_dict(values),
             labels=tuple(values["labels"]),
             checkpoint=values["checkpoint"],
@@ -238,6 +237,8 @@ class ExtractRecord:
             arguments=values.get("arguments", {}),
             provenance=values.get("provenance", {}),
         )
+        check_types(record)
+        return record
 
 
 def _ranks_to_dict(ranks: tuple[LayerRank, ...]) -> dict[str, Any] | None:
@@ -255,18 +256,9 @@ def _ranks_from_dict(values: Mapping[str, Any] | None) -> tuple[LayerRank, ...]:
     )
 
 
-def _check_version(values: Mapping[str, Any]) -> None:
-    version = values.get("schema_version", 1)
-    if not isinstance(version, int) or not 1 <= version <= SCHEMA_VERSION:
-        raise InputError(
-            f"the extraction's record has schema version {version!r} and this program reads up "
-            f"to {SCHEMA_VERSION}; update the program"
-        )
-
-
 def write_record(record: ExtractRecord, path: Path) -> None:
     """Write an extraction's record, atomically."""
-    write_json(path, record.to_dict())
+    storage.write_record(path, record.to_dict())
 
 
 def read_record(path: Path) -> ExtractRecord:
@@ -275,13 +267,4 @@ def read_record(path: Path) -> ExtractRecord:
     Raises:
         InputError: There is none, or it is none of an extraction.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is no readable record of an extraction ({error})") from None
-    try:
-        return ExtractRecord.from_dict(values)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is not the record of an extraction ({error!r})") from None
+    return records.read_record(path, "an extraction", ExtractRecord.from_dict)

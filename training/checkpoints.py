@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
+
+from core.errors import InputError
+from core.storage import load_checkpoint
+
+logger = logging.getLogger(__name__)
 
 INITIAL, BEST = "model_init.pth.tar", "model_best.pth.tar"
 _NAME = re.compile(r"checkpoint_epoch_(\d{4,})_acc1_[\d.]+\.pth\.tar")
@@ -33,6 +39,26 @@ def checkpoints(root: Path) -> list[Path]:
 def latest_checkpoint(root: Path) -> Path | None:
     """The checkpoint of the most epochs in a folder, if there is one."""
     return next(reversed(checkpoints(root)), None)
+
+
+def usable_checkpoint(root: Path) -> Path | None:
+    """The latest checkpoint in a folder that is whole; damaged ones after it are named.
+
+    Raises:
+        InputError: There are checkpoints, and none of them is whole.
+    """
+    damaged: InputError | None = None
+    for path in reversed(checkpoints(root)):
+        try:
+            load_checkpoint(path, "--resume")
+        except InputError as error:
+            logger.warning("%s; trying the checkpoint before it", error)
+            damaged = damaged or error
+        else:
+            return path
+    if damaged is not None:
+        raise damaged
+    return None
 
 
 def remove_unfinished(root: Path) -> None:

@@ -206,6 +206,20 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError("--compile and --amp cannot be combined with per-sample clipping")
 
 
+def _check_parts(args: argparse.Namespace, processes: int) -> None:
+    """Refuse batches that cannot be divided, before processes are started.
+
+    The number of images, which decides for batches that are not full, is not known yet.
+    """
+    parts = processes * args.accumulate
+    per_sample = args.enable_dp and args.dp_clipping == PER_SAMPLE
+    if args.batch_size < parts and not per_sample:
+        raise InputError(
+            f"--batch-size {args.batch_size}: cannot be divided into {parts} parts (processes x "
+            "accumulation steps)"
+        )
+
+
 def _flag(name: str) -> str:
     """How the user spells an argument."""
     return {"max_per_sample_grad_norm": "--max-per-sample-grad_norm", "weight_decay": "--wd"}.get(
@@ -289,10 +303,15 @@ def run(argv: Sequence[str] | None = None) -> None:
     """Parse, check, launch."""
     args = parse_args(argv)
     check_arguments(args)
-    from core.processes.launch import launch
-    from training.run import run_training
+    from core.processes.launch import check_launch, launch, processes_of
+    from training.run import check_root, run_training
 
-    launch(run_training, LaunchSettings.from_arguments(args), run_settings(args))
+    settings = LaunchSettings.from_arguments(args)
+    check_launch(settings)
+    _check_parts(args, processes_of(settings))
+    if not args.evaluate:
+        check_root(Path(args.result_root))
+    launch(run_training, settings, run_settings(args))
 
 
 if __name__ == "__main__":

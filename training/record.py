@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from core import records, storage
 from core.clipping import clipping_word
 from core.data.specs import DataSpec
 from core.errors import InputError
 from core.models.building import ModelSpec
-from core.storage import write_json
+from core.records import check_types, check_version
 from training.settings import TrainingConfig
 
 # Version 1 is a record without a version.
@@ -37,6 +37,8 @@ class EpochResult:
         epsilon: Privacy budget spent; None without a guarantee.
         images_per_second: Over all processes, training only.
         seconds: Training and validation.
+        val_acc5: Share of samples whose class is among the first five guesses, in percent; None
+            in records of earlier versions.
     """
 
     epoch: int
@@ -48,6 +50,7 @@ class EpochResult:
     epsilon: float | None
     images_per_second: float
     seconds: float
+    val_acc5: float | None = None
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,7 @@ class TrainRecord:
         Raises:
             InputError: It is no record of a training, or one of a later version.
         """
-        _check_version(values)
+        check_version(values, SCHEMA_VERSION, "the training")
         privacy = values.get("privacy")
         read = {
             "config": TrainingConfig.from_dict(values["config"]),
@@ -185,7 +188,9 @@ class TrainRecord:
         }
         names = [f.name for f in dataclasses.fields(TrainRecord)]
         plain = {name: values[name] for name in names if name in values}
-        return TrainRecord(**{**plain, **read})
+        record = TrainRecord(**{**plain, **read})
+        check_types(record)
+        return record
 
 
 def _model(values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -195,18 +200,9 @@ def _model(values: Mapping[str, Any]) -> Mapping[str, Any]:
     return ModelSpec.from_dict(dict(values)).to_dict()
 
 
-def _check_version(values: Mapping[str, Any]) -> None:
-    version = values.get("schema_version", 1)
-    if not isinstance(version, int) or not 1 <= version <= SCHEMA_VERSION:
-        raise InputError(
-            f"the training's record has schema version {version!r} and this program reads up "
-            f"to {SCHEMA_VERSION}; update the program"
-        )
-
-
 def write_record(record: TrainRecord, folder: Path) -> None:
     """Write a run's `record.json`, atomically."""
-    write_json(folder / FILE, record.to_dict())
+    storage.write_record(folder / FILE, record.to_dict())
 
 
 def read_record(folder: Path) -> TrainRecord:
@@ -215,16 +211,10 @@ def read_record(folder: Path) -> TrainRecord:
     Raises:
         InputError: There is none, or it is not one of a training.
     """
-    path = folder / FILE
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise InputError(f"{folder} holds no readable {FILE} of a training run") from None
-    if not isinstance(values, dict) or values.get("kind") != KIND:
-        raise InputError(f"{path} is not the record of a training run")
-    try:
-        return TrainRecord.from_dict(values)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is not a whole record of a training run ({error!r})") from None
+    return records.read_record(folder / FILE, "a training run", _parsed)
+
+
+def _parsed(values: Mapping[str, Any]) -> TrainRecord:
+    if values.get("kind") != KIND:
+        raise InputError("it is not the record of a training run")
+    return TrainRecord.from_dict(values)

@@ -13,6 +13,7 @@ from core.client import check_fits, loss_named, own_data
 from core.clipping import noise_sentence
 from core.data.data_sets import DataSets, load_data
 from core.errors import InputError
+from core.locks import LOCK_NAME, check_unlocked, locked, remove_left_behind
 from core.losses import Loss
 from core.models.architecture import GivenModel
 from core.models.building import DEFAULT_POOL_KERNEL
@@ -20,7 +21,13 @@ from core.models.own_model import own_architecture
 from core.named_objects import called, is_object_name
 from core.plugins import import_plugin
 from core.processes.distributed import Process, barrier, broadcast_object
-from training.checkpoints import checkpoints, latest_checkpoint, remove_unfinished
+from core.reading import check_regular
+from training.checkpoints import (
+    checkpoints,
+    latest_checkpoint,
+    remove_unfinished,
+    usable_checkpoint,
+)
 from training.initial_model import build_client_model, load_pretrained, model_spec
 from training.settings import DataSettings, RunSettings
 from training.trainer import Trainer
@@ -42,8 +49,32 @@ def run_training(process: Process, settings: RunSettings) -> None:
     logging.basicConfig(
         level=logging.INFO if process.is_main else logging.ERROR, format="%(message)s"
     )
-    with _product_precision(tf32=settings.tf32):
+    lock = contextlib.nullcontext() if settings.evaluate else _root_of_one_run(process, settings)
+    with _product_precision(tf32=settings.tf32), lock:
         _train(process, settings)
+
+
+def check_root(root: Path) -> None:
+    """Refuse a folder that another training writes to, before processes are started.
+
+    Args:
+        root: Folder of checkpoints and records.
+
+    Raises:
+        InputError: Names the other run.
+    """
+    check_unlocked(root / LOCK_NAME, f"--result-root: {root}")
+
+
+@contextlib.contextmanager
+def _root_of_one_run(process: Process, settings: RunSettings) -> Iterator[None]:
+    """Within the block no other training writes to the folder."""
+    root = settings.root
+    if not process.is_main or (root.exists() and not root.is_dir()):
+        yield
+        return
+    with locked(root / LOCK_NAME, f"--result-root: {root}"):
+        yield
 
 
 @contextlib.contextmanager
@@ -123,8 +154,9 @@ def _agreed(checkpoint: Path | None) -> Path | None:
 
 
 def _evaluate(trainer: Trainer) -> None:
-    loss, acc1 = trainer.validate()
-    accuracy = "" if acc1 is None else f" acc1 {acc1:.2f}"
+    loss, acc1, acc5 = trainer.validate()
+    guesses = {"acc1": acc1, "acc5": acc5}
+    accuracy = "".join(f" {k} {v:.2f}" for k, v in guesses.items() if v is not None)
     if trainer.process.is_main:
         print(f"validation loss {loss:.4f}{accuracy} (epoch {trainer.epoch})")
 
@@ -185,12 +217,16 @@ def _conclude(trainer: Trainer) -> None:
     if trainer.accountant is not None:
         spent = trainer.accountant.epsilon()
         print(spent.sentence(trainer.config.noise_multiplier))
-    reached = f"best validation accuracy {trainer.best_acc1:.2f} %"
-    if trainer.best_acc1 is None:
-        reached = f"smallest validation loss {min(e.val_loss for e in trainer.history):.4g}"
+    print(f"{trainer.config.scheme}: {_reached(trainer)}, results in {trainer.root}")
+
+
+def _reached(trainer: Trainer) -> str:
+    """How good the best epoch was, in words."""
     if not trainer.history:
-        reached = "no epoch was trained"
-    print(f"{trainer.config.scheme}: {reached}, results in {trainer.root}")
+        return "no epoch was trained"
+    if trainer.best_acc1 is None:
+        return f"smallest validation loss {min(e.val_loss for e in trainer.history):.4g}"
+    return f"best validation accuracy {trainer.best_acc1:.2f} %"
 
 
 def prepare_root(settings: RunSettings) -> Path | None:
@@ -206,13 +242,12 @@ def prepare_root(settings: RunSettings) -> Path | None:
     if root.exists() and not root.is_dir():
         raise InputError(f"--result-root: {root} is a file, not a folder")
     remove_unfinished(root)
+    remove_left_behind(root)
     latest = latest_checkpoint(root)
     if settings.resume == "auto":
-        return latest
+        return usable_checkpoint(root)
     if settings.resume:
-        if not Path(settings.resume).exists():
-            raise InputError(f"--resume: there is no file {settings.resume}")
-        return Path(settings.resume)
+        return check_regular(settings.resume, "--resume", "checkpoint file")
     if latest is not None and not settings.evaluate:
         if not settings.overwrite:
             raise InputError(

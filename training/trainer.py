@@ -24,7 +24,7 @@ from torch import nn
 from core.data.data_sets import DataSets
 from core.data.loaders import ShardedBatches, ValidationShard, check_batches, make_loader
 from core.errors import InputError
-from core.losses import DEFAULT_LOSS, Loss, share_right
+from core.losses import DEFAULT_LOSS, Loss, Targets, main_output, share_right
 from core.models.architecture import Architecture
 from core.models.batch_norm import (
     average_running_statistics,
@@ -32,8 +32,9 @@ from core.models.batch_norm import (
     leave_synchronization_to_python,
 )
 from core.models.building import load_parameters
+from core.optimizer_state import restore_optimizer
 from core.processes.distributed import Process, all_reduce, barrier, derived_seed, seed_everything
-from core.records import provenance
+from core.records import BROKEN, check_types, fits, provenance
 from core.storage import load_checkpoint, save_checkpoint
 from training.checkpoints import (
     BEST,
@@ -65,6 +66,8 @@ from training.settings import TrainingConfig
 logger = logging.getLogger(__name__)
 
 STEP = 3  # domain of derived seeds
+# What a checkpoint may state.
+MAX_EPOCHS, MAX_STEPS = 10**6, 10**9
 TOO_FEW_VALUES = (
     "--batch-size: a BatchNorm layer sees one value per channel; use larger batches, "
     "larger images, --syncbn or --norm group"
@@ -77,18 +80,40 @@ class Sums:
 
     values: torch.Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
 
-    def add(self, loss_sum: torch.Tensor, n: int, right: torch.Tensor | None) -> None:
-        """Count one shard of n samples; `right` says how right each is, if that can be said."""
-        met = loss_sum.new_full((), math.nan) if right is None else right.sum()
+    def add(
+        self,
+        loss_sum: torch.Tensor,
+        n: int,
+        right: torch.Tensor | None,
+        five: torch.Tensor | None = None,
+    ) -> None:
+        """Count one shard of n samples; `right` says how right each is, if that can be said.
+
+        `five` says it of the first five guesses, where there is a place for it.
+        """
+        counts = [right, five][: len(self.values) - 2]
+        met = [loss_sum.new_full((), math.nan) if c is None else c.sum().float() for c in counts]
         if not n:
-            met = loss_sum.new_zeros(())
+            met = [loss_sum.new_zeros(()) for _ in counts]
         size = loss_sum.new_tensor(float(n))
-        self.values += torch.stack([loss_sum.detach().float(), met.float(), size.float()])
+        self.values += torch.stack([loss_sum.detach().float(), met[0], size.float(), *met[1:]])
 
     def over_processes(self) -> tuple[float, float | None]:
         """Mean loss, and accuracy in percent; None where there is none."""
-        loss, right, n = all_reduce(self.values).tolist()
+        loss, right, n, *_ = all_reduce(self.values).tolist()
         return loss / max(n, 1), None if math.isnan(right) else 100 * right / max(n, 1)
+
+    def with_five(self) -> tuple[float, float | None, float | None]:
+        """Mean loss, and accuracy of the first and of the first five guesses in percent."""
+        loss, right, n, five = all_reduce(self.values).tolist()
+        shares = [None if math.isnan(met) else 100 * met / max(n, 1) for met in (right, five)]
+        return loss / max(n, 1), shares[0], shares[1]
+
+
+def _right_in_five(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Whether each label is among the five largest logits, or among all of fewer classes."""
+    guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    return (guesses == labels[:, None]).any(1)
 
 
 class Trainer:
@@ -248,7 +273,7 @@ class Trainer:
         trained = time.perf_counter() - start
         if not self.config.synchronized:
             average_running_statistics(self.model)
-        val_loss, val_acc1 = self.validate()
+        val_loss, val_acc1, val_acc5 = self.validate()
         budget = self.accountant.epsilon().value if self.accountant else None
         images = sum(len(batch) for batch in self.batches.batches)
         return EpochResult(
@@ -261,6 +286,7 @@ class Trainer:
             epsilon=budget,
             images_per_second=images / trained,
             seconds=time.perf_counter() - start,
+            val_acc5=val_acc5,
         )
 
     def train_epoch(self, epoch: int) -> tuple[float, float | None]:
@@ -385,17 +411,24 @@ class Trainer:
         return result
 
     @torch.no_grad()
-    def validate(self) -> tuple[float, float | None]:
-        """Mean loss and accuracy in percent on the validation images of all processes."""
+    def validate(self) -> tuple[float, float | None, float | None]:
+        """On the validation images of all processes.
+
+        Returns:
+            Mean loss, and accuracy of the first and of the first five guesses in percent; None
+            where there is none.
+        """
         self.model.eval()
-        sums = Sums(torch.zeros(3, dtype=torch.float64, device=self.process.device))
+        sums = Sums(torch.zeros(4, dtype=torch.float64, device=self.process.device))
         for images, labels in self.val_loader:
             images, labels = self._to_device(images, labels)
             with self._autocast():
                 outputs = self.model(images)
                 loss = self.loss.total(outputs, labels)
-            sums.add(loss, len(images), share_right(self.loss, outputs, labels))
-        return sums.over_processes()
+            classes = self.loss.targets is Targets.CLASSES
+            five = _right_in_five(main_output(outputs), labels) if classes else None
+            sums.add(loss, len(images), share_right(self.loss, outputs, labels), five)
+        return sums.with_five()
 
     def _line(self, result: EpochResult) -> str:
         budget = "" if result.epsilon is None else f" epsilon {result.epsilon:.3g}"
@@ -434,7 +467,7 @@ class Trainer:
         barrier()
 
     def save(self, acc1: float | None, is_best: bool) -> None:
-        """Save the latest state; the one before it goes, unless it is to be kept."""
+        """Save the latest state; what is older than the one before it goes, if not to be kept."""
         if self.process.is_main:
             name = checkpoint_name(self.epoch, acc1)
             state = self.state()
@@ -442,13 +475,16 @@ class Trainer:
             if is_best:
                 save_checkpoint(state, self.root / BEST)
             save_checkpoint(state, self.root / name)
+            # Read again before anything older goes.
+            load_checkpoint(self.root / name, "--result-root")
             for path in checkpoints(self.root):
                 if self._superseded(checkpoint_epoch(path)):
                     path.unlink()
         barrier()
 
     def _superseded(self, epoch: int) -> bool:
-        return epoch < self.epoch and epoch % self.config.save_every != 0
+        """The one before the latest stays until there is another: a disk may damage a file."""
+        return epoch < self.epoch - 1 and epoch % self.config.save_every != 0
 
     def resume(self, path: Path) -> None:
         """Continue from a checkpoint of the same model and data.
@@ -460,21 +496,37 @@ class Trainer:
         missing = [key for key in ("epoch", "state_dict", "optimizer") if key not in raw]
         if missing:
             raise InputError(f"--resume: {path} is not a training checkpoint (no {missing[0]})")
-        self._check_resumable(path, raw)
-        state = {name.removeprefix("module."): v for name, v in raw["state_dict"].items()}
         try:
-            load_parameters(self.model, state)
-            self.optimizer.load_state_dict(raw["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise InputError(f"--resume: {path} does not fit this model ({reason})") from None
+            self._check_resumable(path, raw)
+            self._restore(raw)
+        except InputError as error:
+            text = str(error)
+            if not text.startswith("--resume"):
+                text = f"--resume: {path}: {text}"
+            raise InputError(text) from None
+        except BROKEN as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
+            raise InputError(f"--resume: {path} does not fit this model ({reason:.200})") from None
+
+    def _restore(self, raw: Mapping[str, Any]) -> None:
+        """Take over what a checkpoint holds: all of it is checked before anything is changed."""
+        epoch, best, initial = raw["epoch"], raw.get("best_acc1", 0.0), raw.get("initial_acc1")
+        if type(epoch) is not int or not 0 <= epoch <= MAX_EPOCHS:
+            raise InputError(f"its number of epochs is {epoch!r:.40}")
+        if not fits(best, float | None) or not fits(initial, float | None):
+            raise InputError("its accuracies are not numbers")
+        history = [EpochResult(**entry) for entry in raw.get("history", [])]
+        for result in history:
+            check_types(result)
+        state = {name.removeprefix("module."): v for name, v in raw["state_dict"].items()}
+        load_parameters(self.model, state)
+        restore_optimizer(self.optimizer, raw["optimizer"])
         if raw.get("scaler"):
-            self.scaler.load_state_dict(raw["scaler"])
+            self.scaler.load_state_dict(_scale(raw["scaler"], self.scaler.state_dict()))
         if self.accountant is not None and raw.get("accountant"):
-            self.accountant.load_state_dict(raw["accountant"])
-        self.epoch, self.best_acc1 = int(raw["epoch"]), raw.get("best_acc1", 0.0)
-        self.initial_acc1 = raw.get("initial_acc1")
-        self.history = [EpochResult(**entry) for entry in raw.get("history", [])]
+            self.accountant.load_state_dict(_spent(raw["accountant"]))
+        self.epoch, self.best_acc1, self.initial_acc1 = epoch, best, initial
+        self.history = history
 
     def _check_resumable(self, path: Path, raw: dict[str, Any]) -> None:
         """The model and data must be the same; other settings may change, and it is said."""
@@ -484,13 +536,15 @@ class Trainer:
         ):
             for name, value in ours.items():
                 theirs = (raw.get(key) or ours).get(name)
-                if theirs != value:
+                if type(theirs) is not type(value) or theirs != value:
                     raise InputError(
-                        f"--resume: {path} was trained with {key} {name} = {theirs}, "
+                        f"--resume: {path} was trained with {key} {name} = {theirs!s:.80}, "
                         f"this command asks for {value}"
                     )
         stated = raw.get("config") or {}
-        before = dataclasses.asdict(TrainingConfig.from_dict(stated))
+        given = TrainingConfig.from_dict(stated)
+        check_types(given)
+        before = dataclasses.asdict(given)
         for name, value in dataclasses.asdict(self.config).items():
             if name in stated and before[name] != value:
                 logger.warning("resuming with %s = %s instead of %s", name, value, before[name])
@@ -558,6 +612,26 @@ class Trainer:
 
 def _accuracy(share: float | None) -> str:
     return "" if share is None else f" acc {share:.1f}"
+
+
+def _scale(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The scaler's own options, with the scale that a checkpoint holds."""
+    scale, tracker = saved["scale"], saved["_growth_tracker"]
+    if not fits(scale, float) or not 0 < scale < math.inf or not fits(tracker, int):
+        raise InputError("its loss scale is no positive number")
+    return {**own, "scale": float(scale), "_growth_tracker": tracker} if own else {}
+
+
+def _spent(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """An accountant's history: noise multiplier, sample rate and number of steps."""
+    history = saved["history"]
+    right = fits(history, list[tuple[float, float, int]]) and all(
+        0 < sigma < math.inf and 0 < rate <= 1 and 0 <= steps <= MAX_STEPS
+        for sigma, rate, steps in history
+    )
+    if not right:
+        raise InputError("its privacy accountant's history is no list of noise, rate and steps")
+    return {"history": history}
 
 
 def _median(values: list[float]) -> float | None:

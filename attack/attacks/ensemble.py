@@ -33,7 +33,7 @@ from attack.knowledge.label_search import (
     parts_of,
 )
 from attack.knowledge.threat_models import Capability
-from attack.loop.inversion import label_trial
+from attack.loop.inversion import InterruptedInversion, label_trial
 from attack.matching.matcher import GradientMatcher
 from attack.matching.objectives import Cosine
 from attack.matching.replica import Replica
@@ -41,6 +41,8 @@ from attack.reconstruction import Reconstruction
 from attack.settings import InversionConfig
 from core.errors import InputError
 from core.processes import distributed
+from core.reading import parse_json
+from core.records import BROKEN, check_types, fits
 from core.storage import load_checkpoint, save_checkpoint
 from core.target import Target
 
@@ -251,7 +253,14 @@ class Ensemble:
         self._measure_budget()
         labels = self._recover_labels()
         self._run_closed_forms(labels)
-        self._halve(labels)
+        try:
+            self._halve(labels)
+        except InterruptedInversion:
+            finished = [m for m in self.members if m.result is not None]
+            if not finished:
+                raise
+            best = dataclasses.replace(self._conclude(finished), status="interrupted")
+            raise InterruptedInversion(best) from None
         finished = [m for m in self.members if m.result is not None]
         if not finished:
             reasons = "; ".join(f"{m.name}: {m.reason}" for m in self.members)
@@ -367,9 +376,7 @@ class Ensemble:
             logger.info("%s: %s (%s)", member.name, saved["status"], saved["reason"])
             return
         member.status = "finished"
-        member.result = Reconstruction(
-            **{**saved, "details": json.loads(saved["details"])}  # type: ignore[arg-type]
-        )
+        member.result = _result(saved)
         member.loss = self._common_loss(member.result)
         logger.info("%s: gradient loss %.5g", member.name, member.loss)
 
@@ -436,12 +443,39 @@ class Ensemble:
             return None
         saved = None
         if distributed.rank() == 0 and path.exists():
-            saved = load_checkpoint(path, "--root")
+            saved = self._checked(load_checkpoint(path, "--root"), path)
         found: dict[str, Any] | None = distributed.broadcast_object(saved)
         return found
+
+    def _checked(self, saved: dict[str, Any], path: Path) -> dict[str, Any]:
+        """What an interrupted run kept: the labels, or of a member its result or a reason."""
+        try:
+            if "spent" in saved:
+                labels = saved["labels"]
+                right = len(labels) == self.target.batch_size and fits(saved["spent"], int)
+                right = right and not labels.is_floating_point()
+            elif "images" not in saved:
+                right = fits([saved["status"], saved["reason"]], list[str])
+            else:
+                result = _result(saved)
+                check_types(result)
+                shape = (self.target.batch_size, *self.target.data.shape)
+                right = tuple(result.images.shape) == shape and result.images.is_floating_point()
+                right = right and len(result.labels) == len(result.images)
+        except BROKEN:
+            right = False
+        if not right:
+            raise InputError(f"--root: {path} is no result of this run; remove it")
+        return saved
 
     def _forget(self, name: str) -> None:
         path = self._path(name)
         if path is not None and distributed.rank() == 0:
             for state in path.parent.glob(f"{path.stem}*.pt"):
                 state.unlink()
+
+
+def _result(saved: dict[str, Any]) -> Reconstruction:
+    """A member's result, as `_outcome` keeps it."""
+    details = parse_json(saved["details"].encode(), "its details")
+    return Reconstruction(**{**saved, "details": details})

@@ -11,23 +11,64 @@ from attack.attacks.optimisation import OptimizationAttack, make_attack
 from attack.cli.request import AttackRun, Search, open_checkpoint, prior_images
 from attack.knowledge.labels import rule_names
 from attack.knowledge.requirements import check_knowledge
-from attack.settings import InversionConfig
+from attack.matching.replica import check_shares
+from attack.settings import InversionConfig, setting_error
 from core.errors import InputError
+from core.locks import LOCK_NAME, check_unlocked
+from core.reading import check_name
 from core.target import Target, Truth
 
 
-def check_run(run: AttackRun, *, cpu: bool) -> tuple[Target, Truth | None]:
+def check_run(run: AttackRun, *, cpu: bool, processes: int = 1) -> tuple[Target, Truth | None]:
     """Refuse what cannot work.
 
     Args:
         run: What is asked for.
         cpu: Whether a GPU is left alone even if there is one.
+        processes: How many processes shall run it together.
 
     Returns:
         What the checkpoint holds.
 
     Raises:
         InputError: Names the flag or the file.
+    """
+    attack = check_settings(run, cpu=cpu)
+    if run.spread == "restarts":
+        check_spreadable(attack)
+    target, truth = open_checkpoint(run)
+    check_knowledge(run.knowledge, attack, target)
+    if processes > 1 and run.spread == "batch" and not run.labels_only:
+        _check_shareable(attack, target, processes)
+    if truth is None:
+        _check_needs_no_truth(run)
+    if run.prior is not None:
+        prior_images(run.prior, target)
+    return target, truth
+
+
+def _check_shareable(attack: Attack, target: Target, processes: int) -> None:
+    """Refuse to share a batch out that one process has to invert as a whole."""
+    config = getattr(attack, "config", None)
+    if not isinstance(config, InversionConfig):
+        return
+    if config.optimiser.name == "LBFGS":
+        raise setting_error("{optimizer} LBFGS runs on one process; use Adam and {polish} here")
+    check_shares(target, processes)
+
+
+def check_settings(run: AttackRun, *, cpu: bool) -> Attack:
+    """Refuse settings that no checkpoint could be inverted with.
+
+    Args:
+        run: What is asked for.
+        cpu: Whether a GPU is left alone even if there is one.
+
+    Returns:
+        The attack.
+
+    Raises:
+        InputError: Names the flag.
     """
     rule = run.knowledge.label_rule
     if rule not in rule_names():
@@ -36,15 +77,7 @@ def check_run(run: AttackRun, *, cpu: bool) -> tuple[Target, Truth | None]:
     config = getattr(attack, "config", None)
     if isinstance(config, InversionConfig):
         config.speed.check_device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
-    if run.spread == "restarts":
-        check_spreadable(attack)
-    target, truth = open_checkpoint(run)
-    check_knowledge(run.knowledge, attack, target)
-    if truth is None:
-        _check_needs_no_truth(run)
-    if run.prior is not None:
-        prior_images(run.prior, target)
-    return target, truth
+    return attack
 
 
 def _check_needs_no_truth(run: AttackRun) -> None:
@@ -60,7 +93,7 @@ def _check_needs_no_truth(run: AttackRun) -> None:
 
 
 def check_places(run: AttackRun, root: Path, name: str) -> None:
-    """Refuse names and folders that would fail once the attack has run.
+    """Refuse names and folders that would fail once the attack has run, or that are in use.
 
     Args:
         run: What is asked for.
@@ -70,10 +103,10 @@ def check_places(run: AttackRun, root: Path, name: str) -> None:
     Raises:
         InputError: Names the flag.
     """
-    if Path(name).name != name:
-        raise InputError(f"--id {name}: becomes the name of a folder in --root")
+    check_name(name, "--id", "the name of a folder in --root")
     if root.exists() and not root.is_dir():
         raise InputError(f"--root: {root} is a file, not a folder")
+    check_unlocked(run.folder / LOCK_NAME, f"--root and --id: {run.folder}")
     weights = run.measuring.lpips_weights
     if weights is not None and not Path(weights).is_dir():
         raise InputError(f"--lpips-weights: there is no folder {weights}")

@@ -33,6 +33,10 @@ def main(argv: list[str] | None = None) -> None:
 
     from core.processes.launch import launch
 
+    if args.superparameters_search and args.checkpoint is None:
+        with told_by_flag():
+            _search_alone(args, given)
+        return
     with told_by_flag():
         run, opened = _prepared(args, given)
     # Spawned processes read the checkpoint themselves; it would be copied to them otherwise.
@@ -53,14 +57,15 @@ def _prepared(
 ) -> tuple[AttackRun, tuple[Target, Truth | None]]:
     """The run that the command line describes, checked, and what its checkpoint holds."""
     from attack.cli.checks import check_places, check_run, check_search
-    from core.processes.launch import check_launch
+    from core.processes.launch import check_launch, processes_of
 
-    check_launch(LaunchSettings.from_arguments(args))
+    launched = LaunchSettings.from_arguments(args)
+    check_launch(launched)
     run = make_run(args, given)
     check_places(run, Path(args.root), args.id)
     if args.checkpoint is None:
         raise InputError("--checkpoint: give the gradient checkpoint to invert")
-    opened = check_run(run, cpu=args.cpu)
+    opened = check_run(run, cpu=args.cpu, processes=processes_of(launched))
     if args.superparameters_search:
         from attack.cli.search import with_best_settings
 
@@ -68,6 +73,25 @@ def _prepared(
         check_search(search, run)
         run = with_best_settings(run, search)
     return run, opened
+
+
+def _search_alone(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
+    """Search, say what is best, and end: there is nothing to invert with it yet."""
+    from attack.cli.checks import check_places, check_search, check_settings
+    from attack.cli.search import with_best_settings
+    from core.storage import write_json
+
+    run = make_run(args, given)
+    search = _make_search(args)
+    check_places(run, Path(args.root), args.id)
+    check_settings(run, cpu=args.cpu)
+    check_search(search, run)
+    best = with_best_settings(run, search)
+    found = {name: best.arguments[name] for name in search.names}
+    path = run.folder / "best_setting.json"
+    write_json(path, found)
+    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in found.items())
+    print(f"wrote {path}; for an attack: --checkpoint PATH {flags}")
 
 
 def make_run(args: argparse.Namespace, given: Mapping[str, Any]) -> AttackRun:

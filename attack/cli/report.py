@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from attack.knowledge.labels import accuracy_by_rule, label_accuracy
+from attack.loop.inversion import as_matched
+from attack.matching.replica import Replica
 from attack.metrics import Evaluation, evaluate
 from attack.metrics.information_ratio import gradient_information
 from attack.metrics.worst_case import worst_case
 from attack.record import AttackRecord, LabelRecord, RunRecord
+from attack.settings import InversionConfig
+from core.errors import InputError
+from core.escaping import printable
 from core.pictures import save_comparison, save_curve, save_images
+from core.processes.distributed import alone
 from core.records import provenance
-from core.storage import save_checkpoint, write_json, write_text
+from core.storage import save_checkpoint, write_record, write_text
 from gradients.record import describe
 
 if TYPE_CHECKING:
@@ -25,6 +32,8 @@ if TYPE_CHECKING:
     from attack.reconstruction import Reconstruction
     from core.processes.distributed import Process
     from core.target import Target, Truth
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,7 @@ def write_results(
     """
     folder, truth, measuring = output.run.folder, output.truth, output.run.measuring
     record = _attack_record(output, found, curve)
+    _record_layers(output, found, record)
     tensors = {"images": found.images, "labels": found.labels}
     save_checkpoint(tensors, folder / "reconstruction.pt")
     if truth is not None and measuring.images:
@@ -78,6 +88,59 @@ def write_results(
     write_text(folder / "metrics.txt", "\n\n".join(record.tables) + "\n")
     _write(output, record)
     return record
+
+
+def _record_layers(output: Output, found: Reconstruction, record: AttackRecord) -> None:
+    config = getattr(output.attack, "config", None)
+    settings = config if isinstance(config, InversionConfig) else None
+    try:
+        layers = losses_by_layer(output.target, found, settings)
+    except (InputError, RuntimeError, ValueError, TypeError) as error:
+        # What hours of an attack found is not lost over what is said of it beside.
+        logger.warning("no losses by layer: %s", error)
+        return
+    record.details = {**record.details, "layers": layers}
+    write_text(output.run.folder / "layers.txt", _layer_table(layers) + "\n")
+
+
+def losses_by_layer(
+    target: Target, found: Reconstruction, config: InversionConfig | None
+) -> dict[str, dict[str, float]]:
+    """How far the result's gradient is from the shared one, parameter by parameter.
+
+    Args:
+        target: What the client shared.
+        found: What came out.
+        config: Says what is made of several local steps; None: they are unrolled.
+
+    Returns:
+        By parameter: the norm of its shared gradient, the squared distance ("L2") and one
+        minus the cosine ("sim"); all of a zero gradient is 1 away from any.
+    """
+    seen = target if config is None else as_matched(target, config)
+    with alone():
+        replica = Replica(seen, torch.device("cpu"))
+        inputs = seen.data.normalize(found.images.float())
+        update = replica.update(inputs, found.labels.cpu(), create_graph=False)
+    rows = {}
+    for name, own, shared in zip(replica.names, update, replica.target_gradient, strict=True):
+        a, b = own.detach().double().flatten(), shared.double().flatten()
+        lengths = float(a.norm() * b.norm())
+        cosine = float(a @ b) / lengths if lengths > 0 else 0.0
+        rows[name] = {"norm": float(b.norm()), "L2": float((a - b).square().sum())}
+        rows[name]["sim"] = 1 - cosine
+    return rows
+
+
+def _layer_table(layers: Mapping[str, Mapping[str, float]]) -> str:
+    from prettytable import PrettyTable
+
+    table = PrettyTable(["parameter", "norm", "L2", "sim"])
+    for name, row in layers.items():
+        table.add_row([name, *(f"{row[key]:.4g}" for key in ("norm", "L2", "sim"))])
+    table.align = "r"
+    table.align["parameter"] = "l"
+    return table.get_string()
 
 
 def _attack_record(
@@ -138,9 +201,9 @@ def write_label_results(output: Output) -> LabelRecord:
 
 def _write(output: Output, record: RunRecord) -> None:
     path = output.run.folder / "record.json"
-    write_json(path, record.to_json())
+    write_record(path, record.to_json())
     if not output.run.showing.quiet:
-        print("\n\n".join(record.tables))
+        print(printable("\n\n".join(record.tables)))
         print(f"wrote {path}")
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -19,19 +21,27 @@ from attack.cli.request import AttackRun, open_checkpoint, prior_images
 from attack.knowledge.label_search import arrange_labels
 from attack.knowledge.labels import recover_labels
 from attack.knowledge.threat_models import Capability, find_threat
-from attack.loop.inversion import label_trial
+from attack.loop.consensus import stage_ends
+from attack.loop.inversion import InterruptedInversion, label_trial
 from attack.matching.freed_memory import keep_freed_memory
 from attack.metrics import assign, data_range, psnr, to_unit_range
 from attack.reconstruction import Reconstruction
 from attack.record import AttackRecord, LabelRecord, read_record
 from attack.settings import InversionConfig
+from core.errors import InputError
+from core.escaping import printable
+from core.locks import LOCK_NAME, locked, remove_left_behind
 from core.pictures import save_images
 from core.plugins import import_plugin
 from core.processes.distributed import Process, barrier, broadcast_object
+from core.reading import read_json
+from core.records import fits
 from core.storage import write_json
 from core.target import Target, Truth
 
 SNAPSHOTS_OF_A_CURVE = 20
+LOG = "log.txt"
+INTERRUPTED = "interrupted"
 
 
 def run_attack(
@@ -53,6 +63,19 @@ def run_attack(
         target = threat.view(target)
     attack = make_attack(run.attack, run.settings, run.knowledge)
     output = Output(run, run_key(run, attack), attack, target, truth, process)
+    # State files tell by their names whose they are; only rank 0 writes beside them.
+    lock: AbstractContextManager[None] = contextlib.nullcontext()
+    if process.is_main:
+        lock = locked(run.folder / LOCK_NAME, f"--root and --id: {run.folder}")
+    with lock:
+        _run_locked(output)
+
+
+def _run_locked(output: Output) -> None:
+    """The run, in a folder that nobody else writes to."""
+    run, process = output.run, output.process
+    if process.is_main:
+        remove_left_behind(run.folder)
     if _is_finished(output):
         return
     if run.labels_only:
@@ -60,13 +83,55 @@ def run_attack(
             write_label_results(output)
         return
     curve = Curve(output)
-    reconstruction = _reconstruct(output, curve)
-    if process.is_main:
-        write_results(output, reconstruction, curve.points)
+    with run_log(run.folder if process.is_main else None):
+        try:
+            reconstruction = _reconstruct(output, curve)
+        except InterruptedInversion as stopped:
+            _conclude_early(output, stopped.reconstruction, curve)
+            raise KeyboardInterrupt from None
+        if process.is_main:
+            write_results(output, reconstruction, curve.points)
     barrier()
     if process.is_main:
         for state in run.folder.glob(f"state-{output.key}*"):
             state.unlink()
+
+
+def _conclude_early(output: Output, found: Reconstruction, curve: Curve) -> None:
+    """Measure what an interrupted attack has found; nothing where processes are several."""
+    if output.process.world_size > 1:
+        return
+    print(f"interrupted after {found.iterations} iterations: measuring the best so far")
+    write_results(output, found, curve.points)
+    print("the same command continues from the last saved state")
+
+
+@contextlib.contextmanager
+def run_log(folder: Path | None) -> Iterator[None]:
+    """Within the block, what the attack logs is written to `log.txt` as well.
+
+    Args:
+        folder: Of the run; None for no file.
+    """
+    if folder is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    rooms = logging.getLogger("attack")
+    level = rooms.level
+    for shown in logging.getLogger().handlers:
+        # Each iteration's losses are for the file.
+        shown.setLevel(max(shown.level, logging.INFO))
+    file = logging.FileHandler(folder / LOG, encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+    rooms.addHandler(file)
+    rooms.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        rooms.setLevel(level)
+        rooms.removeHandler(file)
+        file.close()
 
 
 def _is_finished(output: Output) -> bool:
@@ -76,7 +141,7 @@ def _is_finished(output: Output) -> bool:
         record = finished_record(output.run.folder, output.key)
     if record is not None:
         print(f"already done: {output.run.folder / 'record.json'}")
-        print("\n".join(record.tables))
+        print(printable("\n".join(record.tables)))
     return bool(broadcast_object(record is not None))
 
 
@@ -164,7 +229,9 @@ def finished_record(folder: Path, key: str) -> AttackRecord | LabelRecord | None
     if not path.exists():
         return None
     record = read_record(path)
-    return record if record.key == key else None
+    # What was interrupted has a record of the best so far, and is run on.
+    done = record.key == key and record.status != INTERRUPTED
+    return record if done else None
 
 
 class Curve:
@@ -175,14 +242,23 @@ class Curve:
     """
 
     def __init__(self, output: Output) -> None:
-        run = output.run
+        run, config = output.run, getattr(output.attack, "config", None)
+        # E2EGI's stages end with a picture, whatever the snapshots are.
+        self.stages = stage_ends(config) if isinstance(config, InversionConfig) else []
+        self.iterations = output.attack.iterations
         self.folder, self.picture_every = run.folder, run.showing.picture_every
         self.truth = output.truth if run.measuring.images else None
         # A continued run keeps the points of the interrupted one.
         self.file = run.folder / f"state-{output.key}-curve.json"
         self.points: list[dict[str, float]] = []
         if self.file.exists():
-            self.points = json.loads(self.file.read_text())
+            self.points = self._read()
+
+    def _read(self) -> list[dict[str, float]]:
+        points: list[dict[str, float]] = read_json(self.file, "--root")
+        if not fits(points, list[dict[str, float]]):
+            raise InputError(f"--root: {self.file} holds no curve; remove it")
+        return points
 
     def every(self, iterations: int | None) -> int:
         """Iterations between two snapshots; 0: none are taken."""
@@ -194,6 +270,16 @@ class Curve:
 
     def __call__(self, iteration: int, images: torch.Tensor) -> None:
         """Take note of the batch as it stands (N x C x H x W in [0, 1], or others)."""
+        if iteration in self.stages:
+            number = self.stages.index(iteration) + 1
+            save_images(
+                self.folder / f"stage{number}.png",
+                images,
+                title=f"stage {number} of 3, iteration {iteration}",
+            )
+        every = self.every(self.iterations)
+        if not every or iteration % every:
+            return
         if self.truth is not None:
             bounds = data_range(self.truth.images)
             found, originals = (to_unit_range(x, bounds) for x in (images, self.truth.images))

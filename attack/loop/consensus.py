@@ -25,6 +25,14 @@ def fusions(config: InversionConfig) -> list[int]:
     return [*range(first, last, config.consensus.combine_every), last]
 
 
+def stage_ends(config: InversionConfig) -> list[int]:
+    """Iterations that end E2EGI's initial and middle stage; empty without stages."""
+    if not config.consensus.combine:
+        return []
+    begins = fusions(config)
+    return sorted({begins[0], begins[-1]})
+
+
 class Consensus:
     """Group consistency, and E2EGI's three stages.
 

@@ -21,6 +21,7 @@ each process holds its own images of the batch (see `attack.matching.matcher`).
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -30,7 +31,7 @@ import torch
 from tqdm import tqdm
 
 from attack.knowledge.known_defenses import Adaptation, adapt
-from attack.loop.consensus import Consensus
+from attack.loop.consensus import Consensus, stage_ends
 from attack.loop.loss_terms import make_objective, running_statistics
 from attack.loop.parts import Parts
 from attack.loop.polish import polish
@@ -49,6 +50,7 @@ from core.processes import distributed
 from core.target import LocalTraining, Target
 
 __all__ = [
+    "InterruptedInversion",
     "Inversion",
     "Parts",
     "Report",
@@ -68,6 +70,19 @@ ASSUMED_ORDER = (
     "the client's epochs mix the images in an order that is not told; every epoch is simulated "
     "with the same batches"
 )
+logger = logging.getLogger(__name__)
+
+
+class InterruptedInversion(KeyboardInterrupt):
+    """An inversion that was interrupted: whoever does not know it is interrupted as well.
+
+    Args:
+        reconstruction: The best result so far.
+    """
+
+    def __init__(self, reconstruction: Reconstruction) -> None:
+        super().__init__()
+        self.reconstruction = reconstruction
 
 
 class Inversion:
@@ -159,11 +174,22 @@ class Inversion:
             report: See `Report`; called with every entry of the trace.
             state_file: Where the state is kept, and continued from if it is there.
             save_every: Iterations between two saves of the state.
+
+        Raises:
+            InterruptedInversion: At Ctrl-C, with the best result so far; the last saved state
+                stays, and a further run continues from it.
         """
         with product_precision(self.config.speed.precision):
-            return self._run(
-                progress, print_every, on_snapshot, snapshot_every, report, state_file, save_every
-            )
+            try:
+                return self._run(
+                    progress, print_every, on_snapshot, snapshot_every, report, state_file,
+                    save_every,
+                )  # fmt: skip
+            except KeyboardInterrupt:
+                # Several processes are not interrupted at the same iteration.
+                if distributed.world_size() > 1 or not math.isfinite(self._best_objective()):
+                    raise
+                raise InterruptedInversion(self._result("interrupted")) from None
 
     def _run(
         self,
@@ -181,6 +207,7 @@ class Inversion:
         started = time.perf_counter() - self.progress.seconds
         bar = self._bar(progress)
         status = "finished"
+        ends = stage_ends(self.config)
         while self.progress.iteration < self.config.optimiser.iterations and status == "finished":
             iteration = self.progress.iteration
             self._iterate(iteration)
@@ -193,7 +220,8 @@ class Inversion:
                 if report is not None:
                     report(iteration, entry["objective"])
             status = self.stopping.status(self.restarts)
-            if on_snapshot and snapshot_every and (iteration + 1) % snapshot_every == 0:
+            due = snapshot_every > 0 and (iteration + 1) % snapshot_every == 0
+            if on_snapshot and (due or iteration + 1 in ends):
                 self._snapshot(on_snapshot)
             if state is not None and (iteration + 1) % save_every == 0:
                 state.save(self.restarts)
@@ -238,14 +266,32 @@ class Inversion:
             "last": min(r.last_value for r in self.restarts),
             "lr": scheduled_rate(self.config, iteration),
             "seconds": self.progress.seconds,
+            **self._terms(),
         }
         self.progress.trace.append(entry)
+        logger.debug("%s", ", ".join(f"{name} {value:.6g}" for name, value in entry.items()))
         return entry
+
+    def _terms(self) -> dict[str, float]:
+        """The weighted terms that the restart of smallest last objective minimises."""
+        current = min(self.restarts, key=lambda restart: (restart.last_value, restart.index))
+        found = self.stepper.terms.get(current.index, {})
+        # Regularisers are each process's part; the objective and its penalty are of all.
+        parts = [name for name in found if name not in ("gradient", "statistics")]
+        values = {name: float(value) for name, value in found.items() if name not in parts}
+        if parts:
+            mine = torch.stack([found[name].double() for name in parts])
+            values |= dict(zip(parts, distributed.all_reduce(mine).tolist(), strict=True))
+        return {f"{name} term": value for name, value in values.items()}
 
     def _snapshot(self, on_snapshot: Snapshot) -> None:
         images = self.problem.images(best_of(self.restarts))
         if distributed.rank() == 0:
             on_snapshot(self.progress.iteration, images)
+
+    def _best_objective(self) -> float:
+        best = best_of(self.restarts)
+        return math.inf if best.best_inputs is None else best.best_value
 
     def _result(self, status: str) -> Reconstruction:
         best = best_of(self.restarts)
@@ -307,7 +353,11 @@ def label_trial(
         short = config.changed(
             iterations=iterations, restarts=1, combine=False, polish=0, warmup=0, time_budget=None
         )
-        return Inversion(target, labels, short, device=device, seed=seed).run().objective
+        try:
+            return Inversion(target, labels, short, device=device, seed=seed).run().objective
+        except InterruptedInversion:
+            # A trial of labels is no result of the attack.
+            raise KeyboardInterrupt from None
 
     return objective
 

@@ -85,8 +85,8 @@ class Restart:
         if improved:
             self.smallest, self.best_iteration = value, iteration
         if improved or not smallest:
-            self.best_value = value
-            self.best_inputs = inputs.clone()
+            # Together: an interrupted attack's result is the one of its objective.
+            self.best_value, self.best_inputs = value, inputs.clone()
             if self.label_logits is not None:
                 self.best_labels = self.loss.decided(self.label_logits.detach())
 

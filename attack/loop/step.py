@@ -102,6 +102,8 @@ class Stepper:
         self.problem, self.evaluation, self.starter = problem, evaluation, starter
         self.config, self.progress = problem.config, progress
         self.direction = Direction(problem.config)
+        # Weighted loss terms of each restart's last evaluation, by its number.
+        self.terms: dict[int, dict[str, torch.Tensor]] = {}
 
     def step(
         self,
@@ -151,6 +153,11 @@ class Stepper:
         prior_value, prior_gradient = self.evaluation.prior(inputs, consensus)
         value = float(match.value)
         restart.last_value = value
+        self.terms[restart.index] = {
+            "gradient": match.value.detach() * self.config.matching.gradient_weight,
+            **({} if match.penalty is None else {"statistics": match.penalty}),
+            **({} if prior_gradient is None else self.evaluation.last_terms),
+        }
         if not math.isfinite(value):
             return value
         restart.keep(inputs, value, iteration, smallest=self.config.stopping.smallest_loss)

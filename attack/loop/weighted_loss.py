@@ -45,6 +45,8 @@ class WeightedLoss:
         # Made once: a compiled pass knows its penalty by identity.
         self._penalty = self._weighted_penalty()
         self._most_at_once: int | None = None
+        # By regulariser, this process's part of its weighted value at the last `prior`.
+        self.last_terms: dict[str, torch.Tensor] = {}
 
     def match(self, restart: Restart, inputs: torch.Tensor) -> Match:
         """The gradient loss and the model's penalties at a restart's inputs."""
@@ -77,8 +79,12 @@ class WeightedLoss:
         if not terms:
             return 0.0, None
         leaf = inputs.detach().requires_grad_()
-        total = torch.stack([weight * r(leaf).sum() for weight, r in terms]).sum()
+        values = torch.stack([weight * r(leaf).sum() for weight, r in terms])
+        total = values.sum()
         total = total / self.problem.target.batch_size
+        parts = values.detach() / self.problem.target.batch_size
+        names = [type(regularizer).__name__ for _, regularizer in terms]
+        self.last_terms = dict(zip(names, parts.unbind(), strict=True))
         (gradient,) = torch.autograd.grad(total, leaf)
         return float(total.detach()), gradient
 

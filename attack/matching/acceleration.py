@@ -46,8 +46,10 @@ from attack.matching.objectives import Objective
 from attack.matching.replica import Replica, laid_out_as
 from attack.matching.switches import RecordActivations, ReplayActivations
 from attack.settings import SpeedSettings, setting_error
+from core.errors import InputError
 from core.models.unchanged import random_numbers_held
 from core.processes import distributed
+from core.records import fits
 
 logger = logging.getLogger(__name__)
 
@@ -175,17 +177,20 @@ class AcceleratedMatcher(GradientMatcher):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
         super().load_state_dict(state)
+        for name, kind in {"traced": bool, "precision": str, "steps": list[float]}.items():
+            if not fits(state.get(name), kind):
+                raise InputError(f"the saved matching has {name} = {state.get(name)!r:.40}")
         self.traced, self.precision = state["traced"], state["precision"]
         self._steps = tuple(state["steps"])
 
     # -- Choosing -----------------------------------------------------------------
 
-    def _calibrate(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
+    def calibrate(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
         """Give up, one after the other, what parts from the exact gradient in float32."""
         if self.precision == "float32" and not self.traced:
-            super()._calibrate(inputs, labels)
+            super().calibrate(inputs, labels)
             return
-        exact = self._exact_as_recorded(inputs, labels)
+        exact = self.exact_as_recorded(inputs, labels)
         enough = ACCEPTED_COSINE if self.precision == "float32" else LOW_ACCEPTED_COSINE
         self.agreement, self.step = self._best_step(exact, inputs, labels)
         if self.agreement >= enough:
@@ -204,14 +209,14 @@ class AcceleratedMatcher(GradientMatcher):
                 f"least {enough} is asked for; float32 is used"
             )
             self._raise_precision()
-        self._calibrate(inputs, labels)
+        self.calibrate(inputs, labels)
 
-    def _exact_as_recorded(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def exact_as_recorded(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """In full float32, whatever the passes run in."""
         with lowered("float32", self.device_type):
-            return super()._exact_as_recorded(inputs, labels)
+            return super().exact_as_recorded(inputs, labels)
 
-    def _sample(
+    def sampled(
         self, inputs: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The whole batch: traced passes are for its shape."""
@@ -223,7 +228,7 @@ class AcceleratedMatcher(GradientMatcher):
         """Whether the double backward keeps the gradient in few bits: it subtracts nothing."""
         self.step, difference = None, self.agreement
         with random_numbers_held(inputs.device):
-            found = self._exact(inputs, labels, 1.0, None).input_gradient
+            found = self.exact_match(inputs, labels, 1.0, None).input_gradient
         self.agreement = cosine_of_images(exact, found)
         agrees = self.agreement >= LOW_ACCEPTED_COSINE
         if agrees and not self._twice:
@@ -255,11 +260,12 @@ class AcceleratedMatcher(GradientMatcher):
         with lowered(self.precision, self.device_type):
             return super().several(inputs, labels)
 
-    def _exact(self, *args: Any, **options: Any) -> Match:
+    def exact_match(self, *args: Any, **options: Any) -> Match:
+        """See `GradientMatcher`."""
         with lowered(self.precision, self.device_type):
-            return super()._exact(*args, **options)
+            return super().exact_match(*args, **options)
 
-    def _difference(
+    def difference_match(
         self,
         inputs: torch.Tensor,
         labels: torch.Tensor,
@@ -268,6 +274,7 @@ class AcceleratedMatcher(GradientMatcher):
         step: float,
         apart: bool = False,
     ) -> Match:
+        """See `GradientMatcher`."""
         if self.traced:
             # A graph holds its casts; running it with automatic ones would add others.
             with product_precision(self.precision):
@@ -275,7 +282,7 @@ class AcceleratedMatcher(GradientMatcher):
                 if graphs is not None:
                     return self._by_graphs(graphs, inputs, labels, weight, step)
         with lowered(self.precision, self.device_type):
-            return super()._difference(inputs, labels, weight, penalty, step, apart)
+            return super().difference_match(inputs, labels, weight, penalty, step, apart)
 
     def _by_graphs(
         self,

@@ -63,6 +63,7 @@ from core.errors import InputError
 from core.models.architecture import copied
 from core.models.unchanged import random_numbers_held
 from core.processes import distributed
+from core.records import fits
 
 if TYPE_CHECKING:
     from attack.matching.clipping import SampleClipping
@@ -124,6 +125,10 @@ class _Swept:
 
 class GradientMatcher:
     """The objective and its gradient in the images for one target.
+
+    A subclass may compute the same in another way: `exact_match` and `difference_match` are one
+    evaluation each, `calibrate` decides between them on what `sampled` and `exact_as_recorded`
+    give.
 
     Args:
         replica: The client's computation.
@@ -224,8 +229,8 @@ class GradientMatcher:
             return self._clipped(inputs, labels, weight, penalty, apart)
         self._count_call(inputs, labels)
         if self.step is None:
-            return self._exact(inputs, labels, weight, penalty, apart)
-        return self._difference(inputs, labels, weight, penalty, self.step, apart)
+            return self.exact_match(inputs, labels, weight, penalty, apart)
+        return self.difference_match(inputs, labels, weight, penalty, self.step, apart)
 
     def _variables(self, inputs: torch.Tensor, labels: torch.Tensor) -> Tensors:
         return fresh_variables(inputs, labels, self.replica.optimises(labels))
@@ -242,7 +247,7 @@ class GradientMatcher:
 
     def _count_call(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
         if self.hvp == "auto" and self.calls % CHECK_EVERY == 0:
-            self._calibrate(inputs, labels)
+            self.calibrate(inputs, labels)
         self.calls += 1
 
     def several(self, inputs: torch.Tensor, labels: torch.Tensor) -> list[Match]:
@@ -260,7 +265,7 @@ class GradientMatcher:
             return [self(one, labels) for one in inputs]
         self._count_call(inputs[0], labels)
         if self.step is None:
-            return [self._exact(one, labels, 1.0, None) for one in inputs]
+            return [self.exact_match(one, labels, 1.0, None) for one in inputs]
         if self._batches:
             try:
                 with buffers_standing(self._perturbed):
@@ -272,7 +277,7 @@ class GradientMatcher:
                 self._batches = False
                 logger.debug("restarts run one by one (%s)", str(error).splitlines()[0])
         each = (self._laid_out(one) for one in inputs)
-        return [self._difference(one, labels, 1.0, None, self.step) for one in each]
+        return [self.difference_match(one, labels, 1.0, None, self.step) for one in each]
 
     def _several_differences(
         self, inputs: torch.Tensor, labels: torch.Tensor, step: float
@@ -361,13 +366,13 @@ class GradientMatcher:
                 "local step(s) of training, whose batch cannot be sharded; add --spread restarts"
             )
 
-    def _calibrate(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
+    def calibrate(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
         """Choose the step whose difference agrees with the second backward pass."""
         factor, whole = self.factor, len(inputs)
-        inputs, labels = self._sample(inputs, labels)
+        inputs, labels = self.sampled(inputs, labels)
         # Layers that are factored for few images may not be for all of them.
         self.factor = factor and len(inputs) == whole
-        exact = self._exact_as_recorded(inputs, labels)
+        exact = self.exact_as_recorded(inputs, labels)
         best = self._best_step(exact, inputs, labels)
         if best[0] < ACCEPTED_COSINE and self._factored is not None:
             factor, self.factor, self._factored = False, False, None
@@ -379,7 +384,7 @@ class GradientMatcher:
         self.step = best[1] if best[0] >= ACCEPTED_COSINE else None
         logger.debug("difference step %s, cosine to exact %.6f", self.step, self.agreement)
 
-    def _exact_as_recorded(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def exact_as_recorded(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The exact gradient in the images, on the switches that the difference freezes.
 
         A unit so close to its switch that another kernel's rounding flips it would show as an
@@ -393,10 +398,10 @@ class GradientMatcher:
             self.replica.model(inputs)
         frozen = ReplayActivations(record.replays, record.switches)
         with held():
-            match = GradientMatcher._exact(self, inputs, labels, 1.0, None, frozen=frozen)
+            match = GradientMatcher.exact_match(self, inputs, labels, 1.0, None, frozen=frozen)
         return match.input_gradient
 
-    def _sample(
+    def sampled(
         self, inputs: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Of large batches a few images: the second backward pass is what takes most memory."""
@@ -413,13 +418,13 @@ class GradientMatcher:
         best = (-1.0, self._steps[0])
         for step in self._steps:
             with random_numbers_held(inputs.device):
-                candidate = self._difference(inputs, labels, 1.0, None, step).input_gradient
+                candidate = self.difference_match(inputs, labels, 1.0, None, step).input_gradient
             best = max(best, (cosine_of_images(exact, candidate), step))
             if best[0] >= ACCEPTED_COSINE:
                 break
         return best
 
-    def _exact(
+    def exact_match(
         self,
         inputs: torch.Tensor,
         labels: torch.Tensor,
@@ -428,6 +433,16 @@ class GradientMatcher:
         apart: bool = False,
         frozen: contextlib.AbstractContextManager[Any] | None = None,
     ) -> Match:
+        """One evaluation by a second backward pass.
+
+        Args:
+            inputs: See `__call__`, as are `labels`, `weight`, `penalty` and `apart`.
+            labels: See above.
+            weight: See above.
+            penalty: See above.
+            apart: See above.
+            frozen: Within it the passes run, with switches of an earlier one.
+        """
         variables = self._variables(inputs, labels)
         observe = None if penalty is None else penalty(self.replica.model)
         around = contextlib.nullcontext() if frozen is None else frozen
@@ -487,7 +502,7 @@ class GradientMatcher:
             result[0] = result[0] + alone
         return match_of(value, result, extra, alone if apart else None)
 
-    def _difference(
+    def difference_match(
         self,
         inputs: torch.Tensor,
         labels: torch.Tensor,
@@ -496,6 +511,16 @@ class GradientMatcher:
         step: float,
         apart: bool = False,
     ) -> Match:
+        """One evaluation by the difference of two first-order passes.
+
+        Args:
+            inputs: See `__call__`, as are `labels`, `weight`, `penalty` and `apart`.
+            labels: See above.
+            weight: See above.
+            penalty: See above.
+            step: Relative size of the parameters' perturbation.
+            apart: See above.
+        """
         random_numbers = RandomNumbers(inputs.device)
         first = self._first_pass_factored(inputs, labels, step)
         if first is None:
@@ -653,6 +678,10 @@ class GradientMatcher:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
+        kinds = {"calls": int, "step": float | None, "factor": bool, "near": int}
+        for name, kind in kinds.items():
+            if not fits(state.get(name), kind):
+                raise InputError(f"the saved matching has {name} = {state.get(name)!r:.40}")
         self.calls, self.step = state["calls"], state["step"]
         self.factor, self._near = state["factor"], state["near"]
 

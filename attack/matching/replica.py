@@ -183,20 +183,34 @@ def _convolves_faster_channels_last(
     return any(isinstance(module, nn.Conv2d) for module in model.modules())
 
 
-def _share_out(target: Target) -> tuple[list[int], list[int] | None, int]:
-    """Images per process, the BatchNorm groups of this process, and the first's index."""
-    n_processes = distributed.world_size()
+def check_shares(target: Target, n_processes: int) -> None:
+    """Refuse more processes than a batch can be shared out to.
+
+    Args:
+        target: What the client shared.
+        n_processes: Processes that share its batch.
+
+    Raises:
+        InputError: Names `--nproc-per-node`.
+    """
     if not target.train_mode or target.synchronized:
         if n_processes > target.batch_size:
             raise InputError(
                 f"--nproc-per-node: {n_processes} processes for a batch of {target.batch_size}"
             )
-        return distributed.shard_sizes(target.batch_size, n_processes), None, 0
-    if n_processes > len(target.shards):
+    elif n_processes > len(target.shards):
         raise InputError(
             f"--nproc-per-node: {n_processes} processes, but the client's {len(target.shards)} "
             "asynchronous BatchNorm shards cannot be split further"
         )
+
+
+def _share_out(target: Target) -> tuple[list[int], list[int] | None, int]:
+    """Images per process, the BatchNorm groups of this process, and the first's index."""
+    n_processes = distributed.world_size()
+    check_shares(target, n_processes)
+    if not target.train_mode or target.synchronized:
+        return distributed.shard_sizes(target.batch_size, n_processes), None, 0
     counts = distributed.shard_sizes(len(target.shards), n_processes)
     groups = [list(target.shards[distributed.shard_slice(counts, r)]) for r in range(n_processes)]
     rank = distributed.rank()

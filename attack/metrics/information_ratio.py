@@ -33,6 +33,9 @@ class GradientInformation:
         norm: Norm of the sample's own gradient.
         cosine: Cosine between the sample's gradient and the batch's.
         information: info_i = <grad l_i, grad L>.
+        predicted_confidence: Probability of the most probable class.
+        distance: Squared Euclidean distance of the sample's gradient from the batch's.
+        same_signs: Share of entries whose signs in the two gradients are the same.
     """
 
     labels: torch.Tensor
@@ -41,6 +44,9 @@ class GradientInformation:
     norm: torch.Tensor
     cosine: torch.Tensor
     information: torch.Tensor
+    predicted_confidence: torch.Tensor
+    distance: torch.Tensor
+    same_signs: torch.Tensor
 
     @property
     def ratio(self) -> torch.Tensor:
@@ -69,6 +75,9 @@ class GradientInformation:
             "cosine": self.cosine,
             "information": self.information,
             "ratio": self.ratio,
+            "predicted_confidence": self.predicted_confidence,
+            "distance": self.distance,
+            "same_signs": self.same_signs,
         }
         names, values = list(columns), zip(*(v.tolist() for v in columns.values()), strict=True)
         return {
@@ -83,15 +92,17 @@ class GradientInformation:
         from prettytable import PrettyTable
 
         by_label = self.ratio_by_label()
-        head = ["image", "label", "confidence", "predicted", "gradient norm", "cosine"]
-        table = PrettyTable([*head, "information", "GInfoR (%)", "of its label (%)"])
+        head = ["image", "label", "confidence", "predicted", "its confidence", "gradient norm"]
+        further = ["distance", "cosine", "same signs (%)", "information"]
+        table = PrettyTable([*head, *further, "GInfoR (%)", "of its label (%)"])
         table.title = "gradient information ratio"
         for row in self.to_record()["by_sample"]:
-            cells = [f"{row[k]:.4f}" for k in ("norm", "cosine", "information")]
+            shown = {name: f"{value:.4f}" for name, value in row.items()}
+            names = [row["index"], row["label"], shown["confidence"], row["predicted"]]
+            cells = [shown[k] for k in ("predicted_confidence", "norm", "distance", "cosine")]
+            signs = f"{100 * row['same_signs']:.1f}"
             shares = [f"{100 * v:.2f}" for v in (row["ratio"], by_label[row["label"]])]
-            confidence = f"{row['confidence']:.4f}"
-            names = [row["index"], row["label"], confidence, row["predicted"]]
-            table.add_row([*names, *cells, *shares])
+            table.add_row([*names, *cells, signs, shown["information"], *shares])
         table.align = "r"
         return table
 
@@ -134,7 +145,7 @@ def gradient_information(
     else:
         whole = _gradient(losses.mean(), named)
     measured = torch.stack([_compare(_gradient(loss, named), whole) for loss in losses])
-    squared, information = measured.unbind(1)
+    squared, information, distance, same_signs = measured.unbind(1)
     probabilities = logits.detach().softmax(1).double()
     norms = squared.sqrt() * _inner(whole, whole).sqrt()
     return GradientInformation(
@@ -144,6 +155,9 @@ def gradient_information(
         norm=squared.sqrt(),
         cosine=information / norms.clamp_min(torch.finfo(torch.float64).tiny),
         information=information,
+        predicted_confidence=probabilities.amax(1).cpu(),
+        distance=distance,
+        same_signs=same_signs,
     )
 
 
@@ -164,8 +178,13 @@ def _gradient(loss: torch.Tensor, named: dict[str, nn.Parameter]) -> Gradient:
 
 
 def _compare(own: Gradient, whole: Gradient) -> torch.Tensor:
-    """Squared norm of a sample's gradient, and its inner product with the batch's."""
-    return torch.stack([_inner(own, own), _inner(own, whole)])
+    """Of a sample's gradient and the batch's: its squared norm, their inner product, their squared
+    distance, and the share of entries of the same sign.
+    """
+    apart = tuple(a - b for a, b in zip(own, whole, strict=True))
+    alike = [(a.sign() == b.sign()).sum() for a, b in zip(own, whole, strict=True)]
+    share = torch.stack(alike).sum().cpu().double() / sum(a.numel() for a in own)
+    return torch.stack([_inner(own, own), _inner(own, whole), _inner(apart, apart), share])
 
 
 def _inner(first: Gradient, second: Gradient) -> torch.Tensor:

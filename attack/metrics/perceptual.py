@@ -136,11 +136,12 @@ def _load_trunk(name: str, path: Path) -> nn.Sequential:
     import torchvision
 
     state = load_checkpoint(path, "--lpips-weights")
-    features = {k.removeprefix("features."): v for k, v in state.items() if "features." in k}
+    names = {str(name): value for name, value in state.items()}
+    features = {n.removeprefix("features."): v for n, v in names.items() if "features." in n}
     trunk = torchvision.models.get_model(name, weights=None).features
     try:
         trunk.load_state_dict(features)
-    except RuntimeError:
+    except (RuntimeError, AttributeError, TypeError):
         raise InputError(f"--lpips-weights: {path} does not hold the weights of {name}") from None
     return trunk
 

@@ -30,19 +30,19 @@ _LOCAL = "epochs batches steps lr momentum weight_decay proximal bn_momentum ord
 # What the stages write: by the place in the record, the keys there.
 _WRITTEN: dict[str, dict[str, str]] = {
     "train": {
-        "": "schema_version kind status scheme n_train n_val processes epochs_done "
+        "": "checksum schema_version kind status scheme n_train n_val processes epochs_done "
         "initial_val_acc1 best_val_acc1 final_val_acc1 final_train_acc1 images_per_second "
         "seconds_per_epoch seconds wall_seconds config.**",
         "model": _MODEL,
         "data": _DATA,
         "privacy": f"{_PRIVACY} epsilon_rdp accountant sample_rate steps note",
         "history": "epoch lr train_loss train_acc1 val_loss val_acc1 epsilon images_per_second "
-        "seconds",
+        "seconds val_acc5",
         "checkpoints": "initial best last",
         "provenance": _PROVENANCE,
     },
     "extract": {
-        "": f"schema_version {_TARGET} n_gradients gradient_norm gradient_norms.** labels "
+        "": f"checksum schema_version {_TARGET} n_gradients gradient_norm gradient_norms.** labels "
         "checkpoint seconds seconds_of_update wall_seconds peak_memory_mib processes indices "
         "update_cosine arguments.**",
         "model": _MODEL,
@@ -54,7 +54,7 @@ _WRITTEN: dict[str, dict[str, str]] = {
         "provenance": _PROVENANCE,
     },
     "attack": {
-        "": "schema_version key status attack seconds wall_seconds iterations objective "
+        "": "checksum schema_version key status attack seconds wall_seconds iterations objective "
         "label_accuracy labels pictures tables arguments.** config.** details.**",
         "threat": "name granted adaptive",
         "target": _TARGET,
@@ -70,7 +70,8 @@ _WRITTEN: dict[str, dict[str, str]] = {
         "evaluation.gain_over_baselines": METRIC,
         "worst_case.per_image": f"index {METRIC} {METRIC}_attack",
         f"worst_case.by_attack.{KEY}.{METRIC}": "mean std",
-        "GInfoR.by_sample": "index label confidence predicted norm cosine information ratio",
+        "GInfoR.by_sample": "index label confidence predicted norm cosine information ratio "
+        "predicted_confidence distance same_signs",
         "GInfoR.by_label": KEY,
         f"label_rules.{KEY}": "accuracy reason labels",
         "provenance": _PROVENANCE,

@@ -29,12 +29,16 @@ its presets; what this table gives wins. Of the repeats those are left out that 
 which this table or its axes set, and all of them where it has `repeats` of its own (`{}` for
 none). Axes, chain, columns, figures and what is published are each table's own. A value
 `STAGE/FILE` is a file that an earlier stage's cell of the same row made.
+
+A file has at most 512 KiB, 50,000 values (an alias counts as what it stands for) and 32 levels, and
+a table 20,000 cells: rows times runs times stages.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +55,8 @@ from core.errors import InputError
 TABLES = Path(__file__).resolve().parents[1] / "tables"
 PRESETS = ("embedded", "small", "paper")
 DEFAULT_DATA = "photo-patches"
+# Of a table. The largest of ours has some hundred; the paper's grids have some thousand.
+MAX_CELLS = 20_000
 # Stages whose commands import a module of the user's.
 WITH_PLUGINS = ("train", "extract", "attack")
 
@@ -269,12 +275,25 @@ class _Expansion:
 
     def _rows(self, axes: Sequence[_Axis]) -> Iterator[Row]:
         base = self._base()
-        repeats = list(_combinations(self._repeats(axes)))
+        repeated_axes = self._repeats(axes)
+        self._check_cells(axes, repeated_axes)
+        repeats = list(_combinations(repeated_axes))
         published = self._published()
         for labels, overrides in _combinations(axes):
             runs = tuple(self._cells(_merged(base, overrides, repeated)) for _, repeated in repeats)
             mine = tuple(p for p in published if p.where.items() <= labels.items())
             yield Row(labels, runs, mine)
+
+    def _check_cells(self, axes: Sequence[_Axis], repeats: Sequence[_Axis]) -> None:
+        """Refuse a table that nobody could compute, before it is expanded."""
+        rows, runs = (math.prod(len(axis.values) for axis in part) for part in (axes, repeats))
+        cells = rows * runs * len(self._chain)
+        if cells > MAX_CELLS:
+            raise self._document.error(
+                f"the table has {rows} rows of {runs} runs with {len(self._chain)} stages: {cells} "
+                f"cells; at most {MAX_CELLS} are expanded",
+                "axes",
+            )
 
     def _base(self) -> Overrides:
         """The flags of every row: the table's, then the preset's."""

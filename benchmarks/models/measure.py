@@ -11,13 +11,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import gradinvbench as gib
 from attack.matching.matcher import GradientMatcher
 from attack.matching.objectives import Cosine
 from attack.matching.replica import Replica
+from core.data.specs import DataSpec
 from core.errors import InputError
 from core.losses import main_output
+from core.models.architecture import GivenModel
 from core.target import Target
+from gradients.client import ClientSettings, share_update
 
 # Below this a table says why.
 ENOUGH = 0.9999
@@ -78,10 +80,23 @@ def agreements(
         images = torch.rand(BATCH, *shape)
         labels = torch.arange(BATCH) % n_classes
         try:
-            target, _ = gib.share(build().train(mode == "train"), images, labels)
+            target = _shared(build().train(mode == "train"), images, labels, n_classes)
             yield _measured(blank, target, labels)
         except InputError as error:
             yield dataclasses.replace(blank, refusal=str(error))
+
+
+def _shared(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, n_classes: int) -> Target:
+    """The gradient that a client would share; half precision is computed in float32."""
+    channels, *sides = images.shape[1:]
+    zeros, ones = (0.0,) * channels, (1.0,) * channels
+    data = DataSpec("random images", (channels, *sides), zeros, ones, n_classes)
+    architecture = GivenModel(model, shape=data.shape)
+    received = architecture.build().float()
+    settings = ClientSettings(train_mode=received.training)
+    target = share_update(received, architecture, data, images, labels, settings)
+    assert target is not None
+    return target
 
 
 def _measured(blank: Agreement, target: Target, labels: torch.Tensor) -> Agreement:
@@ -114,7 +129,8 @@ def double_backward(
     target: Target, inputs: torch.Tensor, labels: torch.Tensor, layout: torch.memory_format
 ) -> torch.Tensor:
     """The cosine distance's gradient in the images by one graph of plain autograd, in float64."""
-    model = target.build_model().double().to(memory_format=layout)  # type: ignore[call-overload]
+    model = _composed(target.build_model().double())
+    model.to(memory_format=layout)  # type: ignore[call-overload]
     named = dict(model.named_parameters())
     parameters = [named[name] for name in target.gradient]
     inputs = _laid_out(inputs, layout).requires_grad_()
@@ -126,6 +142,26 @@ def double_backward(
     flat = torch.cat([g.flatten() for g in gradient])
     distance = 1 - flat @ goal / (flat.norm() * goal.norm())
     return torch.autograd.grad(distance, inputs)[0]
+
+
+class _Hard(nn.Module):
+    """Hardswish or hardsigmoid from parts, since torch's own kernels have one derivative."""
+
+    def __init__(self, swish: bool) -> None:
+        super().__init__()
+        self.swish = swish
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Of any shape."""
+        gate = (x + 3).clamp(0, 6) / 6
+        return x * gate if self.swish else gate
+
+
+def _composed(model: nn.Module) -> nn.Module:
+    for name, child in model.named_children():
+        hard = isinstance(child, nn.Hardswish | nn.Hardsigmoid)
+        setattr(model, name, _Hard(isinstance(child, nn.Hardswish)) if hard else _composed(child))
+    return model
 
 
 def _laid_out(inputs: torch.Tensor, layout: torch.memory_format) -> torch.Tensor:

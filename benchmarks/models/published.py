@@ -9,9 +9,11 @@ from typing import NamedTuple
 from torch import nn
 
 N_CLASSES = 10
-SIDE = 32
-# Sides of those that take no images of 32 px: their pooling, patches or windows are too large.
-SIDES = {"alexnet": 64, "googlenet": 64, "inception_v3": 128, "vit_h_14": 28, "maxvit_t": 224}
+# Smaller images would leave BatchNorm a single position in the last layers.
+SIDE = 64
+NARROW_SIDE = 32
+# Sides of those that take no images of 64 px: their pooling, patches or windows are too large.
+SIDES = {"inception_v3": 128, "vit_h_14": 56, "maxvit_t": 224}
 # One of each family of timm that torchvision has not.
 TIMM = (
     "mixer_s32_224",
@@ -47,6 +49,60 @@ def torchvision_classifiers() -> list[Published]:
 
     names = torchvision.models.list_models(module=torchvision.models)
     return [Published(name, _builder(name), SIDES.get(name, SIDE)) for name in sorted(names)]
+
+
+def narrow_classifiers() -> list[Published]:
+    """Torchvision's large architectures with few channels and blocks, for a quick check."""
+    kinds = {"vgg": _vgg, "vit": _vit, "swin": _swin, "swin_v2": _swin_v2, "convnext": _convnext}
+    return [Published(f"{name}, narrow", kinds[name], NARROW_SIDE) for name in kinds]
+
+
+def _vgg() -> nn.Module:
+    from torchvision.models import VGG, vgg
+
+    model = VGG(vgg.make_layers([8, "M", 16, 16, "M"], batch_norm=True), N_CLASSES)
+    model.avgpool = nn.AdaptiveAvgPool2d(2)
+    layers = (nn.Linear(64, 64), nn.ReLU(), nn.Dropout(), nn.Linear(64, N_CLASSES))
+    model.classifier = nn.Sequential(*layers)
+    return model
+
+
+def _vit() -> nn.Module:
+    from torchvision.models import VisionTransformer
+
+    return _with_a_head(VisionTransformer(NARROW_SIDE, 8, 2, 2, 32, 64, 0.1, 0.1, N_CLASSES))
+
+
+def _swin() -> nn.Module:
+    from torchvision.models import SwinTransformer
+
+    return SwinTransformer(
+        [4, 4], 16, [2, 2], [2, 4], [4, 4], stochastic_depth_prob=0.3, num_classes=N_CLASSES
+    )
+
+
+def _swin_v2() -> nn.Module:
+    from torchvision.models import SwinTransformer, swin_transformer
+
+    return SwinTransformer(
+        [4, 4],
+        16,
+        [2, 2],
+        [2, 4],
+        [4, 4],
+        stochastic_depth_prob=0.3,
+        num_classes=N_CLASSES,
+        block=swin_transformer.SwinTransformerBlockV2,
+        downsample_layer=swin_transformer.PatchMergingV2,
+    )
+
+
+def _convnext() -> nn.Module:
+    from torchvision.models import ConvNeXt
+    from torchvision.models.convnext import CNBlockConfig
+
+    blocks = [CNBlockConfig(16, 32, 1), CNBlockConfig(32, None, 2)]
+    return ConvNeXt(blocks, stochastic_depth_prob=0.3, num_classes=N_CLASSES)
 
 
 def timm_classifiers() -> list[Published]:

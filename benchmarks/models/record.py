@@ -78,7 +78,8 @@ class Record:
         parts = ["# Which models work", _INTRODUCTION]
         for group, title in GROUPS.items():
             if self.rows[group]:
-                parts += [f"## {title}", _table(_by_model(self.rows[group]))]
+                models = list(_by_model(self.rows[group]))
+                parts += [f"## {title}", f"{len(models)} measured so far.", _table(models)]
         return "\n\n".join(parts) + "\n"
 
 
@@ -88,8 +89,9 @@ images is held against plain double backward in float64, written without a line 
 code: a batch of {BATCH} random images, the cosine of the two gradients. *Exact* is the attack's
 second backward pass, *difference* its difference of two passes, both in float64; at least
 {ENOUGH} is asked for. *Default* is what an attack does on its own in float32: it takes the
-difference, and where that is too coarse two backward passes (marked E); float32 itself loses
-digits in deep networks that were never trained. Regenerate with `python -m benchmarks.models`."""
+difference, and where that is too coarse two backward passes (marked E). All networks are freshly
+initialised, so that in some of them gradients are tiny. `python -m benchmarks.models` measures
+what is missing here, one model after the other."""
 
 
 def _row(stored: Mapping[str, object]) -> Agreement:
@@ -106,7 +108,7 @@ def _by_model(rows: Sequence[Agreement]) -> Iterator[tuple[Agreement, Agreement]
         yield modes[name, "eval"], modes[name, "train"]
 
 
-def _table(models: Iterator[tuple[Agreement, Agreement]]) -> str:
+def _table(models: Sequence[tuple[Agreement, Agreement]]) -> str:
     lines = [HEADER, ("---",) * len(HEADER), *(_cells(*both) for both in models)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -120,8 +122,14 @@ def _cells(evaluated: Agreement, trained: Agreement) -> tuple[str, ...]:
         f"{parameters:,}" if parameters else "",
         *map(_number, cosines),
         f"{_default(evaluated)} / {_default(trained)}",
-        " ".join(dict.fromkeys(filter(None, (evaluated.refusal, trained.refusal)))),
+        " ".join(dict.fromkeys(filter(None, map(_remark, (evaluated, trained))))),
     )
+
+
+def _remark(row: Agreement) -> str:
+    if row.automatic is not None and row.automatic < ENOUGH:
+        return f"In {row.mode} mode float32 falls short of {ENOUGH}, float64 does not."
+    return row.refusal
 
 
 def _number(cosine: float | None) -> str:

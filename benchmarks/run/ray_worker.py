@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -59,7 +60,9 @@ def pack(root: Path, names: Sequence[str] = (".",)) -> bytes:
 
 
 def _without_caches(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
-    return None if "__pycache__" in member.name else member
+    # Hidden files are locks, and half-written files of a command that is still writing.
+    hidden = Path(member.name).name.startswith(".")
+    return None if hidden or "__pycache__" in member.name else member
 
 
 def unpack(archive: bytes, folder: Path) -> None:
@@ -74,7 +77,7 @@ def unpacked_once(archive: bytes, what: str) -> Path:
     name = f"gradinvbench-{what}-{os.getuid()}-{hashlib.sha256(archive).hexdigest()[:16]}"
     folder = Path(tempfile.gettempdir()) / name
     if not folder.exists():
-        fresh = Path(tempfile.mkdtemp(prefix=f"{name}."))
+        fresh = Path(tempfile.mkdtemp(prefix=f"{name}.{os.getpid()}-"))
         unpack(archive, fresh)
         with contextlib.suppress(OSError):
             fresh.rename(folder)
@@ -110,6 +113,7 @@ def run_cell(
     Returns:
         Exit status, what was said, and the files left behind, packed.
     """
+    remove_left_behind(Path(tempfile.gettempdir()))
     root = unpacked_once(code, "code")
     with _temporary_folder() as folder:
         unpack(earlier, folder / "files")
@@ -170,5 +174,37 @@ def _newest(folder: Path) -> float:
 
 @contextlib.contextmanager
 def _temporary_folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="gradinvbench-cell-") as name:
+    with tempfile.TemporaryDirectory(prefix=f"gradinvbench-cell-{os.getpid()}-") as name:
         yield Path(name)
+
+
+# A cell's folder, and an archive that is being unpacked, with the process that made it.
+_MADE_BY = re.compile(r"gradinvbench-(?:cell-|(?:code|data)-\d+-[0-9a-f]+\.)(\d+)-\w+")
+
+
+def remove_left_behind(folder: Path) -> list[Path]:
+    """Remove the temporary folders of workers that were killed on this machine.
+
+    Args:
+        folder: Where temporary folders lie.
+
+    Returns:
+        What was removed.
+    """
+    found = []
+    for path in sorted(folder.glob("gradinvbench-*")):
+        made_by = _MADE_BY.fullmatch(path.name)
+        if made_by is not None and path.is_dir() and not _lives(int(made_by[1])):
+            shutil.rmtree(path, ignore_errors=True)
+            found.append(path)
+    return found
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True

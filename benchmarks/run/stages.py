@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.run.cells import Cell, code_version
+from core.reading import read_json_object
 
 # Not a flag of the commands: how many processes share the work of the cell.
 PROCESSES = "processes"
@@ -83,7 +83,7 @@ class Stage:
         found = sorted(folder.rglob(self.record))
         if not found:
             return None
-        record = json.loads(found[-1].read_text(encoding="utf-8"))
+        record = read_json_object(found[-1], what="record")
         return None if record.get("status") in UNFINISHED else record
 
 

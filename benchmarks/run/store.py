@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -25,7 +24,8 @@ from typing import Any
 
 from benchmarks.run.cells import Cell
 from core.errors import InputError
-from core.storage import write_json
+from core.reading import read_json_object
+from core.storage import write_json, write_record
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,14 @@ class Store:
     def result(self, cell: Cell) -> dict[str, Any] | None:
         """What a finished cell's command recorded, else None."""
         record = self.record(cell)
-        return None if record is None else record["result"]
+        return None if record is None else _result(record, self.folder(cell))
 
     def failure(self, cell: Cell) -> dict[str, Any] | None:
         """The error of a failed cell, else None."""
-        return None if self.is_finished(cell) else _read(self.folder(cell) / "failure.json")
+        failure = None if self.is_finished(cell) else _read(self.folder(cell) / "failure.json")
+        if failure is not None and not isinstance(failure.get("error"), str):
+            raise InputError(f"{self.folder(cell)}/failure.json names no error; remove it")
+        return failure
 
     def is_finished(self, cell: Cell) -> bool:
         """Whether the cell's result is there."""
@@ -86,11 +89,11 @@ class Store:
 
     def finish(self, cell: Cell, record: dict[str, Any]) -> None:
         """Make the cell finished; the last thing that is written."""
-        write_json(self.folder(cell) / "record.json", {**cell.describe(), "result": record})
+        write_record(self.folder(cell) / "record.json", {**cell.describe(), "result": record})
 
     def fail(self, cell: Cell, error: str) -> None:
         """Record that the cell's command failed."""
-        write_json(self.folder(cell) / "failure.json", {**cell.describe(), "error": error})
+        write_record(self.folder(cell) / "failure.json", {**cell.describe(), "error": error})
 
     def discard(self, cell: Cell) -> None:
         """Forget a cell's files (not its log)."""
@@ -127,14 +130,21 @@ class Store:
         for path in sorted(self.root.glob("*/*/record.json")):
             record = _read(path)
             if record is not None:
+                _result(record, path.parent)
                 yield {"key": path.parent.name, "folder": str(path.parent), **record}
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is not JSON ({error}); remove its folder to redo it") from None
-    return value if isinstance(value, dict) else None
+    try:
+        return read_json_object(path, what="record")
+    except InputError as error:
+        raise InputError(f"{error}; remove its folder to redo it") from None
+
+
+def _result(record: dict[str, Any], folder: Path) -> dict[str, Any]:
+    result = record.get("result")
+    if not isinstance(result, dict):
+        raise InputError(f"{folder}/record.json holds no result; remove its folder to redo it")
+    return result

@@ -17,6 +17,7 @@ from benchmarks.run.store import Store
 from benchmarks.show import charts
 from benchmarks.show.pictures import Picture, save_picture
 from benchmarks.show.results import RowResult, TableResult
+from core.errors import InputError
 from core.figures import subplots
 from core.storage import load_checkpoint
 
@@ -81,7 +82,10 @@ def _pairs_of(cells: Mapping[str, Cell], store: Store) -> list[Pair]:
     scores = Run({"attack": store.result(attack) or {}}).images
     if truth is None:
         return []
-    images = load_checkpoint(store.input_file(attack, RECONSTRUCTION))["images"]
+    found = store.input_file(attack, RECONSTRUCTION)
+    images: Any = load_checkpoint(found, "--store").get("images")
+    if getattr(images, "shape", None) != truth.images.shape:
+        raise InputError(f"{found} does not hold the {len(truth.images)} images of its attack")
     order = [s.get("reconstruction") for s in scores]
     return [
         Pair(_picture(truth.images[s["index"]]), _picture(images[index]), s)

@@ -12,7 +12,6 @@ among the entries of the same threat model.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -25,10 +24,13 @@ from benchmarks.show.report import ASSETS, plain_table
 from benchmarks.show.results import RowResult
 from benchmarks.show.statistics import Summary, summarize
 from core.errors import InputError
+from core.reading import read_json_object
 from core.storage import write_text
 
 FOLDER = ROOT / "results" / "leaderboard"
 SCHEMA_VERSION = 1
+# A whole number of JSON may have any number of digits.
+MAX_NUMBER = 1e12
 METRICS = {"ssim": "high", "psnr": "high", "mse": "low"}
 HEADER = ["rank", "defense", "utility %", "ε", "worst SSIM", "mean SSIM", "worst PSNR", "images"]
 
@@ -84,12 +86,7 @@ def load_entries(folder: Path) -> list[dict[str, Any]]:
 
 def load_entry(file: Path) -> dict[str, Any]:
     """One entry, checked against the schema."""
-    try:
-        entry = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} is not JSON: {error}") from None
-    if not isinstance(entry, dict):
-        raise InputError(f"{file}: an entry is an object")
+    entry = read_json_object(file, what="leaderboard entry")
     check_entry(entry, str(file))
     return entry
 
@@ -104,7 +101,9 @@ def check_entry(entry: Mapping[str, Any], name: str) -> None:
         if field not in entry:
             raise InputError(f"{name}: the field {field} is missing")
         value = entry[field]
-        if not (isinstance(value, kind) or (value is None and nullable)) or value is True:
+        right = isinstance(value, kind) and not isinstance(value, bool)
+        right = right and not (isinstance(value, float) and not math.isfinite(value))
+        if not right and not (value is None and nullable):
             raise InputError(f"{name}: the field {field} has the wrong type")
     unknown = sorted(entry.keys() - _SCHEMA.keys())
     if unknown:
@@ -112,6 +111,16 @@ def check_entry(entry: Mapping[str, Any], name: str) -> None:
     if entry["schema"] != SCHEMA_VERSION:
         raise InputError(f"{name}: schema {entry['schema']} instead of {SCHEMA_VERSION}")
     _check_leakage(entry["leakage"], name)
+    _check_cost(entry, name)
+
+
+def _check_cost(entry: Mapping[str, Any], name: str) -> None:
+    """Utility is a percentage, and epsilon a distance; both may be unknown."""
+    utility, epsilon = entry["utility"], entry["epsilon"]
+    if utility is not None and not 0 <= utility <= 100:
+        raise InputError(f"{name}: utility {utility} is not a percentage")
+    if epsilon is not None and not (0 <= epsilon < math.inf):
+        raise InputError(f"{name}: epsilon {epsilon} is not a finite number from 0 on")
 
 
 def _check_leakage(leakage: Mapping[str, Any], name: str) -> None:
@@ -120,8 +129,38 @@ def _check_leakage(leakage: Mapping[str, Any], name: str) -> None:
         for part in ("n", "mean", "worst"):
             value = numbers.get(part) if isinstance(numbers, dict) else None
             # JSON's NaN would stand anywhere in the ranking.
-            if not isinstance(value, (int, float)) or value is True or not math.isfinite(value):
+            if not _is_number(value):
                 raise InputError(f"{name}: leakage.{metric}.{part} is not a number")
+        assert isinstance(numbers, dict)
+        _check_metric(metric, numbers, f"{name}: leakage.{metric}")
+
+
+# The values that a metric can have. The SSIM of images that have nothing in common scatters
+# around 0; one far below is an error of sign.
+_LIMITS = {"ssim": (-0.1, 1.0), "psnr": (-math.inf, math.inf), "mse": (0.0, math.inf)}
+# Means of the same numbers in another order differ by rounding.
+_ROUNDING = 1e-6
+
+
+def _check_metric(metric: str, numbers: Mapping[str, Any], name: str) -> None:
+    """Refuse what no set of images can have."""
+    n, mean, worst = numbers["n"], numbers["mean"], numbers["worst"]
+    if n != int(n) or n < 1:
+        raise InputError(f"{name}.n is {n}: images are counted by whole numbers from 1 on")
+    low, high = _LIMITS[metric]
+    for part, value in (("mean", mean), ("worst", worst)):
+        if not low - _ROUNDING <= value <= high + _ROUNDING:
+            raise InputError(f"{name}.{part} is {value}: must lie between {low:g} and {high:g}")
+    # The worst image is the one that gave most away.
+    above = worst - mean if METRICS[metric] == "high" else mean - worst
+    if above < -_ROUNDING * max(1.0, abs(mean)):
+        raise InputError(f"{name}: the worst image, {worst}, gives away less than the mean, {mean}")
+
+
+def _is_number(value: object) -> bool:
+    # NaN fails the comparison.
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return plain and -MAX_NUMBER <= value <= MAX_NUMBER  # type: ignore[operator]
 
 
 def rank(entries: Iterable[Mapping[str, Any]]) -> list[TextTable]:

@@ -26,4 +26,4 @@ def write_outputs(result: TableResult, store: Store, folder: Path) -> None:
     write_text(folder / f"{name}.csv", render.to_csv(result))
     write_json(folder / f"{name}.json", render.to_json(result))
     pictures = figures.draw_figures(result, store, folder)
-    write_text(folder / "report.html", report.to_html(result, pictures, store))
+    write_text(folder / "report.html", report.to_html(result, pictures, store, folder))

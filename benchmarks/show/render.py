@@ -15,6 +15,7 @@ from benchmarks.declare.columns import View
 from benchmarks.declare.tables import Table
 from benchmarks.show.results import Line, RowResult, ShownColumn, TableResult
 from benchmarks.show.statistics import Summary
+from core.escaping import in_csv, in_markdown, in_one_line
 
 DASH = "–"
 PUBLISHED = "published"
@@ -134,16 +135,21 @@ def to_terminal(table: TextTable) -> str:
     """A PrettyTable with its footnotes."""
     from prettytable import PrettyTable
 
-    pretty = PrettyTable(table.header)
-    pretty.title = table.title
+    pretty = PrettyTable(_lines_of_one(table.header))
+    pretty.title = in_one_line(table.title)
     pretty.align = "r"
-    for name in table.header[: table.n_labels]:
+    for name in pretty.field_names[: table.n_labels]:
         pretty.align[name] = "l"
-    pretty.add_rows(table.rows)
+    pretty.add_rows([_lines_of_one(row) for row in table.rows])
     if table.baselines:
         pretty.add_divider()
-        pretty.add_rows(table.baselines)
-    return "\n".join([pretty.get_string(), *(f"[{m}] {text}" for m, text in table.footnotes)])
+        pretty.add_rows([_lines_of_one(row) for row in table.baselines])
+    notes = [in_one_line(f"[{mark}] {text}") for mark, text in table.footnotes]
+    return "\n".join([pretty.get_string(), *notes])
+
+
+def _lines_of_one(entries: Iterable[str]) -> list[str]:
+    return [in_one_line(entry) for entry in entries]
 
 
 def to_markdown(table: TextTable) -> str:
@@ -151,12 +157,12 @@ def to_markdown(table: TextTable) -> str:
     left = [":---"] * table.n_labels + ["---:"] * (len(table.header) - table.n_labels)
     baselines = [[f"*{row[0]}*", *row[1:]] for row in table.baselines]
     lines = [_pipes(row) for row in [table.header, left, *table.rows, *baselines]]
-    notes = [f"- [{mark}] {text}" for mark, text in table.footnotes]
-    return "\n".join([f"**{table.title}**", "", *lines, "", *notes]).rstrip() + "\n"
+    notes = [f"- [{in_markdown(mark)}] {in_markdown(text)}" for mark, text in table.footnotes]
+    return "\n".join([f"**{in_markdown(table.title)}**", "", *lines, "", *notes]).rstrip() + "\n"
 
 
 def _pipes(entries: Iterable[str]) -> str:
-    return f"| {' | '.join(entry.replace('|', '/') for entry in entries)} |"
+    return f"| {' | '.join(map(in_markdown, entries))} |"
 
 
 def to_latex(table: TextTable) -> str:
@@ -196,7 +202,7 @@ _LATEX = {
 
 
 def _latex(text: str) -> str:
-    return re.sub(".", lambda match: _LATEX.get(match[0], match[0]), text)
+    return re.sub(".", lambda match: _LATEX.get(match[0], match[0]), in_one_line(text))
 
 
 def to_csv(result: TableResult) -> str:
@@ -204,18 +210,19 @@ def to_csv(result: TableResult) -> str:
     parts = [f.name for f in dataclasses.fields(Summary)]
     columns = {view.column.name: view.column for view in result.views}
     names = [name for name, column in columns.items() if column.text is None]
-    words = [name for name, column in columns.items() if column.text is not None]
+    worded = [name for name, column in columns.items() if column.text is not None]
     numbered = [f"{n} {p}" for n in names for p in parts]
-    header = [*result.table.axes, *words, *numbered, "published", "error"]
+    header = [*result.table.axes, *worded, *numbered, "published", "error"]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(header)
+    writer.writerow(map(in_csv, header))
     for row in result.rows:
         summaries = [row.summaries[n] for n in names]
         numbers = [getattr(s, p) if s else None for s in summaries for p in parts]
         papers = "; ".join(f"{p.text} ({p.source})" for p in row.row.published)
-        texts = [row.texts.get(name) for name in words]
-        writer.writerow([*row.row.labels.values(), *texts, *numbers, papers, "; ".join(row.errors)])
+        texts = [row.texts.get(name) for name in worded]
+        words = [*row.row.labels.values(), *texts, *numbers, papers, "; ".join(row.errors)]
+        writer.writerow(map(in_csv, words))
     return buffer.getvalue()
 
 

@@ -1,14 +1,21 @@
-"""One self-contained HTML file per table: no network, no other file."""
+"""One HTML file per table, without network; it needs no other file, save for many pictures.
+
+Pictures are part of the page as long as they are few. Of further ones the page holds a small
+copy that leads to the file beside it.
+"""
 
 from __future__ import annotations
 
 import base64
+import io
 import json
+import os
 import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from benchmarks.declare.columns import View
 from benchmarks.run.cells import Cell
@@ -20,10 +27,21 @@ from benchmarks.show.results import Line, RowResult, ShownColumn, TableResult
 ASSETS = Path(__file__).resolve().parent / "assets"
 # Numbers of a result that are tables of their own and would drown the rest.
 LONG = 400
+# Bytes of pictures that are part of the page whole; side of the copies of others, in pixels.
+WHOLE_BYTES, THUMBNAIL = 4 << 20, 256
 
 
-def to_html(result: TableResult, pictures: Sequence[Picture], store: Store) -> str:
-    """The report as one HTML document."""
+def to_html(
+    result: TableResult, pictures: Sequence[Picture], store: Store, folder: Path | None = None
+) -> str:
+    """The report as one HTML document.
+
+    Args:
+        result: The results to show.
+        pictures: What was drawn of them.
+        store: Store that holds the table's cells.
+        folder: Where the page will lie; None: beside the first picture.
+    """
     text = to_text_table(result)
     template = string.Template((ASSETS / "report.html").read_text(encoding="utf-8"))
     return template.substitute(
@@ -34,7 +52,7 @@ def to_html(result: TableResult, pictures: Sequence[Picture], store: Store) -> s
         filters="\n".join(_filters(result)),
         table="\n".join(_table(result, text)),
         footnotes="\n".join(_footnotes(text)),
-        figures="\n".join(_figure(picture) for picture in pictures),
+        figures="\n".join(_figures(pictures, folder)),
         cells="\n".join(_cells(result, store)),
     )
 
@@ -119,13 +137,40 @@ def _footnotes(text: TextTable) -> Iterator[str]:
     yield "</ul>"
 
 
-def _figure(picture: Picture) -> str:
+def _figures(pictures: Sequence[Picture], folder: Path | None) -> Iterator[str]:
+    room = WHOLE_BYTES
+    for picture in pictures:
+        room -= picture.file.stat().st_size
+        beside = folder or pictures[0].file.parent
+        shown = _whole(picture) if room >= 0 else _small(picture, beside)
+        caption = escape(picture.caption)
+        yield (
+            f"<figure{_data_labels(picture.labels)}>{shown}<figcaption>{caption}</figcaption>"
+            "</figure>"
+        )
+
+
+def _whole(picture: Picture) -> str:
     data = base64.b64encode(picture.file.read_bytes()).decode()
-    caption = escape(picture.caption)
     return (
-        f"<figure{_data_labels(picture.labels)}>"
         f'<button type="button" aria-label="enlarge"><img src="data:image/png;base64,{data}" '
-        f'alt="{caption}"></button><figcaption>{caption}</figcaption></figure>'
+        f'alt="{escape(picture.caption)}"></button>'
+    )
+
+
+def _small(picture: Picture, folder: Path) -> str:
+    """A small copy that leads to the file."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    with Image.open(picture.file) as image:
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        image.convert("RGB").save(buffer, format="JPEG", quality=85)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    place = quote(Path(os.path.relpath(picture.file, folder)).as_posix())
+    return (
+        f'<a href="./{escape(place)}"><img src="data:image/jpeg;base64,{data}" '
+        f'alt="{escape(picture.caption)}"></a>'
     )
 
 

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,13 @@ import torch
 from PIL import Image, ImageOps
 
 from core.errors import InputError
+from core.reading import open_regular, prefix_of
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+# Those of these endings, and their relatives. Others are not decoded: one of Pillow's (EPS)
+# starts a program.
+FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+MAX_PIXELS = 2**26
 _SIXTEEN_BITS = 65535.0
 _TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
 
@@ -36,15 +42,43 @@ def read_image(path: str | Path, flag: str = "") -> Image.Image:
     Raises:
         InputError: The file is missing or no picture that can be shown.
     """
-    prefix = f"{flag}: " if flag else ""
-    try:
-        with Image.open(path) as file:
-            return _as_rgb(ImageOps.exif_transpose(file))
-    except FileNotFoundError:
-        raise InputError(f"{prefix}there is no image {path}") from None
-    # Pillow's decoders raise whatever a broken file leads them to.
-    except Exception as error:
-        raise InputError(f"{prefix}the image {path} cannot be read ({error})") from None
+    return decoded(path, flag, lambda file: _as_rgb(ImageOps.exif_transpose(file)))
+
+
+def decoded(
+    path: str | Path, flag: str, decode: Callable[[Image.Image], Image.Image]
+) -> Image.Image:
+    """What a function makes of an opened picture.
+
+    Args:
+        path: Of one of `FORMATS`.
+        flag: The flag or setting that led to it, for messages.
+        decode: Gets the picture before its pixels are read.
+
+    Raises:
+        InputError: The file is missing, no regular file, no picture, or has more than
+            `MAX_PIXELS` pixels: a file of some kilobytes may claim any number.
+    """
+    prefix = prefix_of(flag)
+    if not Path(path).exists():
+        raise InputError(f"{prefix}there is no image {path}")
+    with open_regular(path, flag, "picture") as opened:
+        try:
+            # A build of Pillow may lack one of them.
+            known = set(Image.registered_extensions().values())
+            with Image.open(opened, formats=[f for f in FORMATS if f in known]) as file:
+                _check_pixels(*file.size)
+                return decode(file)
+        # Pillow's decoders raise whatever a broken file leads them to.
+        except Exception as error:
+            raise InputError(f"{prefix}the image {path} cannot be read ({error})") from None
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f"it has {width} x {height} pixels, more than {MAX_PIXELS / 1e6:.0f} million"
+        )
 
 
 def load_image(path: str | Path, size: int, flag: str = "") -> torch.Tensor:

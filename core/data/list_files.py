@@ -15,12 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import InputError
+from core.reading import read_json
 from core.storage import write_text
 
 SECTIONS = ("training", "validation", "testing")
 # What else the sections are called.
 _OTHER_NAMES = {"testing": "test"}
 LIST_FLAG = "dataset_json"
+# A label decides how many outputs a model gets.
+MAX_CLASSES = 100_000
+_DIGITS = 12
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,10 @@ class DataList:
         """
         labels = self.content.get("labels")
         named = labels if isinstance(labels, dict) else {}
-        n_classes = max([n_classes, *(int(key) + 1 for key in named if str(key).isdigit())])
+        numbers = [_class_index(key) for key in named]
+        if any(number is not None and number >= MAX_CLASSES for number in numbers):
+            raise InputError(f"{self.flag}: {self.path} names a class above {MAX_CLASSES - 1}")
+        n_classes = max([n_classes, *(number + 1 for number in numbers if number is not None)])
         return tuple(str(named.get(str(index), index)) for index in range(n_classes))
 
     def _entries(self, section: str) -> Any:
@@ -98,12 +105,7 @@ def open_datalist(path: str | Path, flag: str = LIST_FLAG) -> DataList:
         InputError: The file is missing or no JSON object.
     """
     path = Path(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{flag}: there is no file {path}") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{flag}: {path} is not a readable JSON list ({error})") from None
+    content = read_json(path, flag, "JSON list")
     if not isinstance(content, dict):
         kind = type(content).__name__
         raise InputError(f"{flag}: {path} is a JSON {kind}, not an object with sections")
@@ -146,17 +148,22 @@ def _sample(entry: Any, where: str, key: str) -> Sample:
     if not isinstance(entry, dict) or not isinstance(entry.get(key), str):
         raise InputError(f"{where} has no {key} path")
     label = _class_index(entry.get("label"))
-    if label is None:
-        raise InputError(f"{where} has the label {entry.get('label')!r}, which is no class index")
+    if label is None or label >= MAX_CLASSES:
+        raise InputError(
+            f"{where} has the label {entry.get('label')!r:.60}, which is no class index below "
+            f"{MAX_CLASSES}"
+        )
     return Sample(entry[key], label)
 
 
 def _class_index(label: Any) -> int | None:
     """A class index, also from a list of one, or from a one-hot list; None where it is none."""
+    if isinstance(label, list) and len(label) == 1 and not isinstance(label[0], list):
+        return _class_index(label[0])
     if isinstance(label, list):
-        return _class_index(label[0]) if len(label) == 1 else _position_of_the_one(label)
-    if isinstance(label, str) and label.isdigit():
-        return int(label)
+        return _position_of_the_one(label)
+    if isinstance(label, str) and label.isascii() and label.isdigit():
+        return int(label[:_DIGITS])
     whole = isinstance(label, int) or (isinstance(label, float) and label.is_integer())
     return int(label) if whole and not isinstance(label, bool) and label >= 0 else None
 

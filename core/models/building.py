@@ -160,9 +160,32 @@ def skeleton_of(model: ModelSpec) -> torch.nn.Module:
             return build_model(model)
     except RuntimeError:
         # Some constructors compute with tensors (RegNet's widths).
-        return _built_quietly(model)
+        return _skeleton_that_computes(model)
     except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
         raise _cannot_build(model, error) from None
+
+
+def _skeleton_that_computes(model: ModelSpec) -> torch.nn.Module:
+    """As `skeleton_of`, where only what a parameter begins as is without memory."""
+    try:
+        with _EmptyWithoutMemory():
+            return build_model(model)
+    except RuntimeError as error:
+        if model.arch in BUILDERS:
+            return _built_quietly(model)
+        raise _cannot_build(model, error) from None
+
+
+class _EmptyWithoutMemory(torch.overrides.TorchFunctionMode):
+    """Takes `torch.empty`, and no other call, to the device "meta"."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
 
 
 def _built_quietly(model: ModelSpec) -> torch.nn.Module:
@@ -216,6 +239,11 @@ def load_parameters(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None
         RuntimeError: They do not fit.
     """
     own: Any = model.state_dict()
+    for name, value in state.items():
+        # Copying would drop imaginary parts, and take bits for numbers, without a word.
+        if not isinstance(value, torch.Tensor) or value.is_complex() or value.dtype == torch.bool:
+            kind = getattr(value, "dtype", type(value).__name__)
+            raise RuntimeError(f"{name!s:.80} has values of type {kind}")
     counters = {name: own[name] for name in own if counts_batches(name)}
     versioned: Any = OrderedDict(counters | dict(state))
     versioned._metadata = getattr(state, "_metadata", own._metadata)

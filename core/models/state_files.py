@@ -10,12 +10,12 @@ import difflib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
 from torch import nn
 
+from core.array_files import read_arrays
 from core.errors import InputError
 from core.models.building import counts_batches, load_parameters
 from core.storage import load_checkpoint
@@ -108,20 +108,10 @@ def _read_safetensors(path: Path, flag: str) -> State:
 
 
 def _read_npz(path: Path, flag: str) -> State:
-    _check_exists(path, flag)
-    try:
-        with path.open("rb") as file:
-            return _arrays_of(file)
-    except (ValueError, OSError, KeyError, EOFError, RuntimeError, NotImplementedError) as error:
-        raise InputError(f"{flag}: {path} holds no NumPy arrays by name ({error})") from None
-    except Exception as error:
-        # zipfile and zlib have errors of their own, which all mean the same.
-        raise InputError(f"{flag}: {path} is no .npz file ({error})") from None
-
-
-def _arrays_of(file: IO[bytes]) -> State:
-    with np.load(file, allow_pickle=False) as arrays:
-        return {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in arrays.files}
+    arrays = read_arrays(path, flag)
+    if any(array.dtype.kind in "US" for array in arrays.values()):
+        raise InputError(f"{flag}: {path} holds text, not a model's parameters")
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def _check_exists(path: Path, flag: str) -> None:

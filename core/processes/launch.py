@@ -37,6 +37,8 @@ from core.processes.ranks import Ranks, complaint_about, cut_off, is_cut_off
 
 logger = logging.getLogger(__name__)
 
+# Seconds that sums wait longer than the watch, which can say for whom.
+_AFTER_THE_WATCH = 10.0
 # A year: longer ones do not fit into torch's clock.
 MOST_SECONDS = 3.2e7
 
@@ -273,7 +275,8 @@ def _together(group: _Group, rank: int, report: Callable[[BaseException], None])
         told = {flag: told_value(value) for flag, value in settings.shared.items()}
         compared = {flag: value for flag, value in told.items() if value is not None}
         Meeting(store, rank, world_size, settings.timeout).agree(compared)
-    join_group(_backend(settings, group.n_local), store, rank, world_size, settings.timeout)
+    backend, patience = _backend(settings, group.n_local), settings.timeout + _AFTER_THE_WATCH
+    join_group(backend, store, rank, world_size, patience)
     if world_size == 1:
         yield
         return

@@ -155,7 +155,7 @@ def _await_host(address: Address, timeout: float, rank: int) -> None:
                 f"rank {rank} waited {timeout:g} s for rank 0, and nobody listens at "
                 f"{address.url} (--dist-url); --timeout sets how long"
             )
-        if waited > PATIENCE and not said:
+        if waited > min(PATIENCE, timeout / 2) and not said:
             said = True
             logger.warning("rank %d waits for rank 0 at %s", rank, address.url)
         time.sleep(10 * _LOOK)
@@ -177,19 +177,14 @@ class Meeting:
         rank: This rank.
         world_size: Number of ranks.
         timeout: Seconds after which a rank that shows no sign of life counts as lost.
+
+    Attributes:
         patience: Seconds until a waiting rank says for whom it waits.
     """
 
-    def __init__(
-        self,
-        store: dist.Store,
-        rank: int,
-        world_size: int,
-        timeout: float,
-        patience: float = PATIENCE,
-    ) -> None:
+    def __init__(self, store: dist.Store, rank: int, world_size: int, timeout: float) -> None:
         self.store, self.rank, self.world_size = store, rank, world_size
-        self.timeout, self.patience = timeout, patience
+        self.timeout, self.patience = timeout, min(PATIENCE, timeout / 2)
 
     def agree(self, flags: Mapping[str, str]) -> None:
         """Wait for all ranks, and refuse ranks that were told something else.
@@ -277,7 +272,7 @@ class Watch:
         self._meeting.store.set(f"alive/{self._meeting.rank}", str(self._beats))
 
     def _run(self) -> None:
-        every = min(_BEAT, self._meeting.patience / 4, self._meeting.timeout / 4)
+        every = min(_BEAT, self._meeting.patience / 4)
         looked = time.monotonic()
         while not self._ended.wait(every):
             now = time.monotonic()

@@ -206,14 +206,14 @@ def _check_own(settings: FederationSettings) -> None:
     """Refuse a client of the sites' own that no site could build."""
     from core.client import loss_named
     from core.models.own_model import own_architecture
-    from federated.flare.own_training import check_words
+    from federated.flare.site_training import optimiser_of
 
     if settings.data and not settings.model:
         raise InputError(f"--data {settings.data}: your own samples need your own --model")
     own_architecture(settings.model, settings.seed)
     loss_named(settings.loss)
-    if settings.local is not None:
-        check_words(settings.local)
+    if settings.optimizer is not None:
+        optimiser_of(settings.optimizer)
 
 
 def _check_inversion(content: Mapping[str, Any]) -> None:

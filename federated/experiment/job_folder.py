@@ -12,6 +12,7 @@ from typing import Any
 
 from core.errors import InputError
 from core.named_objects import is_object_name
+from core.reading import read_json_object
 from federated.experiment.federation import (
     Client,
     JobData,
@@ -136,12 +137,7 @@ def _number_like(value: Any, default: Any, name: str) -> Any:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"--app_folder: there is no file {path}") from None
-    except ValueError as error:
-        raise InputError(f"--app_folder: {path} is not JSON ({error})") from None
+    return read_json_object(path, "--app_folder")
 
 
 @dataclass(frozen=True)

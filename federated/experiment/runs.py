@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from audit.leakage import LeakageRecord, read_leakage
 from core.errors import InputError
+from core.reading import read_json_object
 
 RUN_FILE = "run.json"
 CLIENT_CONFIG = "config_fed_client.json"
@@ -105,13 +105,7 @@ def _folders(path: Path, root: Path) -> Iterator[Path]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is a JSON {type(content).__name__}, not an object")
-    return content
+    return read_json_object(path)
 
 
 def _number(value: Any, path: Path) -> float:

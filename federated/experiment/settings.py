@@ -7,7 +7,7 @@ from pathlib import Path
 
 HIGH_RISK_CLIENT = 9
 # Settings that say what a site's own client is.
-OWN = ("model", "loss", "data", "local")
+OWN = ("model", "loss", "data", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class FederationSettings:
         model: The sites' own module, `module:function`, in place of `model_name`.
         loss: Name of a loss, or `module:function`; None for cross-entropy.
         data: The sites' own samples, `module:function`, in place of the lists.
-        local: Local training in words; None for plain SGD.
+        optimizer: The sites' optimiser and its settings but `lr`; None for plain SGD.
     """
 
     n_clients: int = 1
@@ -63,7 +63,7 @@ class FederationSettings:
     model: str | None = None
     loss: str | None = None
     data: str | None = None
-    local: str | None = None
+    optimizer: str | None = None
 
     @property
     def own(self) -> dict[str, str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import InputError
+from core.reading import read_json_object
 
 WORKSPACES = Path("results") / "federated"
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -89,15 +90,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         InputError: Names the file.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"there is no file {path}") from None
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is a JSON {type(content).__name__}, not an object")
-    return content
+    return read_json_object(path)
 
 
 def require_nvflare() -> None:

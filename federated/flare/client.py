@@ -30,10 +30,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--aggregation_epochs", type=int, default=1, help="local epochs per round")
     parser.add_argument("--lr", type=float, default=1e-2, help="local learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the images")
+    parser.add_argument(
+        "--optimizer", default="sgd", help='and its settings, as "adamw weight-decay=0.01"'
+    )
     parser.add_argument("--model", help="the site's own network, as mymodule:build")
     parser.add_argument("--loss", help="name of a loss, or mymodule:loss (default: cross-entropy)")
     parser.add_argument("--data", help="the site's own samples, as mymodule:dataset, for the list")
-    parser.add_argument("--local", help="local training, as 'adamw lr=1e-3' (default: plain SGD)")
     return parser
 
 

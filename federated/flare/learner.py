@@ -51,11 +51,11 @@ class CXRLearner(Learner):
         cache_rate: Share of the images kept in memory.
         seed: Seed of the order in which a round visits the images.
         image_size: Side in pixels that images are resized to.
+        optimizer: The optimiser and its settings but `lr`, such as "adamw weight-decay=0.01".
         model: The site's own module, `module:function` of the job's custom folder, in place of
             `model_name`.
         loss: Name of a loss, or `module:function`; cross-entropy if None.
-        data: The site's own samples, `module:function`, in place of the list.
-        local: Local training in words, such as "adamw lr=1e-3"; plain SGD if None. See
+        data: The site's own samples, `module:function`, in place of the list; see
             `federated.flare.site_training.SiteSettings`.
 
     Raises:
@@ -80,10 +80,10 @@ class CXRLearner(Learner):
         cache_rate: float = 1.0,
         seed: int = 0,
         image_size: int = 224,
+        optimizer: str = "sgd",
         model: str | None = None,
         loss: str | None = None,
         data: str | None = None,
-        local: str | None = None,
     ) -> None:
         super().__init__()
         self.data_root = data_root
@@ -102,14 +102,14 @@ class CXRLearner(Learner):
         self.cache_rate = cache_rate
         self.seed = seed
         self.image_size = image_size
+        self.optimizer = optimizer
         self.model = model
         self.loss = loss
         self.data = data
-        self.local = local
         self._settings = SiteSettings(
             data_root, dataset_json, model_name, num_class, image_size, batch_size,
             aggregation_epochs, lr, fedproxloss_mu, num_workers, train_set, valid_set, test_set,
-            cache_rate, seed, model, loss, data, local,
+            cache_rate, seed, optimizer, model, loss, data,
         )  # fmt: skip
         self.site: SiteTraining | None = None
         self.global_weights: dict[str, np.ndarray] | None = None

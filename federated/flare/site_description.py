@@ -28,13 +28,12 @@ class SiteDescription(FLComponent):
         aggregation_epochs: Passes over the training images per round.
         lr: Learning rate of the first rounds.
         seed: Seed of the order in which a round visits the images.
+        optimizer: The optimiser and its settings but `lr`.
         model: The site's own module, `module:function` of the job's custom folder, in place of
             `model_name`.
         loss: Name of a loss, or `module:function`; cross-entropy if None.
-        data: The site's own samples, `module:function`, in place of the list. An update's
-            samples are those of a pass in the order of `seed`.
-        local: Local training in words, such as "adamw lr=1e-3"; plain SGD if None. See
-            `federated.flare.site_training.SiteSettings`.
+        data: The site's own samples, `module:function`, in place of the list. A round visits
+            them in the order of `seed`.
     """
 
     def __init__(
@@ -48,10 +47,10 @@ class SiteDescription(FLComponent):
         aggregation_epochs: int = 1,
         lr: float = 1e-2,
         seed: int = 0,
+        optimizer: str = "sgd",
         model: str | None = None,
         loss: str | None = None,
         data: str | None = None,
-        local: str | None = None,
     ) -> None:
         super().__init__()
         self.data_root = data_root
@@ -63,15 +62,15 @@ class SiteDescription(FLComponent):
         self.aggregation_epochs = aggregation_epochs
         self.lr = lr
         self.seed = seed
+        self.optimizer = optimizer
         self.model = model
         self.loss = loss
         self.data = data
-        self.local = local
         self._settings = SiteSettings(
             data_root=data_root, dataset_json=dataset_json, model_name=model_name,
             num_class=num_class, image_size=image_size, batch_size=batch_size,
-            aggregation_epochs=aggregation_epochs, lr=lr, seed=seed,
-            model=model, loss=loss, data=data, local=local,
+            aggregation_epochs=aggregation_epochs, lr=lr, seed=seed, optimizer=optimizer,
+            model=model, loss=loss, data=data,
         )  # fmt: skip
         self._site: SiteTraining | None = None
         self._weights: Mapping[str, np.ndarray] | None = None

@@ -23,21 +23,32 @@ from core.data.list_files import Sample, load_datalist
 from core.data.listed_images import ImageListDataset
 from core.data.specs import DataSpec
 from core.errors import InputError
+from core.local_training import LocalTraining
 from core.losses import Loss, Outputs, Targets, main_output, share_right
 from core.models.architecture import Architecture
 from core.models.own_model import own_architecture
 from core.named_objects import called
-from core.target import LocalTraining
 from federated.flare.images import chest_spec
 from federated.flare.networks import network_spec
 from federated.flare.own_samples import OwnSamples
-from federated.flare.own_training import LocalOptimizer, check_words, stated_rate, training_of
 
 Weights = Mapping[str, np.ndarray]
 Images = ImageListDataset | OwnSamples
 # After this many local epochs the learning rate falls to a tenth, as published.
 DECAY_EPOCHS, DECAY = 40, 0.1
 EVALUATION_BATCH = 64
+# What `optimizer` may state.
+OF_OPTIMISER = (
+    "optimizer",
+    "momentum",
+    "dampening",
+    "nesterov",
+    "betas",
+    "eps",
+    "amsgrad",
+    "weight_decay",
+    "clip_norm",
+)
 MAX_PUBLIC = 200
 
 
@@ -61,13 +72,13 @@ class SiteSettings:
         test_set: Section to test on; may be absent.
         cache_rate: Share of the images kept in memory.
         seed: Seed of the order in which a round visits the images.
+        optimizer: The optimiser of a round and its settings but `lr`, such as
+            "adamw weight-decay=0.01 clip-norm=1", see `LocalTraining.parse`.
         model: The site's own module, `module:function` of the job's custom folder, in place of
             `model_name`.
         loss: Name of a loss in `core.losses`, or `module:function`; cross-entropy if None.
         data: The site's own samples, `module:function`, in place of the list; see
             `core.data.given.GivenData`.
-        local: Local training in the words of `LocalTraining.parse`, such as "adamw lr=1e-3
-            weight-decay=0.01"; epochs and batches are stated here. None: plain SGD.
     """
 
     data_root: str | None
@@ -85,13 +96,13 @@ class SiteSettings:
     test_set: str = "testing"
     cache_rate: float = 1.0
     seed: int = 0
+    optimizer: str = "sgd"
     model: str | None = None
     loss: str | None = None
     data: str | None = None
-    local: str | None = None
 
     def __post_init__(self) -> None:
-        for key in ("model", "loss", "data", "local"):
+        for key in ("model", "loss", "data"):
             if not isinstance(getattr(self, key) or "", str):
                 raise InputError(f"{key} {getattr(self, key)!r}: must be text")
         if self.data and not self.model:
@@ -103,9 +114,12 @@ class SiteSettings:
                 raise InputError(f"{key} {getattr(self, key)}: must be at least 1")
         if self.lr <= 0 or self.fedproxloss_mu < 0:
             raise InputError("lr must be positive and fedproxloss_mu not below 0")
-        if self.local:
-            check_words(self.local)
-        _ = self.network, self.objective
+        _ = self.network, self.objective, self.optimiser
+
+    @property
+    def optimiser(self) -> LocalTraining:
+        """The optimiser alone; the rest of the local training is that of this record."""
+        return optimiser_of(self.optimizer)
 
     @cached_property
     def network(self) -> Architecture:
@@ -117,6 +131,25 @@ class SiteSettings:
     def objective(self) -> Loss:
         """What the site minimises."""
         return loss_named(self.loss or None, "loss")
+
+
+def optimiser_of(words: str) -> LocalTraining:
+    """The optimiser that `SiteSettings.optimizer` states.
+
+    Raises:
+        InputError: The words state something else than the optimiser.
+    """
+    try:
+        stated = LocalTraining.parse(words)
+    except InputError as error:
+        raise InputError(f"optimizer {words!r}: {error}") from None
+    usual = LocalTraining(**{name: getattr(stated, name) for name in OF_OPTIMISER})
+    if stated != usual:
+        raise InputError(
+            f"optimizer {words!r}: only {', '.join(OF_OPTIMISER)} are its settings; "
+            "the others are arguments of their own"
+        )
+    return stated
 
 
 def check_list(data_root: str | None, dataset_json: str | None) -> None:
@@ -278,42 +311,9 @@ class SiteTraining:
         return -(-len(self.train_images) // self.batch_size)
 
     def learning_rate(self, round_number: int) -> float:
-        """Of a whole round: that of `local`, or a step schedule over local epochs."""
-        stated = stated_rate(self.settings.local) if self.settings.local else None
-        if stated is not None:
-            return stated
+        """Of a whole round: a step schedule over local epochs."""
         epochs = round_number * self.settings.aggregation_epochs
         return self.settings.lr * DECAY ** (epochs // DECAY_EPOCHS)
-
-    def local(self, round_number: int) -> LocalTraining | None:
-        """What `local` says of a round; None where it says nothing.
-
-        Raises:
-            InputError: It does not fit the number of steps.
-        """
-        settings = self.settings
-        if not settings.local:
-            return None
-        found = training_of(
-            settings.local,
-            epochs=settings.aggregation_epochs,
-            batches=self.steps_per_epoch,
-            lr=self.learning_rate(round_number),
-        )
-        if not settings.fedproxloss_mu:
-            return found
-        if found.proximal:
-            raise InputError("local: proximal and fedproxloss_mu are the same; give one")
-        return dataclasses.replace(found, proximal=settings.fedproxloss_mu)
-
-    def _training(self, round_number: int) -> LocalTraining:
-        """The local training of a round."""
-        return self.local(round_number) or LocalTraining(
-            epochs=self.settings.aggregation_epochs,
-            batches=self.steps_per_epoch,
-            lr=self.learning_rate(round_number),
-            proximal=self.settings.fedproxloss_mu,
-        )
 
     def orders(self, round_number: int) -> tuple[tuple[int, ...], ...]:
         """The images in the order that each epoch of a round goes through them."""
@@ -376,15 +376,19 @@ class SiteTraining:
         self.load(weights)
         before = self.weights()
         fixed = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        local = self._training(round_number)
-        optimizer = LocalOptimizer(self.model.parameters(), local)
+        local = dataclasses.replace(self.settings.optimiser, lr=self.learning_rate(round_number))
+        optimizer = local.torch_optimizer(self.model.parameters())
         self.model.train()
         for order in self.orders(round_number):
             for inputs, labels in self._batches(order):
                 if stopped():
                     raise TrainingStopped
+                optimizer.zero_grad()
                 inputs = inputs.to(next(self.model.parameters()))
-                optimizer.backward(self._loss(inputs, labels, fixed, local.proximal))
+                self._loss(inputs, labels, fixed).backward()
+                if local.clip_norm is not None:
+                    nn.utils.clip_grad_norm_(self.model.parameters(), local.clip_norm)
+                optimizer.step()
         change = {name: np.asarray(v - before[name]) for name, v in self.weights().items()}
         broken = [name for name, value in change.items() if not np.isfinite(value).all()]
         if broken:
@@ -392,18 +396,14 @@ class SiteTraining:
         return change
 
     def _loss(
-        self,
-        inputs: torch.Tensor,
-        labels: torch.Tensor,
-        fixed: dict[str, torch.Tensor],
-        proximal: float,
+        self, inputs: torch.Tensor, labels: torch.Tensor, fixed: dict[str, torch.Tensor]
     ) -> torch.Tensor:
         outputs = self.model(inputs)
         loss = self.loss(outputs, self._targets(outputs, labels, inputs))
-        if proximal > 0:
+        if self.settings.fedproxloss_mu > 0:
             named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
             drift = torch.stack([(p - fixed[name]).square().sum() for name, p in named]).sum()
-            loss = loss + proximal / 2 * drift
+            loss = loss + self.settings.fedproxloss_mu / 2 * drift
         return loss
 
     def _targets(
@@ -486,8 +486,8 @@ class SiteTraining:
             proximal=self.settings.fedproxloss_mu,
             bn_momentum=bn_momentum,
             batch_order=self.orders(round_number),
+            optimiser=self.settings.optimiser,
             loss=self.loss,
-            training=self.local(round_number),
             colour=self.own is not None,
         )
 

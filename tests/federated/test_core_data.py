@@ -46,7 +46,7 @@ def test_published_list_has_labels_in_lists(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (None, "there is no file"),
-        ("{", "not a readable JSON list"),
+        ("{", "is not JSON"),
         ("[]", "JSON list"),
         ('{"validation": []}', 'has no "training" list; it has validation'),
         ('{"training": [{"label": 1}]}', "entry 0 of training has no image path"),

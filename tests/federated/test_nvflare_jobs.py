@@ -371,7 +371,7 @@ def data():
     return (inputs[:2], targets[:2]), (inputs[2:], targets[2:])
 """
 OWN_FLAGS = ["--model", "job_site:build", "--loss", "binary-cross-entropy", "--data",
-             "job_site:data", "--local", "adamw lr=1e-3"]  # fmt: skip
+             "job_site:data", "--optimizer", "adamw eps=1e-6"]  # fmt: skip
 
 
 @pytest.fixture
@@ -389,7 +389,7 @@ def test_a_job_takes_the_sites_own_client_along(own_code: Path) -> None:
     for app in ("server", "site-1", "site-2"):
         assert (own_code / "job" / app / "custom" / "job_site.py").read_text() == OWN_MODULE
     client = load(own_code, "job/site-1/config/config_fed_client.json")
-    assert [client[name] for name in ("MODEL", "LOSS", "DATA", "LOCAL")] == OWN_FLAGS[1::2]
+    assert [client[name] for name in ("MODEL", "LOSS", "DATA", "OPTIMIZER")] == OWN_FLAGS[1::2]
     assert (client["DATA_ROOT"], client["DATASET_JSON"], client["PRIOR_FILE"]) == ("", "", "")
     assert load(own_code, "job/server/config/config_fed_server.json")["MODEL"] == "job_site:build"
     assert load(own_code, "job/site-1/config/config_inversion.json")["img_prior"] == ""
@@ -405,7 +405,7 @@ def test_the_recipe_takes_the_sites_own_client_along(own_code: Path) -> None:
     assert {"app_server/custom/job_site.py", "app_site-9/custom/job_site.py"} <= copied
     config = load(folder, "app_site-9/config/config_fed_client.json")
     described = next(c["args"] for c in config["components"] if c["id"] == "learner")
-    assert (described["model"], described["local"]) == ("job_site:build", "adamw lr=1e-3")
+    assert (described["model"], described["optimizer"]) == ("job_site:build", "adamw eps=1e-6")
 
 
 @pytest.mark.parametrize(
@@ -414,7 +414,7 @@ def test_the_recipe_takes_the_sites_own_client_along(own_code: Path) -> None:
         (["--data", "job_site:data"], "your own samples need your own --model"),
         (["--model", "job_site:bild"], "job_site has no bild; did you mean build"),
         (["--loss", "hinge"], "hinge"),
-        (["--local", "adamw epochs=2"], "epochs is said by the argument aggregation_epochs"),
+        (["--optimizer", "adamw epochs=2"], "the others are arguments of their own"),
     ],
 )
 def test_an_own_client_that_no_site_could_build_is_named(

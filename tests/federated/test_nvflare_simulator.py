@@ -131,8 +131,9 @@ def test_a_killed_site_does_not_stop_the_others(tmp_path: Path) -> None:
         lambda c: c["workflows"][1]["args"].update(validation_timeout=30),
     )
     folder = tmp_path / "runs"
+    workspace = folder / "2clients_exp"
     with started(job, folder, 2) as (process, log):
-        victim = run_results.app_folder(folder / "exp", "site-2") / "local_model.pt"
+        victim = run_results.app_folder(workspace, "site-2") / "local_model.pt"
         wait_for(victim.is_file)
         for pid in simulator.descendants(process.pid):
             # Its worker alone: the simulator's arguments name all clients in one.
@@ -142,5 +143,5 @@ def test_a_killed_site_does_not_stop_the_others(tmp_path: Path) -> None:
     output = log.read_text()
     assert process.returncode == 1, output[-3000:]
     assert "site-2 left no cross-site validation" in output
-    assert (run_results.app_folder(folder / "exp", "server") / run_results.FINAL_MODEL).is_file()
-    assert "site-1" in run_results.cross_validation(folder / "exp")
+    assert (run_results.app_folder(workspace, "server") / run_results.FINAL_MODEL).is_file()
+    assert "site-1" in run_results.cross_validation(workspace)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,29 @@ def test_the_simulated_local_training_explains_the_update(phantoms: Path) -> Non
     expected = torch.cat([g.flatten() for g in update.gradient.values()])
     # The update is handed on in float32, as differences of weights over the learning rate.
     assert (found - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_the_update_of_a_site_with_adamw_is_explained_as_well(phantoms: Path) -> None:
+    from tests.federated.sites import simulate
+
+    local = site(
+        phantoms,
+        aggregation_epochs=2,
+        lr=1e-3,
+        optimizer="adamw weight-decay=0.1 eps=1e-3 clip-norm=0.5",
+    )
+    local.model.double()
+    start = local.weights()
+    update = local.local_update(local.train(start, 1), start, 1)
+    inputs = local.data.normalize(local.train_images.images()).double()
+    labels = local.train_images.labels()
+    expected = torch.cat([g.flatten() for g in update.gradient.values()])
+    simulated, _ = simulate(update, inputs, labels, torch.float64)
+    found = torch.cat([g.flatten() for g in simulated])
+    assert (found - expected).norm() < 1e-4 * expected.norm()
+    plain = dataclasses.replace(update, optimiser=None)
+    other = torch.cat([g.flatten() for g in simulate(plain, inputs, labels, torch.float64)[0]])
+    assert (other - expected).norm() > 0.5 * expected.norm()
 
 
 def test_the_inverter_is_told_of_fedprox(phantoms: Path) -> None:
@@ -172,6 +196,8 @@ def test_scores_are_those_of_scikit_learn() -> None:
         {"model_name": "nothing"},
         {"data_root": "nowhere"},
         {"dataset_json": "nowhere.json"},
+        {"optimizer": "adamx"},
+        {"optimizer": "adam lr=0.2"},
     ],
 )
 def test_impossible_settings_are_named(phantoms: Path, arguments: dict[str, Any]) -> None:

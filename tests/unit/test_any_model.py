@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,22 @@ import torch
 from torch import nn
 
 import gradinvbench as gib
+from attack.matching.acceleration import AcceleratedMatcher
+from attack.matching.held_state import RandomNumbers
 from attack.matching.matcher import GradientMatcher
 from attack.matching.objectives import L2, Cosine
 from attack.matching.replica import Replica
 from attack.priors.regularizers import shared_features
+from attack.settings import SpeedSettings
+from benchmarks.models import published
 from benchmarks.models.measure import BATCH, CPU, ENOUGH, agreements
 from benchmarks.models.own_modules import CHANNELS, N_CLASSES, OWN_MODULES, SIDE
+from benchmarks.models.published import (
+    Published,
+    narrow_classifiers,
+    timm_classifiers,
+    torchvision_classifiers,
+)
 from benchmarks.models.record import Record
 from core.models.head import head_for
 from core.models.unchanged import buffers_of, unchanged
@@ -27,6 +38,14 @@ REFUSED = {
     "TorchScript": "Sequential is TorchScript",
 }
 MOVING = [name for name in OWN_MODULES if name.startswith(("spectral", "moving", "InstanceNorm w"))]
+# Of torchvision's families those whose smallest member takes few seconds.
+SMALL = (
+    "mnasnet0_5",
+    "mobilenet_v3_small",
+    "regnet_x_400mf",
+    "shufflenet_v2_x0_5",
+    "squeezenet1_1",
+)
 WORDS = ("ropout", "noise", "depth", "DropBlock", "RReLU", "Encoder", "checkpointed block")
 RANDOM = [name for name in OWN_MODULES if any(word in name for word in WORDS)]
 TAKEN = [name for name in OWN_MODULES if name not in REFUSED]
@@ -48,6 +67,22 @@ def test_an_own_module_agrees_or_says_why_not(name: str) -> None:
         assert found.agrees, found
         assert (found.automatic or 0) >= ENOUGH, found
         assert found.chosen == "difference"
+
+
+def published_models() -> list[Published]:
+    """The small ones and narrow ones; with GRADINVBENCH_ALL_MODELS set, all there are."""
+    everything = [*torchvision_classifiers(), *timm_classifiers()]
+    if os.environ.get("GRADINVBENCH_ALL_MODELS"):
+        return [*everything, *narrow_classifiers()]
+    return [*(model for model in everything if model.name in SMALL), *narrow_classifiers()]
+
+
+@pytest.mark.parametrize("model", published_models(), ids=lambda model: model.name)
+def test_a_published_model_agrees(model: Published) -> None:
+    shape = (3, model.side, model.side)
+    for found in agreements(model.name, model.build, shape, published.N_CLASSES):
+        assert found.refusal == ""
+        assert found.agrees, found
 
 
 @pytest.mark.parametrize("name", [n for n in TAKEN if n not in RANDOM])
@@ -121,6 +156,34 @@ def test_a_matcher_of_a_model_that_ran_can_be_made() -> None:
     matcher(truth.images, truth.labels)
     match = matcher.exact()(truth.images, truth.labels)
     assert float(match.value) < 1e-6
+
+
+def test_the_same_random_numbers_are_drawn_again() -> None:
+    torch.manual_seed(0)
+    numbers = RandomNumbers(CPU)
+    assert not numbers.drawn
+    first = torch.rand(3)
+    assert numbers.drawn
+    after = torch.rand(2)
+    numbers.rewind()
+    assert torch.equal(torch.rand(3), first)
+    assert torch.equal(torch.rand(2), after)
+
+
+def test_graphs_are_not_used_where_masks_are_drawn() -> None:
+    target, truth = shared("Dropout")
+    speed = SpeedSettings(compile=True)
+    matcher = AcceleratedMatcher(Replica(target, CPU), Cosine(), "auto", speed)
+    candidate = torch.rand(BATCH, *SHAPE)
+    torch.manual_seed(1)
+    found = matcher(candidate, truth.labels)
+    assert "draws random numbers" in matcher.events[0]
+    assert matcher.step is not None
+    torch.manual_seed(1)
+    plain = GradientMatcher(Replica(target, CPU), Cosine(), "auto")(candidate, truth.labels)
+    # Late layers are factored in one of them only.
+    both = (found.input_gradient.flatten(), plain.input_gradient.flatten())
+    assert torch.cosine_similarity(*both, dim=0) >= ENOUGH
 
 
 def test_a_model_of_the_front_door_is_the_one_inside_its_wrapper() -> None:

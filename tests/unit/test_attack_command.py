@@ -272,3 +272,73 @@ def test_mean_image_travels_with_the_truth_only(files: Path) -> None:
     assert truth.mean_image is not None
     assert torch.equal(truth.mean_image, torch.full((3, 8, 8), 0.5))
     assert load_target(files / "stripped.tar")[1] is None
+
+
+def test_ctrl_c_measures_the_best_so_far_and_can_be_continued(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--checkpoint", str(files / "lenet.tar"), *FLAGS, "--metric", "--state-every", "5"]
+    words += ["--save-every", "8"]
+    assert command(*words, "--root", str(tmp_path / "whole")) == 0
+    with monkeypatch.context() as patched:
+
+        def stop(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+        # The first picture is due after eight of twelve iterations.
+        patched.setattr("attack.cli.running.save_images", stop)
+        assert command(*words, "--root", str(tmp_path / "cut")) == 130
+    folder = tmp_path / "cut" / "test"
+    record = json.loads((folder / "record.json").read_text())
+    assert (record["status"], record["iterations"]) == ("interrupted", 8)
+    assert all(row["psnr"] > 0 for row in record["evaluation"]["per_image"])
+    assert command(*words, "--root", str(tmp_path / "cut")) == 0
+    assert json.loads((folder / "record.json").read_text())["status"] == "finished"
+    assert torch.equal(images(folder), images(tmp_path / "whole" / "test"))
+
+
+def test_a_run_leaves_its_log_and_its_losses_by_layer(files: Path, tmp_path: Path) -> None:
+    words = ["--checkpoint", str(files / "lenet.tar"), *FLAGS, "--TV", "0.01"]
+    assert command(*words, "--root", str(tmp_path)) == 0
+    folder = tmp_path / "test"
+    log = (folder / "log.txt").read_text()
+    assert log.count("AnisotropicTV term") == 3
+    assert "gradient term" in log
+    record = json.loads((folder / "record.json").read_text())
+    layers = record["details"]["layers"]
+    target, _ = load_target(files / "lenet.tar")
+    assert set(layers) == set(target.gradient)
+    # The whole objective from the layers' own numbers, against what the loop says.
+    shared = sum(row["norm"] ** 2 for row in layers.values())
+    own, product = 0.0, 0.0
+    for row in layers.values():
+        # |a|^2 from |a - b|^2 and the cosine: (1 - sim) |a| |b| = a.b
+        c, b = (1 - row["sim"]), row["norm"]
+        root = (c * b) + ((c * b) ** 2 - b**2 + row["L2"]) ** 0.5
+        own, product = own + root**2, product + c * b * root
+    assert 1 - product / (own * shared) ** 0.5 == pytest.approx(record["objective"], abs=0.02)
+    assert "parameter" in (folder / "layers.txt").read_text()
+
+
+def test_e2egis_stages_end_with_pictures(files: Path, tmp_path: Path) -> None:
+    words = ["--checkpoint", str(files / "lenet.tar"), *FLAGS, "--MinCombine", "--n-seed", "2"]
+    assert command(*words, "--T-in", "3", "--root", str(tmp_path)) == 0
+    names = {path.name for path in (tmp_path / "test").glob("stage*.png")}
+    assert names == {"stage1.png", "stage2.png"}
+    assert json.loads((tmp_path / "test" / "record.json").read_text())["psnr_curve"] == []
+
+
+def test_a_search_needs_nothing_to_attack(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from attack.cli.search import SearchResult
+
+    monkeypatch.setattr(
+        "attack.cli.search.search", lambda *_, **__: SearchResult({"lr": 0.25, "TV": 0.5}, 0.1, [])
+    )
+    words = ["--superparameters-search", "--simulation-checkpoint", str(files / "lenet.tar")]
+    assert command(*words, "--lr-tune", "--root", str(tmp_path), "--cpu") == 0
+    assert json.loads((tmp_path / "test" / "best_setting.json").read_text()) == {"lr": 0.25}
+    assert "--checkpoint PATH --lr 0.25" in capsys.readouterr().out
+    assert command(*words[:1], "--root", str(tmp_path)) == 2
+    assert "needs --simulation-checkpoint" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,17 @@ from benchmarks.declare.columns import find_column
 from benchmarks.declare.records import Run
 from benchmarks.show.leaderboard import (
     FOLDER,
+    HEADER,
     check_entry,
     load_entries,
     make_entry,
     rank,
+    show,
     threat_model,
 )
 from benchmarks.submission import Defended, ensemble_table
 from core.errors import InputError
+from core.storage import write_json
 from tests.example_results import example
 
 
@@ -31,7 +35,7 @@ def entry(tmp_path: Path) -> dict[str, Any]:
 
 
 def with_leakage(entry: dict[str, Any], name: str, worst: float, **more: Any) -> dict[str, Any]:
-    ssim = {**entry["leakage"]["ssim"], "worst": worst}
+    ssim = {**entry["leakage"]["ssim"], "worst": worst, "mean": worst / 2}
     return {**entry, "defense": name, "leakage": {**entry["leakage"], "ssim": ssim}, **more}
 
 
@@ -75,6 +79,11 @@ def test_entries_are_ranked_by_worst_leakage_and_then_by_utility(entry: dict[str
             {"leakage": {"ssim": {"n": 1, "mean": 0.1, "worst": float("nan")}}},
             "leakage.ssim.worst is not a number",
         ),
+        ({"utility": float("inf")}, "utility inf is not a percentage"),
+        ({"utility": float("nan")}, "utility nan is not a percentage"),
+        ({"utility": -1}, "utility -1 is not a percentage"),
+        ({"epsilon": float("nan")}, "epsilon nan is not a finite number"),
+        ({"epsilon": -2.0}, "epsilon -2.0 is not a finite number"),
     ],
 )
 def test_broken_entries_are_refused(
@@ -107,7 +116,7 @@ def test_the_command_renders_markdown_and_html(
     assert "A <b>" not in capsys.readouterr().out
     assert main(["leaderboard", "--entries", str(entries)]) == 0
     markdown = (entries / "leaderboard.md").read_text()
-    assert markdown.index("| 1 | B |") < markdown.index("| 2 | A <b> |")
+    assert markdown.index("| 1 | B |") < markdown.index("| 2 | A &lt;b> |")
     html = (entries / "leaderboard.html").read_text()
     assert "A &lt;b&gt;" in html
     assert "A <b>" not in html
@@ -189,3 +198,42 @@ def test_columns_tell_the_choice_from_the_worst_case() -> None:
     columns = [find_column(name) for name in texts]
     assert [c.text(run) for c in columns if c.text] == ["honest-server", "spectral", "spear"]
     assert find_column("labels by yin").note(run) == "labels repeat"
+
+
+@pytest.mark.parametrize(
+    ("metric", "change", "message"),
+    [
+        ("ssim", {"worst": 1.5}, "ssim.worst is 1.5: must lie between -0.1 and 1"),
+        ("ssim", {"mean": -0.5}, "ssim.mean is -0.5: must lie between"),
+        ("ssim", {"mean": 0.6, "worst": 0.5}, "ssim: the worst image, 0.5, gives away less"),
+        ("psnr", {"mean": 20.0, "worst": 19.0}, "psnr: the worst image"),
+        ("mse", {"mean": 0.1, "worst": 0.2}, "mse: the worst image"),
+        ("mse", {"mean": -0.1}, "mse.mean is -0.1: must lie between 0 and inf"),
+        ("ssim", {"n": 2.5}, "ssim.n is 2.5: images are counted by whole numbers"),
+        ("ssim", {"n": 0}, "ssim.n is 0"),
+        ("ssim", {"n": 10**400}, "ssim.n is not a number"),
+    ],
+)
+def test_impossible_leakage_is_refused(
+    metric: str, change: dict[str, float], message: str, entry: dict[str, Any]
+) -> None:
+    check_entry(entry, "entry")
+    changed = {**entry["leakage"], metric: {**entry["leakage"][metric], **change}}
+    with pytest.raises(InputError, match=message):
+        check_entry({**entry, "leakage": changed}, "entry")
+
+
+def test_what_others_wrote_in_an_entry_stays_text(entry: dict[str, Any], tmp_path: Path) -> None:
+    evil = "a|b\n<script>alert(1)</script> [x](javascript:alert(1)) \x1b[2J"
+    write_json(tmp_path / "evil.json", {**entry, "defense": evil, "reference": evil})
+    said = show(tmp_path, tmp_path)
+    assert "\x1b" not in said
+    markdown = (tmp_path / "leaderboard.md").read_text()
+    (row,) = [line for line in markdown.splitlines() if line.startswith("| 1 ")]
+    assert len(re.findall(r"(?<!\\)\|", row)) == len(HEADER) + 1
+    html = (tmp_path / "leaderboard.html").read_text()
+    for text in (markdown, html):
+        assert "<script" not in text
+        assert "](javascript:" not in markdown
+        assert "\x1b" not in text or text is html
+    assert "href" not in html

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import dataclasses
 import io
 import json
 import re
+import tracemalloc
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from benchmarks.declare.columns import find_column
 from benchmarks.declare.figures import FIGURES
@@ -19,6 +23,7 @@ from benchmarks.run.store import Store
 from benchmarks.show.charts import _looks, heatmap
 from benchmarks.show.figures import _DRAW, _distinct_slugs
 from benchmarks.show.output import write_outputs
+from benchmarks.show.pictures import Picture
 from benchmarks.show.render import (
     to_csv,
     to_json,
@@ -27,6 +32,7 @@ from benchmarks.show.render import (
     to_terminal,
     to_text_table,
 )
+from benchmarks.show.report import to_html
 from benchmarks.show.results import TableResult, collect
 from benchmarks.show.statistics import bootstrap_interval, summarize
 from tests.browser import Page, find_browser
@@ -198,6 +204,34 @@ def test_files_are_written_and_the_report_needs_no_other(tmp_path: Path) -> None
     references = re.findall(r'(?:src|href)="([^"]*)"', html)
     assert references
     assert all(reference.startswith("data:") for reference in references)
+
+
+def test_a_report_of_many_pictures_stays_small(tmp_path: Path) -> None:
+    """60 pictures of 0.75 MB: the page holds the first whole, and small copies of the others."""
+    result, store = example(tmp_path)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (500, 500, 3), dtype=np.uint8)
+    pictures = []
+    for index in range(60):
+        file = folder / f"a picture {index}.png"
+        Image.fromarray(np.roll(noise, index)).save(file, compress_level=1)
+        pictures.append(Picture(file, f"picture {index}"))
+    total = sum(picture.file.stat().st_size for picture in pictures)
+    tracemalloc.start()
+    html = to_html(result, pictures, store, folder)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert total > 40e6
+    assert len(html) < 9e6
+    assert peak < 40e6
+    whole, small = html.count("data:image/png"), html.count("data:image/jpeg")
+    assert (whole, small) == (5, 55)
+    links = re.findall(r'<a href="\./([^"]*)"', html)
+    assert [folder / unquote(link) for link in links] == [p.file for p in pictures[5:]]
+    for data in re.findall(r"data:image/jpeg;base64,([^\"]*)", html):
+        with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+            assert max(image.size) <= 256
 
 
 needs_browser = pytest.mark.skipif(

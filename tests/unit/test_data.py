@@ -219,7 +219,7 @@ def a_file(folder: Path) -> Path:
         (single_image_class, "single image"),
         (foreign_val_class, "class2 that the training data lacks"),
         (empty_val, "holds no images"),
-        (broken_json, "not a readable JSON list"),
+        (broken_json, "is not JSON"),
         (json_without_training, 'no "training" list'),
         (json_missing_image, "does not exist"),
     ],

@@ -14,11 +14,14 @@ import torch.nn.functional as F
 from PIL import Image
 
 from core.data.specs import DataSpec
+from core.errors import InputError
 from core.models.building import ModelSpec, build_model
 from core.target import LocalTraining, Target, Truth
 from gradients.checkpoint import load_target
 from gradients.command import build_parser, main
+from gradients.command import run as run_command
 from gradients.defenses import defense_names, parse_defenses
+from gradients.extract import needs_our_stem
 from gradients.inspect import main as inspect
 
 CLASSES, PER_CLASS, SIDE = 8, 6, 16
@@ -600,6 +603,29 @@ def test_published_flags_and_defaults() -> None:
     assert {key: args[key] for key in published} == published
 
 
+def test_torchvisions_stem_loads_where_the_small_one_does_not() -> None:
+    import torchvision
+
+    theirs = torchvision.models.resnet18(num_classes=CLASSES)
+    for stem, fits in (("imagenet", True), ("cifar", False)):
+        spec = ModelSpec("resnet18", CLASSES, 32, stem)
+        assert needs_our_stem(spec) != fits
+        state = build_model(spec).state_dict()
+        if fits:
+            theirs.load_state_dict(state)
+        else:
+            with pytest.raises(RuntimeError, match="conv1"):
+                theirs.load_state_dict(state)
+    assert not needs_our_stem(ModelSpec("cnn", CLASSES, 32, "cifar"))
+
+
+def test_the_small_stem_is_said(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run(model=["--arch", "resnet18", "--image-size", "16"])
+    assert "--stem imagenet" in capsys.readouterr().out
+    run(model=["--arch", "resnet18", "--image-size", "16", "--stem", "imagenet"])
+    assert "--stem imagenet" not in capsys.readouterr().out
+
+
 def test_published_command_lines_parse() -> None:
     lines = [
         "--gpu 0 --kernel-size-of-maxpool 19 --ra --data D --results R --pretrained P",
@@ -642,3 +668,23 @@ def test_both_words_for_clipping_every_image(word: str, run: Run) -> None:
     shared = run("--enable-dp", "--sigma", "0.5", "--dp-clipping", word)
     assert shared.record["privacy"]["clipping"] == "per-sample"
     assert shared.target.defenses == ("dp-sgd:0.5:1",)
+
+
+def test_the_whole_local_training_in_words(run: Run) -> None:
+    shared = run("--local", "adamw lr=1e-3 weight-decay=0.01 epochs=2 batch-size=2")
+    local = shared.target.local
+    assert (local.optimizer, local.lr, local.weight_decay) == ("adamw", 1e-3, 0.01)
+    assert (local.epochs, local.batches, local.steps) == (2, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--local", "adam", "--lr", "0.1"], "--lr and --local both state"),
+        (["--local", "adam", "--local-epochs", "2"], "--local-epochs and --local both state"),
+        (["--local", "adan lr=1"], "--local: local training: optimizer 'adan' is none of"),
+    ],
+)
+def test_words_and_flags_that_contradict_each_other(flags: list[str], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        run_command(["--data", "photo-patches", *flags])

@@ -55,8 +55,8 @@ def test_a_record_without_a_version_still_reads(folder: Path) -> None:
     ("text", "message"),
     [
         ('{"schema_version": 99}', "update the program"),
-        ('{"labels": [1]}', "not the record of an extraction"),
-        ("{", "no readable record"),
+        ('{"labels": [1]}', "not a whole record of an extraction"),
+        ("{", "is not JSON"),
     ],
 )
 def test_other_files_are_refused(text: str, message: str, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from attack.loop.inversion import Inversion, Restart
+from attack.loop.inversion import InterruptedInversion, Inversion, Restart
 from attack.matching.match import Match
 from attack.metrics import psnr
 from attack.reconstruction import Reconstruction
@@ -58,6 +58,56 @@ def _objective_at(target: Target, truth: Truth, config: InversionConfig) -> floa
 def test_one_step_is_all_there_is_to_unroll(lenet: tuple[Target, Truth]) -> None:
     found, plain = invert(lenet, change(local_steps="one")), invert(lenet)
     assert torch.equal(found.images, plain.images)
+
+
+def interrupted(made: tuple[Target, Truth], at: int, **run: Any) -> Reconstruction:
+    def stop(iteration: int, objective: float) -> None:
+        if iteration == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(InterruptedInversion) as caught:
+        invert(made, change(lr=0.5), print_every=1, report=stop, **run)
+    return caught.value.reconstruction
+
+
+def test_an_interrupted_attack_has_its_best_so_far(lenet: tuple[Target, Truth]) -> None:
+    found = interrupted(lenet, 7)
+    assert (found.status, found.iterations) == ("interrupted", 8)
+    seen = [entry["last"] for entry in found.trace]
+    assert len(seen) == 8
+    assert found.objective == min(seen)
+    # Computed anew at the images: what is returned is the iterate of that objective.
+    inversion = Inversion(lenet[0], lenet[1].labels, change(), device=CPU)
+    inputs = lenet[0].data.normalize(found.images.double())
+    value = float(inversion.matcher.value(inputs, lenet[1].labels))
+    assert value == pytest.approx(found.objective, rel=1e-3)
+
+
+def test_an_interrupted_attack_goes_on_as_if_it_had_not_been(
+    lenet: tuple[Target, Truth], tmp_path: Path
+) -> None:
+    state = {"state_file": tmp_path / "state.pt", "save_every": 3}
+    interrupted(lenet, 7, **state)
+    resumed = invert(lenet, change(lr=0.5), print_every=1, **state)
+    whole = invert(lenet, change(lr=0.5), print_every=1)
+    assert torch.equal(resumed.images, whole.images)
+    assert resumed.iterations == whole.iterations == 12
+
+
+def test_the_trace_has_the_losses_by_term(cnn: tuple[Target, Truth]) -> None:
+    config = change(
+        bn=0.3, input_norm=1e-3, gradient_weight=2.0, iterations=1, coordinates="pixels"
+    )
+    (entry,) = invert(cnn, config, print_every=1).trace
+    target, truth = cnn
+    inversion = Inversion(target, truth.labels, config, device=CPU)
+    start = inversion.problem.inputs(inversion.restarts[0])
+    rows, columns = start.diff(dim=2).abs().mean((1, 2, 3)), start.diff(dim=3).abs().mean((1, 2, 3))
+    assert entry["gradient term"] == pytest.approx(2 * entry["last"])
+    assert entry["AnisotropicTV term"] == pytest.approx(0.01 * float((rows + columns).mean()))
+    norm = float(start.flatten(1).norm(dim=1).mean())
+    assert entry["InputNorm term"] == pytest.approx(1e-3 * norm)
+    assert entry["statistics term"] > 0
 
 
 @pytest.fixture(scope="module")

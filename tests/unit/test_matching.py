@@ -239,7 +239,7 @@ def test_a_unit_that_another_kernel_would_switch_is_no_error_of_the_difference(m
 
     monkeypatch.setitem(activations._RECORDERS, F.relu, with_a_flip)
     found = matcher(inputs, truth.labels).input_gradient
-    unfrozen = matcher._exact(inputs, truth.labels, 1.0, None).input_gradient
+    unfrozen = matcher.exact_match(inputs, truth.labels, 1.0, None).input_gradient
     assert cosine(found, unfrozen) < 0.999, "the flips change nothing: nothing is shown"
     assert matcher.step is not None
     assert matcher.agreement > 0.9999

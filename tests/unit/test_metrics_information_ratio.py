@@ -105,13 +105,33 @@ def test_only_what_was_shared_counts() -> None:
 def test_table_and_record() -> None:
     columns = torch.tensor([0.1, 0.2, 0.3, 0.4])
     labels = torch.tensor([0, 2, 2, 4])
-    information = GradientInformation(labels, columns, labels, columns, columns, columns)
+    information = GradientInformation(labels, columns, labels, *[columns] * 6)
     assert information.ratio_by_label() == pytest.approx({0: 0.1, 2: 0.5, 4: 0.4})
     assert "50.00" in information.to_table().get_string()
     record = information.to_record()
     assert record["by_label"]["2"] == pytest.approx(0.5)
     assert record["by_sample"][3]["ratio"] == pytest.approx(0.4)
     assert record["by_sample"][3]["predicted"] == 4
+
+
+def test_a_samples_gradient_is_compared_entry_by_entry() -> None:
+    target, truth = setting("cnn", train=False)
+    found = gradient_information(target, truth)
+    model = target.build_model()
+    inputs = DATA.normalize(truth.images).float()
+
+    def gradient(rows: slice) -> torch.Tensor:
+        loss = torch.nn.functional.cross_entropy(model(inputs[rows]), truth.labels[rows])
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*model.parameters()])])
+
+    whole = gradient(slice(None))
+    for i in range(len(inputs)):
+        own = gradient(slice(i, i + 1))
+        assert float(found.distance[i]) == pytest.approx(float((own - whole).square().sum()), 1e-3)
+        signs = float((own.sign() == whole.sign()).double().mean())
+        assert float(found.same_signs[i]) == pytest.approx(signs, abs=1e-3)
+    most = model(inputs).softmax(1).amax(1)
+    torch.testing.assert_close(found.predicted_confidence.float(), most)
 
 
 def test_confidence_is_the_models() -> None:

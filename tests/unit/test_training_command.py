@@ -20,6 +20,7 @@ from tests.image_folders import write_tree
 from training import checkpoints, schemes, trainer
 from training.main_pytorch import build_parser, main, parse_args, run
 from training.settings import TrainingConfig
+from training.trainer import Sums, _right_in_five
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -193,6 +194,7 @@ def test_a_run_leaves_checkpoints_record_metrics_and_curves(data: Path, tmp_path
     assert record["best_val_acc1"] == max(entry["val_acc1"] for entry in record["history"])
     assert record["images_per_second"] > 0
     assert all((root / name).exists() for name in record["checkpoints"].values())
+    assert all(entry["val_acc5"] == 100 for entry in record["history"])
     rows = list(csv.DictReader((root / "metrics.csv").open()))
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert (root / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -269,7 +271,8 @@ def test_an_earlier_run_is_not_overwritten_silently(
     assert main(flags(data, root)) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert main(flags(data, root, "--overwrite")) == 0
-    assert len(checkpoints.checkpoints(root)) == 1
+    epochs = [checkpoints.checkpoint_epoch(path) for path in checkpoints.checkpoints(root)]
+    assert epochs == [1, 2]
     assert not list(root.glob(".model_best*"))
     assert main(flags(data, root, "--resume", "auto", "--width", "8")) == 2
     assert "width = 4" in capsys.readouterr().err
@@ -281,6 +284,25 @@ def test_checkpoints_in_between_are_removed(data: Path, tmp_path: Path) -> None:
         checkpoints.checkpoint_epoch(path) for path in checkpoints.checkpoints(tmp_path / "out")
     ]
     assert kept == [2, 4, 5]
+
+
+def test_five_guesses_are_counted_as_by_sorting() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(40, 9, generator=generator)
+    labels = torch.randint(9, (40,), generator=generator)
+    sums = Sums(torch.zeros(4, dtype=torch.float64))
+    for part in (slice(0, 25), slice(25, 40), slice(0, 0)):
+        loss = torch.nn.functional.cross_entropy(logits[part], labels[part], reduction="sum")
+        right = logits[part].argmax(1) == labels[part]
+        sums.add(loss, len(labels[part]), right, _right_in_five(logits[part], labels[part]))
+    order = logits.argsort(1, descending=True).tolist()
+    first, five = (
+        100 * sum(label in row[:k] for row, label in zip(order, labels.tolist(), strict=True)) / 40
+        for k in (1, 5)
+    )
+    assert sums.with_five()[1:] == pytest.approx((first, five))
+    assert first < five < 100
+    assert sums.over_processes()[1] == pytest.approx(first)
 
 
 def test_evaluate_and_pretrained(
@@ -430,4 +452,4 @@ def test_comparison_picture(data: Path, tmp_path: Path, capsys: pytest.CaptureFi
     reports.run([str(tmp_path / "out"), "--output", str(picture)])
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert exit_status(lambda: reports.run([str(data)])) == 2
-    assert "no readable record.json" in capsys.readouterr().err
+    assert "there is no file" in capsys.readouterr().err

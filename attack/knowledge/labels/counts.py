@@ -15,6 +15,7 @@ from attack.knowledge.labels.last_layer import LastLayer, head_of
 from attack.knowledge.labels.registry import SignedFeatures, register_rule
 from attack.knowledge.threat_models import Capability
 from core.errors import InputError
+from core.losses import main_output
 from core.target import Target
 
 # Below this, a bias gradient is rounding and no divisor.
@@ -126,7 +127,7 @@ def _mean_outputs(
     try:
         for state in _states_on_the_way(target, model):
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                outputs.append(torch.func.functional_call(model, state, (inputs,)))
+                outputs.append(main_output(torch.func.functional_call(model, state, (inputs,))))
     finally:
         handle.remove()
     mean = torch.cat(outputs).double().softmax(1).mean(0)

@@ -35,7 +35,7 @@ def add_job_flags(parser: argparse.ArgumentParser) -> None:
     own.add_argument("--model", help="the sites' own network, as mymodule:build")
     own.add_argument("--loss", help="name of a loss, or mymodule:loss (default: cross-entropy)")
     own.add_argument("--data", help="the sites' own samples, as mymodule:dataset, for the lists")
-    own.add_argument("--local", help="local training, as 'adamw lr=1e-3' (default: plain SGD)")
+    own.add_argument("--optimizer", help="and its settings, as 'adamw weight-decay=0.01'")
     leakage = parser.add_argument_group("leakage")
     leakage.add_argument("--rdlv_threshold", type=float, default=1.0, help="withhold above it")
     leakage.add_argument("--frequency", type=int, default=1, help="measure every so many rounds")

@@ -1,0 +1,77 @@
+"""Archives of numpy arrays (`.npz`), read without believing what their headers claim."""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from core.errors import InputError
+from core.reading import open_regular, prefix_of
+
+MAX_HEADER_BYTES = 4096
+# How much larger than the archive its arrays may be, where they are compressed.
+MAX_RATIO = 32
+# Numbers and text; objects would be pickled.
+_KINDS = "biufcUS"
+
+
+def read_arrays(path: str | Path, flag: str = "") -> dict[str, np.ndarray]:
+    """Read the arrays of an archive of `numpy.savez`.
+
+    `numpy.load` allocates what a header claims before it reads, and inflates without end.
+
+    Args:
+        path: The archive.
+        flag: The flag it was given with, for messages.
+
+    Returns:
+        The arrays by name.
+
+    Raises:
+        InputError: It cannot be read, is damaged, inflates to more than 32 times its size, or
+            an array is not as large as it claims, or neither of numbers nor text.
+    """
+    with open_regular(path, flag, "numpy archive") as file:
+        try:
+            size = file.seek(0, io.SEEK_END)
+            archive = zipfile.ZipFile(file)
+            members = archive.infolist()
+            if sum(member.file_size for member in members) > MAX_RATIO * size:
+                raise InputError(f"it claims to inflate to more than {MAX_RATIO} times its size")
+            return {m.filename.removesuffix(".npy"): _array(archive, m) for m in members}
+        except InputError as error:
+            raise InputError(f"{prefix_of(flag)}{path}: {error}") from None
+        except (
+            ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError,
+            RuntimeError, SyntaxError, TypeError, ValueError, struct.error, zipfile.BadZipFile,
+            zlib.error,
+        ) as error:  # fmt: skip
+            raise InputError(
+                f"{prefix_of(flag)}{path} is no whole archive of numpy arrays ({error!s:.200})"
+            ) from None
+
+
+def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise InputError(f"{member.filename} is compressed as numpy does not compress")
+    # The checksum of a member is compared where its end is reached.
+    content = archive.read(member)
+    stream = io.BytesIO(content)
+    version = np.lib.format.read_magic(stream)
+    read_header = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }[version]
+    shape, fortran_order, dtype = read_header(stream, max_header_size=MAX_HEADER_BYTES)
+    if dtype.kind not in _KINDS:
+        raise InputError(f"{member.filename} holds {dtype}, neither numbers nor text")
+    if math.prod(shape) * dtype.itemsize != len(content) - stream.tell():
+        raise InputError(f"{member.filename} has another size than it claims")
+    flat = np.frombuffer(content, dtype, offset=stream.tell())
+    return flat.reshape(shape, order="F" if fortran_order else "C").copy()
