@@ -19,7 +19,7 @@ from attack.attacks.restarts_over_processes import reconstruct_spread
 from attack.cli.report import Output, write_label_results, write_results
 from attack.cli.request import AttackRun, open_checkpoint, prior_images
 from attack.knowledge.label_search import arrange_labels
-from attack.knowledge.labels import recover_labels
+from attack.knowledge.labels import broken_assumption, recover_labels
 from attack.knowledge.threat_models import Capability, find_threat
 from attack.loop.consensus import stage_ends
 from attack.loop.inversion import InterruptedInversion, label_trial
@@ -154,7 +154,7 @@ def _reconstruct(output: Output, curve: Curve) -> Reconstruction:
         reconstruct = functools.partial(reconstruct_spread, attack)
     if run.prior is not None:
         reconstruct = functools.partial(reconstruct, prior=prior_images(run.prior, output.target))
-    return reconstruct(
+    found = reconstruct(
         output.target,
         labels=_arranged_labels(output),
         device=process.device,
@@ -167,6 +167,10 @@ def _reconstruct(output: Output, curve: Curve) -> Reconstruction:
         state_file=_state_file(run.folder, output.key, process.rank if spread else None),
         save_every=run.showing.state_every,
     )
+    if not run.knowledge.leaves_labels_to(attack):
+        doubt = broken_assumption(run.knowledge.label_rule, output.target)
+        found.details.update({} if doubt is None else {"label_warning": doubt})
+    return found
 
 
 def _state_file(folder: Path, key: str, rank: int | None) -> Path:
