@@ -159,6 +159,19 @@ def with_classes(data: DataSpec, loss: Loss, outputs: Outputs) -> DataSpec:
     return dataclasses.replace(data, n_classes=n_classes)
 
 
+def with_outputs(model: nn.Module, data: DataSpec, loss: Loss) -> DataSpec:
+    """The description with as many classes as the model has, which may be more than the data's.
+
+    Args:
+        model: In the mode that the client runs it in.
+        data: Of the inputs, with the classes that occur among them.
+        loss: Says what the targets are.
+    """
+    outputs = outputs_of(model, data, torch.zeros(2, *data.shape))
+    found = with_classes(dataclasses.replace(data, class_names=()), loss, outputs)
+    return data if found.n_classes == data.n_classes else found
+
+
 def check_fits(model: nn.Module, data: DataSets, loss: Loss) -> None:
     """Refuse data that a model of the user's own or its loss does not take.
 

@@ -311,7 +311,10 @@ def reference_results() -> Iterator[Result]:
         written = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(written, dict) or "table" not in written:
             continue
-        declared = load_table(find_table(written["table"]), written["preset"])
+        # A table that is not one of the project's own lies beside its results.
+        beside = file.with_suffix(".yaml")
+        table = beside if beside.exists() else find_table(written["table"])
+        declared = load_table(table, written["preset"])
         cells = {frozenset(row.labels.items()): row.repeats[0] for row in declared.rows}
         for row in written["rows"]:
             stages = cells.get(frozenset(row["labels"].items()), {})

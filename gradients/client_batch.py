@@ -26,6 +26,8 @@ def batch_indices(n: int, batch_size: int, index: int, seed: int) -> list[int]:
     """
     if batch_size < 1:
         raise InputError(f"-b {batch_size}: a batch needs at least one image")
+    if batch_size > n:
+        raise InputError(f"-b {batch_size}: the data set has {n} images")
     n_batches = n // batch_size
     if not 0 <= index < n_batches:
         raise InputError(
@@ -57,6 +59,8 @@ def duplicate_label_indices(
         raise InputError(
             f"-b {batch_size} is not a multiple of {duplicates}, the number of images per label"
         )
+    if batch_size > len(labels):
+        raise InputError(f"-b {batch_size}: the data set has {len(labels)} images")
     if index < 0:
         raise InputError(f"--target-idx {index} must not be negative")
     by_class: dict[int, list[int]] = {}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from core.client import check_fits, in_full_precision, own_data
+from core.client import check_fits, in_full_precision, own_data, with_outputs
 from core.clipping import PER_SAMPLE
 from core.data.data_sets import DataSets, load_data
 from core.data.specs import DataSpec
@@ -132,6 +132,11 @@ def _ours(settings: ExtractSettings, pretrained: Pretrained | None, process: Pro
             f"{pretrained.builder}, or where that function is now"
         )
     data, data_spec = _load_data(settings.data, pretrained, settings.seed)
+    if data_spec.n_classes < 2:
+        raise InputError(
+            f"--data: {settings.data.data} has one class, and a classifier of one class has no "
+            "gradient; give --pretrained of stage 1 with this class among others, or --model"
+        )
     spec = _model_spec(chosen, pretrained, data_spec)
     if chosen.malicious:
         parse_malice(chosen.malicious, spec.n_classes)
@@ -166,6 +171,7 @@ def _own(settings: ExtractSettings, pretrained: Pretrained | None) -> _Received:
         return _Received(architecture, data, data.spec, client, lambda: model)
     data, spec = _load_data(settings.data, pretrained, settings.seed)
     check_fits(model, data, client.loss)
+    spec = with_outputs(model, spec, client.loss)
     return _Received(architecture, data, spec, client, lambda: model)
 
 
@@ -205,6 +211,7 @@ def _load_data(
     """The data set, and its description with the normalisation that the model expects."""
     described = None if pretrained is None else pretrained.model
     size = settings.image_size or (None if described is None else described.image_size)
+    stated = None if pretrained is None else pretrained.data
     data = load_data(
         settings.data,
         image_size=size,
@@ -212,6 +219,8 @@ def _load_data(
         name=settings.name,
         seed=seed,
         split_seed=settings.split_seed,
+        training=False,
+        class_names=() if stated is None else stated.class_names,
     )
     if pretrained is None or pretrained.data is None:
         return data, data.spec

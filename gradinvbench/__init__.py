@@ -40,12 +40,14 @@ if TYPE_CHECKING:
     from core.models.building import ModelSpec
     from core.target import LocalTraining, Target, Truth
     from core.version import __version__
+    from federated.phantoms.findings import chest_phantoms
     from gradients.defenses import ClientView, Defense, Gradient, register_defense
     from gradients.shared_update import SharedUpdate, read_update
     from gradinvbench._catalogue import attacks, defenses, losses, metrics
     from gradinvbench._evaluate import evaluate
     from gradinvbench._files import load_target, save_target
     from gradinvbench._invert import invert
+    from gradinvbench._received import target_from_update
     from gradinvbench._share import share
 
 __all__ = [
@@ -78,6 +80,7 @@ __all__ = [
     "Truth",
     "__version__",
     "attacks",
+    "chest_phantoms",
     "defenses",
     "evaluate",
     "invert",
@@ -91,6 +94,7 @@ __all__ = [
     "register_metric",
     "save_target",
     "share",
+    "target_from_update",
 ]
 
 # Where each name is defined, and what it is called there if it differs.
@@ -124,6 +128,7 @@ _HOMES = {
     "Truth": "core.target",
     "__version__": "core.version",
     "attacks": "gradinvbench._catalogue",
+    "chest_phantoms": "federated.phantoms.findings",
     "defenses": "gradinvbench._catalogue",
     "evaluate": "gradinvbench._evaluate",
     "invert": "gradinvbench._invert",
@@ -137,6 +142,7 @@ _HOMES = {
     "register_metric": "attack.metrics",
     "save_target": "gradinvbench._files",
     "share": "gradinvbench._share",
+    "target_from_update": "gradinvbench._received",
 }
 
 check_packages()

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from core.client import SHAPES, fitted_targets, in_full_precision, outputs_of, with_classes
-from core.data.specs import DataSpec
 from core.errors import InputError
 from core.losses import Function, Loss, as_loss
 from core.models.architecture import Architecture, GivenModel
@@ -18,6 +17,7 @@ from core.processes.distributed import Process
 from core.target import LocalTraining, Target, Truth
 from gradients.client import ClientSettings, share_update
 from gradients.defenses import Defense, defense_names, parse_defenses
+from gradinvbench._clients import data_spec, is_bounded, local_training
 from gradinvbench._names import check_name
 
 # Rounding of a normalisation that was undone.
@@ -80,21 +80,21 @@ def share(
         InputError: One sentence on what cannot be used.
     """
     chosen = as_loss(loss)
-    given = _checked_inputs(_one_of("inputs", inputs, images), _is_bounded(bounds))
+    given = _checked_inputs(_one_of("inputs", inputs, images), is_bounded(bounds))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         architecture = (
             GivenModel(model, shape=given.shape[1:]) if isinstance(model, nn.Module) else model
         )
         received = in_full_precision(architecture.build())
-    data = _data(given, mean, std, class_names, bounds is not None)
+    data = data_spec(given.shape[1:], mean, std, class_names, bounds is not None)
     received.train(received.training if train_mode is None else train_mode)
     outputs = outputs_of(received, data, given)
     wanted = fitted_targets(chosen, outputs, _one_of("targets", targets, labels), len(given))
     data = with_classes(data, chosen, outputs)
     _freeze_others(received, shared)
     settings = ClientSettings(
-        local=_local(local, len(given)),
+        local=local_training(local, len(given)),
         train_mode=received.training,
         defenses=_defenses(defense),
         seed=seed,
@@ -109,12 +109,6 @@ def share(
     return target, Truth(given, wanted)
 
 
-def _local(given: LocalTraining | str | None, n_images: int) -> LocalTraining:
-    if isinstance(given, str):
-        return LocalTraining.parse(given, n_images)
-    return given or LocalTraining()
-
-
 def _one_of(name: str, given: object, other: object) -> torch.Tensor:
     """A tensor from the one of two arguments that was given."""
     value = other if given is None else given
@@ -124,15 +118,6 @@ def _one_of(name: str, given: object, other: object) -> torch.Tensor:
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{name} cannot be read as a tensor: {error}") from None
-
-
-def _is_bounded(bounds: tuple[float, float] | None) -> bool:
-    if bounds is not None and tuple(bounds) != (0, 1):
-        raise InputError(
-            f"bounds must be (0, 1) or None, not {bounds}; scale the inputs to [0, 1] and give "
-            "mean= and std= of what the model expects"
-        )
-    return bounds is not None
 
 
 def _checked_inputs(inputs: torch.Tensor, bounded: bool) -> torch.Tensor:
@@ -156,36 +141,6 @@ def _checked_inputs(inputs: torch.Tensor, bounded: bool) -> torch.Tensor:
             "std= if the model expects normalised ones, or bounds=None for values without bounds"
         )
     return inputs.clamp(0, 1)
-
-
-def _data(
-    inputs: torch.Tensor,
-    mean: float | Sequence[float] | None,
-    std: float | Sequence[float] | None,
-    class_names: Sequence[str],
-    bounded: bool,
-) -> DataSpec:
-    """The description of the inputs; the number of classes is still open."""
-    channels = inputs.shape[1]
-    return DataSpec(
-        name="given images",
-        shape=tuple(inputs.shape[1:]),
-        mean=_per_channel("mean", 0.0 if mean is None else mean, channels),
-        std=_per_channel("std", 1.0 if std is None else std, channels),
-        n_classes=0,
-        class_names=tuple(class_names),
-        bounded=bounded,
-    )
-
-
-def _per_channel(name: str, values: float | Sequence[float], channels: int) -> tuple[float, ...]:
-    numbers = torch.as_tensor(values, dtype=torch.float64).flatten()
-    numbers = numbers.expand(channels) if len(numbers) == 1 else numbers
-    if len(numbers) != channels or not numbers.isfinite().all():
-        raise InputError(f"{name} must be a number, or one for each of the {channels} channels")
-    if name == "std" and float(numbers.min()) <= 0:
-        raise InputError("std must be positive")
-    return tuple(numbers.tolist())
 
 
 def _freeze_others(model: nn.Module, patterns: str | Sequence[str] | None) -> None:

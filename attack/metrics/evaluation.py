@@ -68,6 +68,8 @@ _TITLES = {
     "lpips_vgg": "LPIPS (vgg)",
     "ncc": "NCC",
 }
+# Of a target of several values, in tables.
+_SHOWN_VALUES = 4
 _ADDED: list[str] = []
 ONE_TO_ONE = "one-to-one"
 BEST_PER_METRIC = "best match per metric"
@@ -224,7 +226,7 @@ class Evaluation:
             exact = "*" if row["exact"] else ""
             cells = [_cell(m, row[m]) + (exact if m == "psnr" else "") for m in self.metrics]
             names = [row[k] for k in ("index", "reconstruction", "label_true", "label_recovered")]
-            table.add_row([*("-" if name is None else name for name in names), *cells])
+            table.add_row([*map(_name_cell, names), *cells])
         table.add_divider()
         for name, values in self._summary_rows():
             table.add_row([name, "", "", "", *(_cell(m, values[m]) for m in self.metrics)])
@@ -449,6 +451,16 @@ def _rows(
         }
         for i in range(n)
     ]
+
+
+def _name_cell(name: int | float | list[int] | list[float] | None) -> str:
+    """What identifies an image or its target, short enough for a table."""
+    if isinstance(name, list):
+        more = ", ..." if len(name) > _SHOWN_VALUES else ""
+        return f"[{', '.join(f'{value:.3g}' for value in name[:_SHOWN_VALUES])}{more}]"
+    if isinstance(name, float):
+        return f"{name:.3g}"
+    return "-" if name is None else str(name)
 
 
 def _plain_label(label: torch.Tensor) -> int | float | list[int] | list[float] | None:

@@ -175,6 +175,8 @@ def load_data(
     name: str | None = None,
     split_seed: int = 0,
     validation_share: float = DEFAULT_VALIDATION_SHARE,
+    training: bool = True,
+    class_names: tuple[str, ...] = (),
 ) -> DataSets:
     """Load a data set for training, validation and extraction of gradients.
 
@@ -191,6 +193,9 @@ def load_data(
         split_seed: Seed of the held-out split of a folder without validation
             images. Stages that share a model must share it.
         validation_share: Share of such a split, per class.
+        training: Whether a classifier is trained on it; if not, one class or one image of a
+            class is enough.
+        class_names: Of the model that the data are for, see `load_sources`.
 
     Raises:
         InputError: The folder is missing, empty, has a single class, ...
@@ -200,7 +205,16 @@ def load_data(
     else:
         folder = Path(data).expanduser()
     _check_size(image_size)
-    sources = load_sources(folder, name, list(BUILT_IN), root, split_seed, validation_share)
+    sources = load_sources(
+        folder,
+        name,
+        list(BUILT_IN),
+        root,
+        split_seed,
+        validation_share,
+        training,
+        class_names,
+    )
     return _with_transforms(sources, image_size, seed)
 
 

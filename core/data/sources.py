@@ -114,6 +114,8 @@ def load_sources(
     root: str | Path | None,
     split_seed: int,
     validation_share: float,
+    training: bool = True,
+    class_names: tuple[str, ...] = (),
 ) -> Sources:
     """Find out what a name or a folder is, and open it.
 
@@ -124,14 +126,19 @@ def load_sources(
         root: Folder that the paths of a list are relative to.
         split_seed: Seed of a held-out split.
         validation_share: Share of such a split, per class.
+        training: Whether a classifier is trained and validated on it. If not, a folder of
+            class folders may have one class, and a class one image.
+        class_names: Of a model that the data are for: a folder with some of these classes
+            has their numbers.
 
     Raises:
-        InputError: It is nothing that can be trained on.
+        InputError: It is nothing that can be used.
     """
+    split = _Split(split_seed, validation_share, training)
     if name in EMBEDDED:
         return _embedded(str(name))
     if folder is not None and folder.suffix == ".json":
-        return _json_list(folder, root, name, split_seed, validation_share)
+        return _json_list(folder, root, name, split)
     if folder is not None and not folder.exists():
         known = ", ".join(built_in)
         raise InputError(f"--data: there is no folder {folder} (built-in names: {known})")
@@ -139,7 +146,7 @@ def load_sources(
         return _torchvision(str(name), folder)
     if folder is None:
         raise InputError(f"--data {name}: give the folder that holds it with --data-root")
-    return _folder(folder, name or folder.resolve().name, split_seed, validation_share)
+    return _folder(folder, name or folder.resolve().name, split, class_names)
 
 
 def _embedded(name: str) -> Sources:
@@ -180,18 +187,33 @@ def _image_files(folder: Path) -> list[Path]:
     )
 
 
-def _folder(folder: Path, name: str, split_seed: int, share: float) -> Sources:
+@dataclass(frozen=True)
+class _Split:
+    """How images to validate on are held out.
+
+    Attributes:
+        seed: Of the draw.
+        share: Of every class.
+        needed: Whether there must be some of every class.
+    """
+
+    seed: int
+    share: float
+    needed: bool = True
+
+
+def _folder(folder: Path, name: str, split: _Split, known: tuple[str, ...]) -> Sources:
     inside = (folder / "train").is_dir()
     train_folder = folder / "train" if inside else folder
-    train, class_names = _class_tree(train_folder)
-    if len(class_names) < 2:
+    train, class_names = _class_tree(train_folder, known)
+    if split.needed and len(class_names) < 2:
         raise InputError(
             f"--data: {train_folder} has {len(class_names)} class folders with images; "
             "a classifier needs at least two"
         )
     val_folder = _validation_folder(train_folder) if train_folder.name == "train" else None
     if val_folder is None:
-        train, val = _held_out(train, split_seed, share)
+        train, val = _held_out(train, split)
     else:
         val = _class_tree_like(val_folder, class_names)
     return Sources(name, train, val, class_names)
@@ -202,12 +224,14 @@ def _validation_folder(train_folder: Path) -> Path | None:
     return next((folder for folder in candidates if folder.is_dir()), None)
 
 
-def _class_tree(folder: Path) -> tuple[FileSource, tuple[str, ...]]:
+def _class_tree(folder: Path, known: tuple[str, ...]) -> tuple[FileSource, tuple[str, ...]]:
+    """The images of class folders; the numbers of `known` classes where all are among these."""
     files = {entry.name: _image_files(entry) for entry in _subfolders(folder)}
     files = {name: paths for name, paths in files.items() if paths}
     if not files:
         raise InputError(f"--data: {folder} holds no class folders with images")
-    return _file_source(files, tuple(files)), tuple(files)
+    names = known if set(files) <= set(known) else tuple(files)
+    return _file_source(files, names), names
 
 
 def _class_tree_like(folder: Path, class_names: tuple[str, ...]) -> FileSource:
@@ -228,21 +252,23 @@ def _file_source(files: dict[str, list[Path]], class_names: tuple[str, ...]) -> 
     return FileSource([path for path, _ in pairs], [label for _, label in pairs])
 
 
-def _held_out(source: FileSource, seed: int, share: float) -> tuple[FileSource, FileSource]:
+def _held_out(source: FileSource, split: _Split) -> tuple[FileSource, FileSource]:
     """Hold a share of every class out, at least one image of it."""
-    if not 0 < share < 1:
-        raise InputError(f"--validation-share {share}: must lie between 0 and 1")
+    if not 0 < split.share < 1:
+        raise InputError(f"--validation-share {split.share}: must lie between 0 and 1")
     labels = np.asarray(source.labels)
-    generator = np.random.default_rng(derived_seed(seed, 1))
+    generator = np.random.default_rng(derived_seed(split.seed, 1))
     held_out = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
         if len(members) < 2:
+            if not split.needed:
+                continue
             raise InputError(
                 f"--data: the class of {source.paths[members[0]]} has a single image; "
                 "give at least two per class, or a val/ folder"
             )
-        count = min(len(members) - 1, max(1, round(share * len(members))))
+        count = min(len(members) - 1, max(1, round(split.share * len(members))))
         held_out[generator.permutation(members)[:count]] = True
     return _subset(source, ~held_out), _subset(source, held_out)
 
@@ -255,20 +281,18 @@ def _subset(source: FileSource, keep: np.ndarray) -> FileSource:
 # --- decathlon-style lists ----------------------------------------------------
 
 
-def _json_list(
-    path: Path, root: str | Path | None, name: str | None, split_seed: int, share: float
-) -> Sources:
+def _json_list(path: Path, root: str | Path | None, name: str | None, split: _Split) -> Sources:
     """A list of files, see `core.data.list_files`."""
     content = open_datalist(path, FLAG)
     folder = path.parent if root is None else Path(root)
     train = _listed(content, "training", folder)
     listed = next((part for part in ("validation", "testing") if content.has(part)), None)
     if listed is None:
-        train, val = _held_out(train, split_seed, share)
+        train, val = _held_out(train, split)
     else:
         val = _listed(content, listed, folder)
     names = content.class_names(max([*train.labels, *val.labels]) + 1)
-    if len(names) < 2:
+    if split.needed and len(names) < 2:
         raise InputError(f"--data: {path} names one class; a classifier needs at least two")
     return Sources(name or path.stem, train, val, names)
 

@@ -32,6 +32,15 @@ EXECUTED = [
      "--result-root out/small-batch", "--epochs 1 --width 4 --workers 0 --no-tensorboard"),
     ("python training/get_gradients.py --plugin mydefense --data photo-patches -b 4 "
      "--defense shrink:0.25 --results out", "--arch cnn --width 4 -b 1 --workers 0 --id mine"),
+    ("python training/main_pytorch.py --model mymodule:build --loss mymodule:loss --data "
+     "mymodule:dataset --epochs 3 -b 8 --lr 0.05 --result-root out/site",
+     "--workers 0 --no-tensorboard"),
+    ("python training/get_gradients.py --model mymodule:build --loss mymodule:loss --data "
+     "mymodule:dataset --pretrained out/site/model_best.pth.tar -b 1 --results shared",
+     "--workers 0"),
+    ("python main_run.py --checkpoint shared/*-checkpoint.pth.tar --model mymodule:build --loss "
+     "mymodule:loss --attack spectral --epochs 600 --pseudo-label-init known --metric",
+     "--epochs 20 --id site"),
     ("python -m benchmarks --list", ""),
     ("python -m benchmarks noise --dry-run", ""),
     ("python -m benchmarks mine.yaml", "--dry-run"),
@@ -84,8 +93,8 @@ def run(code: str, argument: str, folder: Path) -> str:
 
 
 def plugin(name: str) -> str:
-    """The module of that name, as the tutorial on plugins shows it."""
-    blocks = python_blocks(ROOT / "docs" / "add-a-defense.md")
+    """The module of that name, as a document shows it."""
+    blocks = [block for document in DOCUMENTS for block in python_blocks(document)]
     return next(block for block in blocks if block.startswith(f'"""{name}.py"""'))
 
 
@@ -96,7 +105,7 @@ def test_executed_commands_are_those_of_the_documents() -> None:
 
 @pytest.mark.slow
 def test_documented_commands_run(tmp_path: Path) -> None:
-    for name in ("mine", "mydefense"):
+    for name in ("mine", "mydefense", "mymodule"):
         (tmp_path / f"{name}.py").write_text(plugin(name))
     table = (ROOT / "docs" / "regenerate-a-table.md").read_text()
     yaml = table.partition("```yaml\n")[2].partition("```")[0]
@@ -108,6 +117,8 @@ def test_documented_commands_run(tmp_path: Path) -> None:
     assert record["attack"] == "spectral"
     patient = json.loads((tmp_path / "results" / "patient" / "record.json").read_text())
     assert "mae" in patient["evaluation"]["per_image"][0]
+    site = json.loads((tmp_path / "results" / "site" / "record.json").read_text())
+    assert site["evaluation"]["per_image"][0]["psnr"] > 10
     assert (tmp_path / "out" / "small-batch" / "record.json").exists()
     assert (tmp_path / "leaderboard" / "leaderboard.md").exists()
     assert (tmp_path / "jobs" / "cxr_1client" / "meta.json").exists()

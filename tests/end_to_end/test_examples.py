@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,32 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 MOST_LINES = 30
+# What an example may import beside torch and the package.
+ALSO_IMPORTED = {"hugging_face": {"transformers"}}
+# What examples print, and the least that the number must be; every one in what it prints.
+NUMBERS = {
+    "regression": [(r"PSNR ([\d.]+) dB", 60)],
+    "one_channel": [(r"PSNR ([\d.]+) dB", 40), (r"SSIM ([\d.]+)", 0.97)],
+    "findings": [(r"PSNR ([\d.]+) dB", 40)],
+    "segmentation": [(r"pixel.*PSNR ([\d.]+) dB", 13), (r"dice: PSNR ([\d.]+) dB", 13)],
+    "volume": [(r"NCC ([\d.]+)", 0.9), (r"PSNR ([\d.]+) dB", 22)],
+    "adamw": [(r"sgd .*PSNR ([\d.]+) dB", 40), (r"adamw .*PSNR ([\d.]+) dB", 15)],
+    "last_layer": [(r"PSNR ([\d.]+) dB", 40)],
+    "hugging_face": [(r"PSNR ([\d.]+) dB", 18)],
+}  # fmt: skip
+# What examples print of labels, and what is right.
+LABELS = {
+    "one_channel": "label [3]",
+    "findings": "findings [0.0, 0.0, 1.0], true ones [0.0, 0.0, 1.0]",
+    "last_layer": "shared: head.weight, head.bias",
+    "hugging_face": "label [2]",
+}
 
 
-def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
+def run(words: list[str], folder: Path, *path: Path) -> subprocess.CompletedProcess[str]:
+    """Run Python in a folder, with further folders in front of what the tests import from."""
+    places = os.pathsep.join(map(str, [*path, ROOT, *sys.path]))
+    environment = {**os.environ, "PYTHONPATH": places, "MPLBACKEND": "agg"}
     return subprocess.run(
         [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True
     )
@@ -31,15 +54,29 @@ def cells(notebook: Path, kind: str) -> list[str]:
 
 
 def test_there_are_examples() -> None:
-    assert {path.stem for path in EXAMPLES} >= {"own_module", "plugins", "local_steps"}
+    assert {path.stem for path in EXAMPLES} >= {"own_module", "plugins", *NUMBERS}
     assert [path.stem for path in NOTEBOOKS] == ["quickstart"]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_runs(path: Path, tmp_path: Path) -> None:
+    for module in ALSO_IMPORTED.get(path.stem, ()):
+        pytest.importorskip(module, reason=f"this example needs {module}")
     done = run([str(path)], tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout
+    for number, least in NUMBERS.get(path.stem, []):
+        found = [float(text) for text in re.findall(number, done.stdout)]
+        assert found, done.stdout
+        assert min(found) > least, done.stdout
+    assert LABELS.get(path.stem, "") in done.stdout
+
+
+def test_an_example_says_what_it_lacks(tmp_path: Path) -> None:
+    (tmp_path / "transformers.py").write_text("raise ImportError\n", encoding="utf-8")
+    done = run([str(ROOT / "examples" / "hugging_face.py")], tmp_path, tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "This example needs transformers: pip install transformers\n"
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -52,7 +89,7 @@ def test_an_example_is_short_and_imports_nothing_from_inside(path: Path) -> None
         if isinstance(node, (ast.Import, ast.ImportFrom))
         for name in [getattr(node, "module", None) or node.names[0].name]
     }
-    assert imported == {"torch", "gradinvbench"}
+    assert imported == {"torch", "gradinvbench"} | ALSO_IMPORTED.get(path.stem, set())
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from core.errors import InputError
+from core.losses import MeanSquaredError
 from core.models.building import ModelSpec
-from gradients.checkpoint import save_target
+from gradients.checkpoint import load_target, save_target
 from tests.documents import (
     DOCUMENTS,
     LINK,
@@ -129,13 +132,26 @@ def test_commands_are_understood(document: str, words: list[str]) -> None:
 
 
 def test_keys_of_the_checkpoint_are_described(tmp_path: Path) -> None:
-    save_target(tmp_path / "c.pth.tar", *make_target(ModelSpec("mlp", 3, 8), 1))
-    written = torch.load(tmp_path / "c.pth.tar", weights_only=False)
-    page = (ROOT / "docs" / "records.md").read_text()
-    section = page.partition("## The gradient checkpoint")[2].partition("\n## ")[0]
-    first_cells = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+    target, truth = make_target(ModelSpec("mlp", 3, 8), 1)
+    save_target(tmp_path / "1", target, truth)
+    save_target(tmp_path / "2", dataclasses.replace(target, loss=MeanSquaredError()), truth)
+    written = {key for name in "12" for key in torch.load(tmp_path / name, weights_only=False)}
+    page = (ROOT / "docs" / "file-format.md").read_text()
+    section = page.partition("## The keys")[2].partition("\n## ")[0]
+    first_cells = re.findall(r"^\| (\**`.*?) \|", section, re.MULTILINE)
     described = {name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)}
-    assert described == set(written)
+    assert described == written
+    # Those in bold are the ones that a reader needs.
+    needed = {name for cell in first_cells for name in re.findall(r"\*\*`(\w+)`\*\*", cell)}
+    for name in written:
+        content = torch.load(tmp_path / "1", weights_only=False)
+        content.pop(name, None)
+        torch.save(content, tmp_path / "3")
+        if name in needed:
+            with pytest.raises(InputError, match=f"no {name}"):
+                load_target(tmp_path / "3")
+        else:
+            load_target(tmp_path / "3")
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:

@@ -462,7 +462,7 @@ BAD = {
         "the parameters in {nan} are not finite",
     ),
     "results in a file": (["--data", "{data}", "-b", "4", "--results", "{broken}"], "File exists"),
-    "batch too large": (["--data", "{data}", "-b", "64"], "--target-idx 0: 48 images make 0"),
+    "batch too large": (["--data", "{data}", "-b", "64"], "-b 64: the data set has 48 images"),
     "no such batch": (
         ["--data", "{data}", "-b", "4", "--target-idx", "12"],
         "--target-idx 12: 48 images make 12 batches of 4",

@@ -17,7 +17,7 @@ MAY_IMPORT = {room: set(ORDER[:number]) for number, room in enumerate(ORDER)}
 # The published path of the federation's components.
 MAY_IMPORT["nvflare_gradinv"] = MAY_IMPORT["benchmarks"]
 # The front door. It finds `benchmarks`, which is not installed, by name.
-MAY_IMPORT["gradinvbench"] = MAY_IMPORT["federated"]
+MAY_IMPORT["gradinvbench"] = MAY_IMPORT["benchmarks"]
 # What each part of a room may import from its other parts.
 PARTS = {
     "benchmarks": {

@@ -344,3 +344,13 @@ class TestEvaluate:
             evaluate(truth.images[..., 1:], None, truth)
         with pytest.raises(InputError, match="1 labels"):
             evaluate(truth.images, torch.tensor([1]), truth)
+
+
+def test_targets_of_several_values_are_short_in_tables() -> None:
+    images = pictures(1)
+    values = torch.tensor([[0.123456, -2.0, 1e-5, 4.0, 5.0]])
+    table = evaluate(images, values[:, :2], Truth(images, values), metrics=["mse"])
+    assert "[0.123, -2, 1e-05, 4, ...]" in repr(table)
+    assert "[0.123, -2] " in repr(table)
+    # A record has all digits.
+    assert table.per_image[0]["label_true"] == values[0].tolist()

@@ -1,0 +1,66 @@
+"""What a user says about a client, read alike wherever it is said."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from core.data.specs import DataSpec
+from core.errors import InputError
+from core.target import LocalTraining
+
+
+def local_training(given: LocalTraining | str | None, n_images: int) -> LocalTraining:
+    """Local training, from the words of it too; default: one step."""
+    if isinstance(given, str):
+        return LocalTraining.parse(given, n_images)
+    return given or LocalTraining()
+
+
+def is_bounded(bounds: tuple[float, float] | None) -> bool:
+    """Whether inputs lie in [0, 1].
+
+    Raises:
+        InputError: Other bounds than these.
+    """
+    if bounds is not None and tuple(bounds) != (0, 1):
+        raise InputError(
+            f"bounds must be (0, 1) or None, not {bounds}; scale the inputs to [0, 1] and give "
+            "mean= and std= of what the model expects"
+        )
+    return bounds is not None
+
+
+def data_spec(
+    shape: Sequence[int],
+    mean: float | Sequence[float] | None,
+    std: float | Sequence[float] | None,
+    class_names: Sequence[str],
+    bounded: bool,
+) -> DataSpec:
+    """The description of inputs of that shape; the number of classes is still open.
+
+    Raises:
+        InputError: A normalisation that does not fit them.
+    """
+    channels = shape[0]
+    return DataSpec(
+        name="given images",
+        shape=tuple(shape),
+        mean=_per_channel("mean", 0.0 if mean is None else mean, channels),
+        std=_per_channel("std", 1.0 if std is None else std, channels),
+        n_classes=0,
+        class_names=tuple(class_names),
+        bounded=bounded,
+    )
+
+
+def _per_channel(name: str, values: float | Sequence[float], channels: int) -> tuple[float, ...]:
+    numbers = torch.as_tensor(values, dtype=torch.float64).flatten()
+    numbers = numbers.expand(channels) if len(numbers) == 1 else numbers
+    if len(numbers) != channels or not numbers.isfinite().all():
+        raise InputError(f"{name} must be a number, or one for each of the {channels} channels")
+    if name == "std" and float(numbers.min()) <= 0:
+        raise InputError("std must be positive")
+    return tuple(numbers.tolist())
