@@ -337,8 +337,8 @@ def test_the_record_keeps_the_doubt_about_a_label_rule(tmp_path: Path) -> None:
     environ = {**environment(), "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
     notes = {}
     for rule in ("idlg", "exact"):
-        words = ["--checkpoint", str(path), "--model", "own_tanh:build", "--quiet",
-                 "--epochs", "2", "--pseudo-label-init", rule, "--root", f"{tmp_path}/{rule}"]  # fmt: skip
+        words = ["--checkpoint", str(path), "--model", "own_tanh:build", "--epochs", "2",
+                 "--pseudo-label-init", rule, "--root", str(tmp_path / rule)]  # fmt: skip
         subprocess.run(
             [sys.executable, "main_run.py", *words], cwd=ROOT, env=environ, check=True,
             capture_output=True,
