@@ -39,9 +39,11 @@ from audit.published import PublishedAttack
 from audit.settings import InversionSettings, load_inversion_settings
 from audit.update_matcher import AverageStatistics, UpdateMatcher
 from audit.updates import LocalUpdate, numbered_by_place, target_from_update
+from core.client import outputs_of
 from core.data.specs import DataSpec
 from core.errors import InputError
-from core.local_training import LocalTraining
+from core.local_training import SGD, LocalTraining
+from core.losses import Targets, is_default
 from core.target import Target
 
 __all__ = [
@@ -61,7 +63,7 @@ class UpdateReconstruction:
 
     Attributes:
         images: N x C x H x W in [0, 1], on the CPU; one per image of the site.
-        labels: N class indices.
+        labels: N class indices, or what else the client's loss compares with.
         losses: "gradient" (objective of the update) and "bn" (distance of BatchNorm
             statistics) of these images, as far as the method has them.
         seconds: Wall-clock time.
@@ -116,6 +118,8 @@ def invert_update(
     """
     settings.validate()
     device = torch.device(device)
+    if settings.coordinates == "auto" and update.colour and update.data.shape[0] > 1:
+        settings = dataclasses.replace(settings, coordinates="channels")
     if prior is None and public is not None and len(public):
         prior = public.mean(0)
     if prior is not None and tuple(prior.shape) != tuple(update.data.shape):
@@ -126,6 +130,7 @@ def invert_update(
         raise InputError("start 'prior' needs a prior image; give one, or choose grey or random")
     started = time.perf_counter()
     if settings.method == "published":
+        _check_published(update)
         result = _run_published(update, settings, prior, seed, device, progress)
     elif settings.method in ("full", "bn"):
         target = target_from_update(update)
@@ -139,13 +144,30 @@ def invert_update(
     return result
 
 
+def _check_published(update: LocalUpdate) -> None:
+    """Refuse clients that the published attack was not made for."""
+    size = update.data.shape[1:]
+    if _is_other(update) or not is_default(update.loss) or len(size) != 2:
+        raise InputError(
+            "method published: is for images, plain SGD and cross-entropy; choose full, bn or an "
+            "attack of stage 3"
+        )
+
+
+def _is_other(update: LocalUpdate) -> bool:
+    """Whether the local training is something else than the SGD that an update states."""
+    return update.optimiser is not None and update.optimiser != LocalTraining()
+
+
 def granted_to_the_auditor(update: LocalUpdate) -> list[str]:
     """What an inversion is told of the local training, in words for a site's report."""
     granted = ["number of images, batch size and local epochs", "learning rate"]
     if update.momentum or update.weight_decay or update.proximal:
         granted.append("momentum, weight decay and proximal term")
-    if update.optimiser is not None and update.optimiser != LocalTraining():
+    if update.optimiser is not None and _is_other(update):
         granted.append(f"the optimiser ({update.optimiser.word})")
+    if not is_default(update.loss):
+        granted.append(f"the loss ({update.loss.name})")
     if update.order_granted:
         granted.append("which images shared which local steps")
     return granted
@@ -265,6 +287,8 @@ def _final_losses(
 ) -> dict[str, float]:
     """The distances at the end, without their factors, through the network as it is."""
     problem, matcher = inversion.problem, inversion.matcher.exact()
+    # What was found are targets, no variables that stand for some.
+    problem.replica.joint = False
     inputs = problem.target.data.normalize(images).to(problem.device, problem.dtype)
     labels, weight = labels.to(problem.device), problem.config.matching.gradient_weight
     losses = {}
@@ -301,20 +325,34 @@ def _labels(target: Target, settings: InversionSettings) -> tuple[torch.Tensor, 
     """Labels recovered from the update, and by which rule; or "joint" to optimise them.
 
     With several local steps the counts of each step are unknown, so labels are optimised;
-    so they are where the update is too noisy for any to be recovered.
+    so they are where the update is too noisy for any to be recovered, and where a batch's
+    targets are no classes: what is recovered of those belongs to no sample.
     """
     joint = torch.zeros(target.batch_size, dtype=torch.long), "joint"
-    if settings.labels == "joint" or (
-        settings.labels == "auto" and target.batch_size > 1 and target.local.steps > 1
-    ):
+    if settings.labels == "joint" or (settings.labels == "auto" and _hides_labels(target)):
         return joint
     try:
+        if target.loss.targets is not Targets.CLASSES:
+            return _other_targets(target), DEFAULT_RULE
         rule = _rule_for(target)
         return recover_labels(rule, target), rule
     except InputError:
         if settings.labels == "recovered":
             raise
         return joint
+
+
+def _hides_labels(target: Target) -> bool:
+    """Whether no rule reads every sample's label."""
+    plain = target.local.steps == 1 and target.local.optimizer == SGD
+    return target.batch_size > 1 and not (plain and target.loss.targets is Targets.CLASSES)
+
+
+def _other_targets(target: Target) -> torch.Tensor:
+    """Recovered findings or values, in the shape that the loss takes."""
+    model = target.build_model()
+    outputs = outputs_of(model, target.data, torch.zeros(1, *target.data.shape))
+    return target.loss.fitted(outputs, recover_labels(DEFAULT_RULE, target, model))
 
 
 # --- The other methods ------------------------------------------------------------

@@ -27,6 +27,7 @@ from audit.similarity import SimMetric, similarity_matrix
 from core.array_files import read_arrays
 from core.errors import InputError
 from core.figures import blank_figure, save_figure
+from core.pictures import save_gallery
 from core.reading import read_json_object
 from core.records import BROKEN
 from core.storage import atomic_file, write_record
@@ -36,7 +37,7 @@ PASS, WITHHOLD = "pass", "withhold"
 UNKNOWN = "unknown"
 REDUCTIONS = ("max", "min")
 # Similarities that are 1 for equal images and never larger.
-BOUNDED_BY_ONE = ("ssim", "cosine")
+BOUNDED_BY_ONE = ("ssim", "cosine", "ncc")
 
 
 @dataclass(frozen=True)
@@ -421,6 +422,12 @@ def _draw_matches(
 ) -> None:
     """Originals above their best reconstructions."""
     shown = min(len(originals), 16)
+    if originals.ndim != 4 or originals.shape[1] != 3:
+        named = {"original": originals, "reconstruction": found}
+        rows = {name: list(torch.from_numpy(a[:shown])) for name, a in named.items()}
+        values = [f"{image.rdlv:+.2f}" for image in report.images[:shown]]
+        save_gallery(path, rows, {"reconstruction": values}, title="RDLV of each sample")
+        return
     figure = blank_figure(1.2 * shown + 0.6, 3.0, constrained=False)
     axes = figure.subplots(2, shown, squeeze=False)
     for row, pictures in zip(axes, (originals, found), strict=True):

@@ -14,7 +14,7 @@ from core.errors import InputError
 
 # The published filter's range for grey values 0..255.
 DATA_RANGE = 256.0
-METRICS = ("ssim", "cosine", "norm")
+METRICS = ("ssim", "cosine", "norm", "ncc")
 
 
 class SimMetric(abc.ABC):
@@ -45,12 +45,12 @@ class SimMetric(abc.ABC):
 
 
 class ImageSimMetric(SimMetric):
-    """SSIM, cosine similarity or distance of two images.
+    """SSIM, correlation, cosine similarity or distance of two images.
 
     "ssim" is scikit-image's `structural_similarity` with its default 7 x 7 window,
     `channel_axis=-1` and `data_range=256`; "cosine" the cosine of the angle between the
     images as vectors; "norm" the Euclidean length of their difference (smaller is more
-    alike).
+    alike); "ncc" their correlation over all values, which also fits samples that are no images.
 
     Args:
         metrics: A name or several; the first one decides. None: "ssim".
@@ -175,14 +175,18 @@ def _matrix(name: str, references: torch.Tensor, images: torch.Tensor) -> np.nda
 
 
 def _similarities(name: str, references: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """One value per pair; N x C x H x W in 0..255, float64."""
+    """One value per pair; N x C x ... in 0..255, float64."""
     if name == "ssim":
-        from attack.metrics.similarity import ssim
+        from attack.metrics import ssim
 
         return ssim(images / DATA_RANGE, references / DATA_RANGE, "uniform")
     x, y = references.flatten(1), images.flatten(1)
     if name == "cosine":
         return torch.nn.functional.cosine_similarity(x, y, eps=1e-12)
+    if name == "ncc":
+        from attack.metrics import ncc
+
+        return ncc(images, references)
     return (x - y).norm(dim=1)
 
 

@@ -13,6 +13,7 @@ import torch
 from attack.priors.shared_statistics import recovered_statistics
 from core.data.specs import DataSpec
 from core.errors import InputError
+from core.losses import DEFAULT_LOSS, Loss
 from core.models.architecture import Architecture
 from core.processes.distributed import shard_sizes
 from core.target import RUNNING_STATISTICS, LocalTraining, Target
@@ -42,6 +43,9 @@ class LocalUpdate:
             attacker is granted which images shared which steps (`order_granted`).
         optimiser: What the local steps are beyond the attributes above, which it does not
             change: Adam, Nesterov's momentum, clipping. None: SGD.
+        loss: What the client minimises.
+        colour: Whether channels differ from each other; else an image is one grey value per
+            pixel, in whichever number of channels.
     """
 
     model: Architecture
@@ -58,6 +62,8 @@ class LocalUpdate:
     bn_momentum: float = 0.1
     batch_order: tuple[tuple[int, ...], ...] | None = None
     optimiser: LocalTraining | None = None
+    loss: Loss = DEFAULT_LOSS
+    colour: bool = False
 
     def __post_init__(self) -> None:
         if min(self.batch_size, self.n_images, self.local_epochs) < 1:
@@ -117,14 +123,15 @@ class LocalUpdate:
 
     @cached_property
     def gradient(self) -> dict[str, torch.Tensor]:
-        """(theta_0 - theta_K) / (lr K) by parameter name.
+        """(theta_0 - theta_K) / (lr K) by the name of each parameter that is trained.
 
         Raises:
             InputError: The difference lacks a parameter, or is not finite.
         """
         scale = -1 / (self.learning_rate * self.local.updates)
-        named = dict(self.model.skeleton().named_parameters())
-        return {name: scale * self._difference(name, p.shape) for name, p in named.items()}
+        named = self.model.skeleton().named_parameters()
+        trained = {name: p.shape for name, p in named if p.requires_grad}
+        return {name: scale * self._difference(name, shape) for name, shape in trained.items()}
 
     def _difference(self, name: str, shape: torch.Size) -> torch.Tensor:
         value = self.weight_diff.get(name)
@@ -170,6 +177,7 @@ def target_from_update(update: LocalUpdate) -> Target:
         batch_size=update.n_images,
         local=update.local,
         running_after=update.running_after,
+        loss=update.loss,
     )
     if target.running_after is None or target.local.steps > 1:
         return target

@@ -150,7 +150,12 @@ def _taken(path: Path, mine: Owner) -> Owner | None:
         owner = owner_of(path)
         if owner is not None and not owner.is_gone():
             return owner
-        _rewrite(file, mine)
+        try:
+            _rewrite(file, mine)
+        except OSError:
+            # On a full disk nothing is left that would keep the next run out.
+            path.unlink()
+            raise
     return None
 
 

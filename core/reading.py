@@ -89,7 +89,9 @@ def read_bytes(
     """
     with open_regular(path, flag, what) as file:
         try:
-            content = file.read(limit + 1)
+            # A read of so many bytes would reserve as many, however small the file is.
+            size = os.fstat(file.fileno()).st_size
+            content = file.read(min(size, limit) + 1)
         except OSError as error:
             raise InputError(f"{prefix_of(flag)}cannot read {path} ({error.strerror})") from None
     if len(content) > limit:

@@ -121,7 +121,7 @@ def share_update(
     for defense in settings.defenses:
         defense.prepare(model)
     if not trainable_parameters(model):
-        raise InputError("--defense: every layer is frozen, there is nothing to share")
+        raise InputError("every parameter of the model is frozen: there is nothing to share")
     state = {name: value.detach().clone() for name, value in model.state_dict().items()}
     model = model.to(process.device).train(settings.train_mode)
     precision = next(model.parameters()).dtype

@@ -475,6 +475,11 @@ class ClientGradient:
             for name, buffer in self.buffers.items():
                 buffer.detach().copy_(buffers[name].detach())
         loss = self.loss(outputs, self.labels[piece])
+        if not loss.requires_grad:
+            raise InputError(
+                f"the outputs of {type(self.model).__name__} do not depend on its parameters: its "
+                "forward pass runs under torch.no_grad, or detaches what it computes"
+            )
         if weight != 1:
             loss = weight * loss
         return torch.autograd.grad(

@@ -13,6 +13,7 @@ from torchvision.utils import make_grid
 
 from core.clipping import PER_SAMPLE, noise_sentence
 from core.locks import locked, remove_left_behind
+from core.pictures import save_images
 from core.records import provenance
 from core.storage import atomic_file, save_checkpoint
 from core.target import Target, Truth
@@ -24,6 +25,8 @@ from gradients.settings import ExtractSettings
 
 # Larger values of epsilon promise nothing that anybody would notice.
 MEANINGLESS_EPSILON = 100
+# Characters of labels that are printed: a mask has thousands.
+_MOST_SHOWN = 300
 
 
 def peak_memory(device: torch.device) -> float:
@@ -98,13 +101,17 @@ def _stem(settings: ExtractSettings, target: Target) -> str:
 
 
 def _write_picture(path: Path, truth: Truth) -> None:
+    if truth.images.dim() != 4 or truth.images.shape[1] not in (1, 3):
+        save_images(path, truth.images)
+        return
     grid = make_grid(truth.images, nrow=min(8, len(truth.images)), pad_value=1.0)
     with atomic_file(path) as file:
         to_pil_image(grid).save(file, format="PNG")
 
 
 def _print_summary(record: ExtractRecord) -> None:
-    print(f"labels: {list(record.labels)}")
+    labels = str(list(record.labels))
+    print(f"labels: {labels if len(labels) <= _MOST_SHOWN else labels[:_MOST_SHOWN] + ' ...'}")
     about, measured = record.target, record.measured
     print(
         f"gradient norm {about.gradient_norm:.6g} of {len(about.gradient_norms)} tensors; "

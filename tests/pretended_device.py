@@ -57,6 +57,10 @@ class PretendedTensor(torch.Tensor):
     def __repr__(self) -> str:  # type: ignore[override]
         return f"{NAME}: {self.held}"
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A file of a GPU's tensor holds its values, and not the device."""
+        return self.held.__reduce_ex__(protocol)
+
     def tolist(self) -> Any:
         """Torch does not know how to for its subclasses."""
         return self.held.tolist()

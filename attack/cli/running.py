@@ -19,7 +19,7 @@ from attack.attacks.restarts_over_processes import reconstruct_spread
 from attack.cli.report import Output, write_label_results, write_results
 from attack.cli.request import AttackRun, open_checkpoint, prior_images
 from attack.knowledge.label_search import arrange_labels
-from attack.knowledge.labels import recover_labels
+from attack.knowledge.labels import broken_assumption, recover_labels
 from attack.knowledge.threat_models import Capability, find_threat
 from attack.loop.consensus import stage_ends
 from attack.loop.inversion import InterruptedInversion, label_trial
@@ -31,6 +31,7 @@ from attack.settings import InversionConfig
 from core.errors import InputError
 from core.escaping import printable
 from core.locks import LOCK_NAME, locked, remove_left_behind
+from core.losses import Targets
 from core.pictures import save_images
 from core.plugins import import_plugin
 from core.processes.distributed import Process, barrier, broadcast_object
@@ -154,7 +155,7 @@ def _reconstruct(output: Output, curve: Curve) -> Reconstruction:
         reconstruct = functools.partial(reconstruct_spread, attack)
     if run.prior is not None:
         reconstruct = functools.partial(reconstruct, prior=prior_images(run.prior, output.target))
-    return reconstruct(
+    found = reconstruct(
         output.target,
         labels=_arranged_labels(output),
         device=process.device,
@@ -167,6 +168,11 @@ def _reconstruct(output: Output, curve: Curve) -> Reconstruction:
         state_file=_state_file(run.folder, output.key, process.rank if spread else None),
         save_every=run.showing.state_every,
     )
+    optimised = _optimises_targets(run, attack, output.target)
+    if not optimised and not run.knowledge.leaves_labels_to(attack):
+        doubt = broken_assumption(run.knowledge.label_rule, output.target)
+        found.details.update({} if doubt is None else {"label_warning": doubt})
+    return found
 
 
 def _state_file(folder: Path, key: str, rank: int | None) -> Path:
@@ -178,11 +184,22 @@ def labels_for(
 ) -> torch.Tensor | None:
     """The labels that the attack is given; None where it recovers them itself."""
     knowledge = run.knowledge
+    if _optimises_targets(run, attack, target):
+        # They stand where labels would; every restart optimises its own.
+        return torch.zeros(target.batch_size, dtype=torch.long)
     if knowledge.leaves_labels_to(attack):
         known = Capability.LABELS in knowledge.granted and truth is not None
         return truth.labels if known and truth is not None else None
     granted = truth.labels if knowledge.label_rule == "known" and truth is not None else None
     return recover_labels(knowledge.label_rule, target, truth_labels=granted)
+
+
+def _optimises_targets(run: AttackRun, attack: Attack, target: Target) -> bool:
+    """Whether targets that are no classes are optimised with the inputs."""
+    config = getattr(attack, "config", None)
+    if run.knowledge.label_rule == "known" or target.loss.targets is Targets.CLASSES:
+        return False
+    return isinstance(config, InversionConfig) and config.matching.joint_labels
 
 
 def _arranged_labels(output: Output) -> torch.Tensor | None:

@@ -102,7 +102,6 @@ def check_entry(entry: Mapping[str, Any], name: str) -> None:
             raise InputError(f"{name}: the field {field} is missing")
         value = entry[field]
         right = isinstance(value, kind) and not isinstance(value, bool)
-        right = right and not (isinstance(value, float) and not math.isfinite(value))
         if not right and not (value is None and nullable):
             raise InputError(f"{name}: the field {field} has the wrong type")
     unknown = sorted(entry.keys() - _SCHEMA.keys())

@@ -169,7 +169,8 @@ def _skeleton_that_computes(model: ModelSpec) -> torch.nn.Module:
     """As `skeleton_of`, where only what a parameter begins as is without memory."""
     try:
         with _EmptyWithoutMemory():
-            return build_model(model)
+            # What did not come from `torch.empty` (counters, ones) follows.
+            return build_model(model).to("meta")
     except RuntimeError as error:
         if model.arch in BUILDERS:
             return _built_quietly(model)

@@ -36,18 +36,18 @@ class JobData:
     """Where the job's images are; absolute paths, since clients run elsewhere.
 
     Attributes:
-        root: Folder of images.
-        prefix: Prefix of the names of the data lists.
-        prior: The public image.
+        root: Folder of images; None where sites bring their own samples.
+        prefix: Prefix of the names of the data lists; likewise.
+        prior: The public image; None for none.
     """
 
-    root: Path
-    prefix: str
-    prior: Path
+    root: Path | None = None
+    prefix: str | None = None
+    prior: Path | None = None
 
-    def datalist(self, client: Client) -> Path:
+    def datalist(self, client: Client) -> Path | None:
         """A client's list."""
-        return Path(f"{self.prefix}{client.number}.json")
+        return None if self.prefix is None else Path(f"{self.prefix}{client.number}.json")
 
 
 def check_settings(
@@ -69,7 +69,7 @@ def check_settings(
     clients = job_clients(settings)
     _check_numbers(settings, clients, noise)
     _check_network(settings)
-    data = job_data(settings, clients, folder)
+    data = own_job_data(settings) if settings.data else job_data(settings, clients, folder)
     _check_inversion(inversion(settings, data))
     return clients, data
 
@@ -120,6 +120,18 @@ def numbers_of(flag: str, text: str) -> list[int]:
     return numbers
 
 
+def own_job_data(settings: FederationSettings) -> JobData:
+    """What is said about sites that bring their own samples.
+
+    Raises:
+        InputError: There is no such image.
+    """
+    prior = settings.prior_file
+    if prior is not None and not prior.is_file():
+        raise InputError(f"--prior_file: there is no image {prior}")
+    return JobData(prior=None if prior is None else prior.resolve())
+
+
 def job_data(settings: FederationSettings, clients: Sequence[Client], folder: Path) -> JobData:
     """The images the settings name; phantoms, drawn now if need be, without `--data_root`.
 
@@ -149,8 +161,9 @@ def job_data(settings: FederationSettings, clients: Sequence[Client], folder: Pa
         raise InputError(f"--prior_file: there is no image {prior}")
     data = JobData(root, prefix, (prior or folder / PRIOR_FILE).resolve())
     for client in clients:
-        if not data.datalist(client).is_file():
-            raise InputError(f"--dataset_json_prefix: there is no list {data.datalist(client)}")
+        path = data.datalist(client)
+        if path is None or not path.is_file():
+            raise InputError(f"--dataset_json_prefix: there is no list {path}")
     return data
 
 
@@ -180,10 +193,27 @@ def _check_numbers(
 def _check_network(settings: FederationSettings) -> None:
     from federated.flare.networks import network_spec
 
+    _check_own(settings)
+    if settings.model:
+        return
     try:
         network_spec(settings.model_name, settings.num_class, settings.image_size)
     except InputError as error:
         raise InputError(f"--{error}") from None
+
+
+def _check_own(settings: FederationSettings) -> None:
+    """Refuse a client of the sites' own that no site could build."""
+    from core.client import loss_named
+    from core.models.own_model import own_architecture
+    from federated.flare.site_training import optimiser_of
+
+    if settings.data and not settings.model:
+        raise InputError(f"--data {settings.data}: your own samples need your own --model")
+    own_architecture(settings.model, settings.seed)
+    loss_named(settings.loss)
+    if settings.optimizer is not None:
+        optimiser_of(settings.optimizer)
 
 
 def _check_inversion(content: Mapping[str, Any]) -> None:
@@ -198,7 +228,7 @@ def _check_inversion(content: Mapping[str, Any]) -> None:
 def inversion(settings: FederationSettings, data: JobData) -> dict[str, Any]:
     """What the settings say of `config_inversion.json`."""
     return {
-        "img_prior": str(data.prior),
+        "img_prior": "" if data.prior is None else str(data.prior),
         "method": settings.method,
         "iterations": settings.iterations,
         "model_name": settings.model_name,
@@ -217,11 +247,12 @@ def write_prior(settings: FederationSettings, client: Client, data: JobData) -> 
     from core.data.list_files import load_datalist
     from core.data.listed_images import ImageListDataset
 
-    if data.prior.is_file():
+    path = data.datalist(client)
+    if data.prior is None or data.root is None or path is None or data.prior.is_file():
         return
-    samples = load_datalist(data.datalist(client), "validation")
+    samples = load_datalist(path, "validation")
     if not samples:
-        raise InputError(f"--prior_file: needed, {data.datalist(client)} has no validation images")
+        raise InputError(f"--prior_file: needed, {path} has no validation images")
     mean = ImageListDataset(data.root, samples, settings.image_size).images().mean(0)
     data.prior.parent.mkdir(parents=True, exist_ok=True)
     save_image(mean, data.prior)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import InputError
+from core.named_objects import is_object_name
 from core.reading import read_json_object
 from federated.experiment.federation import (
     Client,
@@ -73,6 +74,7 @@ def create_job(
     _check_output(output)
     if given is not None:
         settings = files.completed(settings, given)
+    files.check_variables(settings.own)
     clients, data = check_settings(settings, [sigma0], output)
     if output.exists():
         shutil.rmtree(output)
@@ -102,6 +104,15 @@ class _Template:
         self.plain = _load(folder / "client/config/config_fed_client_noinv.json")
         self.inversion = _load(folder / "client/config/config_inversion.json")
         self.meta = _load(folder / "meta.json")
+
+    def check_variables(self, names: Collection[str]) -> None:
+        """Refuse settings that a template of the user's own has no variables for."""
+        for name in names:
+            if name.upper() not in self.inverting or name.upper() not in self.plain:
+                raise InputError(
+                    f"--{name}: the client configurations of --app_folder have no variable "
+                    f"{name.upper()}"
+                )
 
     def completed(self, settings: FederationSettings, given: Collection[str]) -> FederationSettings:
         """The settings, with the template's own values for those that were not given."""
@@ -158,16 +169,18 @@ def _write_job(plan: _Plan, output: Path) -> None:
     _write(output / "meta.json", {**template.meta, "deploy_map": deploy, "min_clients": least})
     values = {**_shared(settings), "min_clients": least, "num_rounds": settings.num_rounds}
     server = fill(template.server, values)
-    _write_app(output / "server", {"config_fed_server.json": server})
+    code = own_files(settings)
+    _write_app(output / "server", {"config_fed_server.json": server}, code)
     for client in clients:
         files = {"config_fed_client.json": _client(plan, client)}
         if client.invert:
             files["config_inversion.json"] = plan.inversion()
-        _write_app(output / client.name, files)
+        _write_app(output / client.name, files, code)
 
 
 def _shared(settings: FederationSettings) -> dict[str, Any]:
     return {
+        **{name.upper(): value for name, value in settings.own.items()},
         "MODEL_NAME": settings.model_name,
         "NUM_CLASS": settings.num_class,
         "IMAGE_SIZE": settings.image_size,
@@ -179,9 +192,9 @@ def _client(plan: _Plan, client: Client) -> dict[str, Any]:
     settings, data = plan.settings, plan.data
     values = {
         **_shared(settings),
-        "DATA_ROOT": str(data.root),
-        "DATASET_JSON": str(data.datalist(client)),
-        "PRIOR_FILE": str(data.prior),
+        "DATA_ROOT": str(data.root or ""),
+        "DATASET_JSON": str(data.datalist(client) or ""),
+        "PRIOR_FILE": str(data.prior or ""),
         "BATCH_SIZE": client.batch_size,
         "SIGMA0": plan.sigma0,
         "LR": settings.lr,
@@ -202,12 +215,24 @@ def fill(template: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     return {key: values.get(key, old) for key, old in template.items()}
 
 
-def _write_app(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+def own_files(settings: FederationSettings) -> list[Path]:
+    """The files of the sites' own code that lie in the current folder.
+
+    What lies elsewhere on the Python path is installed at the sites.
+    """
+    named = [settings.own.get(name, "") for name in ("model", "loss", "data")]
+    modules = sorted({name.partition(":")[0] for name in named if is_object_name(name)})
+    return [path for path in (Path(f"{module}.py") for module in modules) if path.is_file()]
+
+
+def _write_app(folder: Path, files: dict[str, dict[str, Any]], code: Sequence[Path]) -> None:
     from core.storage import write_text
 
     for name, content in files.items():
         _write(folder / "config" / name, content)
     write_text(folder / "custom" / "README.txt", CUSTOM_NOTE)
+    for path in code:
+        shutil.copy(path, folder / "custom" / path.name)
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

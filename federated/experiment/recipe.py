@@ -18,6 +18,7 @@ from federated.experiment.federation import (
     inversion,
     write_prior,
 )
+from federated.experiment.job_folder import own_files
 from federated.experiment.run_results import (
     FINAL_MODEL,
     app_folder,
@@ -25,7 +26,7 @@ from federated.experiment.run_results import (
     print_results,
     write_run,
 )
-from federated.experiment.settings import FederationSettings
+from federated.experiment.settings import OWN, FederationSettings
 from federated.experiment.simulator import read_job, read_json, require_nvflare, simulate
 
 if TYPE_CHECKING:
@@ -84,7 +85,9 @@ class Experiment:
     def record(self) -> dict[str, Any]:
         """All that determines the run, as plain values."""
         given = asdict(self.settings)
-        plain = {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
+        # What is not said of an own client is left out: runs from before it count on.
+        said = {k: v for k, v in given.items() if k not in OWN or v}
+        plain = {k: str(v) if isinstance(v, Path) else v for k, v in said.items()}
         return {**plain, "sigma0": self.sigma0, "clients": [asdict(c) for c in self.clients]}
 
     def is_done(self, workspace: Path) -> bool:
@@ -154,6 +157,7 @@ class Experiment:
             "num_class": self.settings.num_class,
             "image_size": self.settings.image_size,
             "seed": self.settings.seed,
+            **({"model": self.settings.model} if self.settings.model else {}),
         }
         model = PTModel({"path": "federated.flare.global_model.global_model", "args": network})
         persistor = job.to_server(model, id="persistor")["persistor_id"]
@@ -162,6 +166,9 @@ class Experiment:
             num_clients=len(self.clients), num_rounds=rounds, persistor_id=persistor
         )
         job.to_server(controller)
+        for path in own_files(self.settings):
+            for place in ("server", *(client.name for client in self.clients)):
+                job.to(str(path), place)
         for client in self.clients:
             self._add_client(job, client)
         return job
@@ -188,24 +195,34 @@ class Experiment:
         from federated.flare.rdlv_filter import RelativeDataLeakageValueFilter
         from federated.flare.site_description import SiteDescription
 
+        place = self._data(client)
         leakage = RelativeDataLeakageValueFilter(
-            data_root=str(self.data.root),
-            dataset_json=str(self.data.datalist(client)),
-            prior_filename=str(self.data.prior),
+            data_root=place.get("data_root"),
+            dataset_json=place.get("dataset_json"),
+            prior_filename=None if self.data.prior is None else str(self.data.prior),
             frequency=self.settings.frequency,
             rdlv_threshold=self.settings.rdlv_threshold,
             save_best_matches=True,
+            data=self.settings.data,
         )
         job.to(SiteDescription(**self._training(client)), client.name, id="learner")
         job.to(GradInversionInverter(), client.name, id="grad_inverter")
         job.to(ImageSimMetric(), client.name, id="sim_metric")
         job.to(leakage, client.name, **sent)
 
-    def _training(self, client: Client) -> dict[str, Any]:
-        """Arguments of a site's script."""
+    def _data(self, client: Client) -> dict[str, str]:
+        """A client's list; nothing where it brings its own samples."""
+        if self.data.root is None:
+            return {}
         return {
             "data_root": str(self.data.root),
             "dataset_json": str(self.data.datalist(client)),
+        }
+
+    def _training(self, client: Client) -> dict[str, Any]:
+        """Arguments of a site's script."""
+        return {
+            **self._data(client),
             "model_name": self.settings.model_name,
             "num_class": self.settings.num_class,
             "image_size": self.settings.image_size,
@@ -213,9 +230,10 @@ class Experiment:
             "aggregation_epochs": self.settings.local_epochs,
             "lr": self.settings.lr,
             "seed": self.settings.seed,
+            **self.settings.own,
         }
 
     def _site(self, client: Client) -> Any:
         from federated.flare.site_training import SiteSettings
 
-        return SiteSettings(**self._training(client))
+        return SiteSettings(**{"data_root": None, "dataset_json": None, **self._training(client)})

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HIGH_RISK_CLIENT = 9
+# Settings that say what a site's own client is.
+OWN = ("model", "loss", "data", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,10 @@ class FederationSettings:
         frequency: Rounds between measurements.
         method: Of the inversion.
         iterations: Of the inversion.
+        model: The sites' own module, `module:function`, in place of `model_name`.
+        loss: Name of a loss, or `module:function`; None for cross-entropy.
+        data: The sites' own samples, `module:function`, in place of the lists.
+        optimizer: The sites' optimiser and its settings but `lr`; None for plain SGD.
     """
 
     n_clients: int = 1
@@ -54,3 +60,13 @@ class FederationSettings:
     frequency: int = 1
     method: str = "full"
     iterations: int = 300
+    model: str | None = None
+    loss: str | None = None
+    data: str | None = None
+    optimizer: str | None = None
+
+    @property
+    def own(self) -> dict[str, str]:
+        """What the sites' own client is, as far as it is said, by the components' arguments."""
+        said = {name: getattr(self, name) for name in OWN}
+        return {name: value for name, value in said.items() if value}

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 def build_parser() -> argparse.ArgumentParser:
     """The script's flags."""
     parser = argparse.ArgumentParser(description="Train at a site, for NVFlare's Client API.")
-    parser.add_argument("--data_root", required=True, help="folder of images")
-    parser.add_argument("--dataset_json", required=True, help="the site's data list")
+    parser.add_argument("--data_root", help="folder of images")
+    parser.add_argument("--dataset_json", help="the site's data list")
     parser.add_argument("--model_name", default="cnn", help="network")
     parser.add_argument("--num_class", type=int, default=2, help="number of classes")
     parser.add_argument("--image_size", type=int, default=32, help="side in pixels")
@@ -33,6 +33,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--optimizer", default="sgd", help='and its settings, as "adamw weight-decay=0.01"'
     )
+    parser.add_argument("--model", help="the site's own network, as mymodule:build")
+    parser.add_argument("--loss", help="name of a loss, or mymodule:loss (default: cross-entropy)")
+    parser.add_argument("--data", help="the site's own samples, as mymodule:dataset, for the list")
     return parser
 
 
@@ -78,7 +81,7 @@ def answer(site: SiteTraining, model: FLModel) -> FLModel:
     return FLModel(
         params={name: torch.from_numpy(np.asarray(value)) for name, value in change.items()},
         params_type=ParamsType.DIFF,
-        metrics={"accuracy": valid.accuracy},
+        metrics={valid.name: valid.score},
         meta={**meta, AppConstants.CURRENT_ROUND: number},
     )
 

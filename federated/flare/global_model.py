@@ -5,12 +5,16 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from core.models.building import build_model
+from core.models.own_model import model_builder
 from federated.flare.networks import network_spec
 
 
 def global_model(
-    model_name: str = "cnn", num_class: int = 2, image_size: int = 32, seed: int = 0
+    model_name: str = "cnn",
+    num_class: int = 2,
+    image_size: int = 32,
+    seed: int = 0,
+    model: str | None = None,
 ) -> nn.Module:
     """The server's first global model: the same weights for the same seed.
 
@@ -19,10 +23,14 @@ def global_model(
         num_class: Number of classes.
         image_size: Side of the images in pixels.
         seed: Seed of the initial weights.
+        model: A module of the user's own, `module:function` of the job's custom folder, in
+            place of `model_name`.
 
     Returns:
         The network; a torchvision network keeps torchvision's names.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return build_model(network_spec(model_name, num_class, image_size))
+        if model:
+            return model_builder(model, "model")()
+        return network_spec(model_name, num_class, image_size).build()

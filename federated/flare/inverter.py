@@ -21,6 +21,7 @@ from audit.settings import InversionSettings, load_inversion_settings, settings_
 from audit.updates import LocalUpdate
 from core.data.image_files import load_image
 from core.errors import InputError
+from core.pictures import read_image, save_gallery
 from federated.flare.allowed import array_of
 from federated.flare.images import chest_spec
 from federated.flare.networks import GPU_IMAGE_SIZE, network_spec
@@ -42,7 +43,8 @@ class Inverter(FLComponent, ABC):
             fl_ctx: NVFlare's context of the site.
 
         Returns:
-            Reconstructions, M x C x H x W in [0, 1], alone or with their details.
+            Reconstructions, M x C x H x W in [0, 1] (or samples of another shape), alone or with
+            their details.
         """
 
 
@@ -193,7 +195,7 @@ class GradInversionInverter(Inverter):
             return None
         if self.prior_transforms is not None:
             return torch.as_tensor(self.prior_transforms(settings.img_prior))
-        return load_image(settings.img_prior, update.data.shape[1])
+        return prior_image(settings.img_prior, update.data.shape, "img_prior")
 
     def _log_sums(self, update: LocalUpdate, fl_ctx: FLContext) -> None:
         change = update.weight_diff
@@ -203,14 +205,34 @@ class GradInversionInverter(Inverter):
         for what, names in (("weight", set(change) - set(buffers)), ("BatchNorm", set(buffers))):
             total = sum(float(change[name].double().abs().sum()) for name in names)
             self.log_info(fl_ctx, f"{what} updates sum up to {total:.4g}")
-            if not total:
+            if names and not total:
                 self.log_warning(fl_ctx, f"the {what} updates are all zero")
 
     def _save(self, images: torch.Tensor, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         shown = images if self.save_transforms is None else self.save_transforms(images)
+        if shown.dim() != 4 or shown.shape[1] not in (1, 3):
+            rows = {"reconstruction": list(shown)}
+            save_gallery(folder / f"recon{self.save_fmt}", rows)
+            return
         for index, image in enumerate(shown):
             save_image(image, folder / f"recon_b{index}{self.save_fmt}")
+
+
+def prior_image(path: str, shape: tuple[int, ...], key: str) -> torch.Tensor:
+    """A public image of the samples' shape, in [0, 1].
+
+    Args:
+        path: Its file.
+        shape: C x H x W.
+        key: What it was given as, for messages.
+
+    Raises:
+        InputError: No image, or the samples are none.
+    """
+    if len(shape) == 3 and shape[0] == 3 and shape[1] == shape[2]:
+        return load_image(path, shape[1])
+    return read_image(path, shape, key)
 
 
 def described_update(

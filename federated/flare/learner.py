@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,11 @@ class CXRLearner(Learner):
         seed: Seed of the order in which a round visits the images.
         image_size: Side in pixels that images are resized to.
         optimizer: The optimiser and its settings but `lr`, such as "adamw weight-decay=0.01".
+        model: The site's own module, `module:function` of the job's custom folder, in place of
+            `model_name`.
+        loss: Name of a loss, or `module:function`; cross-entropy if None.
+        data: The site's own samples, `module:function`, in place of the list; see
+            `federated.flare.site_training.SiteSettings`.
 
     Raises:
         InputError: Missing folder or list, or impossible numbers.
@@ -75,6 +81,9 @@ class CXRLearner(Learner):
         seed: int = 0,
         image_size: int = 224,
         optimizer: str = "sgd",
+        model: str | None = None,
+        loss: str | None = None,
+        data: str | None = None,
     ) -> None:
         super().__init__()
         self.data_root = data_root
@@ -94,16 +103,19 @@ class CXRLearner(Learner):
         self.seed = seed
         self.image_size = image_size
         self.optimizer = optimizer
+        self.model = model
+        self.loss = loss
+        self.data = data
         self._settings = SiteSettings(
             data_root, dataset_json, model_name, num_class, image_size, batch_size,
             aggregation_epochs, lr, fedproxloss_mu, num_workers, train_set, valid_set, test_set,
-            cache_rate, seed, optimizer,
+            cache_rate, seed, optimizer, model, loss, data,
         )  # fmt: skip
         self.site: SiteTraining | None = None
         self.global_weights: dict[str, np.ndarray] | None = None
         self.current_round: int | None = None
         self.writer: Any = None
-        self._best_accuracy = -1.0
+        self._best_score = -math.inf
         self._app_root = ""
 
     def initialize(self, parts: dict[str, Any], fl_ctx: FLContext) -> None:
@@ -115,7 +127,7 @@ class CXRLearner(Learner):
         self.log_info(
             fl_ctx,
             f"{len(site.train_images)} training, {len(site.valid_images)} validation and "
-            f"{len(site.test_images)} test images; {self.model_name} on {site.device}",
+            f"{len(site.test_images)} test images; {site.model_name} on {site.device}",
         )
 
     def train(self, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
@@ -132,7 +144,7 @@ class CXRLearner(Learner):
             return self._diverged(site, error, fl_ctx)
         self.global_weights = {name: np.array(weights[name]) for name in change}
         self._keep(site, valid)
-        self._scalar("val_acc_local_model", valid.accuracy)
+        self._scalar("val_acc_local_model", valid.score)
         self.log_info(fl_ctx, f"round {self.current_round}: local model on validation: {valid}")
         dxo = DXO(DataKind.WEIGHT_DIFF, data=change)
         steps = site.steps_per_epoch * self.aggregation_epochs
@@ -162,7 +174,7 @@ class CXRLearner(Learner):
         return site.local_update(change, self.global_weights, self.current_round, bn_momentum)
 
     def public_images(self) -> torch.Tensor:
-        """Images that an attacker may know; P x 3 x H x W in [0, 1]."""
+        """Images that an attacker may know; P x C x ..., in [0, 1] where they have bounds."""
         return self._ready().public_images()
 
     def get_lr(self) -> list[float]:
@@ -193,7 +205,7 @@ class CXRLearner(Learner):
             if kind == ValidateType.BEFORE_TRAIN_VALIDATE:
                 valid = site.evaluate(site.valid_images, lambda: abort_signal.triggered)
                 self.log_info(fl_ctx, f"{owner} on validation: {valid}")
-                metrics: dict[str, Any] = {MetaKey.INITIAL_METRICS: valid.accuracy}
+                metrics: dict[str, Any] = {MetaKey.INITIAL_METRICS: valid.score}
             elif kind == ValidateType.MODEL_VALIDATE:
                 metrics = self._all_scores(site, abort_signal)
                 self.log_info(fl_ctx, f"{owner}: {metrics}")
@@ -210,7 +222,7 @@ class CXRLearner(Learner):
             for name, images in sections.items()
             if len(images)
         }
-        accuracy = {f"{name}_accuracy": score.accuracy for name, score in found.items()}
+        accuracy = {f"{name}_{score.name}": score.score for name, score in found.items()}
         return {**accuracy, **{f"{name}_auc": score.auc for name, score in found.items()}}
 
     def _keep(self, site: SiteTraining, valid: Scores) -> None:
@@ -218,8 +230,8 @@ class CXRLearner(Learner):
         state = {name: v.detach().cpu().clone() for name, v in site.model.state_dict().items()}
         content = {"model_weights": state, "round": self.current_round}
         save_checkpoint(content, f"{self._app_root}/local_model.pt")
-        if not valid.accuracy <= self._best_accuracy:
-            self._best_accuracy = valid.accuracy
+        if not valid.score <= self._best_score:
+            self._best_score = valid.score
             save_checkpoint(content, f"{self._app_root}/best_local_model.pt")
 
     def _scalar(self, name: str, value: float) -> None:

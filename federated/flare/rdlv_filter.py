@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,16 @@ from nvflare.apis.shareable import Shareable
 from audit.inversion import UpdateReconstruction
 from audit.leakage import LeakageReport, measure_leakage, write_leakage
 from audit.pairwise_rdlv import compute_rdlv
-from audit.similarity import SimMetric
-from core.data.image_files import load_image
+from audit.similarity import ImageSimMetric, SimMetric
+from core.data.data_sets import DataSets, take_samples
 from core.data.list_files import load_datalist
 from core.data.listed_images import ImageListDataset
+from core.data.specs import DataSpec
 from core.errors import InputError
 from core.records import provenance
-from federated.flare.inverter import Inverter
+from federated.flare.inverter import Inverter, prior_image
+from federated.flare.own_samples import OwnSamples, site_data
+from federated.flare.site_training import check_list
 from federated.flare.withholding import FailClosedFilter, WithheldError
 
 TRAIN_SET = "training"
@@ -55,8 +59,8 @@ class RelativeDataLeakageValueFilter(FailClosedFilter):
         Unsafe?, 2022, https://arxiv.org/abs/2202.06924.
 
     Args:
-        data_root: Folder that the list's paths start from.
-        dataset_json: The site's data list.
+        data_root: Folder that the list's paths start from; not needed with `data`.
+        dataset_json: The site's data list; likewise.
         frequency: Measure every that many updates. The site counts them itself, from 0: what
             the server states as the round decides nothing.
         start_round: The first update to measure.
@@ -71,6 +75,12 @@ class RelativeDataLeakageValueFilter(FailClosedFilter):
         save_best_matches: Keep training images beside their reconstructions, for figures.
         random_rounds: Measure each update with probability 1 / frequency instead, which the
             server cannot foresee.
+        data: The site's own samples, `module:function` of the job's custom folder (see
+            `core.data.given.GivenData`), in place of the list: the truth to compare with. Its
+            validation samples are the other patients, and their mean is what was public
+            before, without a prior image. SSIM fits images, signals and volumes in [0, 1]; for
+            tables and values without bounds give the component `sim_metric_name` "ncc",
+            "cosine" or "norm".
 
     Raises:
         InputError: Missing folder or list, or impossible values.
@@ -78,8 +88,8 @@ class RelativeDataLeakageValueFilter(FailClosedFilter):
 
     def __init__(
         self,
-        data_root: str,
-        dataset_json: str,
+        data_root: str | None = None,
+        dataset_json: str | None = None,
         frequency: int = 1,
         start_round: int = 0,
         inverter_name: str = "grad_inverter",
@@ -91,12 +101,13 @@ class RelativeDataLeakageValueFilter(FailClosedFilter):
         data_kinds: list[str] | None = None,
         save_best_matches: bool = False,
         random_rounds: bool = False,
+        data: str | None = None,
     ) -> None:
         super().__init__(data_kinds)
-        if not isinstance(data_root, str) or not Path(data_root).is_dir():
-            raise InputError(f"data_root: there is no folder {data_root!r}")
-        if not isinstance(dataset_json, str) or not Path(dataset_json).is_file():
-            raise InputError(f"dataset_json: there is no file {dataset_json!r}")
+        if not isinstance(data or "", str):
+            raise InputError(f"data {data!r}: must be text")
+        if not data:
+            check_list(data_root, dataset_json)
         for name, value, least in (("frequency", frequency, 1), ("start_round", start_round, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputError(f"{name} {value!r}: must be a whole number of at least {least}")
@@ -119,6 +130,7 @@ class RelativeDataLeakageValueFilter(FailClosedFilter):
         self.rdlv_threshold = rdlv_threshold
         self.save_best_matches = save_best_matches
         self.random_rounds = random_rounds
+        self.data = data
 
     def process_update(self, dxo: DXO, fl_ctx: FLContext) -> DXO:
         """See `FailClosedFilter.process_update`."""
@@ -131,8 +143,12 @@ class RelativeDataLeakageValueFilter(FailClosedFilter):
             )
             return dxo
         found = self._component(self.inverter_name, Inverter, fl_ctx)(dxo, Shareable(), fl_ctx)
-        images = _checked_images(getattr(found, "images", found))
-        originals = self._images(TRAIN_SET, images.shape[-1])
+        if self.data:
+            images = _checked_samples(getattr(found, "images", found), self._own.spec)
+            originals = OwnSamples(self._own.train, self._own.spec).images()
+        else:
+            images = _checked_images(getattr(found, "images", found))
+            originals = self._images(TRAIN_SET, images.shape[-1])
         report = self._measure(originals, images, fl_ctx)
         details = {**self._details(), **_attack_details(found)}
         number = passage.count if passage.number is None else passage.number
@@ -189,27 +205,49 @@ class RelativeDataLeakageValueFilter(FailClosedFilter):
     def _measure(
         self, originals: torch.Tensor, found: torch.Tensor, fl_ctx: FLContext
     ) -> LeakageReport:
-        size = found.shape[-1]
-        prior = torch.full_like(originals[0], 0.5)
-        if self.prior_filename:
-            prior = load_image(self.prior_filename, size)
+        metric = self._component(self.sim_metric_name, SimMetric, fl_ctx)
+        if self.data:
+            _check_metric(metric, self._own.spec)
+        others = self._others(found.shape[-1])
         return measure_leakage(
             originals,
             found,
-            prior,
-            self._component(self.sim_metric_name, SimMetric, fl_ctx),
+            self._prior(originals, others),
+            metric,
             reduce=self.rdlv_reduce,
             threshold=self.rdlv_threshold,
-            others=self._others(size),
+            others=others,
         )
+
+    def _prior(self, originals: torch.Tensor, others: torch.Tensor | None) -> torch.Tensor:
+        """What was public before, of the originals' shape."""
+        shape = tuple(originals.shape[1:])
+        if self.prior_filename:
+            return prior_image(self.prior_filename, shape, "prior_filename")
+        if not self.data:
+            return torch.full_like(originals[0], 0.5)
+        if others is not None:
+            return others.mean(0)
+        return self._own.spec.denormalize(torch.zeros(1, *shape))[0]
+
+    @cached_property
+    def _own(self) -> DataSets:
+        assert self.data
+        return site_data(self.data)
 
     def _images(self, section: str, size: int, most: int | None = None) -> torch.Tensor:
         """Of a section in [0, 1]; N x 3 x size x size."""
+        assert self.data_root is not None
+        assert self.dataset_json is not None
         samples = load_datalist(self.dataset_json, section, key=self.image_key)[:most]
         return ImageListDataset(self.data_root, samples, size).images()
 
     def _others(self, size: int) -> torch.Tensor | None:
-        """Images of other patients; None if the list has none."""
+        """Images of other patients; None if there are none."""
+        if self.data:
+            own = self._own
+            most = min(MAX_OTHERS, len(own.val))
+            return take_samples(own.val, range(most), own.spec)[0] if most else None
         for section in OTHERS_SETS:
             try:
                 found = self._images(section, size, MAX_OTHERS)
@@ -277,6 +315,33 @@ def _checked_images(found: Any) -> torch.Tensor:
     if len(finite) and float((finite - finite.clamp(0, 1)).abs().max()) > OUT_OF_RANGE:
         raise WithheldError("the reconstructions lie outside of 0 to 1: they are no images")
     return images
+
+
+def _checked_samples(found: Any, spec: DataSpec) -> torch.Tensor:
+    """Reconstructions of a site's own samples as they can be measured.
+
+    Raises:
+        WithheldError: They are of another shape or range: what cannot be measured does not leave.
+    """
+    samples = torch.as_tensor(found)
+    if not len(samples) or tuple(samples.shape[1:]) != spec.shape:
+        raise WithheldError(
+            f"the inverter gave samples of shape {tuple(samples.shape[1:])}, the site's are "
+            f"{spec.shape}"
+        )
+    samples = samples.float()
+    finite = samples[torch.isfinite(samples)]
+    if len(finite) and float((finite - spec.clamp(finite)).abs().max()) > OUT_OF_RANGE:
+        raise WithheldError("the reconstructions lie outside of 0 to 1, where the samples lie")
+    return samples
+
+
+def _check_metric(metric: SimMetric, spec: DataSpec) -> None:
+    """Refuse a similarity that says nothing of such samples."""
+    needs_windows = isinstance(metric, ImageSimMetric) and "ssim" in metric.metrics
+    if needs_windows and (len(spec.shape) < 2 or not spec.bounded):
+        kind = "rows of a table" if len(spec.shape) < 2 else "values outside of 0 to 1"
+        raise InputError(f"sim_metric ssim does not fit {kind}: choose ncc, cosine or norm")
 
 
 def _attack_details(found: UpdateReconstruction | Any) -> dict[str, Any]:

@@ -29,12 +29,17 @@ class SiteDescription(FLComponent):
         lr: Learning rate of the first rounds.
         seed: Seed of the order in which a round visits the images.
         optimizer: The optimiser and its settings but `lr`.
+        model: The site's own module, `module:function` of the job's custom folder, in place of
+            `model_name`.
+        loss: Name of a loss, or `module:function`; cross-entropy if None.
+        data: The site's own samples, `module:function`, in place of the list. A round visits
+            them in the order of `seed`.
     """
 
     def __init__(
         self,
-        data_root: str,
-        dataset_json: str,
+        data_root: str | None = None,
+        dataset_json: str | None = None,
         model_name: str = "cnn",
         num_class: int = 2,
         image_size: int = 32,
@@ -43,6 +48,9 @@ class SiteDescription(FLComponent):
         lr: float = 1e-2,
         seed: int = 0,
         optimizer: str = "sgd",
+        model: str | None = None,
+        loss: str | None = None,
+        data: str | None = None,
     ) -> None:
         super().__init__()
         self.data_root = data_root
@@ -55,10 +63,14 @@ class SiteDescription(FLComponent):
         self.lr = lr
         self.seed = seed
         self.optimizer = optimizer
+        self.model = model
+        self.loss = loss
+        self.data = data
         self._settings = SiteSettings(
             data_root=data_root, dataset_json=dataset_json, model_name=model_name,
             num_class=num_class, image_size=image_size, batch_size=batch_size,
             aggregation_epochs=aggregation_epochs, lr=lr, seed=seed, optimizer=optimizer,
+            model=model, loss=loss, data=data,
         )  # fmt: skip
         self._site: SiteTraining | None = None
         self._weights: Mapping[str, np.ndarray] | None = None
@@ -81,7 +93,7 @@ class SiteDescription(FLComponent):
         return self._training().local_update(change, self._weights, self._round, bn_momentum)
 
     def public_images(self) -> torch.Tensor:
-        """Images that an attacker may know; P x 3 x H x W in [0, 1]."""
+        """Images that an attacker may know; P x C x ..., in [0, 1] where they have bounds."""
         return self._training().public_images()
 
     def _training(self) -> SiteTraining:

@@ -6,27 +6,34 @@ Nothing here knows of NVFlare; `CXRLearner` and the client script are two ways t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
 from audit.updates import LocalUpdate
+from core.client import fitted_targets, loss_named, outputs_of, own_data
+from core.data.data_sets import DataSets
 from core.data.list_files import Sample, load_datalist
 from core.data.listed_images import ImageListDataset
+from core.data.specs import DataSpec
 from core.errors import InputError
 from core.local_training import LocalTraining
-from core.models.building import ModelSpec, build_model
+from core.losses import Loss, Outputs, Targets, main_output, share_right
+from core.models.architecture import Architecture
+from core.models.own_model import own_architecture
+from core.named_objects import called
 from federated.flare.images import chest_spec
 from federated.flare.networks import network_spec
+from federated.flare.own_samples import OwnSamples
 
 Weights = Mapping[str, np.ndarray]
+Images = ImageListDataset | OwnSamples
 # After this many local epochs the learning rate falls to a tenth, as published.
 DECAY_EPOCHS, DECAY = 40, 0.1
 EVALUATION_BATCH = 64
@@ -67,10 +74,15 @@ class SiteSettings:
         seed: Seed of the order in which a round visits the images.
         optimizer: The optimiser of a round and its settings but `lr`, such as
             "adamw weight-decay=0.01 clip-norm=1", see `LocalTraining.parse`.
+        model: The site's own module, `module:function` of the job's custom folder, in place of
+            `model_name`.
+        loss: Name of a loss in `core.losses`, or `module:function`; cross-entropy if None.
+        data: The site's own samples, `module:function`, in place of the list; see
+            `core.data.given.GivenData`.
     """
 
-    data_root: str
-    dataset_json: str
+    data_root: str | None
+    dataset_json: str | None
     model_name: str = "resnet18"
     num_class: int = 2
     image_size: int = 224
@@ -85,45 +97,74 @@ class SiteSettings:
     cache_rate: float = 1.0
     seed: int = 0
     optimizer: str = "sgd"
+    model: str | None = None
+    loss: str | None = None
+    data: str | None = None
 
     def __post_init__(self) -> None:
-        for key in ("data_root", "dataset_json"):
-            if not isinstance(getattr(self, key), str):
-                raise InputError(f"{key} {getattr(self, key)!r}: must be a path")
-        if not Path(self.data_root).is_dir():
-            raise InputError(f"data_root: there is no folder {self.data_root}")
-        if not Path(self.dataset_json).is_file():
-            raise InputError(f"dataset_json: there is no file {self.dataset_json}")
+        for key in ("model", "loss", "data"):
+            if not isinstance(getattr(self, key) or "", str):
+                raise InputError(f"{key} {getattr(self, key)!r}: must be text")
+        if self.data and not self.model:
+            raise InputError(f"data {self.data}: your own samples need your own model")
+        if not self.data:
+            check_list(self.data_root, self.dataset_json)
         for key in ("batch_size", "aggregation_epochs"):
             if getattr(self, key) < 1:
                 raise InputError(f"{key} {getattr(self, key)}: must be at least 1")
         if self.lr <= 0 or self.fedproxloss_mu < 0:
             raise InputError("lr must be positive and fedproxloss_mu not below 0")
-        _ = self.network, self.optimiser
+        _ = self.network, self.objective, self.optimiser
 
     @property
     def optimiser(self) -> LocalTraining:
-        """The optimiser alone; the rest of the local training is that of this record.
+        """The optimiser alone; the rest of the local training is that of this record."""
+        return optimiser_of(self.optimizer)
 
-        Raises:
-            InputError: The words state something else than the optimiser.
-        """
-        try:
-            stated = LocalTraining.parse(self.optimizer)
-        except InputError as error:
-            raise InputError(f"optimizer {self.optimizer!r}: {error}") from None
-        usual = LocalTraining(**{name: getattr(stated, name) for name in OF_OPTIMISER})
-        if stated != usual:
-            raise InputError(
-                f"optimizer {self.optimizer!r}: only {', '.join(OF_OPTIMISER)} are its settings; "
-                "the others are arguments of their own"
-            )
-        return stated
+    @cached_property
+    def network(self) -> Architecture:
+        """The network's architecture."""
+        own = own_architecture(self.model or None, self.seed, "model")
+        return own or network_spec(self.model_name, self.num_class, self.image_size)
 
     @property
-    def network(self) -> ModelSpec:
-        """The network's architecture."""
-        return network_spec(self.model_name, self.num_class, self.image_size)
+    def objective(self) -> Loss:
+        """What the site minimises."""
+        return loss_named(self.loss or None, "loss")
+
+
+def optimiser_of(words: str) -> LocalTraining:
+    """The optimiser that `SiteSettings.optimizer` states.
+
+    Raises:
+        InputError: The words state something else than the optimiser.
+    """
+    try:
+        stated = LocalTraining.parse(words)
+    except InputError as error:
+        raise InputError(f"optimizer {words!r}: {error}") from None
+    usual = LocalTraining(**{name: getattr(stated, name) for name in OF_OPTIMISER})
+    if stated != usual:
+        raise InputError(
+            f"optimizer {words!r}: only {', '.join(OF_OPTIMISER)} are its settings; "
+            "the others are arguments of their own"
+        )
+    return stated
+
+
+def check_list(data_root: str | None, dataset_json: str | None) -> None:
+    """Refuse a folder or a list that is not there.
+
+    Raises:
+        InputError: Names the argument.
+    """
+    for key, value in {"data_root": data_root, "dataset_json": dataset_json}.items():
+        if not isinstance(value, str):
+            raise InputError(f"{key} {value!r}: must be a path")
+    if not Path(str(data_root)).is_dir():
+        raise InputError(f"data_root: there is no folder {data_root}")
+    if not Path(str(dataset_json)).is_file():
+        raise InputError(f"dataset_json: there is no file {dataset_json}")
 
 
 @dataclass(frozen=True)
@@ -131,16 +172,30 @@ class Scores:
     """How well a network classifies a section.
 
     Attributes:
-        accuracy: Share of images whose class is right.
+        accuracy: Share of images whose class is right; of findings or pixels, of those.
         auc: Area under the ROC curve; None where it is not defined.
         count: Number of images.
+        loss: Mean loss, of networks whose outputs are right to a degree only; else None.
     """
 
     accuracy: float
     auc: float | None
     count: int
+    loss: float | None = None
+
+    @property
+    def name(self) -> str:
+        """What `score` is."""
+        return "accuracy" if self.loss is None else "negative_loss"
+
+    @property
+    def score(self) -> float:
+        """The larger, the better."""
+        return self.accuracy if self.loss is None else -self.loss
 
     def __str__(self) -> str:
+        if self.loss is not None:
+            return f"loss {self.loss:.4g} ({self.count} samples)"
         auc = "undefined" if self.auc is None else f"{self.auc:.4f}"
         return f"accuracy {self.accuracy:.4f}, AUC {auc} ({self.count} images)"
 
@@ -164,37 +219,70 @@ class SiteTraining:
     def __init__(self, settings: SiteSettings, device: torch.device | None = None) -> None:
         self.settings = settings
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.data = chest_spec(settings.image_size, settings.num_class)
+        self.loss = settings.objective
         with torch.random.fork_rng(devices=[]):
-            self.model = build_model(settings.network).to(self.device)
+            self.model = settings.network.build().to(self.device)
 
     @cached_property
-    def train_images(self) -> ImageListDataset:
+    def own(self) -> DataSets | None:
+        """The site's own samples; None where it has a list of images."""
+        text = self.settings.data
+        if not text:
+            return None
+        found = called(text, "data")
+        return own_data(found, self.model, self.loss, self.settings.seed, f"data {text}")
+
+    @cached_property
+    def data(self) -> DataSpec:
+        """Shape and normalisation of the samples."""
+        if self.own is not None:
+            return self.own.spec
+        return chest_spec(self.settings.image_size, self.settings.num_class)
+
+    @cached_property
+    def train_images(self) -> Images:
         """The images that an attacker would like to see."""
+        if self.own is not None:
+            return OwnSamples(self.own.train, self.data)
         dataset = self._section(self.settings.train_set)
         if not len(dataset):
             raise InputError(f"{self.settings.dataset_json}: no {self.settings.train_set} images")
+        if self.settings.model or self.settings.loss:
+            self._check_fits(dataset)
         return dataset
 
+    def _check_fits(self, dataset: ImageListDataset) -> None:
+        """Refuse listed images that an own model or its loss does not take."""
+        n = min(2, len(dataset))
+        images = torch.stack([dataset.image(index) for index in range(n)])
+        outputs = outputs_of(self.model, self.data, images)
+        fitted_targets(self.loss, outputs, dataset.labels()[:n], n)
+
     @cached_property
-    def valid_images(self) -> ImageListDataset:
+    def valid_images(self) -> Images:
         """Images to validate on."""
+        if self.own is not None:
+            return OwnSamples(self.own.val, self.data)
         return self._section(self.settings.valid_set)
 
     @cached_property
-    def test_images(self) -> ImageListDataset:
-        """Images to test on; none if the list has no such section."""
+    def test_images(self) -> Images:
+        """Images to test on; none if the list has no such section, or there is no list."""
+        if self.own is not None:
+            return OwnSamples(None, self.data)
         return self._section(self.settings.test_set, optional=True)
 
     def _section(self, name: str, optional: bool = False) -> ImageListDataset:
+        settings = self.settings
+        assert settings.data_root is not None
+        assert settings.dataset_json is not None
         try:
-            samples = load_datalist(self.settings.dataset_json, name)
+            samples = load_datalist(settings.dataset_json, name)
         except InputError:
             if not optional:
                 raise
             samples = []
-        _check_labels(samples, self.settings)
-        settings = self.settings
+        _check_labels(samples, settings)
         return ImageListDataset(
             settings.data_root, samples, settings.image_size, self.data, settings.cache_rate
         )
@@ -203,9 +291,14 @@ class SiteTraining:
         """Images that an attacker may know: those for validation, the same at every site.
 
         Returns:
-            P x 3 x H x W in [0, 1].
+            P x C x ..., in [0, 1] where they have bounds.
         """
         return self.valid_images.images()[:MAX_PUBLIC]
+
+    @property
+    def model_name(self) -> str:
+        """What messages call the network."""
+        return self.settings.model or self.settings.model_name
 
     @property
     def batch_size(self) -> int:
@@ -240,14 +333,14 @@ class SiteTraining:
         if missing:
             raise InputError(
                 f"the global model lacks {len(missing)} of {len(own)} variables of "
-                f"{self.settings.model_name}, such as {missing[0]}"
+                f"{self.model_name}, such as {missing[0]}"
             )
         for name, value in own.items():
             given = torch.as_tensor(np.asarray(weights[name]))
             if given.numel() != value.numel():
                 raise InputError(
                     f"the global model's {name} has shape {tuple(given.shape)}, "
-                    f"{self.settings.model_name} has {tuple(value.shape)}"
+                    f"{self.model_name} has {tuple(value.shape)}"
                 )
             own[name] = given.reshape(value.shape).to(value.dtype)
         self.model.load_state_dict(own)
@@ -292,7 +385,7 @@ class SiteTraining:
                     raise TrainingStopped
                 optimizer.zero_grad()
                 inputs = inputs.to(next(self.model.parameters()))
-                self._loss(inputs, labels.to(self.device), fixed).backward()
+                self._loss(inputs, labels, fixed).backward()
                 if local.clip_norm is not None:
                     nn.utils.clip_grad_norm_(self.model.parameters(), local.clip_norm)
                 optimizer.step()
@@ -305,14 +398,22 @@ class SiteTraining:
     def _loss(
         self, inputs: torch.Tensor, labels: torch.Tensor, fixed: dict[str, torch.Tensor]
     ) -> torch.Tensor:
-        loss = F.cross_entropy(self.model(inputs), labels)
+        outputs = self.model(inputs)
+        loss = self.loss(outputs, self._targets(outputs, labels, inputs))
         if self.settings.fedproxloss_mu > 0:
-            named = self.model.named_parameters()
+            named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
             drift = torch.stack([(p - fixed[name]).square().sum() for name, p in named]).sum()
             loss = loss + self.settings.fedproxloss_mu / 2 * drift
         return loss
 
-    def _batches(self, order: tuple[int, ...]) -> DataLoader[tuple[torch.Tensor, int]]:
+    def _targets(
+        self, outputs: Outputs, labels: torch.Tensor, inputs: torch.Tensor
+    ) -> torch.Tensor:
+        """What the loss compares the outputs with, in the inputs' precision."""
+        fitted = self.loss.fitted(outputs, labels)
+        return fitted.to(inputs.device, inputs.dtype if fitted.is_floating_point() else None)
+
+    def _batches(self, order: tuple[int, ...]) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
         size = self.batch_size
         steps = [list(order[i : i + size]) for i in range(0, len(order), size)]
         return DataLoader(
@@ -323,23 +424,44 @@ class SiteTraining:
         )
 
     @torch.no_grad()
-    def evaluate(
-        self, images: ImageListDataset, stopped: Callable[[], bool] = lambda: False
-    ) -> Scores:
-        """Classify a section with the network as it is now.
+    def evaluate(self, images: Images, stopped: Callable[[], bool] = lambda: False) -> Scores:
+        """Classify a section with the network as it is now, or find its loss.
 
         Raises:
             TrainingStopped: `stopped` said so.
         """
         self.model.eval()
         loader = DataLoader(images, EVALUATION_BATCH, collate_fn=_collate)
-        outputs, truths = [torch.zeros(0, self.settings.num_class)], [torch.zeros(0).long()]
+        if self.loss.targets is not Targets.CLASSES:
+            return self._other_scores(loader, stopped)
+        outputs, truths = [torch.zeros(0, self.data.n_classes)], [torch.zeros(0).long()]
         for inputs, labels in loader:
             if stopped():
                 raise TrainingStopped
-            outputs.append(self.model(inputs.to(self.device)).softmax(1).cpu())
-            truths.append(labels)
+            found = main_output(self.model(inputs.to(self.device)))
+            outputs.append(found.softmax(1).cpu())
+            truths.append(labels.argmax(1) if labels.dim() > 1 else labels)
         return scores(torch.cat(outputs), torch.cat(truths))
+
+    def _other_scores(
+        self, loader: Iterable[tuple[torch.Tensor, torch.Tensor]], stopped: Callable[[], bool]
+    ) -> Scores:
+        """The share of findings or pixels that are right, or the loss where nothing is right."""
+        count, right, total, has_right = 0, 0.0, 0.0, True
+        for inputs, labels in loader:
+            if stopped():
+                raise TrainingStopped
+            inputs = inputs.to(self.device)
+            outputs = self.model(inputs)
+            targets = self._targets(outputs, labels, inputs)
+            shares = share_right(self.loss, outputs, targets)
+            has_right = shares is not None
+            right += 0.0 if shares is None else float(shares.sum())
+            total += float(self.loss(outputs, targets)) * len(inputs)
+            count += len(inputs)
+        if has_right:
+            return Scores(right / count if count else float("nan"), None, count)
+        return Scores(float("nan"), None, count, total / count)
 
     def local_update(
         self, change: Weights, weights: Weights, round_number: int, bn_momentum: float = 0.1
@@ -365,12 +487,16 @@ class SiteTraining:
             bn_momentum=bn_momentum,
             batch_order=self.orders(round_number),
             optimiser=self.settings.optimiser,
+            loss=self.loss,
+            colour=self.own is not None,
         )
 
 
-def _collate(batch: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    images, labels = zip(*batch, strict=True)
-    return torch.stack(images), torch.tensor(labels)
+def _collate(
+    batch: list[tuple[torch.Tensor, int | torch.Tensor]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    images = torch.stack([image for image, _ in batch])
+    return images, torch.stack([torch.as_tensor(label) for _, label in batch])
 
 
 def scores(probabilities: torch.Tensor, labels: torch.Tensor) -> Scores:

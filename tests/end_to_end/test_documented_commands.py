@@ -48,6 +48,8 @@ EXECUTED = [
     ("python -m federated.make_phantoms --output phantoms --scale 0.02 --size 32", ""),
     ("python -m federated.create_job_config --n_clients 1 --num_rounds 3 --scale 0.02 "
      "--output jobs/cxr_1client", "--num_rounds 1"),
+    ("python -m federated.create_job_config --model mymodule:build --loss mymodule:loss --data "
+     "mymodule:dataset --optimizer adamw --lr 0.001 --output jobs/own", "--num_rounds 1"),
 ]  # fmt: skip
 
 RUN_COMMANDS = """

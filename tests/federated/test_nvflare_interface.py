@@ -24,8 +24,9 @@ FLAGS = {
 COMPONENTS: dict[str, dict[str, Any]] = {
     "GaussianPrivacy": {"sigma0": 0.1, "max_percentile": 95, "data_kinds": None},
     "RelativeDataLeakageValueFilter": {
-        "data_root": inspect.Parameter.empty,
-        "dataset_json": inspect.Parameter.empty,
+        # Needed but for a site's own samples.
+        "data_root": None,
+        "dataset_json": None,
         "frequency": 1,
         "start_round": 0,
         "inverter_name": "grad_inverter",

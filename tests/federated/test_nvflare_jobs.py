@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -357,6 +358,81 @@ def test_the_recipe_exports_a_job_that_the_simulator_reads(tmp_path: Path) -> No
     # The script alone; the packages are installed at the sites.
     copied = {path.name for path in tmp_path.rglob("custom/**/*.py")}
     assert copied == {"client.py"}
+
+
+OWN_MODULE = """
+import torch
+
+def build():
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 3))
+
+def data():
+    inputs, targets = torch.rand(6, 1, 16, 16), torch.rand(6, 3).round()
+    return (inputs[:2], targets[:2]), (inputs[2:], targets[2:])
+"""
+OWN_FLAGS = ["--model", "job_site:build", "--loss", "binary-cross-entropy", "--data",
+             "job_site:data", "--optimizer", "adamw eps=1e-6"]  # fmt: skip
+
+
+@pytest.fixture
+def own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with the sites' own module, in which the user stands."""
+    (tmp_path / "job_site.py").write_text(OWN_MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield tmp_path
+    sys.modules.pop("job_site", None)
+
+
+def test_a_job_takes_the_sites_own_client_along(own_code: Path) -> None:
+    assert create(own_code / "job", "--n_clients", "2", "--invert_clients", "1", *OWN_FLAGS) == 0
+    for app in ("server", "site-1", "site-2"):
+        assert (own_code / "job" / app / "custom" / "job_site.py").read_text() == OWN_MODULE
+    client = load(own_code, "job/site-1/config/config_fed_client.json")
+    assert [client[name] for name in ("MODEL", "LOSS", "DATA", "OPTIMIZER")] == OWN_FLAGS[1::2]
+    assert (client["DATA_ROOT"], client["DATASET_JSON"], client["PRIOR_FILE"]) == ("", "", "")
+    assert load(own_code, "job/server/config/config_fed_server.json")["MODEL"] == "job_site:build"
+    assert load(own_code, "job/site-1/config/config_inversion.json")["img_prior"] == ""
+
+
+def test_the_recipe_takes_the_sites_own_client_along(own_code: Path) -> None:
+    pytest.importorskip("nvflare", reason="needs pip install 'gradinvbench[federated]'")
+    args = recipe.build_parser().parse_args([*OWN_FLAGS, "--workspace", str(own_code / "w")])
+    settings = federation_settings(args)
+    clients, data = federation.check_settings(settings, [0.0], args.workspace)
+    folder = Experiment(settings, clients, data, 0.0).export(own_code / "jobs" / "one")
+    copied = {str(p.relative_to(folder)) for p in folder.rglob("custom/*.py")}
+    assert {"app_server/custom/job_site.py", "app_site-9/custom/job_site.py"} <= copied
+    config = load(folder, "app_site-9/config/config_fed_client.json")
+    described = next(c["args"] for c in config["components"] if c["id"] == "learner")
+    assert (described["model"], described["optimizer"]) == ("job_site:build", "adamw eps=1e-6")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data", "job_site:data"], "your own samples need your own --model"),
+        (["--model", "job_site:bild"], "job_site has no bild; did you mean build"),
+        (["--loss", "hinge"], "hinge"),
+        (["--optimizer", "adamw epochs=2"], "the others are arguments of their own"),
+    ],
+)
+def test_an_own_client_that_no_site_could_build_is_named(
+    own_code: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    assert create(own_code / "job", *flags) == 2
+    assert message in capsys.readouterr().err
+    assert not (own_code / "job").exists()
+
+
+def test_a_template_without_an_own_client_says_so(
+    own_code: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = own_template(own_code / "template")
+    path = template / "client/config/config_fed_client_inv.json"
+    path.write_text(json.dumps({k: v for k, v in load(path).items() if k != "MODEL"}))
+    assert create(own_code / "job", "--app_folder", str(template), *OWN_FLAGS) == 2
+    assert "have no variable MODEL" in capsys.readouterr().err
 
 
 def test_components_without_nvflare_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -545,3 +545,20 @@ def test_images_and_labels_are_other_names() -> None:
 def test_every_loss_has_a_line() -> None:
     assert all(gib.losses().values())
     assert {"mse", "dice", "cross-entropy"} <= set(gib.losses())
+
+
+class Detached(nn.Linear):
+    """A model in a user's evaluation wrapper."""
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+
+def test_outputs_without_a_derivative_are_one_sentence() -> None:
+    inputs, labels = numbers(2, 6), [0, 1]
+    with pytest.raises(InputError, match=r"Detached do not depend.*torch\.no_grad"):
+        gib.share(seeded(lambda: Detached(6, 3)), inputs, labels)
+    frozen = seeded(lambda: nn.Linear(6, 3)).requires_grad_(False)
+    with pytest.raises(InputError, match="every parameter of the model is frozen"):
+        gib.share(frozen, inputs, labels)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import gradinvbench as gib
 from attack.cli.command import main
 from core.errors import exit_status
 from core.models.building import ModelSpec
@@ -318,6 +319,34 @@ def test_a_run_leaves_its_log_and_its_losses_by_layer(files: Path, tmp_path: Pat
         own, product = own + root**2, product + c * b * root
     assert 1 - product / (own * shared) ** 0.5 == pytest.approx(record["objective"], abs=0.02)
     assert "parameter" in (folder / "layers.txt").read_text()
+
+
+def test_the_record_keeps_the_doubt_about_a_label_rule(tmp_path: Path) -> None:
+    """A sign rule on features of both signs: the record says so, the exact rule's does not."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(192, 9), torch.nn.Tanh(), torch.nn.Linear(9, 4)
+    )
+    target, truth = gib.share(model, torch.rand(1, 3, 8, 8), [2])
+    path = tmp_path / "signed.tar"
+    gib.save_target(path, target, truth, builder="own_tanh:build")
+    (tmp_path / "own_tanh.py").write_text(
+        "from torch import nn\n\n\ndef build():\n    return nn.Sequential(nn.Flatten(), "
+        "nn.Linear(192, 9), nn.Tanh(), nn.Linear(9, 4))\n"
+    )
+    environ = {**environment(), "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    notes = {}
+    for rule in ("idlg", "exact"):
+        words = ["--checkpoint", str(path), "--model", "own_tanh:build", "--epochs", "2",
+                 "--pseudo-label-init", rule, "--root", str(tmp_path / rule)]  # fmt: skip
+        subprocess.run(
+            [sys.executable, "main_run.py", *words], cwd=ROOT, env=environ, check=True,
+            capture_output=True,
+        )  # fmt: skip
+        (record,) = (tmp_path / rule).rglob("record.json")
+        notes[rule] = json.loads(record.read_text())["details"].get("label_warning")
+    assert "assumes that no feature" in notes["idlg"]
+    assert notes["exact"] is None
 
 
 def test_e2egis_stages_end_with_pictures(files: Path, tmp_path: Path) -> None:

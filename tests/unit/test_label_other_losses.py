@@ -146,3 +146,63 @@ class TestRefusals:
         noisy = {name: v + 0.1 * torch.randn_like(v) for name, v in target.gradient.items()}
         with pytest.raises(InputError, match="not the outer product"):
             recover_labels("exact", dataclasses.replace(target, gradient=noisy))
+
+
+def test_values_of_a_changed_gradient_are_refused() -> None:
+    """Clipping leaves the outer product that one sample leaves, and other values behind it."""
+    truth = torch.randn(1, 3, dtype=torch.float64)
+    target = client(MeanSquaredError(), truth, outputs=3)
+    clipped = dataclasses.replace(
+        target,
+        gradient={name: 0.1 * value for name, value in target.gradient.items()},
+        defenses=("clip:0.1",),
+    )
+    with pytest.raises(InputError, match=r"gradient as it was.*changed it \(clip:0\.1\)"):
+        recover_labels("regression", clipped)
+    local = gib.LocalTraining(clip_norm=0.1)
+    with pytest.raises(InputError, match=r"changed it \(local training sgd clip-norm=0\.1\)"):
+        recover_labels("exact", dataclasses.replace(target, local=local))
+
+
+def shares_bias_only(target: Target) -> Target:
+    gradient = {name: value for name, value in target.gradient.items() if name != "3.weight"}
+    return dataclasses.replace(target, gradient=gradient)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_bias_alone_tells_one_label(seed: int) -> None:
+    label = torch.tensor([seed])
+    target = shares_bias_only(client(CrossEntropy(), label, outputs=5, seed=seed))
+    assert torch.equal(recover_labels("exact", target), label)
+    found = findings(1, 5, seed)
+    target = shares_bias_only(client(BinaryCrossEntropy(), found, outputs=5, seed=seed))
+    assert torch.equal(recover_labels("exact", target), found)
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets"),
+    [
+        (CrossEntropy(), torch.tensor([1, 2])),
+        (CrossEntropy(label_smoothing=0.1), torch.tensor([1])),
+        (MeanSquaredError(), torch.randn(1, 5, dtype=torch.float64)),
+    ],
+    ids=["two samples", "smoothed", "values"],
+)
+def test_the_bias_alone_does_not_tell_the_rest(loss: Loss, targets: torch.Tensor) -> None:
+    target = shares_bias_only(client(loss, targets, outputs=5))
+    with pytest.raises(InputError, match=r"3\.weight|smoothing|was not shared"):
+        recover_labels("exact", target)
+
+
+def test_other_rules_read_more_than_the_bias() -> None:
+    target = shares_bias_only(client(CrossEntropy(), torch.tensor([1]), outputs=5))
+    with pytest.raises(InputError, match=r"3\.weight, which the client did not share: give"):
+        recover_labels("ilrg", target)
+
+
+def test_samples_that_weigh_by_their_classes_are_not_counted() -> None:
+    loss = CrossEntropy(weights=[0.1, 2, 1, 5])
+    with pytest.raises(InputError, match="weighs them by their classes"):
+        recover_labels("exact", client(loss, torch.tensor([1, 3, 3]), outputs=4))
+    one = client(loss, torch.tensor([3]), outputs=4)
+    assert recover_labels("exact", one).tolist() == [3]

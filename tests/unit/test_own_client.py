@@ -64,6 +64,30 @@ def images():
     return torch.rand(8, 3, 4, 4), torch.zeros(8, 3)
 
 
+def volume_model():
+    return nn.Sequential(nn.Conv3d(1, 4, 3), nn.Sigmoid(), nn.Flatten(), nn.Linear(4 * 64, 3))
+
+
+def volumes():
+    return torch.rand(8, 1, 6, 6, 6), torch.arange(8) % 3
+
+
+def row_model():
+    return nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 4))
+
+
+def rows():
+    return torch.randn(8, 7), torch.rand(8, 4).round()
+
+
+def mask_model():
+    return nn.Sequential(nn.Conv2d(1, 5, 3, padding=1), nn.Sigmoid(), nn.Conv2d(5, 3, 1))
+
+
+def masks():
+    return torch.rand(8, 1, 8, 8), torch.randint(3, (8, 8, 8))
+
+
 def words():
     return ["a", "b"]
 '''
@@ -134,6 +158,28 @@ def test_an_interrupted_training_goes_on(site: Path) -> None:
     trained("mse", "signals", "--resume", "auto")
     record = json.loads((site / "trained" / "record.json").read_text())
     assert record["epochs_done"] == 2
+
+
+KINDS = {
+    "volumes": ("volume_model", "cross-entropy", "volumes", []),
+    "rows": ("row_model", "binary-cross-entropy", "rows", []),
+    "masks": ("mask_model", "pixel-cross-entropy", "masks", ["--joint-labels"]),
+    "overlap": ("mask_model", "dice", "masks", ["--joint-labels"]),
+    "known": ("build", "own_site:distance", "signals", ["--pseudo-label-init", "known"]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_of_every_shape_go_through_stages_two_and_three(site: Path, kind: str) -> None:
+    model, loss, data, more = KINDS[kind]
+    checkpoint = extracted(loss, data, "--model", f"own_site:{model}")
+    assert list(Path("shared").glob("*-true.png"))
+    own = ["--loss", loss] if ":" in loss else []
+    attack(["--checkpoint", str(checkpoint), "--model", f"own_site:{model}", *own, "--root",
+            "out", "--attack", "spectral", "--epochs", "5", "--metric", "--quiet",
+            *more])  # fmt: skip
+    (file,) = (site / "out").rglob("*record*.json")
+    assert json.loads(file.read_text())["evaluation"]["summary"]["mse"]["mean"] >= 0
 
 
 REFUSED = {

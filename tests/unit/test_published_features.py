@@ -133,7 +133,7 @@ def test_a_prior_start_needs_the_prior(lenet: tuple[Target, Truth], tmp_path: Pa
     Image.new("RGB", (20, 10), (51, 102, 255)).save(path)
     image = read_image(path, (3, 8, 8), "--prior")
     torch.testing.assert_close(image[:, 0, 0], torch.tensor([0.2, 0.4, 1.0]))
-    with pytest.raises(InputError, match=r"--prior nothing\.png"):
+    with pytest.raises(InputError, match=r"--prior: there is no image nothing\.png"):
         read_image("nothing.png", (3, 8, 8), "--prior")
 
 

@@ -41,6 +41,7 @@ _TINY = 1e-30
     "exact",
     over_steps=frozenset({Capability.LOCAL_TRAINING}),
     targets=frozenset({Targets.CLASSES, Targets.LABELS, Targets.VALUES}),
+    bias_alone=True,
 )
 def _exact(target: Target, model: nn.Module, last: LastLayer) -> torch.Tensor:
     """What is exact for what was shared: bias signs, a rank-one factor, or verified counts.
@@ -72,6 +73,11 @@ _BY_TARGETS: dict[Targets, Rule] = {
 def _one_label(target: Target, model: nn.Module, last: LastLayer) -> torch.Tensor:
     """The label of one sample."""
     gradient = last.bias_gradient
+    if gradient is not None and not last.weight_gradient.any() and last.label_smoothing > 0:
+        raise InputError(
+            "label recovery exact: with label smoothing the last layer's bias gradient alone has "
+            "no sign that tells the label: give it, or optimise it with the inputs"
+        )
     features = None if gradient is None else features_of_one(last.weight_gradient, gradient)
     if gradient is not None and features is not None:
         if last.label_smoothing > 0:

@@ -22,7 +22,7 @@ class LastLayer:
     """What was shared of the classification layer, and the layer itself.
 
     Attributes:
-        weight_gradient: n_classes x features.
+        weight_gradient: n_classes x features; zeros where the layer keeps its weight private.
         bias_gradient: n_classes; None where the layer has no bias or keeps it private.
         layer: The layer with the parameters the client started from.
         batch_size: Number of samples K behind the gradient.
@@ -65,8 +65,13 @@ def head_of(target: Target, model: nn.Module) -> tuple[str, nn.Linear]:
     return find_linear_head(model, example_for(model, target.data))
 
 
-def last_layer_of(target: Target, model: nn.Module) -> LastLayer:
+def last_layer_of(target: Target, model: nn.Module, bias_alone: bool = False) -> LastLayer:
     """What a target shares of the classification layer.
+
+    Args:
+        target: What the client shared.
+        model: `target.build_model()`.
+        bias_alone: Whether the bias gradient of one sample is enough.
 
     Raises:
         InputError: The layer's weight was not shared, or its gradient says nothing.
@@ -74,11 +79,14 @@ def last_layer_of(target: Target, model: nn.Module) -> LastLayer:
     name, layer = head_of(target, model)
     place = f"{name}." if name else ""
     weight = target.gradient.get(f"{place}weight")
+    bias = target.gradient.get(f"{place}bias")
+    if weight is None and bias is not None and bias_alone and target.batch_size == 1:
+        weight = torch.zeros(len(bias), layer.in_features)
     if weight is None:
         raise InputError(
-            f"label recovery reads the gradient of {place}weight, which the client did not share"
+            f"label recovery reads the gradient of {place}weight, which the client did not share: "
+            "give the labels, or optimise them with the inputs (targets='optimise', --joint-labels)"
         )
-    bias = target.gradient.get(f"{place}bias")
     for tensor in (weight, bias):
         if tensor is not None and not tensor.isfinite().all():
             raise InputError(f"the shared gradient of the last layer {name} is not finite")

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
     "binary",
     targets=frozenset({Targets.LABELS}),
     signed_features=SignedFeatures.MISLEAD_WITHOUT_BIAS,
+    bias_alone=True,
 )
 def binary(target: Target, model: nn.Module, last: LastLayer) -> torch.Tensor:
     """Which findings are present, under binary cross-entropy: present where the slope is negative.
@@ -91,8 +92,19 @@ def regression(target: Target, model: nn.Module, last: LastLayer) -> torch.Tenso
             f"{last.batch_size} samples over {target.local.steps} local step(s) show only a mean "
             "residual: give the targets, or optimise them with the inputs"
         )
+    if target.defenses or not target.local.shares_gradient:
+        how = ", ".join(target.defenses) or f"local training {target.local.word}"
+        raise InputError(
+            f"label recovery regression reads values off the gradient as it was, and the client "
+            f"changed it ({how}): give the targets, or optimise them"
+        )
     require_plain_head(target, model)
     gradient = last.require_bias("regression")
+    if not last.weight_gradient.any():
+        raise InputError(
+            "label recovery regression reads the weight gradient of the last layer, which was not "
+            "shared or is zero: give the targets, or optimise them"
+        )
     features = features_of_one(last.weight_gradient, gradient)
     if features is None:
         raise InputError(

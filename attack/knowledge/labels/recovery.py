@@ -11,7 +11,7 @@ from attack.knowledge.clients import require_classes
 from attack.knowledge.labels.last_layer import LastLayer, last_layer_of, lowest_feature
 from attack.knowledge.labels.registry import KNOWN, RegisteredRule, check_rule, find_rule
 from core.errors import InputError
-from core.losses import Targets
+from core.losses import CrossEntropy, Targets
 from core.target import Target
 
 logger = logging.getLogger(__name__)
@@ -50,8 +50,9 @@ def recover_labels(
         return _known(target, truth_labels)
     if target.loss.targets is Targets.CLASSES or target.loss.targets not in find_rule(rule).targets:
         require_classes(f"label recovery {rule}", target.loss)
+    _require_equal_weights(rule, target)
     model = target.build_model() if model is None else model
-    last = last_layer_of(target, model)
+    last = last_layer_of(target, model, find_rule(rule).bias_alone)
     labels = find_rule(rule).recover(target, model, last)
     broken = _broken_assumption(rule, find_rule(rule), target, model, last)
     if broken is not None:
@@ -84,7 +85,8 @@ def broken_assumption(rule: str, target: Target, model: nn.Module | None = None)
     if rule == KNOWN:
         return None
     model = target.build_model() if model is None else model
-    return _broken_assumption(rule, find_rule(rule), target, model, last_layer_of(target, model))
+    last = last_layer_of(target, model, find_rule(rule).bias_alone)
+    return _broken_assumption(rule, find_rule(rule), target, model, last)
 
 
 def _broken_assumption(
@@ -100,6 +102,17 @@ def _broken_assumption(
         f"those of {target.model.name} are (down to {lowest:.2g}): its labels mean little, use "
         f"{DEFAULT_RULE}"
     )
+
+
+def _require_equal_weights(rule: str, target: Target) -> None:
+    """Refuse a batch whose samples weigh by their classes: no rule counts those."""
+    loss = target.loss
+    if isinstance(loss, CrossEntropy) and loss.weights is not None and target.batch_size > 1:
+        raise InputError(
+            f"label recovery {rule} counts samples that weigh the same, and this client's "
+            "cross-entropy weighs them by their classes: give the labels, or optimise them with "
+            "the inputs (targets='optimise', --joint-labels)"
+        )
 
 
 def _known(target: Target, labels: torch.Tensor | None) -> torch.Tensor:

@@ -39,6 +39,7 @@ class RegisteredRule:
         requires_over_steps: What it must grant besides, where the client took several steps.
         targets: What the client's loss compares outputs with.
         signed_features: What features of both signs do to it.
+        bias_alone: Whether the bias gradient alone tells the targets of one sample.
     """
 
     recover: Rule
@@ -46,6 +47,7 @@ class RegisteredRule:
     requires_over_steps: frozenset[Capability] = frozenset()
     targets: frozenset[Targets] = frozenset({Targets.CLASSES})
     signed_features: SignedFeatures = SignedFeatures.HARMLESS
+    bias_alone: bool = False
 
     def misled_by_signs(self, last: LastLayer) -> bool:
         """Whether features of both signs mislead it, by what was shared."""
@@ -63,6 +65,7 @@ def register_rule(
     over_steps: frozenset[Capability] = frozenset(),
     targets: frozenset[Targets] = frozenset({Targets.CLASSES}),
     signed_features: SignedFeatures = SignedFeatures.HARMLESS,
+    bias_alone: bool = False,
 ) -> Callable[[Rule], Rule]:
     """Make `--pseudo-label-init name` recover labels by the decorated function.
 
@@ -72,6 +75,7 @@ def register_rule(
         over_steps: What it must grant besides, where the client took several local steps.
         targets: What the client's loss compares outputs with, for the rule to fit.
         signed_features: What features of both signs do to the rule.
+        bias_alone: Whether the bias gradient alone tells the targets of one sample.
 
     Raises:
         ValueError: The name is registered already.
@@ -81,7 +85,9 @@ def register_rule(
         if name in _RULES or name == KNOWN:
             raise ValueError(f"label rule {name} is registered already")
         needed = frozenset({Capability.BATCH_SIZE, *requires})
-        _RULES[name] = RegisteredRule(rule, needed, over_steps, targets, signed_features)
+        _RULES[name] = RegisteredRule(
+            rule, needed, over_steps, targets, signed_features, bias_alone
+        )
         return rule
 
     return register
