@@ -213,13 +213,13 @@ def test_large_batches_are_checked_on_few_images(monkeypatch):
     monkeypatch.setattr("attack.matching.matcher.CALIBRATED_VALUES", 3 * per_image)
     matcher = GradientMatcher(Replica(target, CPU, torch.float64), Cosine(), "auto")
     sizes = []
-    exact = matcher._exact
+    exact = matcher.exact_match
 
     def noted(self, inputs, *args, **options):
         sizes.append(len(inputs))
         return exact(inputs, *args, **options)
 
-    monkeypatch.setattr(GradientMatcher, "_exact", noted)
+    monkeypatch.setattr(GradientMatcher, "exact_match", noted)
     found = matcher(candidate(target), truth.labels).input_gradient
     assert sizes == [2]
     assert matcher.step is not None
