@@ -19,18 +19,22 @@ METRIC, KEY, REST = "<metric>", "*", "**"
 
 _PRIVACY = "clipping noise_multiplier max_norm delta epsilon"
 _MODEL = "arch n_classes image_size width pool_kernel stem norm malicious builder"
-_DATA = "name shape mean std n_classes class_names"
+_DATA = "name shape mean std n_classes class_names bounded"
 _PROVENANCE = "seed device device_type threads processes versions.*"
 _TARGET = (
     "mode train_mode batch_size shards synchronized bn_statistics defenses dropout_seed "
     "running_after"
 )
-_LOCAL = "epochs batches steps lr momentum weight_decay proximal bn_momentum order"
+_LOCAL = (
+    "epochs batches steps lr momentum weight_decay proximal bn_momentum order optimizer dampening "
+    "nesterov betas eps amsgrad clip_norm accumulate schedule step_size gamma min_lr rates "
+    "order_known"
+)
 
 # What the stages write: by the place in the record, the keys there.
 _WRITTEN: dict[str, dict[str, str]] = {
     "train": {
-        "": "checksum schema_version kind status scheme n_train n_val processes epochs_done "
+        "": "checksum schema_version kind status scheme loss n_train n_val processes epochs_done "
         "initial_val_acc1 best_val_acc1 final_val_acc1 final_train_acc1 images_per_second "
         "seconds_per_epoch seconds wall_seconds config.**",
         "model": _MODEL,
