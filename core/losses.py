@@ -14,7 +14,7 @@ import abc
 import enum
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeGuard, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -127,11 +127,6 @@ _RELAXED: dict[Targets, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def is_tensor(outputs: Outputs) -> TypeGuard[torch.Tensor]:
-    """Whether a model gives a single tensor."""
-    return isinstance(outputs, torch.Tensor)
-
-
 def main_output(outputs: Outputs) -> torch.Tensor:
     """The tensor that a loss without a word about heads compares with its targets.
 
@@ -142,7 +137,7 @@ def main_output(outputs: Outputs) -> torch.Tensor:
     Raises:
         InputError: None of these.
     """
-    if is_tensor(outputs):
+    if isinstance(outputs, torch.Tensor):
         return outputs
     for name in MAIN_OUTPUTS:
         value = outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
@@ -229,21 +224,30 @@ def as_loss(given: str | Function | Loss | None) -> Loss:
     return _of_torch(given) or GivenLoss(given)
 
 
-def share_right(loss: Loss, outputs: Outputs, targets: torch.Tensor) -> torch.Tensor | None:
+def share_right(
+    loss: Loss, outputs: Outputs, targets: torch.Tensor, guesses: int = 1
+) -> torch.Tensor | None:
     """How right the outputs are, per sample: 1 for a class that is met.
 
     Args:
         loss: Says what the targets are.
         outputs: What the model gives for N samples.
         targets: What belongs to them.
+        guesses: A class is met by so many of the largest outputs, or by all if there are fewer.
 
     Returns:
         N numbers from 0 to 1 (of several labels or pixels the share that is met); None where
-        targets are no classes or labels.
+        targets are no classes or labels, or no classes to be guessed several times.
     """
     if loss.targets is Targets.CLASSES:
         classes = targets.argmax(1) if targets.dim() > 1 else targets
-        return (main_output(outputs).argmax(1) == classes).double()
+        logits = main_output(outputs)
+        if guesses == 1:
+            return (logits.argmax(1) == classes).double()
+        largest = logits.topk(min(guesses, logits.shape[1]), dim=1).indices
+        return (largest == classes[:, None]).any(1).double()
+    if guesses > 1:
+        return None
     if loss.targets is Targets.LABELS:
         met = (main_output(outputs) > 0) == (targets > 0.5)
         return met.double().flatten(1).mean(1)
@@ -465,36 +469,36 @@ class BinaryCrossEntropy(Loss):
         return targets
 
 
+class _ValuesLoss(Loss):
+    """A loss of numbers against numbers of the outputs' shape."""
+
+    targets = Targets.VALUES
+
+    def fitted(self, outputs: Outputs, targets: torch.Tensor) -> torch.Tensor:
+        """See `Loss`."""
+        return _in_shape_of(self.name, outputs, targets)
+
+
 @register_loss
-class MeanSquaredError(Loss):
+class MeanSquaredError(_ValuesLoss):
     """Mean squared error over all numbers that the model gives."""
 
     name = "mse"
-    targets = Targets.VALUES
 
     def __call__(self, outputs: Outputs, targets: torch.Tensor) -> torch.Tensor:
         """See `Loss`."""
         return F.mse_loss(main_output(outputs), targets)
 
-    def fitted(self, outputs: Outputs, targets: torch.Tensor) -> torch.Tensor:
-        """See `Loss`."""
-        return _in_shape_of(self.name, outputs, targets)
-
 
 @register_loss
-class MeanAbsoluteError(Loss):
+class MeanAbsoluteError(_ValuesLoss):
     """Mean absolute error over all numbers that the model gives."""
 
     name = "mae"
-    targets = Targets.VALUES
 
     def __call__(self, outputs: Outputs, targets: torch.Tensor) -> torch.Tensor:
         """See `Loss`."""
         return F.l1_loss(main_output(outputs), targets)
-
-    def fitted(self, outputs: Outputs, targets: torch.Tensor) -> torch.Tensor:
-        """See `Loss`."""
-        return _in_shape_of(self.name, outputs, targets)
 
 
 class _PixelLoss(Loss):
@@ -649,7 +653,7 @@ class SumOfHeads(Loss):
         return torch.stack(parts).sum()
 
     def _heads(self, outputs: Outputs) -> list[tuple[float, torch.Tensor]]:
-        if is_tensor(outputs):
+        if isinstance(outputs, torch.Tensor):
             return [(next(iter(self.weights.values())), outputs)]
         return [(weight, _head(outputs, name)) for name, weight in self.weights.items()]
 

@@ -24,7 +24,7 @@ from torch import nn
 from core.data.data_sets import DataSets
 from core.data.loaders import ShardedBatches, ValidationShard, check_batches, make_loader
 from core.errors import InputError
-from core.losses import DEFAULT_LOSS, Loss, Targets, main_output, share_right
+from core.losses import DEFAULT_LOSS, Loss, share_right
 from core.models.architecture import Architecture
 from core.models.batch_norm import (
     average_running_statistics,
@@ -78,7 +78,12 @@ TOO_FEW_VALUES = (
 class Sums:
     """Sums over samples, kept on the device until an epoch ends."""
 
-    values: torch.Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
+    values: torch.Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
+
+    @staticmethod
+    def on(device: torch.device) -> Sums:
+        """Of nothing yet."""
+        return Sums(torch.zeros(4, dtype=torch.float64, device=device))
 
     def add(
         self,
@@ -87,33 +92,26 @@ class Sums:
         right: torch.Tensor | None,
         five: torch.Tensor | None = None,
     ) -> None:
-        """Count one shard of n samples; `right` says how right each is, if that can be said.
+        """Count one shard of n samples.
 
-        `five` says it of the first five guesses, where there is a place for it.
+        Args:
+            loss_sum: Of their losses.
+            n: How many there are.
+            right: How right the model is on each; None where that cannot be said.
+            five: The same for its first five guesses.
         """
-        counts = [right, five][: len(self.values) - 2]
-        met = [loss_sum.new_full((), math.nan) if c is None else c.sum().float() for c in counts]
-        if not n:
-            met = [loss_sum.new_zeros(()) for _ in counts]
-        size = loss_sum.new_tensor(float(n))
-        self.values += torch.stack([loss_sum.detach().float(), met[0], size.float(), *met[1:]])
+        nothing = loss_sum.new_full((), math.nan if n else 0.0)
+        met = [nothing if c is None or not n else c.sum().float() for c in (right, five)]
+        self.values += torch.stack([loss_sum.detach().float(), loss_sum.new_tensor(float(n)), *met])
 
-    def over_processes(self) -> tuple[float, float | None]:
-        """Mean loss, and accuracy in percent; None where there is none."""
-        loss, right, n, *_ = all_reduce(self.values).tolist()
-        return loss / max(n, 1), None if math.isnan(right) else 100 * right / max(n, 1)
+    def over_processes(self) -> tuple[float, float | None, float | None]:
+        """Mean loss, and accuracy of the first and of the first five guesses in percent.
 
-    def with_five(self) -> tuple[float, float | None, float | None]:
-        """Mean loss, and accuracy of the first and of the first five guesses in percent."""
-        loss, right, n, five = all_reduce(self.values).tolist()
-        shares = [None if math.isnan(met) else 100 * met / max(n, 1) for met in (right, five)]
-        return loss / max(n, 1), shares[0], shares[1]
-
-
-def _right_in_five(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Whether each label is among the five largest logits, or among all of fewer classes."""
-    guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices
-    return (guesses == labels[:, None]).any(1)
+        None stands where there is no accuracy.
+        """
+        loss, n, *met = all_reduce(self.values).tolist()
+        first, five = (None if math.isnan(m) else 100 * m / max(n, 1) for m in met)
+        return loss / max(n, 1), first, five
 
 
 class Trainer:
@@ -297,7 +295,7 @@ class Trainer:
         """
         self.model.train()
         self.batches.set_epoch(epoch)
-        sums = Sums(torch.zeros(3, dtype=torch.float64, device=self.process.device))
+        sums = Sums.on(self.process.device)
         sizes = [len(batch) for batch in self.batches.batches]
         for step, (images, labels) in enumerate(self._with_progress(self.loader, epoch)):
             # Dropout and the like: the same after a resume, different on every process.
@@ -310,7 +308,8 @@ class Trainer:
             else:
                 with explain_single_values(TOO_FEW_VALUES):
                     self._plain_step(images, labels, sizes[step], sums, epoch, step)
-        return self._checked(sums.over_processes())
+        loss, accuracy, _ = sums.over_processes()
+        return self._checked(loss), accuracy
 
     def _with_progress(self, loader: Any, epoch: int) -> Iterator[Any]:
         from tqdm import tqdm
@@ -403,12 +402,12 @@ class Trainer:
         sums.add(loss, len(images), share_right(self.loss, logits, labels))
 
     @staticmethod
-    def _checked(result: tuple[float, float | None]) -> tuple[float, float | None]:
-        if not math.isfinite(result[0]):
+    def _checked(loss: float) -> float:
+        if not math.isfinite(loss):
             raise InputError(
                 "training diverged: the loss is not finite; lower --lr, or add --warmup-epochs"
             )
-        return result
+        return loss
 
     @torch.no_grad()
     def validate(self) -> tuple[float, float | None, float | None]:
@@ -419,16 +418,15 @@ class Trainer:
             where there is none.
         """
         self.model.eval()
-        sums = Sums(torch.zeros(4, dtype=torch.float64, device=self.process.device))
+        sums = Sums.on(self.process.device)
         for images, labels in self.val_loader:
             images, labels = self._to_device(images, labels)
             with self._autocast():
                 outputs = self.model(images)
                 loss = self.loss.total(outputs, labels)
-            classes = self.loss.targets is Targets.CLASSES
-            five = _right_in_five(main_output(outputs), labels) if classes else None
-            sums.add(loss, len(images), share_right(self.loss, outputs, labels), five)
-        return sums.with_five()
+            first, five = (share_right(self.loss, outputs, labels, k) for k in (1, 5))
+            sums.add(loss, len(images), first, five)
+        return sums.over_processes()
 
     def _line(self, result: EpochResult) -> str:
         budget = "" if result.epsilon is None else f" epsilon {result.epsilon:.3g}"

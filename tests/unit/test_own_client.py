@@ -60,6 +60,13 @@ def findings():
     return (inputs[:16], targets[:16]), (inputs[16:], targets[16:])
 
 
+def soft():
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.rand((24, 2, 16), generator=generator)
+    targets = torch.rand((24, 3), generator=generator).softmax(1)
+    return (inputs[:16], targets[:16]), (inputs[16:], targets[16:])
+
+
 def images():
     return torch.rand(8, 3, 4, 4), torch.zeros(8, 3)
 
@@ -151,6 +158,12 @@ def test_several_findings_have_an_accuracy(site: Path) -> None:
     trained("binary-cross-entropy", "findings")
     record = json.loads((site / "trained" / "record.json").read_text())
     assert 0 <= record["final_val_acc1"] <= 100
+
+
+def test_soft_labels_count_as_their_largest_class(site: Path) -> None:
+    trained("cross-entropy", "soft")
+    record = json.loads((site / "trained" / "record.json").read_text())
+    assert 0 <= record["final_val_acc1"] <= record["history"][-1]["val_acc5"] == 100
 
 
 def test_an_interrupted_training_goes_on(site: Path) -> None:

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 
+from core.losses import DEFAULT_LOSS, share_right
 from core.models.building import ModelSpec, build_model
 from core.storage import load_checkpoint
 from tests.image_folders import write_tree
 from training import checkpoints, schemes, trainer
 from training.main_pytorch import build_parser, main, parse_args, run
 from training.settings import TrainingConfig
-from training.trainer import Sums, _right_in_five
+from training.trainer import Sums
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -294,13 +295,15 @@ def test_five_guesses_are_counted_as_by_sorting() -> None:
     for part in (slice(0, 25), slice(25, 40), slice(0, 0)):
         loss = torch.nn.functional.cross_entropy(logits[part], labels[part], reduction="sum")
         right = logits[part].argmax(1) == labels[part]
-        sums.add(loss, len(labels[part]), right, _right_in_five(logits[part], labels[part]))
+        sums.add(
+            loss, len(labels[part]), right, share_right(DEFAULT_LOSS, logits[part], labels[part], 5)
+        )
     order = logits.argsort(1, descending=True).tolist()
     first, five = (
         100 * sum(label in row[:k] for row, label in zip(order, labels.tolist(), strict=True)) / 40
         for k in (1, 5)
     )
-    assert sums.with_five()[1:] == pytest.approx((first, five))
+    assert sums.over_processes()[1:] == pytest.approx((first, five))
     assert first < five < 100
     assert sums.over_processes()[1] == pytest.approx(first)
 
