@@ -29,6 +29,7 @@ from attack.matching.objectives import Objective
 from attack.matching.replica import Replica
 from attack.matching.smooth_relu import SmoothReLU, width_at
 from attack.matching.switches import TwiceDifferentiable
+from attack.priors.regularizers import smooth_norm
 from core.errors import InputError
 from core.processes import distributed
 from core.target import BatchStatistics
@@ -194,10 +195,5 @@ def statistics_distance(found: BatchStatistics, known: BatchStatistics) -> torch
     """Sum over layers of the Euclidean distances of means and of variances."""
     terms = []
     for name, (mean, variance) in known.items():
-        terms += [_norm(found[name][0] - mean), _norm(found[name][1] - variance)]
+        terms += [smooth_norm(found[name][0] - mean), smooth_norm(found[name][1] - variance)]
     return torch.stack(terms).sum()
-
-
-def _norm(x: torch.Tensor) -> torch.Tensor:
-    """Euclidean norm with a finite slope at 0."""
-    return (x.square().sum() + torch.finfo(x.dtype).tiny).sqrt()

@@ -13,8 +13,17 @@ from torch import nn
 from core.data.data_sets import DataSets, take_samples
 from core.data.given import given_data_sets
 from core.data.specs import DataSpec
-from core.errors import InputError
-from core.losses import GivenLoss, Loss, Outputs, Targets, as_function, as_loss, main_output
+from core.errors import InputError, first_line
+from core.losses import (
+    GivenLoss,
+    Loss,
+    Outputs,
+    Targets,
+    as_function,
+    as_loss,
+    main_output,
+)
+from core.models.unchanged import unchanged
 from core.named_objects import is_object_name, named_object
 
 log = logging.getLogger(__name__)
@@ -53,29 +62,18 @@ def outputs_of(model: nn.Module, data: DataSpec, inputs: torch.Tensor) -> Output
     if parameter is None:
         raise InputError(f"the model {type(model).__name__} has no parameters to share")
     first = data.normalize(inputs[:2].to(parameter.device, parameter.dtype))
-    if model.training:
-        # Heads may give more in training; where BatchNorm has too few values, eval mode tells.
-        with contextlib.suppress(*_REFUSALS):
-            return _passed(model, first)
-    modes = {module: module.training for module in model.modules()}
-    try:
-        return _passed(model.eval(), first)
-    except _REFUSALS as error:
-        raise InputError(
-            f"the model {type(model).__name__} does not take images of shape "
-            f"{' x '.join(map(str, data.shape))}: {_first_line(error)} (inputs may be {SHAPES})"
-        ) from None
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def _passed(model: nn.Module, inputs: torch.Tensor) -> Outputs:
-    """The model's outputs; buffers and torch's random numbers stay as they are."""
-    state = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        outputs: Outputs = torch.func.functional_call(model, state, (inputs,))
-    return outputs
+    with torch.no_grad(), unchanged(model):
+        if model.training:
+            # Heads may give more in training; where BatchNorm has too few values, eval mode tells.
+            with contextlib.suppress(*_REFUSALS):
+                return model(first)
+        try:
+            return model.eval()(first)
+        except _REFUSALS as error:
+            raise InputError(
+                f"the model {type(model).__name__} does not take images of shape "
+                f"{' x '.join(map(str, data.shape))}: {first_line(error)} (inputs may be {SHAPES})"
+            ) from None
 
 
 def fitted_targets(loss: Loss, outputs: Outputs, targets: torch.Tensor, n: int) -> torch.Tensor:
@@ -118,7 +116,7 @@ def _check_loss(loss: Loss, outputs: Outputs, targets: torch.Tensor) -> None:
     except _REFUSALS as error:
         raise InputError(
             f"the loss {loss.name} does not take the model's outputs and a target of shape "
-            f"{tuple(target.shape)}: {_first_line(error)}"
+            f"{tuple(target.shape)}: {first_line(error)}"
         ) from None
     if not value.requires_grad:
         raise InputError(f"the loss {loss.name} has no derivative in the model's outputs")
@@ -134,10 +132,6 @@ def _tensors(outputs: Outputs) -> list[torch.Tensor]:
     elif isinstance(outputs, Sequence):
         values = outputs
     return [value for value in values if isinstance(value, torch.Tensor)]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def with_classes(data: DataSpec, loss: Loss, outputs: Outputs) -> DataSpec:
@@ -159,20 +153,7 @@ def with_classes(data: DataSpec, loss: Loss, outputs: Outputs) -> DataSpec:
     return dataclasses.replace(data, n_classes=n_classes)
 
 
-def with_outputs(model: nn.Module, data: DataSpec, loss: Loss) -> DataSpec:
-    """The description with as many classes as the model has, which may be more than the data's.
-
-    Args:
-        model: In the mode that the client runs it in.
-        data: Of the inputs, with the classes that occur among them.
-        loss: Says what the targets are.
-    """
-    outputs = outputs_of(model, data, torch.zeros(2, *data.shape))
-    found = with_classes(dataclasses.replace(data, class_names=()), loss, outputs)
-    return data if found.n_classes == data.n_classes else found
-
-
-def check_fits(model: nn.Module, data: DataSets, loss: Loss) -> None:
+def check_fits(model: nn.Module, data: DataSets, loss: Loss) -> Outputs:
     """Refuse data that a model of the user's own or its loss does not take.
 
     Args:
@@ -180,11 +161,16 @@ def check_fits(model: nn.Module, data: DataSets, loss: Loss) -> None:
         data: What it is to be trained on.
         loss: What the client minimises.
 
+    Returns:
+        The model's outputs for the first samples.
+
     Raises:
         InputError: They do not fit; one sentence says what.
     """
     inputs, targets = take_samples(data.train_plain, range(min(2, len(data.train))), data.spec)
-    fitted_targets(loss, outputs_of(model, data.spec, inputs), targets, len(inputs))
+    outputs = outputs_of(model, data.spec, inputs)
+    fitted_targets(loss, outputs, targets, len(inputs))
+    return outputs
 
 
 def own_data(found: object, model: nn.Module, loss: Loss, seed: int, place: str) -> DataSets:
@@ -200,12 +186,9 @@ def own_data(found: object, model: nn.Module, loss: Loss, seed: int, place: str)
     Raises:
         InputError: They do not fit; one sentence says what.
     """
-    data = given_data_sets(found, 0, seed, place)
-    inputs, targets = take_samples(data.train_plain, range(min(2, len(data.train))), data.spec)
-    outputs = outputs_of(model, data.spec, inputs)
-    fitted_targets(loss, outputs, targets, len(inputs))
-    spec = with_classes(data.spec, loss, outputs)
-    return given_data_sets(found, spec.n_classes, seed, place)
+    data = given_data_sets(found, seed, place)
+    outputs = check_fits(model, data, loss)
+    return dataclasses.replace(data, spec=with_classes(data.spec, loss, outputs))
 
 
 def loss_named(text: str | None, flag: str = "--loss") -> Loss:

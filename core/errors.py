@@ -32,6 +32,11 @@ class RankError(RuntimeError):
         self.told = told
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def exit_status(command: Callable[[], None]) -> int:
     """Run a command and turn its outcome into a process exit status.
 

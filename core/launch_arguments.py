@@ -54,6 +54,21 @@ def given_flags(
     return {name: value for name, value in read.items() if value is not _NOT_GIVEN}
 
 
+def add_own_client_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a model and a loss of the user's own, as stages 1 and 2 take them."""
+    group = parser.add_argument_group("a client of your own")
+    group.add_argument(
+        "--model",
+        metavar="MODULE:FUNCTION",
+        help="your function that builds a model of your own, in place of --arch",
+    )
+    group.add_argument(
+        "--loss",
+        metavar="NAME",
+        help="cross-entropy, binary-cross-entropy, mse, ... or MODULE:FUNCTION of your own",
+    )
+
+
 def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags common to the three commands."""
     group = parser.add_argument_group("processes and devices")

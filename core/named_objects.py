@@ -6,11 +6,9 @@ A file never names code that is run: only who starts the command does.
 from __future__ import annotations
 
 import difflib
-import importlib
-import sys
-from pathlib import Path
 
 from core.errors import InputError
+from core.plugins import import_from_here
 
 
 def is_object_name(text: str) -> bool:
@@ -34,12 +32,8 @@ def named_object(text: str, flag: str) -> object:
     if not is_object_name(text):
         raise InputError(f"{flag} {text}: give a module and a name in it, as mymodule:build")
     module, _, name = text.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        # A script's Python path starts at the repository, not where the user stands.
-        sys.path.append(here)
     try:
-        found = importlib.import_module(module)
+        found = import_from_here(module)
     except ImportError as error:
         raise InputError(f"{flag} {text}: {module} cannot be imported ({error})") from None
     if not hasattr(found, name):

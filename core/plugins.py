@@ -5,8 +5,22 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from core.errors import InputError
+
+
+def import_from_here(name: str) -> ModuleType:
+    """Import a module of the user's from the current folder or the Python path.
+
+    Raises:
+        ImportError: It cannot be imported.
+    """
+    here = str(Path.cwd())
+    if here not in sys.path:
+        # A script's Python path starts at the repository, not where the user stands.
+        sys.path.append(here)
+    return importlib.import_module(name)
 
 
 def import_plugin(name: str | None) -> None:
@@ -19,11 +33,7 @@ def import_plugin(name: str | None) -> None:
     """
     if name is None:
         return
-    here = str(Path.cwd())
-    if here not in sys.path:
-        # A script's Python path starts at the repository, not where the user stands.
-        sys.path.append(here)
     try:
-        importlib.import_module(name)
+        import_from_here(name)
     except ModuleNotFoundError as error:
         raise InputError(f"--plugin {name}: cannot be imported ({error})") from None

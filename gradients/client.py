@@ -37,6 +37,7 @@ from gradients.local_update import (
     Gradients,
     Parameters,
     Placement,
+    StepGradient,
     client_gradient,
     dropout_masks,
     images_of_steps,
@@ -249,6 +250,7 @@ class _Run:
         reduce = None if self.part is None else sum_over_processes
         placement = Placement(self.shards, self.part, reduce, self.dropout_seed)
         batch = (self.model, self.inputs, self.labels, local)
+        gradient: StepGradient
         if privacy is None:
             gradient = client_gradient(
                 *batch, placement=placement, buffers=self.buffers, loss=self.settings.loss

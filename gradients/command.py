@@ -14,6 +14,7 @@ from core.launch_arguments import (
     CommandParser,
     LaunchSettings,
     add_launch_arguments,
+    add_own_client_arguments,
     given_flags,
 )
 from core.plugins import import_plugin
@@ -45,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_data_arguments(parser)
     _add_model_arguments(parser)
+    add_own_client_arguments(parser)
     _add_client_arguments(parser)
     _add_defense_arguments(parser)
     add_launch_arguments(parser)
@@ -77,16 +79,6 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("-a", "--arch", default="resnet18", help="unless --pretrained says")
-    group.add_argument(
-        "--model",
-        metavar="MODULE:FUNCTION",
-        help="your function that builds a model of your own, in place of --arch",
-    )
-    group.add_argument(
-        "--loss",
-        metavar="NAME",
-        help="cross-entropy, binary-cross-entropy, mse, ... or MODULE:FUNCTION of your own",
-    )
     group.add_argument("--pretrained", metavar="PATH", help=".tar checkpoint or .pth parameters")
     group.add_argument(
         "--outlayer-state", default="None", choices=["None", "kaiming_uniform", "normal"]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from core.client import check_fits, in_full_precision, own_data, with_outputs
+from core.client import check_fits, in_full_precision, own_data, with_classes
 from core.clipping import PER_SAMPLE
 from core.data.data_sets import DataSets, load_data
 from core.data.specs import DataSpec
@@ -170,8 +170,10 @@ def _own(settings: ExtractSettings, pretrained: Pretrained | None) -> _Received:
         data = own_data(called(text, "--data"), model, client.loss, settings.seed, f"--data {text}")
         return _Received(architecture, data, data.spec, client, lambda: model)
     data, spec = _load_data(settings.data, pretrained, settings.seed)
-    check_fits(model, data, client.loss)
-    spec = with_outputs(model, spec, client.loss)
+    outputs = check_fits(model, data, client.loss)
+    # A site may have fewer classes than its model; then their names are not those of the outputs.
+    unnamed = with_classes(dataclasses.replace(spec, class_names=()), client.loss, outputs)
+    spec = spec if unnamed.n_classes == spec.n_classes else unnamed
     return _Received(architecture, data, spec, client, lambda: model)
 
 

@@ -289,7 +289,7 @@ def unrolled_update(
         https://arxiv.org/abs/2003.14053; the root of the number of steps: Chen et al.,
         "Training Deep Nets with Sublinear Memory Cost", https://arxiv.org/abs/1604.06174.
     """
-    gradient = ClientGradient.of(
+    gradient = client_gradient(
         model,
         images,
         labels,
@@ -390,18 +390,14 @@ def client_gradient(
     placement: Placement = ONE_PROCESS,
     buffers: Mapping[str, torch.Tensor] | None = None,
     loss: Loss = DEFAULT_LOSS,
-) -> StepGradient:
-    """The gradient of a client's loss at each of its local steps, see `unrolled_update`."""
-    return ClientGradient.of(
-        model,
-        images,
-        labels,
-        local,
-        create_graph=create_graph,
-        placement=placement,
-        buffers=buffers,
-        loss=loss,
-    )
+) -> ClientGradient:
+    """The gradient of a client's loss at each of its local steps, see `unrolled_update`.
+
+    Where no buffers are given, copies of the model's are moved.
+    """
+    steps = images_of_steps(len(images), local, placement.shards)
+    moving = _copies(dict(model.named_buffers())) if buffers is None else buffers
+    return ClientGradient(model, images, labels, steps, placement, moving, create_graph, loss)
 
 
 @dataclass(frozen=True)
@@ -427,23 +423,6 @@ class ClientGradient:
     buffers: Mapping[str, torch.Tensor]
     create_graph: bool = False
     loss: Loss = DEFAULT_LOSS
-
-    @staticmethod
-    def of(
-        model: nn.Module,
-        images: torch.Tensor,
-        labels: torch.Tensor,
-        local: LocalTraining,
-        *,
-        create_graph: bool,
-        placement: Placement,
-        buffers: Mapping[str, torch.Tensor] | None,
-        loss: Loss,
-    ) -> ClientGradient:
-        """That of a client whose buffers, if none are given, are copies of the model's."""
-        steps = images_of_steps(len(images), local, placement.shards)
-        moving = _copies(dict(model.named_buffers())) if buffers is None else buffers
-        return ClientGradient(model, images, labels, steps, placement, moving, create_graph, loss)
 
     def __call__(self, current: Parameters, step: int) -> Gradients:
         """The gradient of one step; None for parameters that are not used."""

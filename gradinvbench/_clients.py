@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
-from core.data.specs import DataSpec
+from core.data.specs import DataSpec, per_channel
 from core.errors import InputError
 from core.target import LocalTraining
 
@@ -48,19 +46,9 @@ def data_spec(
     return DataSpec(
         name="given images",
         shape=tuple(shape),
-        mean=_per_channel("mean", 0.0 if mean is None else mean, channels),
-        std=_per_channel("std", 1.0 if std is None else std, channels),
+        mean=per_channel("mean", 0.0 if mean is None else mean, channels),
+        std=per_channel("std", 1.0 if std is None else std, channels),
         n_classes=0,
         class_names=tuple(class_names),
         bounded=bounded,
     )
-
-
-def _per_channel(name: str, values: float | Sequence[float], channels: int) -> tuple[float, ...]:
-    numbers = torch.as_tensor(values, dtype=torch.float64).flatten()
-    numbers = numbers.expand(channels) if len(numbers) == 1 else numbers
-    if len(numbers) != channels or not numbers.isfinite().all():
-        raise InputError(f"{name} must be a number, or one for each of the {channels} channels")
-    if name == "std" and float(numbers.min()) <= 0:
-        raise InputError("std must be positive")
-    return tuple(numbers.tolist())

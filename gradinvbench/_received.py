@@ -15,8 +15,7 @@ from core.client import in_full_precision, outputs_of, with_classes
 from core.errors import InputError
 from core.losses import Function, Loss, as_loss
 from core.models.architecture import Architecture, GivenModel
-from core.models.building import load_parameters
-from core.models.state_files import State, fit, named, renamed
+from core.models.state_files import State, fit, load_fitting, named, renamed
 from core.target import RUNNING_STATISTICS, LocalTraining, Target
 from gradients.shared_update import SharedUpdate
 from gradinvbench._clients import data_spec, is_bounded, local_training
@@ -127,8 +126,7 @@ def _load(model: nn.Module, update: SharedUpdate) -> None:
         raise InputError(
             f"the state before the update is not that of {type(model).__name__}: {found.sentence()}"
         )
-    own = model.state_dict()
-    load_parameters(model, own | {n: v.to(own[n].dtype) for n, v in found.state.items()})
+    load_fitting(model, found, "the state before the update")
 
 
 def _gradient_of(update: SharedUpdate, model: nn.Module, training: LocalTraining) -> State:

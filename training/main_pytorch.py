@@ -18,7 +18,12 @@ if __name__ == "__main__":
 
 from core.clipping import CLIPPINGS, PER_SAMPLE, clipping_argument
 from core.errors import InputError, exit_status
-from core.launch_arguments import CommandParser, LaunchSettings, add_launch_arguments
+from core.launch_arguments import (
+    CommandParser,
+    LaunchSettings,
+    add_launch_arguments,
+    add_own_client_arguments,
+)
 from core.plugins import import_plugin
 
 if TYPE_CHECKING:
@@ -49,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_data_arguments(parser)
     _add_model_arguments(parser)
+    add_own_client_arguments(parser)
     _add_training_arguments(parser)
     _add_privacy_arguments(parser)
     _add_speed_arguments(parser)
@@ -75,18 +81,6 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("-a", "--arch", default="resnet18")
-    group.add_argument(
-        "--model",
-        default=None,
-        metavar="MODULE:FUNCTION",
-        help="your function that builds a model of your own, in place of --arch",
-    )
-    group.add_argument(
-        "--loss",
-        default=None,
-        metavar="NAME",
-        help="cross-entropy, binary-cross-entropy, mse, ... or MODULE:FUNCTION of your own",
-    )
     group.add_argument("--stem", choices=["auto", "imagenet", "cifar"], default="auto")
     group.add_argument("--width", type=int, default=None, help="channels of the first stage")
     group.add_argument(

@@ -46,7 +46,7 @@ from attack.matching.objectives import Objective
 from attack.matching.replica import Replica, laid_out_as
 from attack.matching.switches import RecordActivations, ReplayActivations
 from attack.settings import SpeedSettings, setting_error
-from core.errors import InputError
+from core.errors import InputError, first_line
 from core.models.unchanged import random_numbers_held
 from core.processes import distributed
 from core.records import fits
@@ -329,8 +329,7 @@ class AcceleratedMatcher(GradientMatcher):
             # What a compiler may raise has no common base: no C++ compiler, no Triton, an
             # operator that it does not know. The passes run without it just as well.
             except Exception as error:
-                reason = str(error).strip().splitlines() or [type(error).__name__]
-                self._note(f"--compile or --cuda-graphs is not used: {reason[0][:200]}")
+                self._note(f"--compile or --cuda-graphs is not used: {first_line(error)[:200]}")
                 self.traced = False
             self.compile_seconds += time.perf_counter() - begun
         return self._graphs.get(key)

@@ -433,15 +433,9 @@ class GradientMatcher:
         apart: bool = False,
         frozen: contextlib.AbstractContextManager[Any] | None = None,
     ) -> Match:
-        """One evaluation by a second backward pass.
+        """One evaluation by a second backward pass, see `__call__`.
 
-        Args:
-            inputs: See `__call__`, as are `labels`, `weight`, `penalty` and `apart`.
-            labels: See above.
-            weight: See above.
-            penalty: See above.
-            apart: See above.
-            frozen: Within it the passes run, with switches of an earlier one.
+        With `frozen`, the passes run on the switches of an earlier one.
         """
         variables = self._variables(inputs, labels)
         observe = None if penalty is None else penalty(self.replica.model)
@@ -511,15 +505,9 @@ class GradientMatcher:
         step: float,
         apart: bool = False,
     ) -> Match:
-        """One evaluation by the difference of two first-order passes.
+        """One evaluation by the difference of two first-order passes, see `__call__`.
 
-        Args:
-            inputs: See `__call__`, as are `labels`, `weight`, `penalty` and `apart`.
-            labels: See above.
-            weight: See above.
-            penalty: See above.
-            step: Relative size of the parameters' perturbation.
-            apart: See above.
+        `step` is the relative size of the parameters' perturbation.
         """
         random_numbers = RandomNumbers(inputs.device)
         first = self._first_pass_factored(inputs, labels, step)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attack.matching.switches import TwiceDifferentiable
-from core.errors import InputError
+from core.errors import InputError, first_line
 from core.losses import main_output
 
 # What torch says where an operator cannot be differentiated twice.
@@ -34,7 +34,6 @@ def explain_missing_derivative(
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
         if not any(word in str(error) for word in _WORDS):
             raise
         advice = (
@@ -43,7 +42,8 @@ def explain_missing_derivative(
             else "several local steps need it"
         )
         raise InputError(
-            f"{_culprit(model, inputs)} cannot be differentiated twice ({reason}); {advice}"
+            f"{_culprit(model, inputs)} cannot be differentiated twice ({first_line(error)}); "
+            f"{advice}"
         ) from None
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import abc
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -139,9 +139,9 @@ def _half_of_neighbours(dims: int) -> list[tuple[int, ...]]:
 def _differences_along(images: torch.Tensor, step: tuple[int, ...]) -> torch.Tensor:
     """Every entry's neighbour in a direction minus the entry, where both exist."""
     to = {0: slice(None), 1: slice(1, None), -1: slice(None, -1)}
-    everything = (slice(None), slice(None))
-    ends = images[(*everything, *(to[s] for s in step))]
-    return ends - images[(*everything, *(to[-s] for s in step))]
+    there = tuple(to[s] for s in (0, 0, *step))
+    here = tuple(to[-s] for s in (0, 0, *step))
+    return images[there] - images[here]
 
 
 class InputNorm(Regularizer):
@@ -270,6 +270,42 @@ TOTAL_VARIATIONS: dict[str, Callable[[], Regularizer]] = {
 ModelPenalty = Callable[[torch.nn.Module], Callable[[], torch.Tensor]]
 
 
+def watch_layers(
+    model: torch.nn.Module,
+    names: Iterable[str],
+    term: Callable[[str, torch.Tensor], torch.Tensor | None],
+) -> Callable[[], torch.Tensor]:
+    """Watch what goes into some layers.
+
+    Args:
+        model: Whose forward passes are watched until the result is called.
+        names: Of the layers.
+        term: A layer's name and its input to a summand; None to leave this pass out.
+
+    Returns:
+        Gives the sum over the layers and passes, and ends the watch.
+    """
+    terms: list[torch.Tensor] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            found = term(name, inputs[0])
+            if found is not None:
+                terms.append(found)
+
+        return hook
+
+    modules = dict(model.named_modules())
+    handles = [modules[name].register_forward_pre_hook(watch(name)) for name in names]
+
+    def total() -> torch.Tensor:
+        for handle in handles:
+            handle.remove()
+        return torch.stack(terms).sum()
+
+    return total
+
+
 class BatchNormPenalty:
     """Distance of the candidate batch's BatchNorm statistics from known ones.
 
@@ -306,25 +342,7 @@ class BatchNormPenalty:
 
     def __call__(self, model: torch.nn.Module) -> Callable[[], torch.Tensor]:
         """Watch one forward pass of `model`; the result gives the penalty after it."""
-        terms: list[torch.Tensor] = []
-        modules = dict(model.named_modules())
-        handles = []
-
-        def watch(name: str) -> Callable[..., None]:
-            def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-                terms.append(self._distance(name, inputs[0]))
-
-            return hook
-
-        for name in self.known[0]:
-            handles.append(modules[name].register_forward_pre_hook(watch(name)))
-
-        def total() -> torch.Tensor:
-            for handle in handles:
-                handle.remove()
-            return torch.stack(terms).sum()
-
-        return total
+        return watch_layers(model, self.known[0], self._distance)
 
     def _distance(self, name: str, features: torch.Tensor) -> torch.Tensor:
         dims = [0, *range(2, features.dim())]
@@ -333,7 +351,10 @@ class BatchNormPenalty:
             known_mean, known_var = self.known[min(index, len(self.known) - 1)][name]
             mean, var = self._moments(group, dims)
             weight = float(self._counted[index])
-            terms += [weight * _norm(mean - known_mean), weight * _norm(var - known_var)]
+            terms += [
+                weight * smooth_norm(mean - known_mean),
+                weight * smooth_norm(var - known_var),
+            ]
         return torch.stack(terms).sum() / self._parts
 
     def _moments(self, x: torch.Tensor, dims: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -392,7 +413,7 @@ class MovingAveragePenalty:
         weights = keep ** torch.arange(len(steps) - 1, -1, -1).to(steps)
         mean, variance = torch.einsum("k,ksc->sc", weights / weights.sum(), steps)
         known_mean, known_variance = self.known[name]
-        return _norm(mean - known_mean) + _norm(variance - known_variance)
+        return smooth_norm(mean - known_mean) + smooth_norm(variance - known_variance)
 
 
 def _mean_and_variance(features: torch.Tensor) -> torch.Tensor:
@@ -401,7 +422,7 @@ def _mean_and_variance(features: torch.Tensor) -> torch.Tensor:
     return torch.stack([features.mean(dims), features.var(dims, unbiased=True)])
 
 
-def _norm(x: torch.Tensor) -> torch.Tensor:
+def smooth_norm(x: torch.Tensor) -> torch.Tensor:
     """Euclidean norm with a finite slope at 0."""
     return (x.square().sum() + torch.finfo(x.dtype).tiny).sqrt()
 

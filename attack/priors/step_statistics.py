@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from attack.priors.regularizers import smooth_norm, watch_layers
+
 if TYPE_CHECKING:
     from core.target import BatchStatistics
 
@@ -39,38 +41,20 @@ class StepStatisticsPenalty:
 
     def __call__(self, model: torch.nn.Module) -> Callable[[], torch.Tensor]:
         """Watch the forward passes of `model`; the result gives the penalty after them."""
-        terms: list[torch.Tensor] = []
         passes: Counter[str] = Counter()
 
-        def watch(name: str) -> Callable[..., None]:
-            def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-                process = passes[name] % self.processes
-                passes[name] += 1
-                if self._counted[process]:
-                    terms.append(self._distance(name, inputs[0], process))
+        def term(name: str, features: torch.Tensor) -> torch.Tensor | None:
+            process = passes[name] % self.processes
+            passes[name] += 1
+            return self._distance(name, features, process) if self._counted[process] else None
 
-            return hook
-
-        modules = dict(model.named_modules())
-        handles = [modules[n].register_forward_pre_hook(watch(n)) for n in self.known[0]]
-
-        def total() -> torch.Tensor:
-            for handle in handles:
-                handle.remove()
-            return torch.stack(terms).sum()
-
-        return total
+        return watch_layers(model, self.known[0], term)
 
     def _distance(self, name: str, features: torch.Tensor, process: int) -> torch.Tensor:
         mean, variance = self.known[min(process, len(self.known) - 1)][name]
         dims = [0, *range(2, features.dim())]
         terms = [
-            _norm(features.mean(dims) - mean),
-            _norm(features.var(dims, unbiased=False) - variance),
+            smooth_norm(features.mean(dims) - mean),
+            smooth_norm(features.var(dims, unbiased=False) - variance),
         ]
         return torch.stack(terms).sum() / self._parts
-
-
-def _norm(x: torch.Tensor) -> torch.Tensor:
-    """Euclidean norm with a finite slope at 0."""
-    return (x.square().sum() + torch.finfo(x.dtype).tiny).sqrt()

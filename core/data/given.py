@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from core.data.data_sets import DataSets
-from core.data.specs import DataSpec
+from core.data.specs import DataSpec, per_channel
 from core.errors import InputError
 from core.processes.distributed import derived_seed
 
@@ -133,12 +133,11 @@ def _are_samples(found: object) -> bool:
     return isinstance(found, Samples) and not isinstance(found, (torch.Tensor, str, dict))
 
 
-def given_data_sets(found: object, n_classes: int, seed: int, place: str) -> DataSets:
-    """The user's own data as training and extraction read them.
+def given_data_sets(found: object, seed: int, place: str) -> DataSets:
+    """The user's own data as training and extraction read them; the number of classes is open.
 
     Args:
         found: See `given_data`.
-        n_classes: Number of outputs where targets are classes or labels, else 0.
         seed: Seed of random numbers that the user's code draws.
         place: Where they are from, for messages.
 
@@ -146,7 +145,7 @@ def given_data_sets(found: object, n_classes: int, seed: int, place: str) -> Dat
         InputError: They cannot be read as data.
     """
     given = given_data(found, place)
-    spec = spec_of(given, n_classes, place)
+    spec = spec_of(given, place)
     train = GivenSamples(samples_of(given.train, place), spec, seed, place)
     others: Samples = () if given.validation is None else samples_of(given.validation, place)
     return DataSets(spec, train, train, GivenSamples(others, spec, seed, place))
@@ -167,12 +166,11 @@ def samples_of(given: Samples | tuple[torch.Tensor, torch.Tensor], place: str) -
     return given
 
 
-def spec_of(given: GivenData, n_classes: int, place: str) -> DataSpec:
-    """The description of the user's inputs, from the first ones.
+def spec_of(given: GivenData, place: str) -> DataSpec:
+    """The description of the user's inputs, from the first ones; the number of classes is open.
 
     Args:
         given: The user's data.
-        n_classes: Number of outputs where targets are classes or labels, else 0.
         place: Where they are from, for messages.
 
     Raises:
@@ -184,12 +182,16 @@ def spec_of(given: GivenData, n_classes: int, place: str) -> DataSpec:
     inside = all(_is_inside(one) for one in shown)
     if given.bounded and not inside:
         raise InputError(f"{place}: is stated to lie in [0, 1] and does not")
+    try:
+        mean, std = (per_channel(n, getattr(given, n), channels) for n in ("mean", "std"))
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from None
     return DataSpec(
         name=given.name,
         shape=tuple(shown[0].shape),
-        mean=_per_channel("mean", given.mean, channels, place),
-        std=_per_channel("std", given.std, channels, place),
-        n_classes=n_classes,
+        mean=mean,
+        std=std,
+        n_classes=0,
         class_names=tuple(given.class_names),
         bounded=inside if given.bounded is None else given.bounded,
     )
@@ -197,19 +199,6 @@ def spec_of(given: GivenData, n_classes: int, place: str) -> DataSpec:
 
 def _is_inside(values: torch.Tensor) -> bool:
     return float(values.min()) >= -_TOLERANCE and float(values.max()) <= 1 + _TOLERANCE
-
-
-def _per_channel(
-    name: str, values: float | Sequence[float], channels: int, place: str
-) -> tuple[float, ...]:
-    numbers = torch.as_tensor(values, dtype=torch.float64).flatten()
-    numbers = numbers.expand(channels) if len(numbers) == 1 else numbers
-    positive = name == "mean" or bool((numbers > 0).all())
-    if len(numbers) != channels or not numbers.isfinite().all() or not positive:
-        raise InputError(
-            f"{place}: {name} must be a number, or one for each of {channels} channels"
-        )
-    return tuple(numbers.tolist())
 
 
 def _pair(samples: Samples, index: int, place: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,26 @@ import torch
 from core.errors import InputError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def per_channel(name: str, values: float | Sequence[float], channels: int) -> tuple[float, ...]:
+    """A normalisation as a user states it: one number for all channels, or one for each.
+
+    Args:
+        name: "mean" or "std", for messages; the second must be positive.
+        values: As stated.
+        channels: How many there are.
+
+    Raises:
+        InputError: Not as many finite numbers.
+    """
+    numbers = torch.as_tensor(values, dtype=torch.float64).flatten()
+    numbers = numbers.expand(channels) if len(numbers) == 1 else numbers
+    if len(numbers) != channels or not numbers.isfinite().all():
+        raise InputError(f"{name} must be a number, or one for each of the {channels} channels")
+    if name == "std" and float(numbers.min()) <= 0:
+        raise InputError("std must be positive")
+    return tuple(numbers.tolist())
 
 
 @dataclass(frozen=True)

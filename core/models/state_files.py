@@ -18,6 +18,7 @@ from torch import nn
 from core.array_files import read_arrays
 from core.errors import InputError
 from core.models.building import counts_batches, load_parameters
+from core.reading import check_regular
 from core.storage import load_checkpoint
 
 State = dict[str, torch.Tensor]
@@ -100,7 +101,7 @@ def _read_safetensors(path: Path, flag: str) -> State:
         raise InputError(
             f"{flag}: reading {path} needs the package safetensors: pip install safetensors"
         ) from None
-    _check_exists(path, flag)
+    check_regular(path, flag, "safetensors file")
     try:
         return dict(load_file(path))
     except (SafetensorError, OSError, ValueError, KeyError) as error:
@@ -112,11 +113,6 @@ def _read_npz(path: Path, flag: str) -> State:
     if any(array.dtype.kind in "US" for array in arrays.values()):
         raise InputError(f"{flag}: {path} holds text, not a model's parameters")
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
-
-
-def _check_exists(path: Path, flag: str) -> None:
-    if not path.is_file():
-        raise InputError(f"{flag}: there is no file {path}")
 
 
 def named(states: States, model_names: Sequence[str]) -> State:
@@ -197,11 +193,6 @@ class Fit:
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     other_shape: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
-
-    @property
-    def complete(self) -> bool:
-        """Whether the model's whole state is there and nothing else is."""
-        return not (self.missing or self.unexpected or self.other_shape)
 
     def sentence(self) -> str:
         """What does not fit, in a sentence with a few names."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from core.errors import InputError
+from core.errors import InputError, first_line
 
 
 class Buffer(NamedTuple):
@@ -81,8 +81,8 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 def refused_inputs(model: nn.Module, inputs: torch.Tensor, error: Exception) -> InputError:
     """What a model's own complaint about its inputs becomes."""
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     shape = " x ".join(map(str, inputs.shape[1:]))
     return InputError(
-        f"the model {type(model).__name__} does not take inputs of shape {shape}: {reason}"
+        f"the model {type(model).__name__} does not take inputs of shape {shape}: "
+        f"{first_line(error)}"
     )

@@ -53,4 +53,4 @@ def site_data(text: str, seed: int = 0) -> DataSets:
     Raises:
         InputError: They cannot be read as data.
     """
-    return given_data_sets(called(text, "data"), 0, seed, f"data {text}")
+    return given_data_sets(called(text, "data"), seed, f"data {text}")

@@ -28,6 +28,7 @@ from core.models.building import ModelSpec
 from core.processes.ranks import Ranks
 from core.storage import write_json
 from gradients.checkpoint import save_target
+from tests.launched import alive, ranks_of, wait_for
 from tests.targets import make_target
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,29 +79,6 @@ def invert(folder: Path) -> tuple[list[str], Callable[[], bool]]:
 
 
 COMMANDS = {"toy": toy, "train": train, "extract": extract, "attack": invert}
-
-
-def ranks_of(parent: int) -> list[int]:
-    """Its spawned processes, in the order of ranks."""
-    text = Path(f"/proc/{parent}/task/{parent}/children").read_text()
-    found = [int(word) for word in text.split()]
-    return [pid for pid in found if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def computes(pid: int) -> bool:

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from core.processes.distributed import Process, seed_everything
 from core.processes.launch import launch
 from core.storage import load_checkpoint
 from tests.image_folders import write_tree
+from tests.launched import alive, ranks_of, wait_for
 from training.checkpoints import latest_checkpoint
 from training.main_pytorch import parse_args, run, run_settings
 from training.run import run_training
@@ -120,30 +120,6 @@ def test_torchrun(data: Path, tmp_path: Path) -> None:
     assert_same_training(tmp_path / "one", tmp_path / "several", 2)
 
 
-def children(parent: int) -> list[int]:
-    """Training processes under a parent; Python's resource tracker is not one."""
-    tasks = Path(f"/proc/{parent}/task/{parent}/children")
-    found = [int(pid) for pid in tasks.read_text().split()]
-    return [pid for pid in found if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-
-
-def alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != "Z"
-
-
-def wait_for(condition: Any, seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return False
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_killed_rank_ends_all_and_the_run_continues(data: Path, tmp_path: Path) -> None:
     """kill -9 of a rank: its peers end, the error is shown, resuming is bitwise exact."""
@@ -151,7 +127,7 @@ def test_a_killed_rank_ends_all_and_the_run_continues(data: Path, tmp_path: Path
     root = tmp_path / "cut"
     process = start(*flags(data, root, *common))
     assert wait_for(lambda: latest_checkpoint(root) is not None, 60)
-    ranks = children(process.pid)
+    ranks = ranks_of(process.pid)
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
     output, _ = process.communicate(timeout=60)
@@ -174,7 +150,7 @@ def test_a_killed_parent_leaves_no_orphans(data: Path, tmp_path: Path) -> None:
     process = start(*flags(data, root, "--syncbn", "--epochs", "10000", *processes(2)))
     signal.signal(signal.SIGINT, before)
     assert wait_for(lambda: latest_checkpoint(root) is not None, 60)
-    ranks = children(process.pid)
+    ranks = ranks_of(process.pid)
     process.kill()
     process.wait(10)
     assert len(ranks) == 2

@@ -48,13 +48,14 @@ def recover_labels(
     check_rule(rule)
     if rule == KNOWN:
         return _known(target, truth_labels)
-    if target.loss.targets is Targets.CLASSES or target.loss.targets not in find_rule(rule).targets:
+    found = find_rule(rule)
+    if target.loss.targets is Targets.CLASSES or target.loss.targets not in found.targets:
         require_classes(f"label recovery {rule}", target.loss)
     _require_equal_weights(rule, target)
     model = target.build_model() if model is None else model
-    last = last_layer_of(target, model, find_rule(rule).bias_alone)
-    labels = find_rule(rule).recover(target, model, last)
-    broken = _broken_assumption(rule, find_rule(rule), target, model, last)
+    last = last_layer_of(target, model, found.bias_alone)
+    labels = found.recover(target, model, last)
+    broken = _broken_assumption(rule, found, target, model, last)
     if broken is not None:
         logger.warning(broken)
     if target.loss.targets is not Targets.CLASSES:
