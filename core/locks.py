@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -19,11 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core.errors import InputError
-
-try:
-    import fcntl
-except ImportError:  # pragma: no cover - not on Windows
-    fcntl = None  # type: ignore[assignment]
 
 LOCK_NAME = ".lock"
 _LARGEST = 4096
@@ -171,10 +167,9 @@ def _alone_with(path: Path) -> Iterator[int]:
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            if fcntl is not None:
-                # Where the file system has none, two runs would have to start at one instant.
-                with contextlib.suppress(OSError):
-                    fcntl.flock(file, fcntl.LOCK_EX)
+            # Where the file system has none, two runs would have to start at one instant.
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
             if _is_at(file, path):
                 yield file
                 return

@@ -19,6 +19,8 @@ from core.errors import InputError
 
 # Of a JSON document; a list of a million images takes a third of it.
 MAX_JSON_BYTES = 256 * 2**20
+# Bytes of a file that are looked at together.
+_CHUNK = 1 << 20
 # The key of a JSON record's own checksum.
 CHECKSUM = "checksum"
 
@@ -100,6 +102,15 @@ def read_bytes(
             "may have"
         )
     return content
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def read_json(path: str | Path, flag: str = "", what: str = "JSON file") -> Any:

@@ -35,7 +35,7 @@ from core.losses import Targets
 from core.pictures import save_images
 from core.plugins import import_plugin
 from core.processes.distributed import Process, barrier, broadcast_object
-from core.reading import read_json
+from core.reading import file_digest, read_json
 from core.records import fits
 from core.storage import write_json
 from core.target import Target, Truth
@@ -230,14 +230,10 @@ def run_key(run: AttackRun, attack: Attack) -> str:
             measuring.information,
             measuring.lpips_weights,
         ],
-        "prior": None if run.prior is None else _sha256(run.prior),
-        "checkpoint": _sha256(run.checkpoint),
+        "prior": None if run.prior is None else file_digest(run.prior),
+        "checkpoint": file_digest(run.checkpoint),
     }
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _sha256(path: str | Path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def finished_record(folder: Path, key: str) -> AttackRecord | LabelRecord | None:

@@ -118,9 +118,10 @@ def _convert_mapping(node: Any, place: Place, document: Document, loader: Any) -
         key = _scalar(key_node, document, loader)
         if key in result:
             raise InputError(f"{where}: {key} is given twice")
-        result[key] = _convert(value_node, (*place, key), document, loader)
+        below = (*place, key)
+        result[key] = _convert(value_node, below, document, loader)
         # The line of the key says more than that of a block below it.
-        document.lines[(*place, key)] = key_node.start_mark.line + 1
+        document.lines[below] = key_node.start_mark.line + 1
     return result
 
 

@@ -7,6 +7,7 @@ at, before the group is made; and as long as they compute, a thread of each tell
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -20,7 +21,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from core.errors import InputError, RankError
+from core.errors import InputError, RankError, first_line
+from core.reading import file_digest
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +99,9 @@ def host_store(address: Address) -> tuple[dist.TCPStore, Address]:
             raise InputError(
                 f"--dist-url {address.url}: the port is in use; give another one, or port 0"
             ) from None
-        first = str(error).splitlines()[0]
-        raise InputError(f"--dist-url {address.url}: cannot listen there ({first})") from None
+        raise InputError(
+            f"--dist-url {address.url}: cannot listen there ({first_line(error)})"
+        ) from None
     return store, Address(f"tcp://{address.host}:{store.port}")
 
 
@@ -345,12 +348,9 @@ def told_value(value: object) -> str | None:
 
 
 def _content(path: Path) -> str | None:
-    import hashlib
-
     try:
         if path.is_file():
-            with path.open("rb") as file:
-                return f"a file of digest {hashlib.file_digest(file, 'sha256').hexdigest()[:12]}"
+            return f"a file of digest {file_digest(path)[:12]}"
         if path.is_dir():
             names = "\n".join(sorted(os.listdir(path)))
             return f"a folder of digest {hashlib.sha256(names.encode()).hexdigest()[:12]}"
