@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from core.escaping import printable
 
@@ -30,6 +31,11 @@ class RankError(RuntimeError):
     def __init__(self, sentence: str, told: str = "") -> None:
         super().__init__(sentence)
         self.told = told
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """The name that is most like another one, for a message; "none" where there is none."""
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.0)), "none")
 
 
 def first_line(error: BaseException) -> str:

@@ -31,6 +31,7 @@ from core.losses import (
 )
 from core.models.architecture import Architecture, GivenModel
 from core.models.building import ModelSpec, default_stem
+from core.named_objects import is_object_name
 from core.processes.distributed import shard_sizes
 from core.records import BROKEN, check_types, fits
 from core.storage import load_checkpoint, save_checkpoint
@@ -90,14 +91,8 @@ def save_target(
     save_checkpoint({**published, **_our_keys(target, builder), **private}, path)
 
 
-def _is_importable(text: str) -> bool:
-    """Whether it reads `module:function`."""
-    module, _, function = text.partition(":")
-    return function.isidentifier() and all(part.isidentifier() for part in module.split("."))
-
-
 def _check_source(loss: GivenLoss) -> None:
-    if not _is_importable(loss.source):
+    if not is_object_name(loss.source):
         raise InputError(
             f"the loss {loss.name} is a function of your own, and a file holds no code: name it "
             "with GivenLoss(function, source='module:function')"
@@ -105,7 +100,7 @@ def _check_source(loss: GivenLoss) -> None:
 
 
 def _check_builder(model: GivenModel, builder: str) -> None:
-    if not _is_importable(builder):
+    if not is_object_name(builder):
         raise InputError(
             f"{model.name} is a module of your own, and a file holds no code: name the function "
             f"that builds it with builder='module:function' (got {builder!r})"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from core.errors import InputError
+from core.errors import InputError, nearest
 from core.models.state_files import State, States, named, read_state, renamed
 from core.target import RUNNING_STATISTICS
 from gradients.update_findings import processing, statistics
@@ -232,15 +232,12 @@ def _state(source: Source, argument: str, names: Sequence[str]) -> State:
 
 
 def _common(received: State, sent: State) -> list[str]:
-    import difflib
-
     common = [name for name in received if name in sent]
     if not common:
         first = next(iter(sent), "")
-        near = difflib.get_close_matches(first, received, n=1, cutoff=0.0)
         raise InputError(
             f"no tensor that was sent is in the state before: {first!r} is not, and the nearest "
-            f"there is {near[0] if near else 'none'!r}"
+            f"there is {nearest(first, received)!r}"
         )
     for name in common:
         if received[name].shape != sent[name].shape:

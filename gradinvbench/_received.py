@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from collections.abc import Mapping, Sequence
 
@@ -12,7 +11,7 @@ from torch import nn
 
 from attack.matching.shared_parameters import check_update
 from core.client import in_full_precision, outputs_of, with_classes
-from core.errors import InputError
+from core.errors import InputError, nearest
 from core.losses import Function, Loss, as_loss
 from core.models.architecture import Architecture, GivenModel
 from core.models.state_files import State, fit, load_fitting, named, renamed
@@ -147,8 +146,7 @@ def _gradient_of(update: SharedUpdate, model: nn.Module, training: LocalTraining
 def _nearest(unknown: Sequence[str], parameters: Mapping[str, object]) -> str:
     if not unknown:
         return ""
-    near = difflib.get_close_matches(unknown[0], parameters, n=1, cutoff=0.0)
-    return f"; it names {unknown[0]}, and the nearest is {near[0] if near else 'none'}"
+    return f"; it names {unknown[0]}, and the nearest is {nearest(unknown[0], parameters)}"
 
 
 def _given_gradient(given: GivenGradient, model: nn.Module) -> State:

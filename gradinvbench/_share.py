@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from collections.abc import Sequence
 
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 
 from core.client import SHAPES, fitted_targets, in_full_precision, outputs_of, with_classes
-from core.errors import InputError
+from core.errors import InputError, nearest
 from core.losses import Function, Loss, as_loss
 from core.models.architecture import Architecture, GivenModel
 from core.processes.distributed import Process
@@ -152,10 +151,9 @@ def _freeze_others(model: nn.Module, patterns: str | Sequence[str] | None) -> No
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         found = [p for name, p in named.items() if fnmatch.fnmatchcase(name, pattern)]
         if not found:
-            near = difflib.get_close_matches(pattern, named, n=1, cutoff=0.0)
             raise InputError(
                 f"shared: no parameter's name fits {pattern!r}; the nearest is "
-                f"{near[0] if near else 'none'}"
+                f"{nearest(pattern, named)}"
             )
         kept |= {id(parameter) for parameter in found}
     for parameter in named.values():

@@ -59,7 +59,7 @@ from attack.matching.switches import (
     TwiceDifferentiable,
 )
 from attack.settings import HVP_MODES, setting_error
-from core.errors import InputError
+from core.errors import InputError, first_line
 from core.models.architecture import copied
 from core.models.unchanged import random_numbers_held
 from core.processes import distributed
@@ -275,7 +275,7 @@ class GradientMatcher:
             except RuntimeError as error:
                 # What cannot be batched: random masks, checkpointed blocks, buffers that move.
                 self._batches = False
-                logger.debug("restarts run one by one (%s)", str(error).splitlines()[0])
+                logger.debug("restarts run one by one (%s)", first_line(error))
         each = (self._laid_out(one) for one in inputs)
         return [self.difference_match(one, labels, 1.0, None, self.step) for one in each]
 

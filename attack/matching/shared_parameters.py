@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 
 import torch
 
-from core.errors import InputError
+from core.errors import InputError, nearest
 
 
 def check_update(
@@ -28,10 +27,9 @@ def check_update(
         raise InputError(f"the update holds no parameter of {model}")
     for name, tensor in shared.items():
         if name not in parameters:
-            near = difflib.get_close_matches(name, parameters, n=1, cutoff=0.0)
             raise InputError(
                 f"the update names a parameter {name} that {model} has not; the nearest is "
-                f"{near[0] if near else 'none'}"
+                f"{nearest(name, parameters)}"
             )
         if tensor.shape != parameters[name].shape:
             raise InputError(
