@@ -13,6 +13,7 @@ error, by bootstrap over images, lies below the bound.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -195,6 +196,109 @@ def main(argv: Sequence[str] | None = None) -> None:
             "private": private_rows(),
         },
     )
+
+
+def page_of(folder: Path) -> str:
+    """The page of the documents that shows the record in a folder, in Markdown."""
+    stored = json.loads((folder / "bounds.json").read_text(encoding="utf-8"))
+    rows = [Row(**row) for row in stored["rows"]]
+    return _PAGE.format(
+        images=stored["images"],
+        runs=sum(row.images for row in rows),
+        violations=sum(len(row.violations) for row in rows),
+        names=" | ".join(ATTACKS),
+        rulers=" | ".join("---:" for _ in ATTACKS),
+        attacks="\n".join(_line(row) for row in rows),
+        private="\n".join(_private_line(row) for row in stored["private"]),
+        db=f"{RECOVERED_DB:g}",
+        candidates=CANDIDATES,
+    )
+
+
+def _line(row: Row) -> str:
+    cells = [row.network, f"{row.noise:g}"]
+    for attack in ATTACKS:
+        errors = row.errors.get(attack)
+        cells.append("–" if errors is None else _in_decibels(errors))
+    values = (row.unbiased, row.any_attack, row.prior)
+    cells += [f"{decibels(value):.1f}" for value in values] + [f"{row.identified:.0f}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def _in_decibels(errors: Sequence[float]) -> str:
+    low, high = interval(errors)
+    return f"{decibels(float(np.mean(errors))):.1f} ({decibels(high):.1f} to {decibels(low):.1f})"
+
+
+def _private_line(row: Mapping[str, float]) -> str:
+    return (
+        f"| {row['sigma']:g} | {row['mean_db_without_knowledge']:.1f} | "
+        f"{row['chance_without_knowledge']:.3g} | {row['chance_of_candidates']:.3f} |"
+    )
+
+
+_PAGE = """# What no attack can exceed
+
+<!-- Written by docs/generate.py from results/bounds/bounds.json. -->
+An attack that finds nothing shows little: a better one may find more. A bound shows what none can
+find. It needs a known noise and a network that is small enough for the Jacobian J of its gradient
+in the image (`attack/bounds/`). J's singular values say which directions of the image the gradient
+fixes at all: one below noise / spread of the images is told better by guessing.
+
+## Noisy gradients
+
+A smooth random image of 8 x 8 values (mean 0.5, standard deviation 0.2), one gradient of an
+untrained network, normal noise on every shared number. PSNR in dB of the mean squared error over
+{images} images, with its 95 % interval by bootstrap over images; classes are known.
+
+- *Unbiased* is the bound of Cramér and Rao, at the same images. It holds for attacks whose
+  reconstructions are right on average. One that prefers smooth images has a bias and may exceed it.
+- *Any* is van Trees' bound of any attack, the mean over the prior. Nothing exceeds it on average,
+  whatever it knows of the images. *Prior* is what the prior's mean has, without a gradient.
+- *Identified*: of 64 directions, how many the gradient tells more of than the prior.
+
+| network | noise | {names} | unbiased | any | prior | identified |
+| :--- | ---: | {rulers} | ---: | ---: | ---: | ---: |
+{attacks}
+
+In {runs} runs of each attack, {violations} of the table's mean errors lie significantly below the
+bound of any attack.
+`python -m benchmarks.bounds` computes the table.
+
+## Of your own client
+
+```python
+import torch
+from torch import nn
+
+import gradinvbench as gib
+from attack.bounds.information import Identifiability, decibels
+from attack.bounds.jacobian import gradient_jacobian
+
+model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Sigmoid(), nn.Linear(16, 4))
+target, truth = gib.share(model, torch.rand(1, 1, 8, 8), [0])
+spectrum = Identifiability.of(gradient_jacobian(target, truth))
+print(spectrum.rank, decibels(spectrum.smallest_error(noise=0.01)))
+```
+
+`spectrum.moved_by(perturbation, jacobian)` says to first order where a defense that changes the
+gradient moves the image that explains it best.
+
+## What DP-SGD forbids
+
+The noise of DP-SGD (multiplier sigma, one release, batch of one) bounds every attacker between two.
+One knows nothing about the image (32 x 32 x 3) and sees it through a layer that he made for it
+([Ziller et al.](https://arxiv.org/abs/2402.12861)): his mean PSNR, and his chance of {db} dB. The
+other knows everything but which of {candidates} candidates was used
+([Hayes et al.](https://arxiv.org/abs/2302.07225)): his chance of naming it, 1/{candidates} without
+a release.
+
+| sigma | mean PSNR | chance of {db} dB | chance of the right candidate |
+| ---: | ---: | ---: | ---: |
+{private}
+
+`attack.bounds.private` has both in closed form, for several releases and sampled batches.
+"""
 
 
 def summary(row: Row) -> str:
