@@ -125,11 +125,8 @@ def _cells(table: Table | None) -> list[str]:
 
 
 def deciding(record: AuditRecord) -> AttackSection | None:
-    """The attack whose test decides: the one that images were planted for, else the last tested."""
-    tested = [attack for attack in record.attacks if attack.test is not None]
-    planted = {power.attack for power in record.power}
-    chosen = [attack for attack in tested if attack.attack in planted] or tested
-    return chosen[-1] if chosen else None
+    """The attack whose test decides, the only one that is tested; None where none could be."""
+    return next((attack for attack in record.attacks if attack.test is not None), None)
 
 
 # -- The verdict -------------------------------------------------------------------------
@@ -174,7 +171,7 @@ def _update(update: UpdateSection, local: LocalSection) -> Section:
         f"{local.learning_rate:g}, {count(local.steps, 'step')} with "
         f"{count(local.batch_size, 'image')} each. Told by the site: {_named(local.told)}; "
         f"estimated: {_named(local.estimated)}.",
-        *map(sentence, update.findings),
+        *(sentence(f"Seen in its values: {finding}") for finding in update.findings),
     ]
     return Section("update", "What the update holds", tuple(sentences))
 
@@ -235,8 +232,8 @@ def _attacks(record: AuditRecord) -> Section:
     sentences = [
         "Of every reconstruction the most similar image counts (median / largest). Three "
         f"references say what that is worth: {count(noise, 'image')} of pure noise (99th "
-        "percentile), what is public (the mean image of the non-members, the image that the attack "
-        "starts from), and the non-members, which decide.",
+        "percentile), what is public (the mean of the non-members, or the image that the attack "
+        "starts from), and the non-members themselves, which decide.",
         *_relative_leakage(decides),
         *failed,
     ]

@@ -40,7 +40,7 @@ _MAY_BE_NEGATIVE = frozenset(["seed"])
 _VERDICTS = tuple(verdict.value for verdict in Verdict)
 # A path, or the name of a file of images, volumes, weights or tables.
 _FILE_NAME = re.compile(
-    r"file:\S+|(?<![\w/:])(?:~|\.{1,2})?/[\w.~%-][^\s,;'\"]*|\b[a-z]:\\[^\s,;'\"]+|\\\\\S+"
+    r"file:\S+|(?<![\w/:<])(?:~|\.{1,2})?/[\w.~%-][^\s,;'\"]*|\b[a-z]:\\[^\s,;'\"]+|\\\\\S+"
     r"|[^\s,;'\"(=]+\.(?:png|jpe?g|bmp|gif|tiff?|webp|npy|npz|nii|dcm|mha|nrrd|h5|hdf5|zip|gz|tar"
     r"|pth?|ckpt|pkl|safetensors|csv|tsv|json|ya?ml|txt)\b(?:\.gz\b)?",
     re.IGNORECASE,

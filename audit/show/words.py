@@ -51,7 +51,7 @@ def middle_and_largest(values: Sequence[float]) -> str:
 def duration(seconds: float) -> str:
     """Seconds, minutes or hours."""
     if seconds < 120:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.3g} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
