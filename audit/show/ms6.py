@@ -26,7 +26,6 @@ from audit.show.sections import (
 from audit.show.words import DASH, count, duration, listed, percent, sentence, shape
 from core.escaping import in_markdown
 
-FILE = "ms6.md"
 PROTOCOL = (
     "https://github.com/KatherLab/MediSwarm/blob/b0bd940a9363bba53d0abfc73eb9ed46e62ce66b/docs/"
     "MS6_WHITE_HAT_PROTOCOL.md"
