@@ -305,7 +305,7 @@ def test_finds_one_image_and_nothing_where_there_is_none() -> None:
             request = make_request(
                 model, after, model=model, data=data, local="sgd lr=0.05", settings=QUICK
             )
-            found = run.attack_update(request, run.plan_for(request), run.known_labels(request))
+            found = run.attack_update(request, run.plan_for(request))
             decision = found.decided(request, ())
             assert decision is not None
             leaks.append(decision.verdict is gib.Verdict.LEAKS)
