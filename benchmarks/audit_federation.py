@@ -178,8 +178,13 @@ def representatives(federation: Federation, trained: Trained) -> list[ClassSecti
     return [*class_representatives(client, trained.rounds[-1], *images, restarts=50)]
 
 
-def audited(federation: Federation, trained: Trained, budget: float, work: Path) -> AuditRecord:
-    """The audit of the site's update of the last round."""
+def audited(
+    federation: Federation, trained: Trained, iterations: int, plants: int, work: Path
+) -> AuditRecord:
+    """The audit of the site's update of the last round.
+
+    Iterations and plants are stated, so that the numbers do not depend on the machine's speed.
+    """
     members, others = (
         (part.images, part.labels) for part in (trained.members, trained.non_members)
     )
@@ -191,7 +196,8 @@ def audited(federation: Federation, trained: Trained, budget: float, work: Path)
         non_members=others,
         local=federation.local(federation.rounds - 1),
         membership=False,
-        budget=budget,
+        iterations=iterations,
+        plants=plants,
         report=work,
         device="cpu",
     ).record
@@ -214,7 +220,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rounds", type=int, default=Federation.rounds)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--budget", type=float, default=600, help="seconds of the audit itself")
+    parser.add_argument("--iterations", type=int, default=200, help="of the audit's inversion")
+    parser.add_argument("--plants", type=int, default=2, help="planted updates per setting")
     parser.add_argument("--output", default="results/audit", metavar="DIR")
     parser.add_argument(
         "--work", default="results/logs/audit_federation", metavar="DIR",
@@ -231,7 +238,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "accuracy": lambda trained: trained.accuracy,
         "membership": lambda trained: membership(federation, trained),
         "class_representatives": lambda trained: representatives(federation, trained),
-        "audit": lambda trained: audited(federation, trained, args.budget, Path(args.work)),
+        "audit": lambda trained: audited(
+            federation, trained, args.iterations, args.plants, Path(args.work)
+        ),
     }
     for name, seconds in run(federation, parts, Path(args.output) / "federation.json"):
         print(f"{name}: {seconds:.0f} s", flush=True)
