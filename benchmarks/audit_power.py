@@ -25,10 +25,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from audit.attacked import attack_update
 from audit.data import SiteData, chosen
 from audit.decision import Verdict
+from audit.planning import plan_for
 from audit.request import AuditRequest, AuditSettings, make_request
-from audit.run import attack_update, plan_for
 from core.data.specs import DataSpec
 from core.errors import exit_status
 from core.reading import CHECKSUM, read_json_object
