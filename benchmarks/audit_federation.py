@@ -179,12 +179,14 @@ def representatives(federation: Federation, trained: Trained) -> list[ClassSecti
 
 
 def audited(
-    federation: Federation, trained: Trained, iterations: int, plants: int, work: Path
+    federation: Federation,
+    trained: Trained,
+    budget: float,
+    iterations: int | None,
+    plants: int | None,
+    work: Path,
 ) -> AuditRecord:
-    """The audit of the site's update of the last round.
-
-    Iterations and plants are stated, so that the numbers do not depend on the machine's speed.
-    """
+    """The audit of the site's update of the last round."""
     members, others = (
         (part.images, part.labels) for part in (trained.members, trained.non_members)
     )
@@ -196,6 +198,7 @@ def audited(
         non_members=others,
         local=federation.local(federation.rounds - 1),
         membership=False,
+        budget=budget,
         iterations=iterations,
         plants=plants,
         report=work,
@@ -220,8 +223,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rounds", type=int, default=Federation.rounds)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--iterations", type=int, default=200, help="of the audit's inversion")
-    parser.add_argument("--plants", type=int, default=2, help="planted updates per setting")
+    parser.add_argument("--budget", type=float, default=600, help="seconds of the audit itself")
+    parser.add_argument("--iterations", type=int, help="of its inversion (default: as it allows)")
+    parser.add_argument(
+        "--plants", type=int, help="planted updates per setting (default: likewise)"
+    )
     parser.add_argument("--output", default="results/audit", metavar="DIR")
     parser.add_argument(
         "--work", default="results/logs/audit_federation", metavar="DIR",
@@ -239,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "membership": lambda trained: membership(federation, trained),
         "class_representatives": lambda trained: representatives(federation, trained),
         "audit": lambda trained: audited(
-            federation, trained, args.iterations, args.plants, Path(args.work)
+            federation, trained, args.budget, args.iterations, args.plants, Path(args.work)
         ),
     }
     for name, seconds in run(federation, parts, Path(args.output) / "federation.json"):
