@@ -36,7 +36,7 @@ SPREAD, LENGTH, MEAN = 0.2, 1.5, 0.5
 NOISES = (1e-4, 1e-3, 1e-2)
 NETWORKS = ("linear", "fully connected", "convolutional")
 # Iterations of those that iterate; "analytic" is a closed form of a first dense layer.
-ATTACKS: dict[str, int | None] = {"analytic": None, "spectral": 300, "inverting-gradients": 300}
+ATTACKS: dict[str, int | None] = {"analytic": None, "spectral": 300}
 # DP-SGD: noise multipliers, and what counts as recovered.
 SIGMAS = (0.01, 0.1, 0.5, 1.0, 2.0)
 RECOVERED_DB, CANDIDATES = 20.0, 10
