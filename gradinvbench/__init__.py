@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from attack.metrics import Evaluation, register_metric
     from attack.reconstruction import Reconstruction
     from attack.settings import InversionConfig as Settings
+    from audit.decision import Verdict, decide
     from core.data.given import GivenData
     from core.data.specs import DataSpec
     from core.errors import InputError
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from federated.phantoms.findings import chest_phantoms
     from gradients.defenses import ClientView, Defense, Gradient, register_defense
     from gradients.shared_update import SharedUpdate, read_update
+    from gradinvbench._audit import Audit, audit
     from gradinvbench._catalogue import attacks, defenses, losses, metrics
     from gradinvbench._evaluate import evaluate
     from gradinvbench._files import load_target, save_target
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Architecture",
     "Attack",
+    "Audit",
     "BinaryCrossEntropy",
     "ClientView",
     "CrossEntropy",
@@ -78,9 +81,12 @@ __all__ = [
     "SumOfHeads",
     "Target",
     "Truth",
+    "Verdict",
     "__version__",
     "attacks",
+    "audit",
     "chest_phantoms",
+    "decide",
     "defenses",
     "evaluate",
     "invert",
@@ -101,6 +107,7 @@ __all__ = [
 _HOMES = {
     "Architecture": "core.models.architecture",
     "Attack": "attack.attacks",
+    "Audit": "gradinvbench._audit",
     "BinaryCrossEntropy": "core.losses",
     "ClientView": "gradients.defenses",
     "CrossEntropy": "core.losses",
@@ -126,9 +133,12 @@ _HOMES = {
     "SumOfHeads": "core.losses",
     "Target": "core.target",
     "Truth": "core.target",
+    "Verdict": "audit.decision",
     "__version__": "core.version",
     "attacks": "gradinvbench._catalogue",
+    "audit": "gradinvbench._audit",
     "chest_phantoms": "federated.phantoms.findings",
+    "decide": "audit.decision",
     "defenses": "gradinvbench._catalogue",
     "evaluate": "gradinvbench._evaluate",
     "invert": "gradinvbench._invert",
