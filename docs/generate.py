@@ -60,6 +60,7 @@ COMMANDS = {
     "python -m benchmarks.equal_time": "benchmarks.speed.equal_time",
     "python -m benchmarks.models": "benchmarks.models.__main__",
     "python -m benchmarks.decision": "benchmarks.decision",
+    "python -m benchmarks.bounds": "benchmarks.bounds",
     "python -m benchmarks.speed": "benchmarks.speed.__main__",
     "python -m benchmarks.speed.scaling": "benchmarks.speed.scaling",
     "python -m benchmarks.speed.pages": "benchmarks.speed.pages",
@@ -75,12 +76,19 @@ RECORDS = (
     ("Record of stage 3", "attack.record", ()),
 )
 
+# Pages that a record is shown on: the module whose `page_of` reads it, and its folder.
+RECORDED = {
+    "models.md": ("benchmarks.models.record", "models"),
+    "bounds.md": ("benchmarks.bounds", "bounds"),
+}
+
 
 def main() -> None:
     """Replace the folder of generated pages."""
     written = pages()
     shutil.rmtree(GENERATED, ignore_errors=True)
-    (ROOT / "docs" / "models.md").write_text(models_page(), encoding="utf-8")
+    for name, text in recorded_pages().items():
+        (ROOT / "docs" / name).write_text(text, encoding="utf-8")
     AUDIT_RECORD.write_text(audit_record_page(), encoding="utf-8")
     for name, text in written.items():
         path = GENERATED / name
@@ -88,11 +96,12 @@ def main() -> None:
         path.write_text(text, encoding="utf-8")
 
 
-def models_page() -> str:
-    """Which models work, from the record of `python -m benchmarks.models`."""
-    from benchmarks.models.record import Record
-
-    return Record.read(ROOT / "results" / "models").page()
+def recorded_pages() -> dict[str, str]:
+    """Pages that show a record of `results/`, by their name below `docs`."""
+    return {
+        name: importlib.import_module(module).page_of(ROOT / "results" / folder)
+        for name, (module, folder) in RECORDED.items()
+    }
 
 
 def audit_record_page() -> str:
