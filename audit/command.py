@@ -109,12 +109,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Audit an update, print the page and write the reports; returns the exit status."""
     args = build_parser().parse_args(argv)
     request, report = read_request(args), Path(args.report)
-    from audit.reports import write_reports
     from audit.run import audit
+    from audit.show.output import write_outputs
     from audit.show.page import page_of
 
     record = audit(request, report=report, progress=True)
-    write_reports(record, report, args.protocol)
+    write_outputs(record, report, protocol=args.protocol == MS6)
     print(page_of(record))
     return 0
 

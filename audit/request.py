@@ -32,8 +32,8 @@ from gradients.shared_update import SharedUpdate, Source, read_update
 from gradients.update_target import gradient_of
 
 AUTO = "auto"
-# Below this cosine of the update and the members' descent two states look swapped.
-_OPPOSED = -0.1
+# Cosine of an update and the members' training beyond which the two agree, or are opposed.
+_OPPOSED = 0.5
 # Sets of images that the members' gradient is compared with: 1 in 20 is best by chance.
 _SETS = 19
 
@@ -181,7 +181,7 @@ def make_request(
     data = _fitted_data(module, data, chosen_loss)
     _check_level(data, chosen_loss, settings.alpha)
     client = Client(GivenModel(module), data.spec, chosen_loss, settings.seed)
-    _check_order(update, client, data)
+    _check_order(update, client, data, told)
     local_told = completed(told, update, client, data.members)
     target = target_of(
         update, GivenModel(module), data.spec, chosen_loss, local_told.training,
@@ -215,29 +215,32 @@ def _check_counters(update: SharedUpdate) -> None:
         )
 
 
-def _check_order(update: SharedUpdate, client: Client, data: SiteData) -> None:
+def _check_order(update: SharedUpdate, client: Client, data: SiteData, told: ToldTraining) -> None:
     """Refuse two states of which the first is the one that was trained.
 
-    It is so where the update climbs the members' loss: against their gradient, and to a larger
-    loss.
+    It is so where the members' loss grows, a training of the members from the first state leads
+    elsewhere than to the second, and one from the second leads to the first. A training that
+    overshoots also climbs, but along its own steps.
     """
-    model = client.architecture.build()
-    change = gradient_of(update, model, LocalTraining(lr=1.0))
-    gradient = client.update_of(data.members, LocalTraining())
-    opposed = cosine(gradient, change)
-    before = _loss(model, data, client.loss)
-    after = {name: value + update.change.get(name, 0) for name, value in update.before.items()}
-    names = model.state_dict()
-    load_parameters(model, {**names, **_of_model(renamed(after, names), names)})
-    if opposed < _OPPOSED and _loss(model, data, client.loss) > before:
+    before = client.architecture.build()
+    after = client.architecture.build()
+    own = after.state_dict()
+    moved = {name: value + update.change.get(name, 0) for name, value in update.before.items()}
+    fitting = renamed(moved, own)
+    load_parameters(
+        after, {n: fitting[n].to(v.dtype) if n in fitting else v for n, v in own.items()}
+    )
+    if _loss(after, data, client.loss) <= _loss(before, data, client.loss):
+        return
+    change = gradient_of(update, before, LocalTraining(lr=1.0))
+    back = dataclasses.replace(client, architecture=GivenModel(after))
+    forward = cosine(client.update_of(data.members, told.training), change)
+    backward = -cosine(back.update_of(data.members, told.training), change)
+    if forward < -_OPPOSED and backward > _OPPOSED:
         raise InputError(
-            f"--global and --local look swapped: from --global to --local the members' loss grows, "
-            f"along their gradient (cosine {-opposed:.2f})"
+            "--global and --local look swapped: from --global to --local the members' loss grows, "
+            f"and their training leads the other way (cosine {backward:.2f})"
         )
-
-
-def _of_model(state: State, own: State) -> State:
-    return {name: v.to(own[name].dtype) for name, v in state.items() if name in own}
 
 
 @torch.no_grad()

@@ -78,11 +78,11 @@ def audit(
     began = time.perf_counter()
     stages = Stages(report, request.digest)
     plan = stages.once("plan", Plan, lambda: plan_for(request))
-    labels = stages.once("labels", _Labels, lambda: _labels(request))
+    labels = stages.once("labels", KnownLabels, lambda: known_labels(request))
     settings = plant_settings(request)
     with _bar(progress, 1 + _MOST_PLANTS * len(settings)) as bar:
         bar.set_postfix_str("attack")
-        found = stages.once("attack", _Attacked, lambda: _attacked(request, plan, labels))
+        found = stages.once("attack", Attacked, lambda: attack_update(request, plan, labels))
         bar.update()
         power = tuple(_power(request, plan, found, settings, stages, bar))
     decision = found.decided(request, power)
@@ -139,7 +139,7 @@ def update_section(update: SharedUpdate) -> UpdateSection:
 
 
 @dataclass(frozen=True)
-class _Labels:
+class KnownLabels:
     """What is known of labels.
 
     Attributes:
@@ -151,24 +151,24 @@ class _Labels:
     granted: bool
 
 
-def _labels(request: AuditRequest) -> _Labels:
+def known_labels(request: AuditRequest) -> KnownLabels:
     """Which classes the update betrays; what it does not is granted to the attack."""
     target, truth = request.target, request.data.members.labels
     if target.loss.targets is not Targets.CLASSES or truth.dim() != 1:
-        return _Labels(None, True)
+        return KnownLabels(None, True)
     true_counts = torch.bincount(truth, minlength=target.data.n_classes)
     section = LabelSection(DEFAULT_RULE, tuple(true_counts.tolist()), (), None, None)
     section = dataclasses.replace(section, chance=_chance(request, true_counts.numpy()))
     try:
         recovered = recover_labels(DEFAULT_RULE, target)
     except InputError as error:
-        return _Labels(dataclasses.replace(section, note=first_line(error)), True)
+        return KnownLabels(dataclasses.replace(section, note=first_line(error)), True)
     counts = torch.bincount(recovered, minlength=target.data.n_classes)
     accuracy = label_accuracy(recovered, truth)
     section = dataclasses.replace(
         section, recovered_counts=tuple(counts.tolist()), accuracy=accuracy
     )
-    return _Labels(section, accuracy < 1)
+    return KnownLabels(section, accuracy < 1)
 
 
 def _chance(request: AuditRequest, true_counts: np.ndarray) -> float:
@@ -180,7 +180,7 @@ def _chance(request: AuditRequest, true_counts: np.ndarray) -> float:
     return float(np.minimum(guesses, true_counts).sum(1).mean() / n)
 
 
-def _granted(request: AuditRequest, labels: _Labels) -> tuple[str, ...]:
+def _granted(request: AuditRequest, labels: KnownLabels) -> tuple[str, ...]:
     told = ["number of images and of local steps", "the local training"]
     if labels.granted:
         told.append("what the images were labelled with")
@@ -199,7 +199,7 @@ def _in_no_order(labels: torch.Tensor, order_told: bool) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class _Attacked:
+class Attacked:
     """What the attacks found, as numbers.
 
     Attributes:
@@ -227,7 +227,7 @@ def _words(power: PowerSection) -> str:
     return f"batch {power.batch_size}, {steps}"
 
 
-def _attacked(request: AuditRequest, plan: Plan, labels: _Labels) -> _Attacked:
+def attack_update(request: AuditRequest, plan: Plan, labels: KnownLabels) -> Attacked:
     """Run the attacks; the one that explains the update best is tested."""
     seed, device = request.settings.seed, torch.device(request.settings.device)
     known = _in_no_order(request.data.members.labels, request.local.order_told)
@@ -237,13 +237,13 @@ def _attacked(request: AuditRequest, plan: Plan, labels: _Labels) -> _Attacked:
     best = best_of(found)
     sections = [_section(request, attempt, plan) for attempt in found]
     if best is None:
-        return _Attacked(tuple(sections), None)
+        return Attacked(tuple(sections), None)
     number = found.index(best)
     similarity = _similarity(request, best)
     decision = _decided(request, similarity, best.weights, request.is_member)
     sections[number] = dataclasses.replace(sections[number], test=_test(decision))
     rows = tuple(map(tuple, similarity.tolist()))
-    return _Attacked(tuple(sections), number, rows, tuple(best.weights))
+    return Attacked(tuple(sections), number, rows, tuple(best.weights))
 
 
 def _section(request: AuditRequest, attempt: Attempt, plan: Plan) -> AttackSection:
@@ -319,7 +319,7 @@ class _Plant:
 def _power(
     request: AuditRequest,
     plan: Plan,
-    attacked: _Attacked,
+    attacked: Attacked,
     settings: tuple[PlantSetting, ...],
     stages: Stages,
     bar: tqdm,
