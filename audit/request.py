@@ -18,14 +18,14 @@ from attack.attacks import attack_names
 from audit.data import SiteData, chosen
 from audit.local import Client, ToldTraining, completed, cosine, told_training
 from audit.permutations import n_memberships, non_members_needed
-from audit.received import received_model, target_of
+from audit.received import received_model, state_after, target_of
 from core.client import fitted_targets, outputs_of, with_classes
 from core.errors import InputError, nearest
 from core.local_training import LocalTraining
 from core.losses import Function, Loss, as_loss
 from core.models.architecture import Architecture, GivenModel
 from core.models.building import counts_batches, load_parameters
-from core.models.state_files import State, renamed
+from core.models.state_files import State, fit
 from core.models.unchanged import unchanged
 from core.target import Target, Truth
 from gradients.shared_update import SharedUpdate, Source, read_update
@@ -187,7 +187,8 @@ def make_request(
         update, GivenModel(module), data.spec, chosen_loss, local_told.training,
         len(data.members.labels),
     )  # fmt: skip
-    request = AuditRequest(update, client, target, data, local_told, settings, tuple(rounds))
+    earlier = tuple(_round(number, state, module) for number, state in enumerate(rounds))
+    request = AuditRequest(update, client, target, data, local_told, settings, earlier)
     return dataclasses.replace(request, warnings=tuple(_warnings(request, without_masks)))
 
 
@@ -222,14 +223,8 @@ def _check_order(update: SharedUpdate, client: Client, data: SiteData, told: Tol
     elsewhere than to the second, and one from the second leads to the first. A training that
     overshoots also climbs, but along its own steps.
     """
-    before = client.architecture.build()
-    after = client.architecture.build()
-    own = after.state_dict()
-    moved = {name: value + update.change.get(name, 0) for name, value in update.before.items()}
-    fitting = renamed(moved, own)
-    load_parameters(
-        after, {n: fitting[n].to(v.dtype) if n in fitting else v for n, v in own.items()}
-    )
+    before, after = client.architecture.build(), client.architecture.build()
+    load_parameters(after, state_after(update, before))
     if _loss(after, data, client.loss) <= _loss(before, data, client.loss):
         return
     change = gradient_of(update, before, LocalTraining(lr=1.0))
@@ -251,6 +246,16 @@ def _loss(model: nn.Module, data: SiteData, loss: Loss) -> float:
     labels = labels.to(dtype) if labels.is_floating_point() else labels
     with unchanged(model):
         return float(loss(model(data.spec.normalize(data.members.images.to(dtype))), labels))
+
+
+def _round(number: int, state: State, model: nn.Module) -> State:
+    """A round's global model by the model's names."""
+    found = fit(state, model)
+    if found.missing or found.unexpected or found.other_shape:
+        raise InputError(
+            f"--rounds: the model of round {number} is not of the same kind: {found.sentence()}"
+        )
+    return {**model.state_dict(), **found.state}
 
 
 # --- The data --------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from torch import nn
 from audit.data import SiteData, chosen
 from audit.decision import Verdict
 from audit.request import AuditRequest, AuditSettings, make_request
-from audit.run import attack_update, known_labels, plan_for
+from audit.run import attack_update, plan_for
 from core.data.specs import DataSpec
 from core.errors import exit_status
 from core.reading import CHECKSUM, read_json_object
@@ -136,7 +136,7 @@ def _drawn(n: int, rng: np.random.Generator) -> tuple[Truth, Truth, Truth]:
 def run(setting: Setting, number: int, iterations: int, seed: int) -> dict[str, float]:
     """One audit without plants: its p-value, and the similarity of the best match."""
     request = request_of(setting, number, iterations, seed)
-    found = attack_update(request, plan_for(request), known_labels(request))
+    found = attack_update(request, plan_for(request))
     decision = found.decided(request, ())
     assert decision is not None
     best = float(np.array(found.similarity)[:, request.is_member].max())

@@ -19,9 +19,16 @@ nn.functional.binary_cross_entropy_with_logits(sent(images[:2]), findings[:2]).b
 optimizer.step()
 
 found = gib.audit(
-    received, sent, model=received, loss="binary-cross-entropy", local="sgd lr=0.1 batch-size=2",
-    members=(images[:2], findings[:2]), non_members=(images[2:], findings[2:]),
-    iterations=100, plants=2, progress=False,
+    received,
+    sent,
+    model=received,
+    loss="binary-cross-entropy",
+    local="sgd lr=0.1 batch-size=2",
+    members=(images[:2], findings[:2]),
+    non_members=(images[2:], findings[2:]),
+    iterations=100,
+    plants=2,
+    progress=False,
 )
 print(found)  # the page for a data protection officer
 found.save("out")  # audit.json and audit.html: numbers, no image

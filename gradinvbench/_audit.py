@@ -52,9 +52,9 @@ class Audit:
 
     def save(self, folder: str | Path) -> None:
         """Write `audit.json` and `audit.html`: numbers only, no image."""
-        from audit.show.output import write_outputs
+        from audit.reports import write_reports
 
-        write_outputs(self.record, Path(folder))
+        write_reports(self.record, Path(folder))
 
 
 def audit(

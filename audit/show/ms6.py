@@ -30,7 +30,6 @@ PROTOCOL = (
     "https://github.com/KatherLab/MediSwarm/blob/b0bd940a9363bba53d0abfc73eb9ed46e62ce66b/docs/"
     "MS6_WHITE_HAT_PROTOCOL.md"
 )
-FILE = "ms6.md"
 NOT_MEASURED = "not measured"
 # The attackers of attack A, weakest first, as the protocol lists them: method, model, its words.
 ATTACKERS = (

@@ -305,7 +305,7 @@ def test_finds_one_image_and_nothing_where_there_is_none() -> None:
             request = make_request(
                 model, after, model=model, data=data, local="sgd lr=0.05", settings=QUICK
             )
-            found = run.attack_update(request, run.plan_for(request), run.known_labels(request))
+            found = run.attack_update(request, run.plan_for(request))
             decision = found.decided(request, ())
             assert decision is not None
             leaks.append(decision.verdict is gib.Verdict.LEAKS)
@@ -319,8 +319,8 @@ def test_says_what_it_would_have_found() -> None:
     model = network()
     found = gib.audit(
         model, trained(model, elsewhere, 2), model=model, members=_pair(data.members),
-        non_members=_pair(data.non_members), local="sgd lr=0.05 batch-size=2", iterations=60, plants=2,
-        membership=False, remedies=False, progress=False,
+        non_members=_pair(data.non_members), local="sgd lr=0.05 batch-size=2", iterations=60,
+        plants=2, membership=False, remedies=False, progress=False,
     )  # fmt: skip
     assert found.verdict is gib.Verdict.NO_LEAK_FOUND
     single, own = found.record.power
