@@ -37,6 +37,8 @@ EXACT = 1e-4
 _UNROLLED = 8
 # Relative step along the distance of BatchNorm statistics, as in `attack.attacks.ensemble`.
 _STATISTICS = 0.5
+# Iterations below which starts that race for them get too few each.
+_RACED = 500
 # Sides that volumes start at, and large pictures.
 _VOLUME_SIDES, _PICTURE_SIDES = (16, 32), (64,)
 # Ways to spread labels over local batches that are tried, and the share of iterations for each.
@@ -208,7 +210,10 @@ def inversion_config(name: str, target: Target, iterations: int) -> InversionCon
     kind = get_attack(name)
     assert issubclass(kind, OptimizationAttack)
     changes: dict[str, Value] = {"iterations": iterations, "smallest_loss": True}
+    if iterations < _RACED:
+        changes["race"] = 0
     changes["warmup"] = min(kind.published.optimiser.warmup, iterations // 10)
+    changes["adaptive"] = bool(target.defenses)
     changes["local_steps"] = UNROLL if target.local.steps <= _UNROLLED else ONE_STEP
     if target.bn_statistics is not None:
         changes |= {"bn": _STATISTICS, "exact_bn": True}

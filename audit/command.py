@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -110,9 +111,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     request, report = read_request(args), Path(args.report)
     from audit.reports import write_reports
-    from audit.run import audit
+    from audit.run import audit, estimated_seconds
     from audit.show.page import page_of
+    from audit.show.words import duration
 
+    print(f"This takes about {duration(estimated_seconds(request))}.", file=sys.stderr)
     record = audit(request, report=report, progress=True)
     write_reports(record, report, args.protocol)
     print(page_of(record))

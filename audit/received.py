@@ -14,6 +14,7 @@ from core.errors import InputError
 from core.local_training import LocalTraining
 from core.losses import Loss
 from core.models.architecture import Architecture, GivenModel
+from core.models.state_files import State, renamed
 from core.target import Target
 from gradients.shared_update import SharedUpdate
 from gradients.update_target import gradient_of, load_received, running_after
@@ -40,6 +41,17 @@ def received_model(model: Architecture, update: SharedUpdate) -> tuple[nn.Module
     for layer in masks:
         layer.p = 0.0
     return module, bool(masks) and module.training
+
+
+def state_after(update: SharedUpdate, model: nn.Module) -> State:
+    """The state that the site produced, by the names of a model that has the one it received.
+
+    What the site did not send is as it was.
+    """
+    own = model.state_dict()
+    moved = {name: v + update.change.get(name, 0) for name, v in update.before.items()}
+    fitting = renamed(moved, own)
+    return {name: fitting.get(name, value).to(value.dtype) for name, value in own.items()}
 
 
 def target_of(

@@ -18,22 +18,22 @@ from attack.attacks import attack_names
 from audit.data import SiteData, chosen
 from audit.local import Client, ToldTraining, completed, cosine, told_training
 from audit.permutations import n_memberships, non_members_needed
-from audit.received import received_model, target_of
+from audit.received import received_model, state_after, target_of
 from core.client import fitted_targets, outputs_of, with_classes
 from core.errors import InputError, nearest
 from core.local_training import LocalTraining
 from core.losses import Function, Loss, as_loss
 from core.models.architecture import Architecture, GivenModel
 from core.models.building import counts_batches, load_parameters
-from core.models.state_files import State, renamed
+from core.models.state_files import State, fit
 from core.models.unchanged import unchanged
 from core.target import Target, Truth
 from gradients.shared_update import SharedUpdate, Source, read_update
 from gradients.update_target import gradient_of
 
 AUTO = "auto"
-# Below this cosine of the update and the members' descent two states look swapped.
-_OPPOSED = -0.1
+# Cosine of an update and the members' training beyond which the two agree, or are opposed.
+_OPPOSED = 0.5
 # Sets of images that the members' gradient is compared with: 1 in 20 is best by chance.
 _SETS = 19
 
@@ -181,13 +181,14 @@ def make_request(
     data = _fitted_data(module, data, chosen_loss)
     _check_level(data, chosen_loss, settings.alpha)
     client = Client(GivenModel(module), data.spec, chosen_loss, settings.seed)
-    _check_order(update, client, data)
+    _check_order(update, client, data, told)
     local_told = completed(told, update, client, data.members)
     target = target_of(
         update, GivenModel(module), data.spec, chosen_loss, local_told.training,
         len(data.members.labels),
     )  # fmt: skip
-    request = AuditRequest(update, client, target, data, local_told, settings, tuple(rounds))
+    earlier = tuple(_round(number, state, module) for number, state in enumerate(rounds))
+    request = AuditRequest(update, client, target, data, local_told, settings, earlier)
     return dataclasses.replace(request, warnings=tuple(_warnings(request, without_masks)))
 
 
@@ -215,29 +216,26 @@ def _check_counters(update: SharedUpdate) -> None:
         )
 
 
-def _check_order(update: SharedUpdate, client: Client, data: SiteData) -> None:
+def _check_order(update: SharedUpdate, client: Client, data: SiteData, told: ToldTraining) -> None:
     """Refuse two states of which the first is the one that was trained.
 
-    It is so where the update climbs the members' loss: against their gradient, and to a larger
-    loss.
+    It is so where the members' loss grows, a training of the members from the first state leads
+    elsewhere than to the second, and one from the second leads to the first. A training that
+    overshoots also climbs, but along its own steps.
     """
-    model = client.architecture.build()
-    change = gradient_of(update, model, LocalTraining(lr=1.0))
-    gradient = client.update_of(data.members, LocalTraining())
-    opposed = cosine(gradient, change)
-    before = _loss(model, data, client.loss)
-    after = {name: value + update.change.get(name, 0) for name, value in update.before.items()}
-    names = model.state_dict()
-    load_parameters(model, {**names, **_of_model(renamed(after, names), names)})
-    if opposed < _OPPOSED and _loss(model, data, client.loss) > before:
+    before, after = client.architecture.build(), client.architecture.build()
+    load_parameters(after, state_after(update, before))
+    if _loss(after, data, client.loss) <= _loss(before, data, client.loss):
+        return
+    change = gradient_of(update, before, LocalTraining(lr=1.0))
+    back = dataclasses.replace(client, architecture=GivenModel(after))
+    forward = cosine(client.update_of(data.members, told.training), change)
+    backward = -cosine(back.update_of(data.members, told.training), change)
+    if forward < -_OPPOSED and backward > _OPPOSED:
         raise InputError(
-            f"--global and --local look swapped: from --global to --local the members' loss grows, "
-            f"along their gradient (cosine {-opposed:.2f})"
+            "--global and --local look swapped: from --global to --local the members' loss grows, "
+            f"and their training leads the other way (cosine {backward:.2f})"
         )
-
-
-def _of_model(state: State, own: State) -> State:
-    return {name: v.to(own[name].dtype) for name, v in state.items() if name in own}
 
 
 @torch.no_grad()
@@ -248,6 +246,16 @@ def _loss(model: nn.Module, data: SiteData, loss: Loss) -> float:
     labels = labels.to(dtype) if labels.is_floating_point() else labels
     with unchanged(model):
         return float(loss(model(data.spec.normalize(data.members.images.to(dtype))), labels))
+
+
+def _round(number: int, state: State, model: nn.Module) -> State:
+    """A round's global model by the model's names."""
+    found = fit(state, model)
+    if found.missing or found.unexpected or found.other_shape:
+        raise InputError(
+            f"--rounds: the model of round {number} is not of the same kind: {found.sentence()}"
+        )
+    return {**model.state_dict(), **found.state}
 
 
 # --- The data --------------------------------------------------------------------------

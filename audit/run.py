@@ -1,6 +1,6 @@
 """An audit: what does this update give away of the images that it was trained on?
 
-    read the update -> labels -> attacks -> the test that decides -> power -> verdict
+    labels -> attacks -> the test that decides -> power -> verdict -> membership -> remedies
 
 Every stage draws its random numbers from the request's seed and is kept as numbers, so that an
 interrupted audit goes on where it was.
@@ -12,6 +12,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,29 +33,41 @@ from audit.attempts import (
     plan_of,
     scales_of,
 )
+from audit.class_representatives import class_representatives
 from audit.decision import Decision, Power, Verdict, decide
+from audit.membership import measure_membership, too_few
 from audit.planting import PlantSetting, plant, plant_settings
+from audit.received import state_after
 from audit.record import (
     AttackSection,
     AuditRecord,
+    ClassSection,
     LabelSection,
     PowerSection,
+    RateSection,
+    RemedySection,
     SimilaritySection,
     TestSection,
     UpdateSection,
 )
 from audit.references import NCC, at_scale, metrics_of, similarities, similarity_section
+from audit.remedies import find_remedies, remaking
 from audit.request import AUTO, AuditRequest
+from audit.show.words import sentence
 from audit.stages import Stages
 from core.errors import InputError, first_line
 from core.losses import Targets
+from core.pictures import save_gallery
 from core.processes import distributed
+from core.storage import atomic_file
+from core.target import Target
 from core.version import __version__
 from gradients.shared_update import SharedUpdate
 from gradients.update_traces import Trace
 
-# Shares of the budget: of all scales of the inversion together, of each closed form, of plants.
-_INVERSION, _CLOSED_FORM, _PLANTS = 0.25, 0.01, 0.45
+# Shares of the budget: of all scales of the inversion together, of each closed form, of all plants
+# and of all remedies.
+_INVERSION, _CLOSED_FORM, _PLANTS, _REMEDIES = 0.1, 0.01, 0.4, 0.4
 _FEWEST_ITERATIONS, _MOST_PLANTS = 50, 5
 # Gradient evaluations that are timed, and the drawn guesses behind the chance of labels.
 _TIMED, _GUESSES = 2, 1000
@@ -78,14 +91,15 @@ def audit(
     began = time.perf_counter()
     stages = Stages(report, request.digest)
     plan = stages.once("plan", Plan, lambda: plan_for(request))
-    labels = stages.once("labels", _Labels, lambda: _labels(request))
-    settings = plant_settings(request)
-    with _bar(progress, 1 + _MOST_PLANTS * len(settings)) as bar:
-        bar.set_postfix_str("attack")
-        found = stages.once("attack", _Attacked, lambda: _attacked(request, plan, labels))
-        bar.update()
-        power = tuple(_power(request, plan, found, settings, stages, bar))
-    decision = found.decided(request, power)
+    labels = stages.once("labels", KnownLabels, lambda: known_labels(request))
+    with _bar(progress) as bar:
+        _shown(bar, "attack")
+        found = stages.once("attack", Attacked, lambda: attack_update(request, plan))
+        power = tuple(_power(request, plan, found, stages, bar))
+        decision = found.decided(request, power)
+        _shown(bar, "membership")
+        others = stages.once("model", _Model, lambda: _measure_model(request))
+        remedies = tuple(_remedies(request, plan, found, power, stages, bar))
     return AuditRecord(
         verdict=decision.verdict.value if decision else Verdict.CANNOT_TELL.value,
         statement=decision.statement if decision else _NOTHING_RAN,
@@ -94,19 +108,29 @@ def audit(
         labels=labels.section,
         attacks=found.sections,
         power=power,
+        membership=others.membership,
+        classes=others.classes,
+        remedies=remedies,
         granted=_granted(request, labels),
-        warnings=request.warnings,
+        warnings=(*request.warnings, *others.warnings),
         seed=request.settings.seed,
         seconds=time.perf_counter() - began,
         program_version=__version__,
     )
 
 
+_NO_ATTACK = Verdict.CANNOT_TELL.value
 _NOTHING_RAN = "cannot tell: no attack could be run on this update"
 
 
-def _bar(shown: bool, total: int) -> tqdm:
-    return tqdm(total=total, desc="audit", disable=not (shown and distributed.rank() == 0))
+def _bar(shown: bool) -> tqdm:
+    """Counts attacks: how many there will be depends on what is found."""
+    return tqdm(desc="audit", unit=" stages", disable=not (shown and distributed.rank() == 0))
+
+
+def _shown(bar: tqdm, stage: str) -> None:
+    bar.update()
+    bar.set_postfix_str(stage)
 
 
 # --- The update ------------------------------------------------------------------------
@@ -139,7 +163,7 @@ def update_section(update: SharedUpdate) -> UpdateSection:
 
 
 @dataclass(frozen=True)
-class _Labels:
+class KnownLabels:
     """What is known of labels.
 
     Attributes:
@@ -151,24 +175,24 @@ class _Labels:
     granted: bool
 
 
-def _labels(request: AuditRequest) -> _Labels:
+def known_labels(request: AuditRequest) -> KnownLabels:
     """Which classes the update betrays; what it does not is granted to the attack."""
     target, truth = request.target, request.data.members.labels
     if target.loss.targets is not Targets.CLASSES or truth.dim() != 1:
-        return _Labels(None, True)
+        return KnownLabels(None, True)
     true_counts = torch.bincount(truth, minlength=target.data.n_classes)
     section = LabelSection(DEFAULT_RULE, tuple(true_counts.tolist()), (), None, None)
     section = dataclasses.replace(section, chance=_chance(request, true_counts.numpy()))
     try:
         recovered = recover_labels(DEFAULT_RULE, target)
     except InputError as error:
-        return _Labels(dataclasses.replace(section, note=first_line(error)), True)
+        return KnownLabels(dataclasses.replace(section, note=first_line(error)), True)
     counts = torch.bincount(recovered, minlength=target.data.n_classes)
     accuracy = label_accuracy(recovered, truth)
     section = dataclasses.replace(
         section, recovered_counts=tuple(counts.tolist()), accuracy=accuracy
     )
-    return _Labels(section, accuracy < 1)
+    return KnownLabels(section, accuracy < 1)
 
 
 def _chance(request: AuditRequest, true_counts: np.ndarray) -> float:
@@ -180,7 +204,7 @@ def _chance(request: AuditRequest, true_counts: np.ndarray) -> float:
     return float(np.minimum(guesses, true_counts).sum(1).mean() / n)
 
 
-def _granted(request: AuditRequest, labels: _Labels) -> tuple[str, ...]:
+def _granted(request: AuditRequest, labels: KnownLabels) -> tuple[str, ...]:
     told = ["number of images and of local steps", "the local training"]
     if labels.granted:
         told.append("what the images were labelled with")
@@ -199,7 +223,7 @@ def _in_no_order(labels: torch.Tensor, order_told: bool) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class _Attacked:
+class Attacked:
     """What the attacks found, as numbers.
 
     Attributes:
@@ -227,26 +251,42 @@ def _words(power: PowerSection) -> str:
     return f"batch {power.batch_size}, {steps}"
 
 
-def _attacked(request: AuditRequest, plan: Plan, labels: _Labels) -> _Attacked:
-    """Run the attacks; the one that explains the update best is tested."""
+def attack_update(request: AuditRequest, plan: Plan) -> Attacked:
+    """Run the attacks; the one that explains the update best is tested.
+
+    Args:
+        request: Its target is attacked.
+        plan: See `plan_for`.
+    """
     seed, device = request.settings.seed, torch.device(request.settings.device)
     known = _in_no_order(request.data.members.labels, request.local.order_told)
     tried = list(attempts(plan, request.target, known, seed, device))
     # What does not apply is worth a word only where nothing does.
     found = [attempt for attempt in tried if attempt.images is not None] or tried
     best = best_of(found)
-    sections = [_section(request, attempt, plan) for attempt in found]
+    sections = [_section(request, attempt) for attempt in found]
     if best is None:
-        return _Attacked(tuple(sections), None)
+        return Attacked(tuple(sections), None)
     number = found.index(best)
+    _keep_images(request, best)
     similarity = _similarity(request, best)
     decision = _decided(request, similarity, best.weights, request.is_member)
     sections[number] = dataclasses.replace(sections[number], test=_test(decision))
     rows = tuple(map(tuple, similarity.tolist()))
-    return _Attacked(tuple(sections), number, rows, tuple(best.weights))
+    return Attacked(tuple(sections), number, rows, tuple(best.weights))
 
 
-def _section(request: AuditRequest, attempt: Attempt, plan: Plan) -> AttackSection:
+def _keep_images(request: AuditRequest, best: Attempt) -> None:
+    """Leave reconstructions at the site, where it asked for them."""
+    folder = request.settings.keep_images
+    if folder is None or best.images is None:
+        return
+    with atomic_file(folder / "reconstructions.npy") as file:
+        np.save(file, best.images.numpy())
+    save_gallery(folder / "reconstructions.png", {best.attack: list(best.images)})
+
+
+def _section(request: AuditRequest, attempt: Attempt) -> AttackSection:
     similar: tuple[SimilaritySection, ...] = ()
     shape = request.data.spec.shape
     if attempt.images is not None:
@@ -319,8 +359,7 @@ class _Plant:
 def _power(
     request: AuditRequest,
     plan: Plan,
-    attacked: _Attacked,
-    settings: tuple[PlantSetting, ...],
+    attacked: Attacked,
     stages: Stages,
     bar: tqdm,
 ) -> Iterator[PowerSection]:
@@ -328,7 +367,7 @@ def _power(
     if attacked.chosen is None:
         return
     attack = attacked.sections[attacked.chosen].attack
-    alone = plan.only(attack)
+    alone, settings = plan.only(attack), plant_settings(request)
     left = _PLANTS * request.settings.budget
     for number, setting in enumerate(settings):
         share, done = left / (len(settings) - number), list[_Plant]()
@@ -336,10 +375,9 @@ def _power(
             spent = sum(each.seconds for each in done)
             if request.settings.plants is None and done and spent + done[-1].seconds > share:
                 break
-            bar.set_postfix_str(f"planted image {len(done) + 1}, batch {setting.images}")
+            _shown(bar, f"plant {len(done) + 1}, batch {setting.images}")
             name = f"plant {setting.images} {len(done)}"
             done.append(stages.once(name, _Plant, _planting(request, alone, setting, len(done))))
-            bar.update()
         left -= sum(each.seconds for each in done)
         yield PowerSection(
             attack=attack,
@@ -376,6 +414,76 @@ def _planting(
     return compute
 
 
+# --- The model, and what to do --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What the models give away beside the update, and why it was not measured."""
+
+    membership: tuple[RateSection, ...] = ()
+    classes: tuple[ClassSection, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def _measure_model(request: AuditRequest) -> _Model:
+    """Membership by losses, and class representatives of the global model."""
+    settings, data, target = request.settings, request.data, request.target
+    if not settings.membership:
+        return _Model()
+    members, others, seed = data.members, data.non_members, settings.seed
+    classes = class_representatives(
+        target, target.state_dict, members, others, seed=seed, device=settings.device
+    )
+    few = too_few(len(members.labels), len(others.labels))
+    rounds = [*request.rounds, target.state_dict]
+    sent = state_after(request.update, target.build_model())
+    try:
+        rates = measure_membership(
+            target, rounds, sent, members, others, seed=seed, device=settings.device
+        )
+    except InputError as error:  # scikit-learn is absent, or a model has diverged.
+        return _Model((), classes, (sentence(first_line(error)),))
+    return _Model(rates, classes, (sentence(few),) if few else ())
+
+
+def _remedies(
+    request: AuditRequest,
+    plan: Plan,
+    attacked: Attacked,
+    power: tuple[PowerSection, ...],
+    stages: Stages,
+    bar: tqdm,
+) -> Iterator[RemedySection]:
+    """The update measured again under defenses, where it leaks."""
+    decision = attacked.decided(request, power)
+    leaks = decision is not None and decision.verdict is Verdict.LEAKS
+    if not (leaks and request.settings.remedies) or attacked.chosen is None:
+        return
+    alone = plan.only(attacked.sections[attacked.chosen].attack)
+
+    def measure(update: Target) -> tuple[float, str]:
+        defended = dataclasses.replace(request, target=update)
+        again = attack_update(defended, alone).decided(request, power)
+        return (1.0, _NO_ATTACK) if again is None else (again.p_value, again.verdict.value)
+
+    done = stages.all_of("remedy", RemedySection)
+    yield from done
+    target, seed = request.target, request.settings.seed
+    new = find_remedies(
+        target, measure, remake=remaking(target, request.data.members, seed), seed=seed, done=done,
+        budget=_REMEDIES * request.settings.budget,
+    )  # fmt: skip
+    _shown(bar, "remedies")
+    for number, result in enumerate(new, start=len(done)):
+        _shown(bar, f"remedies: {result.defense}")
+        yield stages.once(f"remedy {number}", RemedySection, partial(_same, result))
+
+
+def _same(result: RemedySection) -> RemedySection:
+    return result
+
+
 # --- Time ------------------------------------------------------------------------------------
 
 
@@ -405,12 +513,16 @@ def seconds_per_iteration(request: AuditRequest) -> float:
     return (time.perf_counter() - began) / _TIMED
 
 
-def estimated_seconds(request: AuditRequest, plan: Plan) -> float:
-    """How long the audit will take, about: the attack once, and once more for every plant."""
+def estimated_seconds(request: AuditRequest) -> float:
+    """How long the audit takes, about: the attack once, and as often again as there are plants.
+
+    What helps against a leak is looked for in as much time as the plants take.
+    """
+    plan = plan_for(request)
     scales = len(scales_of(request.data.spec.shape))
     attack = plan.iterations * seconds_per_iteration(request) * scales if plan.inversion else 0.0
     attack += len(plan.closed) * plan.seconds
     plants = (request.settings.plants or _MOST_PLANTS) * len(plant_settings(request))
     if request.settings.plants is None:
         plants = min(plants, max(2, int(_PLANTS * request.settings.budget / max(attack, EDGE))))
-    return attack * (1 + plants)
+    return attack * (1 + 2 * plants)

@@ -50,6 +50,13 @@ class Stages:
             write_record(self._path, {k: v for k, v in self._done.items() if k != "checksum"})
         return found
 
+    def all_of(self, name: str, kind: type[T]) -> list[T]:
+        """What the finished stages "NAME 0", "NAME 1", ... found."""
+        found: list[T] = []
+        while f"{name} {len(found)}" in self._done:
+            found.append(self._read(f"{name} {len(found)}", kind))
+        return found
+
     def _read(self, name: str, kind: type[T]) -> T:
         try:
             found = from_plain(kind, self._done[name])
