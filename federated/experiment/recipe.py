@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import federated.flare
+from core.escaping import printable
 from federated.experiment.federation import (
     Client,
     JobData,
