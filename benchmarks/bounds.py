@@ -218,6 +218,10 @@ def page_of(folder: Path) -> str:
     )
 
 
+def _mean(errors: Sequence[float]) -> float:
+    return float(np.mean(errors))
+
+
 def _line(row: Row) -> str:
     cells = [row.network, f"{row.noise:g}"]
     for attack in ATTACKS:
@@ -230,7 +234,7 @@ def _line(row: Row) -> str:
 
 def _in_decibels(errors: Sequence[float]) -> str:
     low, high = interval(errors)
-    return f"{decibels(float(np.mean(errors))):.1f} ({decibels(high):.1f} to {decibels(low):.1f})"
+    return f"{decibels(_mean(errors)):.1f} ({decibels(high):.1f} to {decibels(low):.1f})"
 
 
 def _private_line(row: Mapping[str, float]) -> str:
@@ -264,8 +268,8 @@ untrained network, normal noise on every shared number. PSNR in dB of the mean s
 | :--- | ---: | {rulers} | ---: | ---: | ---: | ---: |
 {attacks}
 
-In {runs} runs `spectral` comes within {gap:.1f} dB of the bound of Cramér and Rao in every row. Mean
-errors of an attack that lie significantly below the bound of any attack: {violations}.
+In {runs} runs `spectral` comes within {gap:.1f} dB of the bound of Cramér and Rao in every row.
+Mean errors of an attack that lie significantly below the bound of any attack: {violations}.
 `python -m benchmarks.bounds` computes the table.
 
 ## Of your own client
@@ -306,7 +310,7 @@ a release.
 
 def summary(row: Row) -> str:
     """A row in one line, in decibels."""
-    attacks = ", ".join(f"{a} {decibels(float(np.mean(e))):.2f}" for a, e in row.errors.items())
+    attacks = ", ".join(f"{a} {decibels(_mean(e)):.2f}" for a, e in row.errors.items())
     return (
         f"{row.network}, noise {row.noise:g}: {attacks} dB; bounds: without bias "
         f"{decibels(row.unbiased):.2f}, any {decibels(row.any_attack):.2f}, prior "
