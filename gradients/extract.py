@@ -181,7 +181,7 @@ def _truth(data: DataSets, indices: list[int], workers: int, process: Process) -
     """The client's images, and on the first process what one could guess without them."""
     images, labels = load_batch(data, indices, workers)
     mean, nearest = validation_guesses(data, images, workers) if process.is_main else (None, None)
-    return Truth(images, labels, mean_image=mean, nearest_images=nearest)
+    return Truth(images, labels, mean, nearest, data.spec.columns)
 
 
 def _tampered(

@@ -217,6 +217,7 @@ def _evaluated(output: Output, found: Reconstruction, truth: Truth, guesses: boo
         lpips_weights=output.run.measuring.lpips_weights,
         mean_image=truth.mean_image if guesses else None,
         nearest_images=truth.nearest_images if guesses else None,
+        confidence=found.confidence,
     )
 
 

@@ -87,6 +87,12 @@ _WRITTEN: dict[str, dict[str, str]] = {
         "leakage.images": "reconstruction similarity prior_similarity rdlv p_value rank",
         "provenance": _PROVENANCE,
     },
+    "tabular": {
+        "": "checksum status seconds wall_seconds tables columns.* arguments.**",
+        "batches": "accuracy exact marginal_guess likeliest_record surer_when_right seconds",
+        f"batches.columns.{KEY}": "accuracy guess",
+        "provenance": _PROVENANCE,
+    },
 }
 PATHS: dict[str, list[str]] = {
     stage: [f"{place}.{key}".lstrip(".") for place, keys in places.items() for key in keys.split()]
