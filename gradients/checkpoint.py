@@ -496,6 +496,12 @@ def _check_data(data: DataSpec, loss: Loss) -> None:
 
 
 def _model_spec(raw: Mapping[str, Any], data: DataSpec) -> ModelSpec:
+    if len(data.shape) == 1 and raw.get("model") is not None:
+        model = ModelSpec.from_dict(raw["model"])
+        _check_model(model)
+        if (model.n_classes, model.features) != (data.n_classes, data.shape[0]):
+            raise InputError("its model and its data differ in classes or features")
+        return model
     if len(data.shape) != 3:
         raise InputError(f"its model is one of ours, which takes images, not shape {data.shape}")
     if data.shape[1] != data.shape[2]:

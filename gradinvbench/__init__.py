@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from attack.reconstruction import Reconstruction
     from attack.settings import InversionConfig as Settings
     from core.data.given import GivenData
+    from core.data.records import Table
+    from core.data.records import load_table as table
     from core.data.specs import DataSpec
     from core.errors import InputError
     from core.losses import (
@@ -76,6 +78,7 @@ __all__ = [
     "Settings",
     "SharedUpdate",
     "SumOfHeads",
+    "Table",
     "Target",
     "Truth",
     "__version__",
@@ -94,6 +97,7 @@ __all__ = [
     "register_metric",
     "save_target",
     "share",
+    "table",
     "target_from_update",
 ]
 
@@ -124,6 +128,7 @@ _HOMES = {
     "Settings": "attack.settings:InversionConfig",
     "SharedUpdate": "gradients.shared_update",
     "SumOfHeads": "core.losses",
+    "Table": "core.data.records",
     "Target": "core.target",
     "Truth": "core.target",
     "__version__": "core.version",
@@ -142,6 +147,7 @@ _HOMES = {
     "register_metric": "attack.metrics",
     "save_target": "gradinvbench._files",
     "share": "gradinvbench._share",
+    "table": "core.data.records:load_table",
     "target_from_update": "gradinvbench._received",
 }
 
