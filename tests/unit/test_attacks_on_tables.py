@@ -84,7 +84,7 @@ def test_peeling_finds_what_a_decoder_finds_that_sees_the_batch(table: Table) ->
         batch = table.batch(24, seed=seed)
         target, _ = gib.share(first, batch)
         with torch.no_grad():
-            active = (first[0](batch.inputs.double()) > 0).numpy()
+            active = (first[0](batch.inputs.double()) > 0).T.numpy()
         found = gib.invert(target, attack="trap-weights", labels=batch.targets)
         recovered = found.images[: int(found.details["solved"])]
         apart = torch.cdist(batch.inputs, recovered).amin(1)

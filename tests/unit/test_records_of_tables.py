@@ -40,7 +40,7 @@ def frames(draw: st.DrawFn) -> pandas.DataFrame:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(frames())
 def test_what_is_decoded_is_what_was_encoded(frame: pandas.DataFrame) -> None:
     kinds = {"word": "categorical", "level": "ordinal", "number": "continuous"}
