@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "status": "finished",
         "batches": rows,
         "columns": {c.name: c.kind for c in train.columns.columns},
-        "tables": [shown],
+        "shown": shown,
         "seconds": time.perf_counter() - began,
         "provenance": provenance(torch.device("cpu"), args.seed),
         "arguments": {k: str(v) for k, v in vars(args).items()},

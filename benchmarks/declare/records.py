@@ -88,7 +88,7 @@ _WRITTEN: dict[str, dict[str, str]] = {
         "provenance": _PROVENANCE,
     },
     "tabular": {
-        "": "checksum status seconds wall_seconds tables columns.* arguments.**",
+        "": "checksum status seconds wall_seconds shown columns.* arguments.**",
         "batches": "accuracy exact marginal_guess likeliest_record surer_when_right seconds",
         f"batches.columns.{KEY}": "accuracy guess",
         "provenance": _PROVENANCE,

@@ -161,6 +161,8 @@ def test_a_row_of_the_tables_is_computed(tmp_path: Path) -> None:
 
     words = "--data diabetes --attack analytic -b 2 --batches 2 --width 32 --results"
     main([*words.split(), str(tmp_path)])
-    batches = json.loads((tmp_path / "record.json").read_text())["batches"]
+    record = json.loads((tmp_path / "record.json").read_text())
+    batches = record["batches"]
     assert len(batches) == 2
+    assert "original" in record["shown"]
     assert all(0 <= batch["marginal_guess"] <= 1 for batch in batches)
