@@ -99,12 +99,12 @@ def _run_locked(output: Output) -> None:
 
 
 def _conclude_early(output: Output, found: Reconstruction, curve: Curve) -> None:
-    """Measure what an interrupted attack has found; nothing where processes are several."""
-    if output.process.world_size > 1:
-        return
-    print(f"interrupted after {found.iterations} iterations: measuring the best so far")
-    write_results(output, found, curve.points)
-    print("the same command continues from the last saved state")
+    """Measure what an interrupted attack has found."""
+    if output.process.is_main:
+        print(f"interrupted after {found.iterations} iterations: measuring the best so far")
+        write_results(output, found, curve.points)
+        print("the same command continues from the last saved state", flush=True)
+    barrier()
 
 
 @contextlib.contextmanager
