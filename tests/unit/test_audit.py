@@ -289,6 +289,21 @@ def test_plants_an_update_of_other_images_of_the_same_classes() -> None:
     pytest.fail("no order of the planted images gives the planted update")
 
 
+def test_plants_under_dropout_and_attacks_without_its_masks() -> None:
+    model, data = network(), site(2)[0]
+    model.insert(4, nn.Dropout(0.5))
+    request = make_request(
+        model, trained(model, data.members, 2), model=model, data=data, local="sgd lr=0.05"
+    )
+    planted = plant(request, plant_settings(request)[0], 0).target
+    dropped = (planted.gradient["5.weight"] == 0).all(0).float().mean()
+    assert 0.3 < float(dropped) < 0.7
+    assert planted.dropout_seed is None
+    attacked = planted.build_model()
+    assert torch.equal(attacked(data.members.images), attacked(data.members.images))
+    assert "The masks of dropout are not known" in request.warnings[0]
+
+
 def _orders(places: np.ndarray) -> list[list[int]]:
     import itertools
 
