@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from attack.settings import InversionConfig as Settings
     from audit.decision import Verdict, decide
     from core.data.given import GivenData
+    from core.data.records import Table
+    from core.data.records import load_table as table
     from core.data.specs import DataSpec
     from core.errors import InputError
     from core.losses import (
@@ -79,6 +81,7 @@ __all__ = [
     "Settings",
     "SharedUpdate",
     "SumOfHeads",
+    "Table",
     "Target",
     "Truth",
     "Verdict",
@@ -100,6 +103,7 @@ __all__ = [
     "register_metric",
     "save_target",
     "share",
+    "table",
     "target_from_update",
 ]
 
@@ -131,6 +135,7 @@ _HOMES = {
     "Settings": "attack.settings:InversionConfig",
     "SharedUpdate": "gradients.shared_update",
     "SumOfHeads": "core.losses",
+    "Table": "core.data.records",
     "Target": "core.target",
     "Truth": "core.target",
     "Verdict": "audit.decision",
@@ -152,6 +157,7 @@ _HOMES = {
     "register_metric": "attack.metrics",
     "save_target": "gradinvbench._files",
     "share": "gradinvbench._share",
+    "table": "core.data.records:load_table",
     "target_from_update": "gradinvbench._received",
 }
 
