@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import torch
@@ -11,7 +12,7 @@ from attack.matching.matcher import GradientMatcher
 from attack.matching.objectives import Cosine
 from attack.matching.replica import Replica
 from audit.attempts import INVERSION, Plan, plan_of, scales_of
-from audit.planting import plant_settings
+from audit.planting import PlantSetting, plant_settings
 from audit.request import AUTO, AuditRequest
 
 # Shares of the budget: of all scales of the inversion together, of each closed form, of all plants
@@ -36,6 +37,21 @@ def plan_for(request: AuditRequest) -> Plan:
     return plan_of(
         name, request.target, iterations or 1, CLOSED_FORM_SHARE * request.settings.budget
     )
+
+
+def plan_for_plants(request: AuditRequest, plan: Plan, attack: str, setting: PlantSetting) -> Plan:
+    """The plan of the attack that decides, in as much time for few images as for many.
+
+    One image in one step takes a fraction of the time, and is attacked for longer: otherwise
+    the site's own batch would decide whether an attack can find anything at all.
+    """
+    alone, kind = plan.only(attack), get_attack(attack)
+    if request.settings.iterations is not None or not issubclass(kind, OptimizationAttack):
+        return alone
+    work = setting.images * setting.training.training.epochs
+    own = request.target.batch_size * request.local.training.epochs
+    most = max(alone.iterations, kind.published.optimiser.iterations)
+    return dataclasses.replace(alone, iterations=min(most, alone.iterations * own // work))
 
 
 def seconds_per_iteration(request: AuditRequest) -> float:

@@ -315,7 +315,7 @@ def _orders(places: np.ndarray) -> list[list[int]]:
 
 def test_finds_one_image_and_nothing_where_there_is_none() -> None:
     model, leaks = network(), []
-    for seed in range(0, 30, 3):
+    for seed in range(0, 18, 3):
         data, elsewhere = site(1, seed)
         for behind in (data.members, elsewhere):
             after = trained(model, behind, 1)
@@ -327,8 +327,8 @@ def test_finds_one_image_and_nothing_where_there_is_none() -> None:
             assert decision is not None
             leaks.append(decision.verdict is gib.Verdict.LEAKS)
     assert all(leaks[0::2])
-    # More than 3 of 10 at 5 % each: 1 in 1,000.
-    assert sum(leaks[1::2]) <= 3
+    # More than 2 of 6 at 5 % each: 1 in 500.
+    assert sum(leaks[1::2]) <= 2
 
 
 def test_says_what_it_would_have_found() -> None:
