@@ -17,9 +17,9 @@ from audit.request import AUTO, AuditRequest
 
 # Shares of the budget: of all scales of the inversion together, of each closed form, of all plants
 # and of all remedies.
-INVERSION_SHARE, CLOSED_FORM_SHARE, PLANTS_SHARE, REMEDIES_SHARE = 0.1, 0.01, 0.4, 0.4
-# Iterations at least, and planted images per setting at most.
-_FEWEST, MOST_PLANTS = 50, 5
+INVERSION_SHARE, CLOSED_FORM_SHARE, PLANTS_SHARE, REMEDIES_SHARE = 0.05, 0.01, 0.5, 0.3
+# Iterations at least, and planted images per setting.
+_FEWEST, FEWEST_PLANTS, MOST_PLANTS = 50, 2, 5
 # Gradient evaluations that are timed.
 _TIMED = 2
 
