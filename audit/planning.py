@@ -77,7 +77,6 @@ def estimated_seconds(request: AuditRequest) -> float:
     attack = plan.iterations * seconds_per_iteration(request) * scales if plan.inversion else 0.0
     plants = (request.settings.plants or MOST_PLANTS) * len(plant_settings(request))
     if request.settings.plants is None:
-        plants = min(
-            plants, max(2, int(PLANTS_SHARE * request.settings.budget / max(attack, 1e-9)))
-        )
+        fitting = PLANTS_SHARE * request.settings.budget / max(attack, 1e-9)
+        plants = min(plants, max(2 * FEWEST_PLANTS, int(fitting)))
     return attack * (1 + 2 * plants)
