@@ -148,3 +148,8 @@ def _number(cosine: float | None) -> str:
 
 def _default(row: Agreement) -> str:
     return _number(row.automatic) + (" E" if row.chosen == "exact" else "")
+
+
+def page_of(folder: Path) -> str:
+    """The page of the documents that shows the record in a folder."""
+    return Record.read(folder).page()
