@@ -110,8 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Audit an update, print the page and write the reports; returns the exit status."""
     args = build_parser().parse_args(argv)
     request, report = read_request(args), Path(args.report)
+    from audit.planning import estimated_seconds
     from audit.reports import write_reports
-    from audit.run import audit, estimated_seconds
+    from audit.run import audit
     from audit.show.page import page_of
     from audit.show.words import duration
 

@@ -178,7 +178,14 @@ def representatives(federation: Federation, trained: Trained) -> list[ClassSecti
     return [*class_representatives(client, trained.rounds[-1], *images, restarts=50)]
 
 
-def audited(federation: Federation, trained: Trained, budget: float, work: Path) -> AuditRecord:
+def audited(
+    federation: Federation,
+    trained: Trained,
+    budget: float,
+    iterations: int | None,
+    plants: int | None,
+    work: Path,
+) -> AuditRecord:
     """The audit of the site's update of the last round."""
     members, others = (
         (part.images, part.labels) for part in (trained.members, trained.non_members)
@@ -192,6 +199,8 @@ def audited(federation: Federation, trained: Trained, budget: float, work: Path)
         local=federation.local(federation.rounds - 1),
         membership=False,
         budget=budget,
+        iterations=iterations,
+        plants=plants,
         report=work,
         device="cpu",
     ).record
@@ -215,6 +224,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=Federation.rounds)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--budget", type=float, default=600, help="seconds of the audit itself")
+    parser.add_argument("--iterations", type=int, help="of its inversion (default: as it allows)")
+    parser.add_argument(
+        "--plants", type=int, help="planted updates per setting (default: likewise)"
+    )
     parser.add_argument("--output", default="results/audit", metavar="DIR")
     parser.add_argument(
         "--work", default="results/logs/audit_federation", metavar="DIR",
@@ -231,7 +244,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "accuracy": lambda trained: trained.accuracy,
         "membership": lambda trained: membership(federation, trained),
         "class_representatives": lambda trained: representatives(federation, trained),
-        "audit": lambda trained: audited(federation, trained, args.budget, Path(args.work)),
+        "audit": lambda trained: audited(
+            federation, trained, args.budget, args.iterations, args.plants, Path(args.work)
+        ),
     }
     for name, seconds in run(federation, parts, Path(args.output) / "federation.json"):
         print(f"{name}: {seconds:.0f} s", flush=True)

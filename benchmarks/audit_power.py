@@ -25,10 +25,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from audit.attacked import attack_update
 from audit.data import SiteData, chosen
 from audit.decision import Verdict
+from audit.planning import plan_for
 from audit.request import AuditRequest, AuditSettings, make_request
-from audit.run import attack_update, plan_for
 from core.data.specs import DataSpec
 from core.errors import exit_status
 from core.reading import CHECKSUM, read_json_object
@@ -66,9 +67,9 @@ def settings(runs: int, planted: int, power: int) -> Iterator[tuple[Setting, int
     for batch in BATCHES:
         yield Setting(NO_LEAK, batch), runs // len(BATCHES)
     yield Setting(PLANTED, 1), planted
-    for batch in BATCHES:
-        for steps in STEPS:
-            yield Setting(POWER, batch, steps), power
+    grid = [Setting(POWER, batch, steps) for batch in BATCHES for steps in STEPS]
+    # The quickest first, for a command that is interrupted.
+    yield from ((setting, power) for setting in sorted(grid, key=lambda each: each.images))
 
 
 def network(seed: int) -> nn.Module:

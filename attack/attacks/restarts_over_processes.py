@@ -36,50 +36,46 @@ def reconstruct_spread(
         InterruptedInversion: At Ctrl-C to any process, with the best of all results so far.
     """
     with interruptions_noted(options["device"]) as stop_if_interrupted:
-        mine, interrupted = _own_share(attack, target, options)
-        best, interrupted = _best_of_all(mine, interrupted)
+        best = _best_of_all(_own_share(attack, target, options))
         try:
-            # Who is done waits for the others, and may be interrupted then.
             stop_if_interrupted()
         except InterruptedTogether:
-            interrupted = True
-    if best is None:
-        raise KeyboardInterrupt
-    if interrupted:
-        raise InterruptedInversion(dataclasses.replace(best, status="interrupted"))
+            if best is None:
+                raise
+            best = dataclasses.replace(best, status="interrupted")
+            raise InterruptedInversion(best) from None
+    assert best is not None
     return best
 
 
 def _own_share(
     attack: OptimizationAttack, target: Target, options: Mapping[str, Any]
-) -> tuple[Reconstruction | None, bool]:
-    """What this process's restarts found, if anything, and whether they were interrupted."""
-    counts = distributed.shard_sizes(attack.config.starts.restarts, distributed.world_size())
-    rank = distributed.rank()
+) -> Reconstruction | None:
+    """What this process's restarts found, to their end or to an interruption."""
+    n_processes, rank = distributed.world_size(), distributed.rank()
+    counts = distributed.shard_sizes(attack.config.starts.restarts, n_processes)
     if not counts[rank]:
-        return None, False
+        return None
     share = type(attack)(attack.config.changed(restarts=counts[rank]))
     first = sum(counts[:rank])
     with distributed.alone():
         try:
-            return share.reconstruct(target, first_restart=first, **options), False
+            return share.reconstruct(target, first_restart=first, **options)
         except InterruptedInversion as stopped:
-            return stopped.reconstruction, True
-        except KeyboardInterrupt:
-            return None, True
+            if n_processes == 1:
+                raise
+            return stopped.reconstruction
+        except InterruptedTogether:
+            return None
 
 
-def _best_of_all(
-    mine: Reconstruction | None, interrupted: bool
-) -> tuple[Reconstruction | None, bool]:
-    """The result of smallest objective of all processes, and whether any was interrupted."""
+def _best_of_all(mine: Reconstruction | None) -> Reconstruction | None:
+    """The result of smallest objective of all processes."""
     n_processes = distributed.world_size()
     if n_processes == 1:
-        return mine, interrupted
-    found: list[Any] = [None] * n_processes
-    objective = math.inf if mine is None else mine.objective
-    dist.all_gather_object(found, (objective, interrupted))
-    objectives = [each for each, _ in found]
+        return mine
+    objectives: list[Any] = [None] * n_processes
+    dist.all_gather_object(objectives, math.inf if mine is None else mine.objective)
     box = [mine]
     dist.broadcast_object_list(box, src=objectives.index(min(objectives)))
-    return box[0], any(each for _, each in found)
+    return box[0]

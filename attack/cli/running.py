@@ -35,6 +35,7 @@ from core.losses import Targets
 from core.pictures import save_images
 from core.plugins import import_plugin
 from core.processes.distributed import Process, barrier, broadcast_object
+from core.processes.interruption import interruptions_noted
 from core.reading import file_digest, read_json
 from core.records import fits
 from core.storage import write_json
@@ -68,7 +69,7 @@ def run_attack(
     lock: AbstractContextManager[None] = contextlib.nullcontext()
     if process.is_main:
         lock = locked(run.folder / LOCK_NAME, f"--root and --id: {run.folder}")
-    with lock:
+    with lock, interruptions_noted(process.device):
         _run_locked(output)
 
 

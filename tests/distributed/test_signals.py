@@ -192,6 +192,7 @@ REFUSED = {
     "one image": ("extract", ["-b", "1"], "a local batch of 1 images cannot be spread over 2"),
     "shards": ("extract", ["--shards", "1,1,2"], "--shards 1,1,2: there are 2 processes"),
     "L-BFGS": ("attack", ["--optim", "LBFGS"], "LBFGS runs on one process"),
+    "a closed form": ("attack", ["--attack", "r-gap"], "--attack r-gap runs on one process"),
     "too many": ("attack", ["--nproc-per-node", "5"], "5 processes for a batch of 4"),
     "a timeout of 0": ("toy", ["--timeout", "0"], "--timeout 0: must be a positive"),
     "a running training": ("train", [], "--result-root: {folder} is in use by process"),

@@ -34,6 +34,7 @@ NUMBERS = {
 LABELS = {
     "one_channel": "label [3]",
     "findings": "findings [0.0, 0.0, 1.0], true ones [0.0, 0.0, 1.0]",
+    "audit_update": "VERDICT: LEAKS",
     "last_layer": "shared: head.weight, head.bias",
     "hugging_face": "label [2]",
 }

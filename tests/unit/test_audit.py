@@ -15,11 +15,13 @@ from torch import nn
 
 import gradinvbench as gib
 from attack.priors.coordinates import Cosines
-from audit import run
+from audit import power, run
+from audit.attacked import attack_update
 from audit.attempts import Coarse, unexplained
 from audit.command import local_parts, seconds
 from audit.data import SiteData, open_data, site_data
 from audit.local import told_training
+from audit.planning import plan_for
 from audit.planting import plant, plant_settings
 from audit.record import AuditRecord
 from audit.request import AuditRequest, AuditSettings, make_request
@@ -287,6 +289,21 @@ def test_plants_an_update_of_other_images_of_the_same_classes() -> None:
     pytest.fail("no order of the planted images gives the planted update")
 
 
+def test_plants_under_dropout_and_attacks_without_its_masks() -> None:
+    model, data = network(), site(2)[0]
+    model.insert(4, nn.Dropout(0.5))
+    request = make_request(
+        model, trained(model, data.members, 2), model=model, data=data, local="sgd lr=0.05"
+    )
+    planted = plant(request, plant_settings(request)[0], 0).target
+    dropped = (planted.gradient["5.weight"] == 0).all(0).float().mean()
+    assert 0.3 < float(dropped) < 0.7
+    assert planted.dropout_seed is None
+    attacked = planted.build_model()
+    assert torch.equal(attacked(data.members.images), attacked(data.members.images))
+    assert "The masks of dropout are not known" in request.warnings[0]
+
+
 def _orders(places: np.ndarray) -> list[list[int]]:
     import itertools
 
@@ -305,7 +322,7 @@ def test_finds_one_image_and_nothing_where_there_is_none() -> None:
             request = make_request(
                 model, after, model=model, data=data, local="sgd lr=0.05", settings=QUICK
             )
-            found = run.attack_update(request, run.plan_for(request))
+            found = attack_update(request, plan_for(request))
             decision = found.decided(request, ())
             assert decision is not None
             leaks.append(decision.verdict is gib.Verdict.LEAKS)
@@ -333,7 +350,7 @@ def test_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.Mo
     request = asked(n=2, batch=2)
     whole = run.audit(request)
     with monkeypatch.context() as broken:
-        broken.setattr(run, "plant", _interrupt)
+        broken.setattr(power, "plant", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             run.audit(request, report=tmp_path)
     kept = next(tmp_path.glob("stages-*.json")).read_text()
