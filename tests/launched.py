@@ -21,10 +21,26 @@ def on_cpu(processes: int) -> LaunchSettings:
 
 
 def ranks_of(parent: int) -> list[int]:
-    """A command's spawned processes in the order of ranks, without Python's resource tracker."""
-    text = Path(f"/proc/{parent}/task/{parent}/children").read_text()
-    found = [int(word) for word in text.split()]
-    return [pid for pid in found if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    """A command's ranks in their order: what its server has forked."""
+    servers = [pid for pid in children_of(parent) if "forkserver import" in said_of(pid)]
+    return [pid for server in servers for pid in children_of(server)]
+
+
+def children_of(parent: int) -> list[int]:
+    """The processes that a process has started, in order."""
+    return [int(word) for word in _read(f"/proc/{parent}/task/{parent}/children").split()]
+
+
+def said_of(pid: int) -> str:
+    """The command line of a process."""
+    return _read(f"/proc/{pid}/cmdline").replace("\0", " ")
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def alive(pid: int) -> bool:
