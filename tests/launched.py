@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from core.launch_arguments import LaunchSettings
+from core.processes import warm
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def on_cpu(processes: int) -> LaunchSettings:
@@ -18,6 +24,41 @@ def on_cpu(processes: int) -> LaunchSettings:
         multiprocessing_distributed=True,
         nproc_per_node=processes,
     )
+
+
+class Command:
+    """A command in a process of its own that needs not import torch again; as `subprocess.Popen`.
+
+    Args:
+        words: A script, or -m and a module, and their arguments.
+        changes: To the environment.
+    """
+
+    def __init__(self, *words: str, **changes: str) -> None:
+        self._words = words
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115
+        self._process = warm.start_command(
+            words,
+            folder=ROOT,
+            environment={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **changes},
+            output=self._said.fileno(),
+            imports=("torchvision", "training.run", "gradients.extract", "attack.cli.running"),
+        )
+        assert self._process.pid is not None
+        self.pid: int = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit status, minus a signal's number; None while it runs."""
+        return self._process.exitcode
+
+    def communicate(self, timeout: float = 120) -> tuple[str, None]:
+        """Wait for its end; what it has printed."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(self._words, timeout)
+        self._said.seek(0)
+        return self._said.read().decode(), None
 
 
 def ranks_of(parent: int) -> list[int]:

@@ -13,6 +13,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.process import BaseProcess
@@ -114,12 +115,16 @@ class _Command:
     def __call__(self) -> None:
         """Become the command."""
         os.setpgid(0, 0)
+        # It is interrupted by its starter, also where that runs in the background of a script.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         for standard in (1, 2):
             os.dup2(self._output, standard)
         os.close(self._output)
         os.chdir(self._folder)
         os.environ.clear()
         os.environ.update(self._environment)
+        path = self._environment.get("PYTHONPATH", "").split(os.pathsep)
+        sys.path[:0] = [place for place in path if place and place not in sys.path]
         if self._cores:
             os.sched_setaffinity(0, self._cores)
         if "torch" in sys.modules and THREADS in os.environ:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -56,16 +57,19 @@ def warm_command(words: list[str], folder: Path, log: Path) -> int | None:
     return process.exitcode
 
 
+def as_from_a_terminal(core: int) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.sched_setaffinity(0, [core])
+
+
 def fresh_command(words: list[str], folder: Path, log: Path) -> int:
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "OF_THE_CELL": "1"}
     core = min(os.sched_getaffinity(0))
-    before = os.sched_getaffinity(0)
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, *words], cwd=folder, env=environment, stdout=output, stderr=output,
-            start_new_session=True, preexec_fn=lambda: os.sched_setaffinity(0, [core]),
+            start_new_session=True, preexec_fn=lambda: as_from_a_terminal(core),
         )  # fmt: skip
-    assert os.sched_getaffinity(0) == before
     return process.wait(60)
 
 
