@@ -29,6 +29,8 @@ class Reconstruction:
         status: "finished", "target-tv", "patience", "time" or "diverged".
         details: Anything else worth recording, plain values.
         members: Of an ensemble, every attack's own result by its name.
+        confidence: N x columns of a table's records: how sure the attack is of each cell, from
+            0 to 1; None where it does not say.
     """
 
     images: torch.Tensor
@@ -40,6 +42,7 @@ class Reconstruction:
     status: str = "finished"
     details: dict[str, Any] = field(default_factory=dict)
     members: dict[str, Reconstruction] = field(default_factory=dict)
+    confidence: torch.Tensor | None = None
 
     def __repr__(self) -> str:
         n, *shape = self.images.shape

@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from core.errors import InputError
-from core.reading import open_regular, prefix_of
+from core.reading import open_regular, prefix_of, read_bytes
 
 MAX_HEADER_BYTES = 4096
 # How much larger than the archive its arrays may be, where they are compressed.
 MAX_RATIO = 32
+# Of one array: a volume of 512 x 512 x 512 numbers of 8 bytes.
+MAX_ARRAY_BYTES = 2**30
 # Numbers and text; objects would be pickled.
 _KINDS = "biufcUS"
 
@@ -61,7 +63,35 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise InputError(f"{member.filename} is compressed as numpy does not compress")
     # The checksum of a member is compared where its end is reached.
-    content = archive.read(member)
+    return _array_in(archive.read(member), member.filename)
+
+
+def read_array(path: str | Path, flag: str = "") -> np.ndarray:
+    """Read a file of `numpy.save`, within the same bounds.
+
+    Args:
+        path: The file.
+        flag: The flag it was given with, for messages.
+
+    Raises:
+        InputError: It cannot be read, or is not as large as it claims, or neither of numbers
+            nor text.
+    """
+    content = read_bytes(path, flag, "numpy array", MAX_ARRAY_BYTES)
+    try:
+        return _array_in(content, "it")
+    except InputError as error:
+        raise InputError(f"{prefix_of(flag)}{path}: {error}") from None
+    except (
+        ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, SyntaxError,
+        TypeError, ValueError, struct.error,
+    ) as error:  # fmt: skip
+        raise InputError(
+            f"{prefix_of(flag)}{path} is no whole numpy array ({error!s:.200})"
+        ) from None
+
+
+def _array_in(content: bytes, name: str) -> np.ndarray:
     stream = io.BytesIO(content)
     version = np.lib.format.read_magic(stream)
     read_header = {
@@ -70,8 +100,8 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
     }[version]
     shape, fortran_order, dtype = read_header(stream, max_header_size=MAX_HEADER_BYTES)
     if dtype.kind not in _KINDS:
-        raise InputError(f"{member.filename} holds {dtype}, neither numbers nor text")
+        raise InputError(f"{name} holds {dtype}, neither numbers nor text")
     if math.prod(shape) * dtype.itemsize != len(content) - stream.tell():
-        raise InputError(f"{member.filename} has another size than it claims")
+        raise InputError(f"{name} has another size than it claims")
     flat = np.frombuffer(content, dtype, offset=stream.tell())
     return flat.reshape(shape, order="F" if fortran_order else "C").copy()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from core.data.columns import Columns
 from core.data.specs import DataSpec
 from core.errors import InputError
 from core.local_training import LocalTraining as LocalTraining
@@ -121,12 +122,14 @@ class Truth:
             one would guess without any gradient. None where unknown.
         nearest_images: For each image the most similar one that is not the client's
             (N x C x H x W in [0, 1]): the best guess among known images. None where unknown.
+        columns: Of a table, what its features stand for; None for all else.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     mean_image: torch.Tensor | None = None
     nearest_images: torch.Tensor | None = None
+    columns: Columns | None = None
 
     @property
     def inputs(self) -> torch.Tensor:

@@ -27,6 +27,7 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
 GENERATED = ROOT / "docs" / "generated"
+AUDIT_RECORD = ROOT / "docs" / "audit-record.md"
 REFERENCE = ROOT / "results" / "reference"
 NOTE = "<!-- Written by docs/generate.py. Change {source} instead. -->"
 SECTION = re.compile(
@@ -54,10 +55,13 @@ COMMANDS = {
     "python -m federated.compare_methods": "federated.compare_methods",
     "python -m gradients.inspect": "gradients.inspect",
     "python -m audit.gate_log": "audit.gate_log",
+    "gradinvbench audit": "audit.command",
     "python -m training.reports": "training.reports",
     "python -m benchmarks.equal_time": "benchmarks.speed.equal_time",
     "python -m benchmarks.models": "benchmarks.models.__main__",
     "python -m benchmarks.decision": "benchmarks.decision",
+    "python -m benchmarks.tabular": "benchmarks.tabular",
+    "python -m benchmarks.bounds": "benchmarks.bounds",
     "python -m benchmarks.speed": "benchmarks.speed.__main__",
     "python -m benchmarks.speed.scaling": "benchmarks.speed.scaling",
     "python -m benchmarks.speed.pages": "benchmarks.speed.pages",
@@ -73,23 +77,40 @@ RECORDS = (
     ("Record of stage 3", "attack.record", ()),
 )
 
+# Pages that a record is shown on: the module whose `page_of` reads it, and its folder.
+RECORDED = {
+    "models.md": ("benchmarks.models.record", "models"),
+    "bounds.md": ("benchmarks.bounds", "bounds"),
+}
+
 
 def main() -> None:
     """Replace the folder of generated pages."""
     written = pages()
     shutil.rmtree(GENERATED, ignore_errors=True)
-    (ROOT / "docs" / "models.md").write_text(models_page(), encoding="utf-8")
+    for name, text in recorded_pages().items():
+        (ROOT / "docs" / name).write_text(text, encoding="utf-8")
+    AUDIT_RECORD.write_text(audit_record_page(), encoding="utf-8")
     for name, text in written.items():
         path = GENERATED / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
 
 
-def models_page() -> str:
-    """Which models work, from the record of `python -m benchmarks.models`."""
-    from benchmarks.models.record import Record
+def recorded_pages() -> dict[str, str]:
+    """Pages that show a record of `results/`, by their name below `docs`."""
+    return {
+        name: importlib.import_module(module).page_of(ROOT / "results" / folder)
+        for name, (module, folder) in RECORDED.items()
+    }
 
-    return Record.read(ROOT / "results" / "models").page()
+
+def audit_record_page() -> str:
+    """The page on `audit.json`: what stands above the remark, then every field."""
+    above, remark, _ = re.split(r"(<!-- .*? -->\n)", AUDIT_RECORD.read_text(), maxsplit=1)
+    kinds = dataclasses_of("audit.record", ())
+    parts = [f"## {kind.__name__}\n\n{_fields(kind)}" for kind in kinds]
+    return above + remark + "\n" + "\n\n".join(parts) + "\n"
 
 
 def pages() -> dict[str, str]:

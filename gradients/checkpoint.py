@@ -488,12 +488,20 @@ def _check_data(data: DataSpec, loss: Loss) -> None:
     channels = data.shape[0]
     if len(data.mean) != channels or len(data.std) != channels:
         raise InputError(f"its mean and std do not have {channels} values")
+    if data.columns is not None and (data.columns.width,) != data.shape:
+        raise InputError(f"its columns make {data.columns.width} features, not {data.shape}")
     numbers = torch.tensor([*data.mean, *data.std], dtype=torch.float64)
     if not torch.isfinite(numbers).all() or min(data.std) <= 0:
         raise InputError("its mean and std are not finite numbers with a positive std")
 
 
 def _model_spec(raw: Mapping[str, Any], data: DataSpec) -> ModelSpec:
+    if len(data.shape) == 1 and raw.get("model") is not None:
+        model = ModelSpec.from_dict(raw["model"])
+        _check_model(model)
+        if (model.n_classes, model.features) != (data.n_classes, data.shape[0]):
+            raise InputError("its model and its data differ in classes or features")
+        return model
     if len(data.shape) != 3:
         raise InputError(f"its model is one of ours, which takes images, not shape {data.shape}")
     if data.shape[1] != data.shape[2]:
@@ -629,7 +637,8 @@ def _parse_truth(raw: Mapping[str, Any], target: Target) -> Truth | None:
     if nearest is not None:
         nearest = target.data.clamp(_finite(nearest, "the nearest images", shape).float())
     images = target.data.clamp(target.data.denormalize(inputs))
-    return Truth(images=images, labels=labels, mean_image=mean, nearest_images=nearest)
+    columns = target.data.columns
+    return Truth(images, labels, mean_image=mean, nearest_images=nearest, columns=columns)
 
 
 def _true_labels(value: Any, target: Target) -> torch.Tensor:

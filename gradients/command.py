@@ -60,7 +60,8 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--data",
         metavar="DIR",
-        help="folder with images, built-in name, or MODULE:FUNCTION that gives your own samples",
+        help="folder with images, built-in name, a table (randhie, fair, breast_cancer, diabetes, "
+        "FILE.csv), or MODULE:FUNCTION that gives your own samples",
     )
     group.add_argument("--data-name", help="imagenet, cifar100, svhn, celeba, ...")
     group.add_argument("--data-root", metavar="DIR", help="where a built-in data set lies")
@@ -94,7 +95,8 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--malicious",
         default="",
         metavar="KIND:N",
-        help="a malicious server sends a changed model: imprint:BINS, fishing:CLASS, or "
+        help="a malicious server sends a changed model: imprint:BINS, trap:RECORDS (that shall "
+        "activate a neuron of the first layer), fishing:CLASS, or "
         "fishing-feature:CLASS[:FEATURE[:CUT]] (FEATURE: a number or logit, the default; images "
         "of the class pass below CUT, by default where one of the batch is expected)",
     )

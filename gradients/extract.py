@@ -15,6 +15,7 @@ from torch import nn
 from core.client import check_fits, in_full_precision, own_data, with_classes
 from core.clipping import PER_SAMPLE
 from core.data.data_sets import DataSets, load_data
+from core.data.records import is_table, load_table, table_data_sets
 from core.data.specs import DataSpec
 from core.errors import InputError
 from core.models.architecture import Architecture
@@ -48,6 +49,8 @@ from gradients.settings import (
     ModelSettings,
 )
 
+# For tables, unless `--arch` says another.
+RECORDS_ARCH = "mlp"
 OUR_STEM = (
     "the model has the stem for small images, which the original tools do not know; for a "
     "checkpoint that they load as well: --stem imagenet"
@@ -181,7 +184,7 @@ def _truth(data: DataSets, indices: list[int], workers: int, process: Process) -
     """The client's images, and on the first process what one could guess without them."""
     images, labels = load_batch(data, indices, workers)
     mean, nearest = validation_guesses(data, images, workers) if process.is_main else (None, None)
-    return Truth(images, labels, mean_image=mean, nearest_images=nearest)
+    return Truth(images, labels, mean, nearest, data.spec.columns)
 
 
 def _tampered(
@@ -211,6 +214,9 @@ def _load_data(
     settings: DataSettings, pretrained: Pretrained | None, seed: int
 ) -> tuple[DataSets, DataSpec]:
     """The data set, and its description with the normalisation that the model expects."""
+    if is_table(settings.data):
+        table = load_table(settings.data, settings.root)
+        return table_data_sets(table, seed, settings.split_seed), table.spec
     described = None if pretrained is None else pretrained.model
     size = settings.image_size or (None if described is None else described.image_size)
     stated = None if pretrained is None else pretrained.data
@@ -234,9 +240,11 @@ def _model_spec(
     settings: ModelSettings, pretrained: Pretrained | None, data: DataSpec
 ) -> ModelSpec:
     """The architecture: as the checkpoint says, else as the settings say."""
+    described = None if pretrained is None else pretrained.model
+    if data.columns is not None:
+        return _model_of_records(settings, described, data)
     size = data.shape[1]
     kernel = settings.pool_kernel
-    described = None if pretrained is None else pretrained.model
     if described is None:
         return ModelSpec(
             arch=settings.arch or DEFAULT_ARCH,
@@ -254,6 +262,25 @@ def _model_spec(
         image_size=size,
         pool_kernel=kernel or described.pool_kernel,
     )
+
+
+def _model_of_records(
+    settings: ModelSettings, described: ModelSpec | None, data: DataSpec
+) -> ModelSpec:
+    """The architecture for a table's records: a fully connected network by default."""
+    if settings.malicious.startswith("imprint"):
+        raise InputError("--malicious imprint: its block is for images; for records: trap:RECORDS")
+    if described is None:
+        return ModelSpec(
+            arch=settings.arch or RECORDS_ARCH,
+            n_classes=data.n_classes,
+            width=settings.width,
+            features=data.shape[0],
+        )
+    _check_described(settings, described)
+    if (described.features, described.n_classes) != (data.shape[0], data.n_classes):
+        raise InputError(f"--pretrained: {settings.pretrained} is of a model for other records")
+    return described
 
 
 def _check_described(settings: ModelSettings, described: ModelSpec) -> None:

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from attack.metrics import Evaluation, register_metric
     from attack.reconstruction import Reconstruction
     from attack.settings import InversionConfig as Settings
+    from audit.decision import Verdict, decide
     from core.data.given import GivenData
+    from core.data.records import Table
+    from core.data.records import load_table as table
     from core.data.specs import DataSpec
     from core.errors import InputError
     from core.losses import (
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     from federated.phantoms.findings import chest_phantoms
     from gradients.defenses import ClientView, Defense, Gradient, register_defense
     from gradients.shared_update import SharedUpdate, read_update
+    from gradinvbench._audit import Audit, audit
     from gradinvbench._catalogue import attacks, defenses, losses, metrics
     from gradinvbench._evaluate import evaluate
     from gradinvbench._files import load_target, save_target
@@ -53,6 +57,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Architecture",
     "Attack",
+    "Audit",
     "BinaryCrossEntropy",
     "ClientView",
     "CrossEntropy",
@@ -76,11 +81,15 @@ __all__ = [
     "Settings",
     "SharedUpdate",
     "SumOfHeads",
+    "Table",
     "Target",
     "Truth",
+    "Verdict",
     "__version__",
     "attacks",
+    "audit",
     "chest_phantoms",
+    "decide",
     "defenses",
     "evaluate",
     "invert",
@@ -94,6 +103,7 @@ __all__ = [
     "register_metric",
     "save_target",
     "share",
+    "table",
     "target_from_update",
 ]
 
@@ -101,6 +111,7 @@ __all__ = [
 _HOMES = {
     "Architecture": "core.models.architecture",
     "Attack": "attack.attacks",
+    "Audit": "gradinvbench._audit",
     "BinaryCrossEntropy": "core.losses",
     "ClientView": "gradients.defenses",
     "CrossEntropy": "core.losses",
@@ -124,11 +135,15 @@ _HOMES = {
     "Settings": "attack.settings:InversionConfig",
     "SharedUpdate": "gradients.shared_update",
     "SumOfHeads": "core.losses",
+    "Table": "core.data.records",
     "Target": "core.target",
     "Truth": "core.target",
+    "Verdict": "audit.decision",
     "__version__": "core.version",
     "attacks": "gradinvbench._catalogue",
+    "audit": "gradinvbench._audit",
     "chest_phantoms": "federated.phantoms.findings",
+    "decide": "audit.decision",
     "defenses": "gradinvbench._catalogue",
     "evaluate": "gradinvbench._evaluate",
     "invert": "gradinvbench._invert",
@@ -142,6 +157,7 @@ _HOMES = {
     "register_metric": "attack.metrics",
     "save_target": "gradinvbench._files",
     "share": "gradinvbench._share",
+    "table": "core.data.records:load_table",
     "target_from_update": "gradinvbench._received",
 }
 

@@ -35,7 +35,9 @@ def evaluate(
             rows of a table.
         truth: The second thing that `share` returned.
         metrics: Names in `metrics()`; default: PSNR, SSIM, MSE and those of plugins; of signals
-            and volumes also the NCC, and of tables that in place of the SSIM.
+            and volumes also the NCC, and of tables that in place of the SSIM; of a `table`'s
+            records also the share of right cells and of exact records, beside guesses from the
+            columns' distributions.
         device: Where to compute; default: where the images are.
 
     Returns:
@@ -55,10 +57,11 @@ def evaluate(
         device=device,
         mean_image=truth.mean_image,
         nearest_images=truth.nearest_images,
+        confidence=found.confidence if isinstance(found, Reconstruction) else None,
     )
 
 
 def _default(truth: Truth) -> tuple[str, ...]:
     if truth.images.dim() == 4:
         return (*DEFAULT, *registered_metrics())
-    return metrics_for(truth.images.shape[1:])
+    return metrics_for(truth.images.shape[1:], truth.columns)

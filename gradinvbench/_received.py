@@ -11,12 +11,13 @@ from torch import nn
 
 from attack.matching.shared_parameters import check_update
 from core.client import in_full_precision, outputs_of, with_classes
-from core.errors import InputError, nearest
+from core.errors import InputError
 from core.losses import Function, Loss, as_loss
 from core.models.architecture import Architecture, GivenModel
-from core.models.state_files import State, fit, load_fitting, named, renamed
-from core.target import RUNNING_STATISTICS, LocalTraining, Target
+from core.models.state_files import State, named, renamed
+from core.target import LocalTraining, Target
 from gradients.shared_update import SharedUpdate
+from gradients.update_target import gradient_of, load_received, running_after
 from gradinvbench._clients import data_spec, is_bounded, local_training
 
 # A gradient as a user has it: by parameter name, or in the order of the model's parameters.
@@ -75,8 +76,8 @@ def target_from_update(
     training = local_training(local, size)
     if isinstance(update, SharedUpdate):
         _check_local(local)
-        _load(received, update)
-        gradient = _gradient_of(update, received, training)
+        load_received(received, update)
+        gradient = gradient_of(update, received, training)
     else:
         gradient = _given_gradient(update, received)
     check_update(gradient, dict(received.named_parameters()), architecture.name)
@@ -95,7 +96,7 @@ def target_from_update(
         batch_size=size,
         local=training.as_told(size),
         defenses=tuple(defenses),
-        running_after=_running_after(update, received),
+        running_after=running_after(update, received) if isinstance(update, SharedUpdate) else None,
         loss=chosen,
     )
 
@@ -112,41 +113,6 @@ def _check_local(local: LocalTraining | str | None) -> None:
             "local: an update between two states says nothing of the learning rate; say how the "
             "client trained, as local='sgd lr=0.1'"
         )
-
-
-def _load(model: nn.Module, update: SharedUpdate) -> None:
-    """Give the model the parameters that the client received, in their precision."""
-    if any(value.dtype == torch.float64 for value in update.before.values()):
-        model.double()
-    found = fit(update.before, model)
-    # Constants, which a module has of its own, may be missing.
-    kept = {name for name, _ in model.named_buffers() if not name.endswith(RUNNING_STATISTICS)}
-    if found.unexpected or found.other_shape or set(found.missing) - kept:
-        raise InputError(
-            f"the state before the update is not that of {type(model).__name__}: {found.sentence()}"
-        )
-    load_fitting(model, found, "the state before the update")
-
-
-def _gradient_of(update: SharedUpdate, model: nn.Module, training: LocalTraining) -> State:
-    """(theta_0 - theta_K) / (lr K) of the parameters that changed."""
-    parameters = dict(model.named_parameters())
-    change = renamed(update.change, model.state_dict())
-    moved = {n: v for n, v in change.items() if n in parameters and bool(v.any())}
-    if not moved:
-        raise InputError(
-            f"the update changes no parameter of {type(model).__name__}"
-            f"{_nearest(update.unknown, parameters)}"
-        )
-    factor = -1 / (training.lr * training.updates)
-    # In the order of the parameters, in which gradients are listed.
-    return {n: (factor * moved[n]).to(p.dtype) for n, p in parameters.items() if n in moved}
-
-
-def _nearest(unknown: Sequence[str], parameters: Mapping[str, object]) -> str:
-    if not unknown:
-        return ""
-    return f"; it names {unknown[0]}, and the nearest is {nearest(unknown[0], parameters)}"
 
 
 def _given_gradient(given: GivenGradient, model: nn.Module) -> State:
@@ -174,8 +140,3 @@ def _of_patterns(gradient: State, patterns: str | Sequence[str] | None) -> State
     if not kept:
         raise InputError(f"shared: no parameter of the update fits {', '.join(wanted)}")
     return kept
-
-
-def _running_after(update: SharedUpdate | GivenGradient, model: nn.Module) -> State | None:
-    after = update.running_after() if isinstance(update, SharedUpdate) else None
-    return None if after is None else renamed(after, model.state_dict())

@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 
 HOME = Path(__file__).resolve().parent.parent
-ROOMS = ("core", "training", "gradients", "attack")
+ROOMS = ("core", "training", "gradients", "attack", "audit")
 
 
 def check_packages() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 from collections.abc import Sequence
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from core.client import SHAPES, fitted_targets, in_full_precision, outputs_of, with_classes
+from core.data.records import Table
 from core.errors import InputError, nearest
 from core.losses import Function, Loss, as_loss
 from core.models.architecture import Architecture, GivenModel
@@ -25,7 +27,7 @@ _TOLERANCE = 1e-4
 
 def share(
     model: nn.Module | Architecture,
-    inputs: torch.Tensor | None = None,
+    inputs: torch.Tensor | Table | None = None,
     targets: torch.Tensor | Sequence[int] | None = None,
     *,
     loss: str | Function | Loss | None = None,
@@ -49,7 +51,8 @@ def share(
             as it is; one in half precision or bfloat16 is computed in float32. Or a
             `ModelSpec`.
         inputs: N images (N x C x H x W), volumes (N x C x D x H x W), signals (N x C x L) or
-            rows of a table (N x F), of any size, in [0, 1] unless `bounds` is None.
+            rows of a table (N x F), of any size, in [0, 1] unless `bounds` is None. Or records
+            of a `table`, which bring their targets, class names and columns.
         targets: What the loss compares the outputs with: for cross-entropy N class indices or
             N x classes probabilities, else see `losses()`.
         loss: What the client minimises: a name in `losses()`, a `Loss`, or any function of
@@ -78,6 +81,11 @@ def share(
     Raises:
         InputError: One sentence on what cannot be used.
     """
+    columns = None
+    if isinstance(inputs, Table):
+        columns, bounds, class_names = inputs.columns, None, inputs.class_names
+        targets = inputs.targets if targets is None else targets
+        inputs = inputs.inputs
     chosen = as_loss(loss)
     given = _checked_inputs(_one_of("inputs", inputs, images), is_bounded(bounds))
     with torch.random.fork_rng(devices=[]):
@@ -87,6 +95,7 @@ def share(
         )
         received = in_full_precision(architecture.build())
     data = data_spec(given.shape[1:], mean, std, class_names, bounds is not None)
+    data = dataclasses.replace(data, columns=columns)
     received.train(received.training if train_mode is None else train_mode)
     outputs = outputs_of(received, data, given)
     wanted = fitted_targets(chosen, outputs, _one_of("targets", targets, labels), len(given))
@@ -105,7 +114,7 @@ def share(
     assert target is not None
     if not all(gradient.isfinite().all() for gradient in target.gradient.values()):
         raise InputError("the update is not finite: the model or its local training diverges")
-    return target, Truth(given, wanted)
+    return target, Truth(given, wanted, columns=columns)
 
 
 def _one_of(name: str, given: object, other: object) -> torch.Tensor:

@@ -15,6 +15,7 @@ COMMANDS = {
     "train": ("stage 1: train a client's model under a defense", "training.main_pytorch"),
     "extract": ("stage 2: compute what a client shares for a batch", "gradients.command"),
     "attack": ("stage 3: invert it and measure what was recovered", "attack.cli.command"),
+    "audit": ("measure what a site's own update gives away", "audit.command"),
     "table": ("compute tables of results (from a checkout)", "benchmarks.command"),
     "leaderboard": ("show the leaderboard (from a checkout)", "benchmarks.command"),
 }

@@ -22,6 +22,7 @@ VERBS = {
     "train": "python training/main_pytorch.py",
     "extract": "python training/get_gradients.py",
     "attack": "python main_run.py",
+    "audit": "gradinvbench audit",
     "table": "python -m benchmarks",
     "leaderboard": "python -m benchmarks leaderboard",
 }

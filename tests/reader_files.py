@@ -22,6 +22,7 @@ from attack.settings import InversionConfig
 from audit.gate_log import append, verify
 from audit.leakage import LeakageRecord, read_leakage
 from audit.settings import load_inversion_settings
+from audit.show.store import read_audit, write_audit
 from benchmarks.declare.tables import load_table
 from benchmarks.run.cells import Cell
 from benchmarks.run.store import Store
@@ -39,6 +40,7 @@ from gradients.checkpoint import load_target, save_target
 from gradients.received_model import read_pretrained
 from gradients.record import ExtractRecord, Measured, describe
 from gradients.record import read_record as read_extraction
+from tests.audit_records import example as example_audit
 from tests.targets import make_target
 from training.record import EpochResult, TrainRecord
 from training.record import read_record as read_training
@@ -241,6 +243,9 @@ JSON = {
     ),
     "extraction record": Reader("record.json", json_writer(extract_record), read_extraction),
     "attack record": Reader("record.json", json_writer(attack_record), read_attack),
+    "audit record": Reader(
+        "audit.json", lambda p: write_audit(example_audit(), p.parent), read_audit
+    ),
     "leakage record": Reader(
         "leakage_round0.json", json_writer(leakage_record), lambda p: read_leakage(p.parent)
     ),

@@ -102,6 +102,8 @@ def _agreeing(rows: torch.Tensor, tolerance: float) -> tuple[torch.Tensor, torch
 def _most_plausible(target: Target, inputs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Order of candidates: confirmed by other rows first, then by how far out of range."""
     images = target.data.denormalize(inputs.reshape(-1, *target.data.shape).cpu())
-    outside = (images - target.data.clamp(images)).flatten(1).norm(dim=1).to(rows.device)
+    columns = target.data.columns
+    valid = target.data.clamp(images) if columns is None else columns.project(images)
+    outside = (images - valid).flatten(1).norm(dim=1).to(rows.device)
     outside = outside + images.shape[1:].numel() * (rows == 1)
     return outside.argsort(stable=True)

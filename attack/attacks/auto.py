@@ -33,6 +33,7 @@ class Auto(Attack):
 
     name = "auto"
     recovers_labels: ClassVar[bool] = True
+    shares_a_batch: ClassVar[bool] = True
     adapts_by_default: ClassVar[bool] = True
 
     def __init__(self, config: EnsembleConfig | None = None) -> None:

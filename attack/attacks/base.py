@@ -28,6 +28,7 @@ class Attack(abc.ABC):
         label_rule: How its paper gets the labels, see `attack.knowledge.labels`; "exact" where
             it says nothing of it.
         recovers_labels: Whether it recovers the labels itself where no rule is asked for.
+        shares_a_batch: Whether several processes can share its images out.
         adapts_by_default: Whether it takes a known defense into account unasked.
         published: The paper's hyper-parameters; None for an attack without an optimisation loop.
     """
@@ -37,6 +38,7 @@ class Attack(abc.ABC):
     fits: ClassVar[frozenset[Targets]] = frozenset(Targets)
     label_rule: ClassVar[str] = "exact"
     recovers_labels: ClassVar[bool] = False
+    shares_a_batch: ClassVar[bool] = False
     adapts_by_default: ClassVar[bool] = False
     published: ClassVar[InversionConfig | None] = None
 

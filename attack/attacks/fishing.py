@@ -57,6 +57,8 @@ class Fishing(OptimizationAttack):
     requires: ClassVar[frozenset[Capability]] = frozenset({Capability.MALICIOUS_SERVER})
     fits = frozenset({Targets.CLASSES})
     published = published.SPECTRAL
+    # What was fished is one image.
+    shares_a_batch: ClassVar[bool] = False
 
     def reconstruct(
         self,

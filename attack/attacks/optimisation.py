@@ -28,6 +28,7 @@ class OptimizationAttack(Attack):
     """
 
     published: ClassVar[InversionConfig]
+    shares_a_batch: ClassVar[bool] = True
 
     def __init__(self, config: InversionConfig | None = None) -> None:
         self.config = config or self.published

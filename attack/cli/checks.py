@@ -49,6 +49,11 @@ def check_run(run: AttackRun, *, cpu: bool, processes: int = 1) -> tuple[Target,
 
 def _check_shareable(attack: Attack, target: Target, processes: int) -> None:
     """Refuse to share a batch out that one process has to invert as a whole."""
+    if not attack.shares_a_batch:
+        raise InputError(
+            f"--multiprocessing-distributed: --attack {attack.name} runs on one process, which "
+            "inverts the batch as a whole"
+        )
     config = getattr(attack, "config", None)
     if not isinstance(config, InversionConfig):
         return

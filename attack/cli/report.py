@@ -15,6 +15,7 @@ from attack.loop.inversion import as_matched
 from attack.matching.replica import Replica
 from attack.metrics import Evaluation, evaluate
 from attack.metrics.information_ratio import gradient_information
+from attack.metrics.records import comparison
 from attack.metrics.worst_case import worst_case
 from attack.record import AttackRecord, LabelRecord, RunRecord
 from attack.settings import InversionConfig
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from core.target import Target, Truth
 
 logger = logging.getLogger(__name__)
+
+# Records of a table that are printed beside the originals.
+SHOWN_RECORDS = 32
 
 
 @dataclass(frozen=True)
@@ -217,6 +221,7 @@ def _evaluated(output: Output, found: Reconstruction, truth: Truth, guesses: boo
         lpips_weights=output.run.measuring.lpips_weights,
         mean_image=truth.mean_image if guesses else None,
         nearest_images=truth.nearest_images if guesses else None,
+        confidence=found.confidence,
     )
 
 
@@ -227,6 +232,10 @@ def _measure(output: Output, truth: Truth, found: Reconstruction, record: Attack
     record.label_accuracy = accuracy
     record.evaluation = evaluation.to_record()
     record.tables += [evaluation.render(), f"label accuracy {accuracy:.3f} ({rule})"]
+    if truth.columns is not None:
+        ordered = found.images[evaluation.order][:SHOWN_RECORDS]
+        shown = comparison(truth.columns, ordered, truth.images[:SHOWN_RECORDS])
+        record.tables.append(shown.to_string(index=False))
     target = output.target
     save_comparison(
         output.run.folder / "reconstruction.png",

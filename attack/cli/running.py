@@ -35,6 +35,7 @@ from core.losses import Targets
 from core.pictures import save_images
 from core.plugins import import_plugin
 from core.processes.distributed import Process, barrier, broadcast_object
+from core.processes.interruption import interruptions_noted
 from core.reading import file_digest, read_json
 from core.records import fits
 from core.storage import write_json
@@ -68,7 +69,7 @@ def run_attack(
     lock: AbstractContextManager[None] = contextlib.nullcontext()
     if process.is_main:
         lock = locked(run.folder / LOCK_NAME, f"--root and --id: {run.folder}")
-    with lock:
+    with lock, interruptions_noted(process.device):
         _run_locked(output)
 
 
@@ -99,12 +100,12 @@ def _run_locked(output: Output) -> None:
 
 
 def _conclude_early(output: Output, found: Reconstruction, curve: Curve) -> None:
-    """Measure what an interrupted attack has found; nothing where processes are several."""
-    if output.process.world_size > 1:
-        return
-    print(f"interrupted after {found.iterations} iterations: measuring the best so far")
-    write_results(output, found, curve.points)
-    print("the same command continues from the last saved state")
+    """Measure what an interrupted attack has found."""
+    if output.process.is_main:
+        print(f"interrupted after {found.iterations} iterations: measuring the best so far")
+        write_results(output, found, curve.points)
+        print("the same command continues from the last saved state", flush=True)
+    barrier()
 
 
 @contextlib.contextmanager

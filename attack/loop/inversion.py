@@ -47,6 +47,7 @@ from attack.matching.replica import Replica
 from attack.reconstruction import Reconstruction
 from attack.settings import RANDOM_STARTS, UNROLL, InversionConfig, setting_error
 from core.processes import distributed
+from core.processes.interruption import InterruptedTogether, interruptions_noted
 from core.target import LocalTraining, Target
 
 __all__ = [
@@ -70,6 +71,8 @@ ASSUMED_ORDER = (
     "the client's epochs mix the images in an order that is not told; every epoch is simulated "
     "with the same batches"
 )
+# Iterations between two looks for Ctrl-C to another process.
+LOOK_EVERY = 4
 logger = logging.getLogger(__name__)
 
 
@@ -179,15 +182,18 @@ class Inversion:
             InterruptedInversion: At Ctrl-C, with the best result so far; the last saved state
                 stays, and a further run continues from it.
         """
-        with product_precision(self.config.speed.precision):
+        precision = product_precision(self.config.speed.precision)
+        with precision, interruptions_noted(self.device) as stop_if_interrupted:
             try:
                 return self._run(
                     progress, print_every, on_snapshot, snapshot_every, report, state_file,
-                    save_every,
+                    save_every, stop_if_interrupted,
                 )  # fmt: skip
-            except KeyboardInterrupt:
-                # Several processes are not interrupted at the same iteration.
-                if distributed.world_size() > 1 or not math.isfinite(self._best_objective()):
+            except KeyboardInterrupt as interruption:
+                # The result is put together by all processes.
+                together = isinstance(interruption, InterruptedTogether)
+                several = distributed.world_size() > 1
+                if (several and not together) or not math.isfinite(self._best_objective()):
                     raise
                 raise InterruptedInversion(self._result("interrupted")) from None
 
@@ -200,6 +206,7 @@ class Inversion:
         report: Report | None,
         state_file: Path | None,
         save_every: int,
+        stop_if_interrupted: Callable[[], None],
     ) -> Reconstruction:
         state = None if state_file is None else self._state(state_file)
         if state is not None:
@@ -213,6 +220,8 @@ class Inversion:
             self._iterate(iteration)
             self.progress.iteration = iteration + 1
             self.progress.seconds = time.perf_counter() - started
+            if iteration % LOOK_EVERY == 0:
+                stop_if_interrupted()
             bar.update()
             if iteration % print_every == 0 or iteration + 1 == self.config.optimiser.iterations:
                 entry = self._trace_entry(iteration)

@@ -15,7 +15,16 @@ from attack.metrics.assignment import assign
 from attack.metrics.identification import iip, rdlv
 from attack.metrics.perceptual import load_lpips
 from attack.metrics.pixels import PSNR_CAP, data_range, is_exact, mse, ncc, psnr, to_unit_range
+from attack.metrics.records import (
+    RECORD_METRICS,
+    RecordMetric,
+    assign_records,
+    by_column,
+    calibration,
+    guesses,
+)
 from attack.metrics.similarity import cw_ssim, ssim
+from core.data.columns import Columns
 from core.errors import InputError
 from core.target import Truth
 
@@ -52,6 +61,7 @@ _DIMENSIONS = {
     "ncc": frozenset({0, 1, 2, 3}),
     "ssim": frozenset({1, 2, 3}),
     "ssim_uniform": frozenset({1, 2, 3}),
+    **dict.fromkeys(RECORD_METRICS, frozenset({0})),
 }
 # What is compared as it is; the others see values in [0, 1].
 _IN_OWN_UNITS = {"mse"}
@@ -67,6 +77,7 @@ _TITLES = {
     "lpips_alex": "LPIPS (alex)",
     "lpips_vgg": "LPIPS (vgg)",
     "ncc": "NCC",
+    **{name: title for name, (_, title) in RECORD_METRICS.items()},
 }
 # Of a target of several values, in tables.
 _SHOWN_VALUES = 4
@@ -77,7 +88,7 @@ BEST_PER_METRIC = "best match per metric"
 
 def metric_names() -> list[str]:
     """Every metric that `evaluate` knows."""
-    return [*_SIMPLE, *_LPIPS]
+    return [*_SIMPLE, *_LPIPS, *RECORD_METRICS]
 
 
 def registered_metrics() -> tuple[str, ...]:
@@ -90,7 +101,8 @@ def metric_description(name: str) -> str:
     taken = f"({_listed(_kinds(name))})"
     if name in _LPIPS:
         return f"{_TITLES[name]}: learned perceptual distance of a network's features {taken}"
-    first = (_SIMPLE[name].__doc__ or "").strip().partition("\n")[0].rstrip(".")
+    function = RECORD_METRICS[name][0] if name in RECORD_METRICS else _SIMPLE[name]
+    first = (function.__doc__ or "").strip().partition("\n")[0].rstrip(".")
     return f"{_TITLES[name]}: {first} {taken}" if first else f"{_TITLES[name]} {taken}"
 
 
@@ -104,15 +116,18 @@ def _listed(words: Sequence[str]) -> str:
     return f"{', '.join(others)} and {last}" if others else last
 
 
-def metrics_for(shape: Sequence[int]) -> tuple[str, ...]:
+def metrics_for(shape: Sequence[int], columns: Columns | None = None) -> tuple[str, ...]:
     """The metrics that are measured by default, those of plugins included.
 
     Args:
         shape: Of one sample: C x H x W of an image, C x L of a signal, C x D x H x W of a
             volume, F of a table.
+        columns: Of a table's records, where they are known.
     """
     dims = len(shape) - 1
     default = DEFAULT_METRICS if dims == 2 else _DEFAULT_ELSEWHERE
+    if columns is not None:
+        default = (*RECORD_METRICS, *default)
     return tuple(name for name in (*default, *_ADDED) if fits(name, dims))
 
 
@@ -178,6 +193,7 @@ class Evaluation:
         order: The reconstruction assigned to each original (N).
         missing: By metric, why it has no values.
         whole: Values of the whole batch (iip, rdlv).
+        columns: Of a table, by column: the share of right cells, and that of the best guess.
     """
 
     metrics: tuple[str, ...]
@@ -187,6 +203,7 @@ class Evaluation:
     order: torch.Tensor
     missing: dict[str, str] = field(default_factory=dict)
     whole: dict[str, float] = field(default_factory=dict)
+    columns: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def summary(self) -> dict[str, dict[str, float | None]]:
         """Mean and population standard deviation over the images, by metric."""
@@ -214,6 +231,7 @@ class Evaluation:
             "batch": self.whole,
             "missing": self.missing,
             "psnr_cap": PSNR_CAP,
+            **({"columns": self.columns} if self.columns else {}),
         }
 
     def to_table(self) -> PrettyTable:
@@ -241,6 +259,9 @@ class Evaluation:
         if self.matching == BEST_PER_METRIC:
             notes.append("best match per metric: an upper bound, reconstructions may repeat")
         notes += [f"{name.upper()}: {value:.4g}" for name, value in self.whole.items()]
+        if self.columns:
+            parts = (f"{c} {v['accuracy']:.2f}/{v['guess']:.2f}" for c, v in self.columns.items())
+            notes.append(f"right by column, recovered/guessed: {', '.join(parts)}")
         return notes
 
     def render(self) -> str:
@@ -286,6 +307,7 @@ def evaluate(
     nearest_images: torch.Tensor | None = None,
     prior: torch.Tensor | None = None,
     lpips_weights: str | Path | None = None,
+    confidence: torch.Tensor | None = None,
 ) -> Evaluation:
     """Compare reconstructions with what was meant to stay private.
 
@@ -306,6 +328,7 @@ def evaluate(
             (N x C x H x W): a third one, the best guess among known images.
         prior: C x H x W in [0, 1]; adds the relative data leakage value of images.
         lpips_weights: Folder with LPIPS' weights (`--lpips-weights`).
+        confidence: M x columns, of records: how sure the attack is of every cell.
 
     Returns:
         Per image values, summaries and baselines.
@@ -313,19 +336,24 @@ def evaluate(
     Raises:
         InputError: Shapes that do not belong together, or an unknown metric.
     """
-    names = metrics_for(truth.images.shape[1:]) if metrics is None else tuple(metrics)
+    columns = truth.columns
+    names = metrics_for(truth.images.shape[1:], columns) if metrics is None else tuple(metrics)
     _check(images, labels, truth, names)
     device = images.device if device is None else torch.device(device)
     # Half precision would lose the metrics' small differences of large numbers.
     dtype = torch.promote_types(torch.promote_types(images.dtype, truth.images.dtype), torch.float)
     images, originals = images.to(device, dtype), truth.images.to(device, dtype)
     bounds = data_range(originals)
-    functions, missing = _functions(names, originals, bounds, lpips_weights)
+    functions, missing = _functions(names, originals, bounds, lpips_weights, columns)
+    records, true_records = images, originals
     images, originals = to_unit_range(images, bounds), to_unit_range(originals, bounds)
-    order = assign(images, originals)
+    if columns is None:
+        order = assign(images, originals)
+    else:
+        order = assign_records(columns, records, true_records)
     chosen = order if one_to_one else None
     values = {m: _values(f, m, images, originals, chosen) for m, f in functions.items()}
-    return Evaluation(
+    found = Evaluation(
         metrics=names,
         matching=ONE_TO_ONE if one_to_one else BEST_PER_METRIC,
         per_image=_rows(names, values, truth, labels, chosen, images, originals),
@@ -340,6 +368,14 @@ def evaluate(
         missing=missing,
         whole=_whole(images, originals, order, candidates, prior),
     )
+    if columns is not None:
+        guessed = guesses(columns, true_records)
+        found.baselines |= _guessed(names, functions, guessed, true_records, bounds)
+        found.columns = by_column(columns, records[order], true_records, guessed)
+        if confidence is not None:
+            sure = confidence.to(order.device)[order]
+            found.whole |= calibration(columns, records[order], true_records, sure)
+    return found
 
 
 def _check(
@@ -367,15 +403,21 @@ def _functions(
     originals: torch.Tensor,
     bounds: tuple[float, float],
     weights: str | Path | None,
+    columns: Columns | None,
 ) -> tuple[dict[str, Metric], dict[str, str]]:
     """The metrics that can be computed from values in [0, 1], and why the others cannot."""
     dims = originals.dim() - 2
     missing = {name: _complaint(name, dims) for name in names if not fits(name, dims)}
+    of_records = [name for name in names if name in RECORD_METRICS and name not in missing]
+    if columns is None:
+        missing |= dict.fromkeys(of_records, "it needs to know what the columns hold")
     functions = {
         name: _rescaled(_SIMPLE[name], bounds) if name in _IN_OWN_UNITS else _SIMPLE[name]
         for name in names
         if name in _SIMPLE and name not in missing
     }
+    if columns is not None:
+        functions |= {n: _of_records(RECORD_METRICS[n][0], columns, bounds) for n in of_records}
     side, channels = min(originals.shape[-2:]), originals.shape[1]
     for name in (n for n in names if n in _LPIPS and n not in missing):
         network, reason = load_lpips(_LPIPS[name], weights)
@@ -401,6 +443,35 @@ def _rescaled(squares: Metric, bounds: tuple[float, float]) -> Metric:
         return squares
     factor = (high - low or 1.0) ** 2
     return lambda images, originals: factor * squares(images, originals)
+
+
+def _of_records(metric: RecordMetric, columns: Columns, bounds: tuple[float, float]) -> Metric:
+    """A metric of records from shares of a range, as the other metrics take them."""
+    low, high = bounds
+
+    def own_units(values: torch.Tensor) -> torch.Tensor:
+        return low + (high - low or 1.0) * values
+
+    return lambda found, truth: metric(columns, own_units(found), own_units(truth))
+
+
+def _guessed(
+    names: tuple[str, ...],
+    functions: Mapping[str, Metric],
+    guessed: Mapping[str, Sequence[torch.Tensor]],
+    records: torch.Tensor,
+    bounds: tuple[float, float],
+) -> dict[str, dict[str, dict[str, float | None]]]:
+    """What guesses from the columns' distributions get, by guess and metric."""
+    originals = to_unit_range(records, bounds)
+
+    def values(metric: str, guess: str) -> list[float | None]:
+        if metric not in functions:
+            return []
+        drawn = (to_unit_range(one, bounds) for one in guessed[guess])
+        return [v for one in drawn for v in _plain(functions[metric](one, originals))]
+
+    return {g: {name: _mean_and_std(values(name, g)) for name in names} for g in guessed}
 
 
 def _values(

@@ -18,8 +18,8 @@ METRIC, KEY, REST = "<metric>", "*", "**"
 
 
 _PRIVACY = "clipping noise_multiplier max_norm delta epsilon"
-_MODEL = "arch n_classes image_size width pool_kernel stem norm malicious builder"
-_DATA = "name shape mean std n_classes class_names bounded"
+_MODEL = "arch n_classes image_size width pool_kernel stem norm malicious builder features"
+_DATA = "name shape mean std n_classes class_names bounded columns.**"
 _PROVENANCE = "seed device device_type threads processes versions.*"
 _TARGET = (
     "mode train_mode batch_size shards synchronized bn_statistics defenses dropout_seed "
@@ -85,6 +85,12 @@ _WRITTEN: dict[str, dict[str, str]] = {
         "leakage": "site round decision reason statement rdlv threshold metric null.* n_others "
         "top1 chance",
         "leakage.images": "reconstruction similarity prior_similarity rdlv p_value rank",
+        "provenance": _PROVENANCE,
+    },
+    "tabular": {
+        "": "checksum status seconds wall_seconds shown columns.* arguments.**",
+        "batches": "accuracy exact marginal_guess likeliest_record surer_when_right seconds",
+        f"batches.columns.{KEY}": "accuracy guess",
         "provenance": _PROVENANCE,
     },
 }

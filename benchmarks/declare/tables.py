@@ -57,6 +57,8 @@ PRESETS = ("embedded", "small", "paper")
 DEFAULT_DATA = "photo-patches"
 # Of a table. The largest of ours has some hundred; the paper's grids have some thousand.
 MAX_CELLS = 20_000
+# Stages whose commands read the data set.
+WITH_DATA = ("train", "extract", "tabular")
 # Stages whose commands import a module of the user's.
 WITH_PLUGINS = ("train", "extract", "attack")
 
@@ -298,7 +300,7 @@ class _Expansion:
     def _base(self) -> Overrides:
         """The flags of every row: the table's, then the preset's."""
         given = [{s: part[s] for s in self._chain if s in part} for part in self._layers]
-        data = {s: {"data": self._data} for s in self._chain if s in ("train", "extract")}
+        data = {s: {"data": self._data} for s in self._chain if s in WITH_DATA}
         plugin = self._last("plugin", "")
         plugins = {s: {"plugin": plugin} for s in self._chain if plugin and s in WITH_PLUGINS}
         return _merged(data, plugins, *given)

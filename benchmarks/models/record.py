@@ -17,6 +17,8 @@ GROUPS = {
     "timm": "Some of timm's classifiers",
 }
 FILE = "models.json"
+# A cosine distance that float32 cannot tell from zero.
+NO_DISTANCE = 1e-7
 HEADER = (
     "Model",
     "Input",
@@ -89,9 +91,11 @@ images is held against plain double backward in float64, written without a line 
 code: a batch of {BATCH} random images, the cosine of the two gradients. *Exact* is the attack's
 second backward pass, *difference* its difference of two passes, both in float64; at least
 {ENOUGH} is asked for. *Default* is what an attack does on its own in float32: it takes the
-difference, and where that is too coarse two backward passes (marked E). All networks are freshly
-initialised, so that in some of them gradients are tiny. `python -m benchmarks.models` measures
-what is missing here, one model after the other."""
+difference, and where that is too coarse two backward passes (marked E). Where this default is
+below {ENOUGH}, plain double backward was run in float32, too; the remark says what it has. All
+networks are freshly initialised: in some the images hardly move the gradient, whose distance from
+the shared one is then below float32's rounding. `python -m benchmarks.models` measures what is
+missing here, one model after the other."""
 
 
 def _row(stored: Mapping[str, object]) -> Agreement:
@@ -127,9 +131,15 @@ def _cells(evaluated: Agreement, trained: Agreement) -> tuple[str, ...]:
 
 
 def _remark(row: Agreement) -> str:
-    if row.automatic is not None and row.automatic < ENOUGH:
-        return f"In {row.mode} mode float32 falls short of {ENOUGH}, float64 does not."
-    return row.refusal
+    """Why a row is below `ENOUGH`, from what was measured there."""
+    if row.plain is None or row.distance is None:
+        return row.refusal
+    if row.plain >= ENOUGH:
+        return f"{row.mode}: the difference's rounding; plain float32 has {row.plain:.6f}."
+    remark = f"{row.mode}: rounding of float32, plain double backward in it has {row.plain:.6f}"
+    if abs(row.distance) < NO_DISTANCE:
+        remark += f" (nothing is left to match: the distance is {row.distance:.0e})"
+    return remark + "."
 
 
 def _number(cosine: float | None) -> str:
@@ -138,3 +148,8 @@ def _number(cosine: float | None) -> str:
 
 def _default(row: Agreement) -> str:
     return _number(row.automatic) + (" E" if row.chosen == "exact" else "")
+
+
+def page_of(folder: Path) -> str:
+    """The page of the documents that shows the record in a folder."""
+    return Record.read(folder).page()

@@ -154,6 +154,16 @@ STAGES: dict[str, Stage] = {
             parser=_parser_of("federated.experiment.cli.recipe"),
             distributed=False,
         ),
+        # A row of a table of records: all of its batches, shared and inverted in one process.
+        Stage(
+            name="tabular",
+            script=("-m", "benchmarks.tabular"),
+            rooms=("core", "gradients", "attack", "benchmarks/tabular.py"),
+            outputs=lambda folder: {"results": str(folder)},
+            record="record.json",
+            parser=_parser_of("benchmarks.tabular"),
+            distributed=False,
+        ),
     )
 }
 

@@ -199,7 +199,8 @@ def _cell(cell: Cell, name: str, labels: Mapping[str, str], store: Store) -> str
         f"<tr><td><code>{escape(k)}</code></td><td>{escape(str(v))}</td></tr>"
         for k, v in facts.items()
     )
-    said = f"<pre>{escape(failure['error'])}</pre>" if failure else ""
+    text = failure["error"] if failure else (result or {}).get("shown", "")
+    said = f"<pre>{escape(text)}</pre>" if text else ""
     return (
         f"<details{_data_labels(labels)}><summary>{escape(name)} ({state})</summary>"
         f"{said}<table>{rows}</table></details>"

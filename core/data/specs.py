@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from core.data.columns import Columns
 from core.errors import InputError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -47,6 +48,7 @@ class DataSpec:
         class_names: Names in the order of labels; may be empty.
         bounded: Whether values lie in [0, 1]. What has no bounds (a table, a signal) is
             neither boxed by an attack nor clamped.
+        columns: Of a table whose features are encoded columns; None for all else.
     """
 
     name: str
@@ -56,6 +58,7 @@ class DataSpec:
     n_classes: int
     class_names: tuple[str, ...] = ()
     bounded: bool = True
+    columns: Columns | None = None
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """Images in [0, 1] (N x C x ...) to the network's input."""
@@ -80,9 +83,12 @@ class DataSpec:
             key: list(v) if isinstance(v, tuple) else v
             for key, v in dataclasses.asdict(self).items()
         }
+        # Said only where it is not so: files and records of images stay what they were.
         if self.bounded:
-            # Said only where it is not so: files and records of images stay what they were.
             del values["bounded"]
+        del values["columns"]
+        if self.columns is not None:
+            values["columns"] = self.columns.to_list()
         return values
 
     @staticmethod
@@ -97,6 +103,7 @@ class DataSpec:
                 n_classes=int(values["n_classes"]),
                 class_names=tuple(values.get("class_names", ())),
                 bounded=bool(values.get("bounded", True)),
+                columns=Columns.from_list(values["columns"]) if "columns" in values else None,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"the checkpoint's data description is broken: {error!r}") from None

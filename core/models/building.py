@@ -39,6 +39,7 @@ class ModelSpec:
         norm: "batch", or "group" where every BatchNorm is replaced by GroupNorm.
         malicious: What a malicious server does to it, see `core.models.malicious`; empty for
             an honest one.
+        features: Of a table's record, where the model takes such (N x features) and no images.
     """
 
     arch: str = "resnet18"
@@ -49,6 +50,7 @@ class ModelSpec:
     pool_kernel: int = DEFAULT_POOL_KERNEL
     norm: str = "batch"
     malicious: str = ""
+    features: int | None = None
 
     @property
     def name(self) -> str:
@@ -69,7 +71,11 @@ class ModelSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint or a record."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        if self.features is None:
+            # Said of tables only: files and records of images stay what they were.
+            del values["features"]
+        return values
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> ModelSpec:
@@ -209,7 +215,9 @@ def _check_takes_images(model: nn.Module, spec: ModelSpec) -> None:
     was_training = model.training
     try:
         # In eval mode nothing is drawn and no statistic moves.
-        model.eval()(torch.zeros(1, 3, spec.image_size, spec.image_size, device=parameter.device))
+        size = spec.image_size
+        shape = (1, 3, size, size) if spec.features is None else (1, spec.features)
+        model.eval()(torch.zeros(shape, device=parameter.device))
     except (RuntimeError, ValueError, AssertionError) as error:
         raise _cannot_take(spec, error) from None
     finally:
@@ -218,6 +226,11 @@ def _check_takes_images(model: nn.Module, spec: ModelSpec) -> None:
 
 def _cannot_take(spec: ModelSpec, error: Exception) -> InputError:
     reason = str(error).strip().splitlines()[0].rstrip(".!")
+    if spec.features is not None:
+        return InputError(
+            f"--arch {spec.arch} cannot take records of {spec.features} features ({reason}); "
+            "choose --arch mlp, or give --model"
+        )
     return InputError(
         f"--arch {spec.arch} cannot take images of {spec.image_size} px ({reason}); choose "
         "another --image-size or --arch"

@@ -98,9 +98,9 @@ def _small_cnn(spec: ModelSpec) -> nn.Module:
 
 @register_model("mlp")
 def _mlp(spec: ModelSpec) -> nn.Module:
-    """Two hidden fully connected ReLU layers on the flattened image."""
+    """Two hidden fully connected ReLU layers on the flattened image, or on a table's record."""
     w = spec.width or 256
-    n = 3 * spec.image_size**2
+    n = spec.features or 3 * spec.image_size**2
     return nn.Sequential(
         nn.Flatten(),
         nn.Linear(n, w),

@@ -24,10 +24,11 @@ KINDS = {
     "imprint": ("number of bins", 1),
     "fishing": ("class", 1),
     "fishing-feature": ("class", 3),
+    "trap": ("number of records", 1),
 }
 FORMS = (
-    "imprint:BINS, fishing:CLASS or fishing-feature:CLASS[:FEATURE[:CUT]] (FEATURE: its number, "
-    "or logit)"
+    "imprint:BINS, trap:RECORDS, fishing:CLASS or fishing-feature:CLASS[:FEATURE[:CUT]] (FEATURE: "
+    "its number, or logit)"
 )
 MAX_BINS = 65536
 # Instead of a feature's number: the class's own logit, against the mean of all.
@@ -39,9 +40,10 @@ class Malice:
     """What a server does to the model it sends.
 
     Attributes:
-        kind: "imprint" (a block in front, Robbing the Fed), "fishing" or "fishing-feature"
-            (the last layer).
-        number: Bins of the imprint block, or the class to fish for.
+        kind: "imprint" (a block in front, Robbing the Fed), "trap" (the first layer, trap
+            weights), "fishing" or "fishing-feature" (the last layer).
+        number: Bins of the imprint block, records that shall activate a trap, or the class to
+            fish for.
         feature: Which feature tells the images of the class apart; None: its logit.
         cut: Value of the feature below which they pass; None: from public images.
     """
@@ -58,7 +60,7 @@ def malice_of(model: Architecture) -> str:
 
 
 def parse_malice(text: str, n_classes: int, flag: str = "--malicious") -> Malice:
-    """Read `imprint:BINS`, `fishing:CLASS` or `fishing-feature:CLASS[:FEATURE[:CUT]]`.
+    """Read what the server does, in one of `FORMS`.
 
     Args:
         text: The flag's value.
@@ -72,7 +74,8 @@ def parse_malice(text: str, n_classes: int, flag: str = "--malicious") -> Malice
     what, most = KINDS.get(kind, ("", 0))
     if not 1 <= len(words) <= most or not words[0].isdecimal():
         raise InputError(f"{flag} {text}: expected {FORMS}")
-    low, high = (2, MAX_BINS) if kind == "imprint" else (0, n_classes - 1)
+    ranges = {"imprint": (2, MAX_BINS), "trap": (1, MAX_BINS)}
+    low, high = ranges.get(kind, (0, n_classes - 1))
     if not low <= int(words[0]) <= high:
         raise InputError(f"{flag} {text}: the {what} must lie in {low}..{high}")
     feature = words[1] if len(words) > 1 else LOGIT

@@ -9,6 +9,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -26,8 +27,8 @@ from core.processes import warm
 from core.processes.shared_memory import PeerLostError
 
 # Seconds: between two looks for a signal; for the others to say what happened to them; to end
-# by themselves once they are asked.
-_LOOK, _SETTLING, _GRACE = 0.2, 2.0, 5.0
+# by themselves once they are asked; to conclude what Ctrl-C interrupted.
+_LOOK, _SETTLING, _GRACE, _CONCLUDING = 0.2, 2.0, 5.0, 120.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # What gloo and the store say where the other end is gone.
 _CUT = ("gloo", "connection", "Broken pipe", "timed out", "Timed out", "store", "NCCL")
@@ -141,6 +142,8 @@ class Ranks:
                     self._listen(_LOOK)
                 if self._failing() and not noted:
                     self._settle()
+                if signal.SIGINT in noted:
+                    self._conclude(noted)
             finally:
                 ended = self._end(noted[0] if noted else signal.SIGTERM)
         if signal.SIGINT in noted:
@@ -187,14 +190,31 @@ class Ranks:
                 return
             self._listen(_LOOK)
 
+    def _conclude(self, noted: Sequence[int]) -> None:
+        """Interrupt the ranks and let them keep what they have; a second signal ends this."""
+        self._send(signal.SIGINT)
+        begun, many = time.monotonic(), len(noted)
+        told = False
+        while self._living() and len(noted) == many:
+            waited = time.monotonic() - begun
+            if waited > _CONCLUDING:
+                return
+            if waited > _GRACE and not told:
+                told = True
+                print("the processes conclude; Ctrl-C again ends them", file=sys.stderr)
+            self._listen(_LOOK)
+
+    def _send(self, number: int) -> None:
+        for process in self._living():
+            with contextlib.suppress(ProcessLookupError):
+                # A stopped process takes no other signal than SIGKILL.
+                os.kill(process.pid or 0, number)
+
     def _end(self, by: int) -> list[int]:
         """End whoever lives; returns which of the processes needed it."""
         ended = [i for i, process in enumerate(self._processes) if process.exitcode is None]
         for number in (by, signal.SIGKILL):
-            for process in self._living():
-                with contextlib.suppress(ProcessLookupError):
-                    # A stopped process takes no other signal than the last.
-                    os.kill(process.pid or 0, number)
+            self._send(number)
             until = time.monotonic() + _GRACE
             for process in self._processes:
                 process.join(max(0.0, until - time.monotonic()))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import federated.flare
+from core.escaping import printable
 from federated.experiment.federation import (
     Client,
     JobData,
@@ -60,7 +61,7 @@ def run_experiments(
         experiment = Experiment(settings, clients, data, sigma0)
         folder = workspace.resolve() / f"sigma0_{sigma0:g}"
         if experiment.is_done(folder):
-            print(f"{folder}: done before")
+            print(printable(f"{folder}: done before"))
         else:
             missing += experiment.run(folder)
     return missing
@@ -102,7 +103,8 @@ class Experiment:
         folder = self.export(workspace.parent / "jobs" / workspace.name)
         job = read_job(folder)
         if workspace.exists():
-            print(f"removing {workspace}: it is not finished, or of other settings", flush=True)
+            what = f"removing {workspace}: it is not finished, or of other settings"
+            print(printable(what), flush=True)
             shutil.rmtree(workspace)
         simulate(job, workspace)
         missing = missing_results(job, workspace)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import InputError
+from core.escaping import in_one_line
 from federated.experiment.simulator import Job, count_gpus, read_json, value_of
 
 RUN_NAME = "simulate_job"
@@ -123,7 +124,8 @@ def print_results(workspace: Path) -> None:
     for record in records:
         value = "unknown" if record.rdlv is None else f"{record.rdlv:+.3f}"
         withheld = f": withheld, {record.reason}" if record.decision == "withhold" else ""
-        print(f"  {record.site} round {record.round_number}: RDLV {value}{withheld}")
+        line = f"  {record.site} round {record.round_number}: RDLV {value}{withheld}"
+        print(in_one_line(line))
     if all(record.decision == "withhold" and record.rdlv is not None for record in records):
         print(
             "every measured update was withheld, so that the model learnt nothing from these "

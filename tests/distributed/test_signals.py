@@ -21,6 +21,7 @@ import attack.cli.command
 import gradients.command
 import tests.toy_ranks
 import training.main_pytorch
+from attack.record import AttackRecord, read_record
 from core.errors import InputError
 from core.locks import LOCK_NAME, Owner
 from core.models.building import ModelSpec
@@ -176,6 +177,7 @@ REFUSED = {
     "one image": ("extract", ["-b", "1"], "a local batch of 1 images cannot be spread over 2"),
     "shards": ("extract", ["--shards", "1,1,2"], "--shards 1,1,2: there are 2 processes"),
     "L-BFGS": ("attack", ["--optim", "LBFGS"], "LBFGS runs on one process"),
+    "a closed form": ("attack", ["--attack", "r-gap"], "--attack r-gap runs on one process"),
     "too many": ("attack", ["--nproc-per-node", "5"], "5 processes for a batch of 4"),
     "a timeout of 0": ("toy", ["--timeout", "0"], "--timeout 0: must be a positive"),
     "a running training": ("train", [], "--result-root: {folder} is in use by process"),
@@ -217,3 +219,22 @@ def born(pid: int) -> str:
 def test_several_processes_need_their_switch() -> None:
     with pytest.raises(InputError, match="--nproc-per-node 2 needs --multiprocessing-distributed"):
         MAINS["toy"](["--nproc-per-node", "2", "--cpu"])
+
+
+@pytest.mark.parametrize("spread", ["batch", "restarts"])
+def test_an_interrupted_attack_of_two_processes_keeps_its_best(spread: str, tmp_path: Path) -> None:
+    words, is_running = invert(tmp_path)
+    several = ["--spread", spread, "--n-seed", "3", "--metric"]
+    process = start(*words, *several, *TWO, *FREE_PORT)
+    assert wait_for(is_running), process.communicate()
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    assert "measuring the best so far" in output
+    record = read_record(tmp_path / "test" / "record.json")
+    assert isinstance(record, AttackRecord)
+    assert record.status == "interrupted"
+    assert record.iterations >= 5
+    # The state stays, and the same command would go on from it.
+    assert any((tmp_path / "test").glob("state-*"))

@@ -237,3 +237,15 @@ def test_the_page_shows_the_record() -> None:
     # Whatever falls short says why.
     for rows in record.rows.values():
         assert all(row.agrees or row.refusal for row in rows)
+        short = [row for row in rows if row.automatic is not None and row.automatic < ENOUGH]
+        assert all(row.plain is not None and row.distance is not None for row in short)
+
+
+def test_batch_norm_of_vectors_is_calibrated_on_two_large_images() -> None:
+    # Of a batch of so many values one image is enough elsewhere; of one value there is no variance.
+    def build() -> nn.Module:
+        vectors = (nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.BatchNorm1d(48), nn.Tanh())
+        return nn.Sequential(*vectors, nn.Linear(48, N_CLASSES))
+
+    for row in agreements("vectors", build, (3, 224, 224), N_CLASSES):
+        assert row.agrees, row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import re
 import subprocess
@@ -91,6 +92,17 @@ def test_generated_pages_say_what_the_code_says(generated: dict[str, str]) -> No
     assert committed.keys() == generated.keys()
     stale = [name for name, text in generated.items() if committed[name] != text]
     assert stale == [], "run python docs/generate.py"
+
+
+def test_the_record_of_an_audit_is_described_field_by_field() -> None:
+    """After a change of `audit/record.py`: python docs/generate.py."""
+    page = (ROOT / "docs" / "audit-record.md").read_text()
+    assert page == generator().audit_record_page(), "run python docs/generate.py"
+    for kind in vars(importlib.import_module("audit.record")).values():
+        if dataclasses.is_dataclass(kind):
+            section = page.partition(f"## {kind.__name__}\n")[2].partition("\n## ")[0]
+            rows = re.findall(r"^\| `(\w+)` \| `.+` \| .+ \|$", section, re.MULTILINE)
+            assert rows == [field.name for field in dataclasses.fields(kind)]
 
 
 def test_every_card_is_linked(generated: dict[str, str]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from core.errors import exit_status
+from core.escaping import printable
 from core.launch_arguments import given_flags
 from federated.experiment.cli.job_flags import add_job_flags, federation_settings
 from federated.experiment.job_folder import TEMPLATE, create_job
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace, given: Collection[str]) -> None:
     if (args.output / "meta.json").is_file():
-        print(f"{args.output}: the job folder that is there is replaced")
+        print(printable(f"{args.output}: the job folder that is there is replaced"))
     clients = create_job(
         federation_settings(args),
         args.output,
@@ -56,10 +57,11 @@ def _run(args: argparse.Namespace, given: Collection[str]) -> None:
         given=given,
     )
     inverted = [client.name for client in clients if client.invert]
-    print(
+    sentence = (
         f"{args.output}: {len(clients)} clients ({', '.join(c.name for c in clients)}), "
         f"{args.num_rounds} rounds, sigma0 {args.sigma0:g}; "
         f"leakage is measured at {', '.join(inverted) or 'no client'}"
     )
+    print(printable(sentence))
     if inverted and "rdlv_threshold" not in given:
         print(WITHHOLDING)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core.errors import exit_status
+from core.escaping import printable
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,4 +37,4 @@ def _run(args: argparse.Namespace) -> None:
     records = read_leakage(args.workspace)
     output = Path(args.output or Path(args.workspace) / "rdlv_per_round.png")
     rdlv_per_round(records, output)
-    print(f"{output}: {len(records)} results")
+    print(printable(f"{output}: {len(records)} results"))

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core.errors import exit_status
+from core.escaping import printable
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,4 +37,5 @@ def _run(args: argparse.Namespace) -> None:
     runs = read_runs(args.workspaces)
     output = Path(args.output or Path(args.workspaces) / "rdlv_vs_gauss.png")
     rdlv_vs_gauss(runs, output)
-    print(f"{output}: {len(runs)} runs, sigma0 {', '.join(f'{run.sigma0:g}' for run in runs)}")
+    levels = ", ".join(f"{run.sigma0:g}" for run in runs)
+    print(printable(f"{output}: {len(runs)} runs, sigma0 {levels}"))

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core.errors import exit_status
+from core.escaping import printable
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,4 +39,4 @@ def _run(args: argparse.Namespace) -> None:
     runs = read_runs(args.workspaces)
     output = Path(args.output or Path(args.workspaces) / "reconstructions.png")
     reconstruction_table(runs, output, site=args.site, round_number=args.round)
-    print(f"{output}: {args.site} in {len(runs)} runs")
+    print(printable(f"{output}: {args.site} in {len(runs)} runs"))

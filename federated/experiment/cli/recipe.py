@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core.errors import exit_status
+from core.escaping import printable
 from federated.experiment.cli.job_flags import add_job_flags, federation_settings
 from federated.experiment.recipe import run_experiments
 from federated.experiment.simulator import WORKSPACES
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missing: list[str] = []
     status = exit_status(lambda: missing.extend(_run(args)))
     for what in missing:
-        print(f"error: {what}", file=sys.stderr)
+        print(f"error: {printable(what)}", file=sys.stderr)
     return status or int(bool(missing))
 
 

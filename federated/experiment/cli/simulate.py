@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core.errors import InputError, exit_status
+from core.escaping import printable
 from federated.experiment.run_results import missing_results, print_results, write_run
 from federated.experiment.simulator import WORKSPACES, read_job, require_nvflare, simulate
 
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missing: list[str] = []
     status = exit_status(lambda: missing.extend(_run(args)))
     for what in missing:
-        print(f"error: {what}", file=sys.stderr)
+        print(f"error: {printable(what)}", file=sys.stderr)
     return status or int(bool(missing))
 
 
@@ -59,7 +60,7 @@ def _run(args: argparse.Namespace) -> list[str]:
     require_nvflare()
     name = f"{args.n_clients}clients_{args.exp_name}"
     workspace = (args.workspaces / name).resolve()
-    print(f"{len(job.sites)} clients, workspace {workspace}", flush=True)
+    print(printable(f"{len(job.sites)} clients, workspace {workspace}"), flush=True)
     _make_room(workspace, args.overwrite)
     simulate(job, workspace)
     missing = missing_results(job, workspace)
@@ -77,5 +78,5 @@ def _make_room(workspace: Path, overwrite: bool) -> None:
         raise InputError(
             f"{workspace} holds a former run: give another EXP_NAME, or --overwrite to remove it"
         )
-    print(f"removing the former run in {workspace}", flush=True)
+    print(printable(f"removing the former run in {workspace}"), flush=True)
     shutil.rmtree(workspace)

@@ -1,0 +1,75 @@
+"""The derivative of a shared gradient in the images behind it, by products."""
+
+from __future__ import annotations
+
+import torch
+from tqdm import tqdm
+
+from core.errors import InputError
+from core.target import Target, Truth
+
+# Entries of the matrix, 2 GiB in float64: what is larger is no small network.
+LARGEST = 1 << 28
+
+
+def gradient_jacobian(target: Target, truth: Truth, *, progress: bool = False) -> torch.Tensor:
+    """The Jacobian of the shared gradient in the values of the images, at the truth.
+
+    A column J v comes from two products with the transpose, which reverse mode gives: J^T u is
+    linear in u, so that its derivative in u along v is J v.
+
+    Args:
+        target: What the client shared: one gradient of one step.
+        truth: The images and targets behind it.
+        progress: Show a bar.
+
+    Returns:
+        m x n in float64: m shared numbers in the order of `target.gradient`, n = N x C x ...
+        values of the images, in the units of `truth.images`.
+
+    Raises:
+        InputError: Several local steps, active dropout, or a matrix that is too large.
+    """
+    n, m = truth.images.numel(), sum(g.numel() for g in target.gradient.values())
+    _check(target, n, m)
+    model = target.build_model().double()
+    parameters = dict(model.named_parameters())
+    shared = [parameters[name].requires_grad_() for name in target.gradient]
+    images = truth.images.double().requires_grad_()
+    targets = truth.labels.double() if truth.labels.is_floating_point() else truth.labels
+    outputs = model(target.data.normalize(images))
+    gradient = torch.autograd.grad(
+        target.loss(outputs, targets), shared, create_graph=True, materialize_grads=True
+    )
+    flat = torch.cat([part.flatten() for part in gradient])
+    u = torch.zeros_like(flat, requires_grad=True)
+    (transposed,) = torch.autograd.grad(flat, images, u, create_graph=True, materialize_grads=True)
+    columns = torch.empty(m, n, dtype=torch.float64)
+    if not transposed.requires_grad:
+        return columns.zero_()
+    for k in tqdm(range(n), desc="Jacobian", disable=not progress, leave=False):
+        along = torch.zeros(n, dtype=torch.float64)
+        along[k] = 1
+        (column,) = torch.autograd.grad(
+            transposed, u, along.view_as(transposed), retain_graph=True, materialize_grads=True
+        )
+        columns[:, k] = column
+    return columns
+
+
+def _check(target: Target, n: int, m: int) -> None:
+    if target.local.steps != 1 or len(target.shards) > 1:
+        raise InputError("bounds: only the gradient of one step on one process is differentiated")
+    if target.dropout_seed is not None and target.train_mode and _has_dropout(target):
+        raise InputError("bounds: dropout is active, so that the gradient is random by itself")
+    if n * m > LARGEST:
+        raise InputError(
+            f"bounds: the Jacobian has {m} x {n} entries, more than {LARGEST}; take a smaller "
+            "network, smaller images or fewer of them"
+        )
+
+
+def _has_dropout(target: Target) -> bool:
+    kinds = (torch.nn.modules.dropout._DropoutNd,)
+    modules = target.build_model().modules()
+    return any(isinstance(module, kinds) and module.p > 0 for module in modules)

@@ -1,0 +1,165 @@
+"""One row of the tables `tabular` and `tabular_defenses`: batches of records, shared and inverted.
+
+All batches of a row are computed in one process, since an attack on a small network takes a
+second and the start of a process several. Every batch has an untrained network of its own.
+
+    python -m benchmarks.tabular --data fair --attack tableak -b 32 --results results/row
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from attack.attacks.optimisation import make_attack
+from attack.knowledge.labels import recover_most_exactly
+from attack.knowledge.requirements import Knowledge
+from attack.matching.freed_memory import keep_freed_memory
+from attack.metrics import evaluate
+from attack.metrics.records import comparison
+from core.data.records import Table, load_table
+from core.errors import InputError, exit_status
+from core.models.architecture import GivenModel
+from core.processes.distributed import Process
+from core.records import provenance
+from core.storage import write_record
+from core.target import LocalTraining, Target, Truth
+from gradients.client import ClientSettings, share_update
+from gradients.defenses import parse_defenses
+from gradients.malicious_server import set_traps
+from gradients.private_gradient import PrivacySettings
+
+METRICS = ("record_accuracy", "record_exact")
+# Records of the first batch that a report shows.
+SHOWN = 8
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tabular",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--data", default="fair", help="a table's name, or a CSV file")
+    parser.add_argument("--attack", default="tableak")
+    parser.add_argument("-b", "--batch-size", type=int, default=32, help="records of the client")
+    parser.add_argument("--batches", type=int, default=8)
+    parser.add_argument("--width", type=int, default=100, help="neurons of both hidden layers")
+    parser.add_argument("--traps", type=int, help="a malicious server: records per trap")
+    parser.add_argument("--defense", default="", metavar="NAME:PARAM,...")
+    parser.add_argument("--sigma", type=float, help="DP-SGD's noise multiplier; clips at norm 1")
+    parser.add_argument("--local", default="", metavar="WORDS", help="default: one step")
+    parser.add_argument("--iterations", type=int, help="of the attack; default: as published")
+    parser.add_argument("--restarts", type=int)
+    parser.add_argument("--time-budget", type=float, help="seconds of a search without end")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--results", type=Path, required=True, metavar="DIR")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Share, invert and measure every batch; write the record."""
+    args = build_parser().parse_args(argv)
+    if args.batches < 1 or args.width < 1:
+        raise InputError("--batches and --width must be at least 1")
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    train, public = load_table(args.data).split()
+    rows = [_measured(args, train, public, number) for number in range(args.batches)]
+    shown = rows[0].pop("comparison")
+    for row in rows[1:]:
+        del row["comparison"]
+    record = {
+        "status": "finished",
+        "batches": rows,
+        "columns": {c.name: c.kind for c in train.columns.columns},
+        "shown": shown,
+        "seconds": time.perf_counter() - began,
+        "provenance": provenance(torch.device("cpu"), args.seed),
+        "arguments": {k: str(v) for k, v in vars(args).items()},
+    }
+    write_record(args.results / "record.json", record)
+    print(shown)
+
+
+def _measured(args: argparse.Namespace, train: Table, public: Table, number: int) -> dict[str, Any]:
+    """One batch, see `records.PATHS`."""
+    seed = args.seed + number
+    batch = train.batch(args.batch_size, number, args.seed)
+    target, truth = _shared(args, batch, public, seed)
+    settings = {n: getattr(args, n) for n in ("iterations", "restarts", "time_budget")}
+    given = {name: value for name, value in settings.items() if value is not None}
+    if args.attack == "inverting-gradients":
+        # There are no neighbours whose variation could be penalised.
+        given |= {"tv": 0.0}
+    attack = make_attack(args.attack, given, Knowledge())
+    labels = recover_most_exactly(target)
+    found = attack.reconstruct(target, labels=labels, device=torch.device("cpu"), seed=seed)
+    measured = evaluate(
+        found.images, found.labels, truth, metrics=METRICS, confidence=found.confidence
+    )
+    mean = {name: values["mean"] for name, values in measured.summary().items()}
+    guess = {name: v["record_accuracy"]["mean"] for name, v in measured.baselines.items()}
+    order = measured.order[:SHOWN]
+    shown = comparison(batch.columns, found.images[order], truth.images[:SHOWN])
+    return {
+        "accuracy": mean["record_accuracy"],
+        "exact": mean["record_exact"],
+        "marginal_guess": guess["marginal guess"],
+        "likeliest_record": guess["likeliest record"],
+        "surer_when_right": measured.whole.get("right cells surer than wrong ones"),
+        "columns": measured.columns,
+        "seconds": found.seconds,
+        "comparison": shown.to_string(index=False),
+    }
+
+
+def _shared(
+    args: argparse.Namespace, batch: Table, public: Table, seed: int
+) -> tuple[Target, Truth]:
+    """What the client shares of a batch, and the batch."""
+    torch.manual_seed(seed)
+    model = network(batch.columns.width, args.width, len(batch.class_names))
+    if args.traps is not None:
+        first = model[0]
+        assert isinstance(first, nn.Linear)
+        set_traps(first, public.inputs, args.traps, args.batch_size, seed)
+    local = LocalTraining.parse(args.local, len(batch)) if args.local else LocalTraining()
+    privacy = None if args.sigma is None else PrivacySettings(noise_multiplier=args.sigma)
+    client = ClientSettings(
+        local=local,
+        train_mode=False,
+        defenses=parse_defenses(args.defense),
+        privacy=privacy,
+        seed=seed,
+    )
+    process = Process(device=torch.device("cpu"))
+    inputs, targets = batch.inputs, batch.targets
+    architecture = GivenModel(model)
+    target = share_update(model, architecture, batch.spec, inputs, targets, client, process)
+    assert target is not None
+    return target, Truth(inputs, targets, columns=batch.columns)
+
+
+def network(features: int, width: int, n_classes: int) -> nn.Sequential:
+    """TabLeak's fully connected network: two hidden ReLU layers of one width."""
+    return nn.Sequential(
+        nn.Linear(features, width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Linear(width, n_classes),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))

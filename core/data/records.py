@@ -1,0 +1,368 @@
+"""Tables of records: those that come with packages, and any CSV file.
+
+A table is a data set whose samples are rows. What the client's model predicts is one column,
+the others are its inputs (see `core.data.columns`).
+
+>>> table = load_table("randhie")
+>>> print(table.columns)
+>>> batch = table.batch(32, seed=1)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from core.data.columns import CATEGORICAL, CONTINUOUS, ORDINAL, Columns
+from core.data.data_sets import DataSets
+from core.data.given import GivenSamples
+from core.data.specs import DataSpec
+from core.errors import InputError, first_line
+from core.processes.distributed import derived_seed
+from core.reading import check_regular, read_bytes, read_json_object
+
+if TYPE_CHECKING:
+    import pandas
+
+MAX_CSV_BYTES = 256 * 2**20
+# A model's first layer has a row of weights of so many numbers.
+MAX_FEATURES = 20_000
+# A target of more values than this is no class.
+MAX_CLASSES = 100
+VALIDATION_SHARE = 0.2
+# Beside a CSV file: {"target": NAME, "columns": {NAME: KIND}}.
+DESCRIPTION = ".columns.json"
+
+
+@dataclass(frozen=True, repr=False)
+class Table:
+    """Records with classes.
+
+    Attributes:
+        name: For file names and tables.
+        columns: What the features stand for.
+        inputs: N x F features, float32, see `Columns.encode`.
+        targets: N class indices.
+        class_names: Names in the order of the indices.
+    """
+
+    name: str
+    columns: Columns
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __repr__(self) -> str:
+        return (
+            f"Table {self.name}: {len(self)} records of {len(self.columns)} columns "
+            f"({self.columns.width} features), classes {', '.join(self.class_names)}\n"
+            f"{self.columns}"
+        )
+
+    @property
+    def spec(self) -> DataSpec:
+        """The description that travels with checkpoints; features are the network's inputs."""
+        width = self.columns.width
+        return DataSpec(
+            name=self.name,
+            shape=(width,),
+            mean=(0.0,) * width,
+            std=(1.0,) * width,
+            n_classes=len(self.class_names),
+            class_names=self.class_names,
+            bounded=False,
+            columns=self.columns,
+        )
+
+    def take(self, rows: Sequence[int] | torch.Tensor) -> Table:
+        """Some of the records, in the given order."""
+        chosen = torch.as_tensor(rows)
+        return dataclasses.replace(self, inputs=self.inputs[chosen], targets=self.targets[chosen])
+
+    def batch(self, size: int, index: int = 0, seed: int = 0) -> Table:
+        """The i-th batch of a seeded shuffle; batches do not overlap.
+
+        Raises:
+            InputError: There are too few records for it.
+        """
+        if size < 1 or index < 0 or (index + 1) * size > len(self):
+            raise InputError(f"{len(self)} records have no batch {index} of {size}")
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        return self.take(order[index * size : (index + 1) * size])
+
+    def split(self, seed: int = 0, share: float = VALIDATION_SHARE) -> tuple[Table, Table]:
+        """Records to train on, and others."""
+        generator = torch.Generator().manual_seed(derived_seed(seed, 1) % 2**63)
+        order = torch.randperm(len(self), generator=generator)
+        held_out = round(share * len(self))
+        return self.take(order[held_out:].sort().values), self.take(order[:held_out].sort().values)
+
+    def to_frame(self) -> pandas.DataFrame:
+        """The records as they were before they were encoded."""
+        return self.columns.decode(self.inputs)
+
+
+def is_table(data: str | Path) -> bool:
+    """Whether `--data` names a table: one of `TABLES`, or a CSV file."""
+    return str(data) in TABLES or Path(data).suffix.lower() == ".csv"
+
+
+def load_table(data: str | Path, root: str | Path | None = None, flag: str = "--data") -> Table:
+    """Read a table.
+
+    Args:
+        data: A name in `TABLES`, or a CSV file with a header. Its last column holds the classes,
+            and kinds are inferred, unless `FILE.columns.json` beside `FILE.csv` says otherwise.
+        root: The folder with the files of a table that comes with no package (`--data-root`).
+        flag: The flag that the user gave it with, for messages.
+
+    Raises:
+        InputError: It cannot be read as a table; one sentence says why.
+    """
+    if str(data) in TABLES:
+        described = TABLES[str(data)](None if root is None else Path(root))
+    else:
+        described = _csv(Path(data).expanduser(), flag)
+    try:
+        return _table(described)
+    except InputError as error:
+        raise InputError(f"{flag} {data}: {error}") from None
+
+
+def table_data_sets(table: Table, seed: int, split_seed: int) -> DataSets:
+    """A table as training and extraction read it.
+
+    Args:
+        table: All records.
+        seed: Of the samples' random numbers; records draw none.
+        split_seed: Seed of the held-out records.
+    """
+    parts = [
+        GivenSamples(
+            torch.utils.data.TensorDataset(part.inputs, part.targets), table.spec, seed, table.name
+        )
+        for part in table.split(split_seed)
+    ]
+    return DataSets(table.spec, parts[0], parts[0], parts[1])
+
+
+@dataclass(frozen=True)
+class _Described:
+    """A table before it is encoded.
+
+    Attributes:
+        name: See `Table`.
+        frame: Its columns, the inputs' only.
+        classes: What is predicted, a word per record.
+        kinds: Kind by column, as far as it is known.
+    """
+
+    name: str
+    frame: pandas.DataFrame
+    classes: Sequence[str]
+    kinds: Mapping[str, str]
+
+
+def _table(described: _Described) -> Table:
+    columns = Columns.infer(described.frame, described.kinds)
+    if not 1 <= columns.width <= MAX_FEATURES:
+        raise InputError(f"its columns make {columns.width} features; 1 to {MAX_FEATURES} are read")
+    names, targets = np.unique(np.asarray(described.classes, dtype=str), return_inverse=True)
+    if not 2 <= len(names) <= MAX_CLASSES:
+        raise InputError(
+            f"the column to predict has {len(names)} values; 2 to {MAX_CLASSES} are classes"
+        )
+    inputs = columns.encode(described.frame)
+    return Table(
+        described.name, columns, inputs, torch.from_numpy(targets).long(), tuple(names.tolist())
+    )
+
+
+# --- files ----------------------------------------------------------------------
+
+
+def _csv(path: Path, flag: str) -> _Described:
+    frame = _frame(path, flag)
+    beside = path.with_name(path.stem + DESCRIPTION)
+    said = read_json_object(beside, flag, "column description") if beside.exists() else {}
+    target, kinds = said.get("target", frame.columns[-1]), said.get("columns", {})
+    if target not in frame.columns or not isinstance(kinds, dict):
+        raise InputError(
+            f'{flag}: {beside} must be {{"target": a column, "columns": {{column: kind}}}}'
+        )
+    if frame[target].isna().any():
+        raise InputError(
+            f"{flag}: {path} has empty cells in the column {target}, the one to predict"
+        )
+    classes = frame[target].map(str).tolist()
+    return _Described(path.stem, frame.drop(columns=target), classes, kinds)
+
+
+def _frame(path: Path, flag: str, **options: object) -> pandas.DataFrame:
+    """A CSV file, gzipped if its name says so.
+
+    Raises:
+        InputError: It is no file, too large, or no table.
+    """
+    import pandas
+
+    content = io.BytesIO(
+        read_bytes(check_regular(path, flag, "CSV file"), flag, "CSV file", MAX_CSV_BYTES)
+    )
+    try:
+        frame = pandas.read_csv(
+            content, compression="gzip" if path.suffix == ".gz" else None, **options
+        )  # type: ignore[call-overload]
+    except (ValueError, OSError, EOFError, MemoryError, OverflowError) as error:
+        # A ValueError: what pandas raises of its own, and bytes that are no text.
+        raise InputError(f"{flag}: {path} cannot be read as CSV ({first_line(error)})") from None
+    if len(frame) < 2 or len(frame.columns) < 2:
+        raise InputError(
+            f"{flag}: {path} has {len(frame)} records of {len(frame.columns)} columns; a table has "
+            "at least two of each"
+        )
+    if frame.columns.duplicated().any():
+        raise InputError(f"{flag}: {path} has two columns of one name")
+    result: pandas.DataFrame = frame
+    return result
+
+
+def _packaged(package: str, *places: str) -> Path:
+    """A file inside an installed package, found without importing the package."""
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:
+        raise InputError(
+            f"--data: this table comes with {package}, which is not installed; "
+            "pip install 'gradinvbench[tabular]', or give a CSV file"
+        )
+    path = Path(found.origin).parent.joinpath("datasets", *places)
+    if not path.is_file():
+        raise InputError(f"--data: the installed {package} does not hold {places[-1]}")
+    return path
+
+
+def _yes_no(cells: pandas.Series, word: str) -> list[str]:
+    return [word if cell else f"no {word}" for cell in cells]
+
+
+def _randhie(root: Path | None) -> _Described:
+    """RAND Health Insurance Experiment: 20,190 person-years; was there a visit to a physician?
+
+    Source: Cameron and Trivedi, Microeconometrics, 2005; public domain; comes with statsmodels.
+    """
+    frame = _frame(_packaged("statsmodels", "randhie", "randhie.csv"), "--data")
+    ratings = frame[["hlthg", "hlthf", "hlthp"]].to_numpy()
+    words = np.array(["excellent", "good", "fair", "poor"])
+    frame["health"] = words[np.where(ratings.any(1), ratings.argmax(1) + 1, 0)]
+    visits = _yes_no(frame["mdvis"] > 0, "visit")
+    kinds = {"lncoins": ORDINAL, "idp": CATEGORICAL, "health": CATEGORICAL}
+    kinds |= dict.fromkeys(("lpi", "fmde", "physlm", "disea"), CONTINUOUS)
+    return _Described("randhie", frame[list(kinds)], visits, kinds)
+
+
+def _fair(root: Path | None) -> _Described:
+    """Survey of 6,366 women on marriage: was there an affair?
+
+    Source: Fair, Journal of Political Economy, 1978; comes with statsmodels.
+    """
+    frame = _frame(_packaged("statsmodels", "fair", "fair.csv"), "--data")
+    affairs = _yes_no(frame.pop("affairs") > 0, "affair")
+    kinds = {str(name): ORDINAL for name in frame.columns}
+    kinds |= dict.fromkeys(("occupation", "occupation_husb"), CATEGORICAL)
+    return _Described("fair", frame, affairs, kinds)
+
+
+# In the order of the file.
+_CELL = [
+    "radius",
+    "texture",
+    "perimeter",
+    "area",
+    "smoothness",
+    "compactness",
+    "concavity",
+    "concave_points",
+    "symmetry",
+    "fractal_dimension",
+]
+_BREAST_CANCER = [f"{kind}_{word}" for kind in ("mean", "error", "worst") for word in _CELL]
+_DIABETES = ["age", "sex", "bmi", "bp", "s1", "s2", "s3", "s4", "s5", "s6"]
+
+
+def _breast_cancer(root: Path | None) -> _Described:
+    """Wisconsin diagnostic breast cancer: 569 tumours of 30 measurements; malignant?
+
+    Source: https://doi.org/10.24432/C5DW2B; comes with scikit-learn.
+    """
+    path = _packaged("sklearn", "data", "breast_cancer.csv")
+    frame = _frame(path, "--data", skiprows=1, header=None, names=[*_BREAST_CANCER, "benign"])
+    benign = ["benign" if cell else "malignant" for cell in frame.pop("benign")]
+    return _Described("breast_cancer", frame, benign, dict.fromkeys(_BREAST_CANCER, CONTINUOUS))
+
+
+def _diabetes(root: Path | None) -> _Described:
+    """442 patients with diabetes, ten measurements; did it progress more than in the median?
+
+    Source: Efron, Hastie, Johnstone, Tibshirani, Least Angle Regression, 2004; comes with
+    scikit-learn.
+    """
+    options = {"sep": r"\s+", "header": None}
+    path = _packaged("sklearn", "data", "diabetes_data_raw.csv.gz")
+    frame = _frame(path, "--data", names=_DIABETES, **options)
+    progress = np.loadtxt(_packaged("sklearn", "data", "diabetes_target.csv.gz"))
+    kinds = dict.fromkeys(_DIABETES, CONTINUOUS) | {"sex": CATEGORICAL}
+    above = ["above" if more else "below" for more in progress > np.median(progress)]
+    return _Described("diabetes", frame, above, kinds)
+
+
+_ADULT = [
+    "age",
+    "workclass",
+    "fnlwgt",
+    "education",
+    "education_num",
+    "marital_status",
+    "occupation",
+    "relationship",
+    "race",
+    "sex",
+    "capital_gain",
+    "capital_loss",
+    "hours_per_week",
+    "native_country",
+    "salary",
+]
+
+
+def _adult(root: Path | None) -> _Described:
+    """Adult census income: records without unknown cells; more than 50,000 dollars a year?
+
+    Source: https://doi.org/10.24432/C5XW20; `adult.data`, which the user brings.
+    """
+    if root is None:
+        raise InputError("--data adult: give the folder that holds adult.data with --data-root")
+    options = {"header": None, "names": _ADULT, "skipinitialspace": True, "na_values": "?"}
+    frame = _frame(root / "adult.data", "--data-root", **options).dropna()
+    numbers = [n for n in _ADULT if frame[n].dtype.kind in "iuf"]
+    kinds = {n: CONTINUOUS if n in numbers else CATEGORICAL for n in _ADULT[:-1]}
+    return _Described("adult", frame.drop(columns="salary"), frame["salary"].tolist(), kinds)
+
+
+TABLES: dict[str, Callable[[Path | None], _Described]] = {
+    "randhie": _randhie,
+    "fair": _fair,
+    "breast_cancer": _breast_cancer,
+    "diabetes": _diabetes,
+    "adult": _adult,
+}

@@ -1,0 +1,168 @@
+"""Attacks on records: exact ones recover all, optimised ones beat a guess."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import gradinvbench as gib
+from attack.attacks.parts.closed_form import gradient_loss
+from attack.matching.many_starts import ClientOfManyStarts
+from benchmarks.tabular import network
+from core.data.columns import Columns
+from core.data.records import Table
+from gradients.malicious_server import set_traps
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def table() -> Table:
+    """400 records of twelve numbers and a word."""
+    import pandas
+
+    rng = np.random.default_rng(0)
+    frame = pandas.DataFrame({f"x{i}": rng.normal(size=400) for i in range(12)})
+    frame["word"] = rng.choice(["a", "b", "c"], size=400)
+    columns = Columns.infer(frame)
+    targets = torch.from_numpy(rng.integers(0, 2, 400))
+    return Table("made", columns, columns.encode(frame), targets, ("no", "yes"))
+
+
+def model(table: Table, width: int, seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return network(table.columns.width, width, 2)
+
+
+def exact(found: gib.Reconstruction, truth: gib.Truth) -> float:
+    mean = gib.evaluate(found, truth, metrics=["record_exact"]).summary()["record_exact"]["mean"]
+    assert mean is not None
+    return mean
+
+
+@pytest.mark.parametrize(("attack", "size"), [("analytic", 1), ("spear-descent", 6), ("spear", 4)])
+def test_an_exact_attack_recovers_every_record(table: Table, attack: str, size: int) -> None:
+    target, truth = gib.share(model(table, 128).double(), table.batch(size, seed=2))
+    found = gib.invert(target, attack=attack, progress=False)
+    assert exact(found, truth) == 1
+    assert sorted(found.labels.tolist()) == sorted(truth.labels.tolist())
+
+
+def test_traps_give_a_malicious_server_a_batch_of_64(table: Table) -> None:
+    first = model(table, 1000)
+    train, public = table.split()
+    assert isinstance(first[0], nn.Linear)
+    set_traps(first[0], public.inputs, 1, 64)
+    target, truth = gib.share(first, train.batch(64, seed=1))
+    assert exact(gib.invert(target, attack="trap-weights"), truth) >= 0.95
+
+
+def peeled(active: np.ndarray) -> set[int]:
+    """Samples that an erasure decoder gets from which sample activates which row."""
+    known: set[int] = set()
+    while True:
+        left = active.copy()
+        left[:, list(known)] = False
+        new = {int(row.argmax()) for row in left if row.sum() == 1} - known
+        if not new:
+            return known
+        known |= new
+
+
+def test_peeling_finds_what_a_decoder_finds_that_sees_the_batch(table: Table) -> None:
+    partly = 0
+    for seed in range(4):
+        first = model(table, 48, seed)
+        assert isinstance(first[0], nn.Linear)
+        set_traps(first[0], table.inputs, 2, 24, seed)
+        first = first.double()
+        batch = table.batch(24, seed=seed)
+        target, _ = gib.share(first, batch)
+        with torch.no_grad():
+            active = (first[0](batch.inputs.double()) > 0).T.numpy()
+        found = gib.invert(target, attack="trap-weights", labels=batch.targets)
+        recovered = found.images[: int(found.details["solved"])]
+        apart = torch.cdist(batch.inputs, recovered).amin(1)
+        assert {int(i) for i in (apart < 1e-3).nonzero()} == peeled(active)
+        partly += 0 < len(recovered) < 24
+    # Neither all nor nothing, or the two would agree trivially.
+    assert partly
+
+
+@pytest.mark.parametrize("local", [None, "sgd lr=0.2 epochs=3 batches=2"])
+def test_starts_side_by_side_are_what_each_is_alone(table: Table, local: str | None) -> None:
+    target, truth = gib.share(model(table, 16).double(), table.batch(4), local=local)
+    client = ClientOfManyStarts(target, truth.labels, CPU)
+    starts = torch.stack([table.batch(4, index).inputs for index in (1, 2, 3)]).double()
+    together = client.distance(starts)
+    if local is None:
+        alone = [gradient_loss(target, start, truth.labels, CPU) for start in starts]
+        assert together.tolist() == pytest.approx(alone, rel=1e-9)
+    assert float(client.distance(truth.images[None].double())) == pytest.approx(0, abs=1e-9)
+    direction = torch.randn(
+        starts.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    step = 1e-5
+    ends = [client.distance(starts + sign * step * direction) for sign in (1, -1)]
+    slopes = (client.slope(starts) * direction).flatten(1).sum(1)
+    assert slopes.tolist() == pytest.approx(((ends[0] - ends[1]) / (2 * step)).tolist(), rel=1e-5)
+
+
+def test_tableak_beats_a_guess_and_knows_where(table: Table) -> None:
+    target, truth = gib.share(model(table, 64), table.batch(4, seed=1))
+    found = gib.invert(target, attack="tableak", iterations=120, restarts=6, progress=False)
+    measured = gib.evaluate(found, truth)
+    mean = measured.summary()["record_accuracy"]["mean"]
+    guess = measured.baselines["marginal guess"]["record_accuracy"]["mean"]
+    assert mean is not None
+    assert guess is not None
+    assert mean > guess + 0.2
+    assert found.confidence is not None
+    assert found.confidence.shape == (4, 13)
+    # Categories come back as categories.
+    assert torch.equal(table.columns.project(found.images), found.images)
+
+
+def test_tableak_refuses_what_is_no_table() -> None:
+    first = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    target, _ = gib.share(first, torch.rand(2, 3, 2, 2), [0, 1])
+    with pytest.raises(gib.InputError, match="columns are known"):
+        gib.invert(target, attack="tableak")
+
+
+def test_the_commands_take_a_table_from_the_file_to_the_record(
+    tmp_path: Path, table: Table
+) -> None:
+    from attack.cli.command import main as attack
+    from gradients.command import main as extract
+
+    file = tmp_path / "patients.csv"
+    frame = table.to_frame()
+    frame["ill"] = table.targets.tolist()
+    frame.to_csv(file, index=False)
+    words = f"--data {file} --width 300 --model-eval -b 8 --malicious trap:1"
+    assert extract([*words.split(), "--results", str(tmp_path / "shared")]) == 0
+    checkpoint = next((tmp_path / "shared").glob("*.tar"))
+    words = "--attack trap-weights --metric --cpu --id run --checkpoint"
+    assert not attack([*words.split(), str(checkpoint), "--root", str(tmp_path)])
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["evaluation"]["summary"]["record_exact"]["mean"] == 1
+    assert "marginal guess" in record["evaluation"]["baselines"]
+    assert "recovered" in record["tables"][-1]
+
+
+def test_a_row_of_the_tables_is_computed(tmp_path: Path) -> None:
+    from benchmarks.tabular import main
+
+    words = "--data diabetes --attack analytic -b 2 --batches 2 --width 32 --results"
+    main([*words.split(), str(tmp_path)])
+    record = json.loads((tmp_path / "record.json").read_text())
+    batches = record["batches"]
+    assert len(batches) == 2
+    assert "original" in record["shown"]
+    assert all(0 <= batch["marginal_guess"] <= 1 for batch in batches)

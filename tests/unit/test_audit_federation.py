@@ -1,0 +1,60 @@
+"""The federation whose site attacks its own update: what it averages and what it records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from benchmarks.audit_federation import Federation, client_of, membership, run, simulate
+from core.reading import read_json_object
+
+SMALL = Federation(
+    sites=2, images=8, non_members=8, rounds=2, size=16, training="adamw lr=0.01 batch-size=4",
+    width=4,
+)  # fmt: skip
+
+
+def test_a_round_is_the_mean_of_what_the_sites_sent() -> None:
+    trained = simulate(SMALL)
+    assert [len(trained.rounds), len(trained.single_site)] == [3, 2]
+    # One site alone and the same site in a federation of one are the same.
+    alone = simulate(Federation(**{**vars(SMALL), "sites": 1, "non_members": 16}))
+    for name, value in alone.rounds[-1].items():
+        assert torch.equal(value, alone.single_site[-1][name])
+        assert torch.equal(value, trained.single_site[-1][name])
+    assert any(
+        not torch.equal(value, trained.rounds[-1][name]) for name, value in trained.local.items()
+    )
+
+
+def test_the_update_is_that_of_torch_and_the_attacker_simulates_it() -> None:
+    from gradients.local_update import unrolled_update
+
+    trained = simulate(SMALL)
+    client, members = client_of(SMALL, trained), trained.members
+    update = unrolled_update(
+        client.build_model(), members.images, members.labels, client.local, create_graph=False
+    )
+    for name, value in client.gradient.items():
+        assert torch.allclose(value, update[name], atol=2e-3), name
+    models = {rate.model for rate in membership(SMALL, trained)}
+    assert models == {"global", "local", "single site"}
+
+
+def test_what_is_measured_is_not_measured_again(tmp_path: Path) -> None:
+    calls: list[str] = []
+    parts = {
+        "membership": lambda trained: membership(SMALL, trained),
+        "other": lambda trained: calls.append("other") or trained.accuracy,
+    }
+    path = tmp_path / "federation.json"
+    assert [name for name, _ in run(SMALL, {"membership": parts["membership"]}, path)] == [
+        "membership"
+    ]
+    assert [name for name, _ in run(SMALL, parts, path)] == ["other"]
+    assert list(run(SMALL, parts, path)) == []
+    assert calls == ["other"]
+    record = read_json_object(path, what="record")
+    assert record["membership"][0]["method"] == "loss threshold"
+    assert 0 <= record["other"] <= 1
