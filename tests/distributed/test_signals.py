@@ -225,9 +225,9 @@ def test_several_processes_need_their_switch() -> None:
 def test_an_interrupted_attack_of_two_processes_keeps_its_best(spread: str, tmp_path: Path) -> None:
     words, is_running = invert(tmp_path)
     several = ["--spread", spread, "--n-seed", "3", "--metric"]
-    process = start(*words, *several, *TWO, *FREE_PORT)
+    process = Command(*words, *several, *TWO, *FREE_PORT)
     assert wait_for(is_running), process.communicate()
-    process.send_signal(signal.SIGINT)
+    os.kill(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
     assert "Traceback" not in output
