@@ -45,7 +45,7 @@ class Workers:
 
             return RayExecutor(self.address, self.gpus_per_cell, self.jobs, self.shared_data)
         gpus, cores = visible_gpus(), usable_cores()
-        imports = None if self.fresh else sorted({name for s in stages for name in s.imports})
+        imports = None if self.fresh else sorted({name for s in stages for name in s.imports or ()})
         return LocalExecutor(self.jobs or len(gpus) or len(cores), gpus, cores, imports)
 
 

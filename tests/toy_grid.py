@@ -19,6 +19,7 @@ TOY = Stage(
     rooms=(),
     outputs=lambda folder: {"out": str(folder)},
     record="record.json",
+    imports=("json",),
 )
 STAGES = {"toy": TOY}
 

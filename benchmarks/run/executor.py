@@ -178,7 +178,8 @@ class LocalExecutor:
         with job.log.open("ab") as log:
             log.write(f"$ {' '.join(words)}\n".encode())
             log.flush()
-            begin = self._fresh if self._imports is None else self._warm
+            fresh = self._imports is None or job.stage.imports is None
+            begin = self._fresh if fresh else self._warm
             command = begin(words, environment, log.fileno(), job.lock, cores)
         self._running.append(_Taken(job, command, gpus, cores))
 

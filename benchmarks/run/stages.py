@@ -31,7 +31,8 @@ class Stage:
         record: Name (may hold wildcards) of the JSON record that the command writes.
         parser: The command's parser, for checking flags; None accepts any flag.
         distributed: Whether `--multiprocessing-distributed` and its friends are understood.
-        imports: Modules that every cell imports.
+        imports: Modules that every cell imports, so that it may be forked where they are; None:
+            every cell is a new interpreter.
     """
 
     name: str
@@ -41,7 +42,7 @@ class Stage:
     record: str
     parser: Callable[[], argparse.ArgumentParser] | None = None
     distributed: bool = True
-    imports: tuple[str, ...] = ()
+    imports: tuple[str, ...] | None = None
 
     def code(self) -> str:
         """Version of the stage's code."""
@@ -163,6 +164,7 @@ STAGES: dict[str, Stage] = {
             record="record.json",
             parser=_parser_of("benchmarks.tabular"),
             distributed=False,
+            imports=("torch",),
         ),
     )
 }
