@@ -81,7 +81,7 @@ class GivenSamples(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         """The sample of `key`: an index, or (epoch, index)."""
         epoch, index = key if isinstance(key, tuple) else (0, key)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derived_seed(self.seed, epoch, index) % 2**63)
+            torch.default_generator.manual_seed(derived_seed(self.seed, epoch, index) % 2**63)
             given, target = _pair(self.samples, index, self.place)
         if given.shape != self.spec.shape:
             raise InputError(
