@@ -83,7 +83,7 @@ def example(verdict: str = "leaks") -> AuditRecord:
         membership=tuple(
             RateSection(method, model, auroc, auroc - 0.06, auroc + 0.06, 0.6, of_class, 64, 64)
             for method in ("loss threshold", "loss trajectory")
-            for model, auroc in (("global", 0.55), ("local", 0.83))
+            for model, auroc in (("global", 0.55), ("local", 0.83), ("single site", 0.91))
             for of_class in (None, 0, 1, 2)
         ),
         classes=tuple(

@@ -31,19 +31,24 @@ PROTOCOL = (
     "MS6_WHITE_HAT_PROTOCOL.md"
 )
 NOT_MEASURED = "not measured"
-# The attackers of attack A, weakest first, as the protocol lists them: method, model, its words.
+# The attackers of attack A as the protocol lists them, and those on the model that the site sent,
+# which it does not ask for: method, model, words.
 ATTACKERS = (
     ("loss threshold", "global", "1. loss threshold on the final model"),
     ("loss trajectory", "global", "2. logistic regression on the losses of all rounds"),
-    ("loss threshold", "local", "3. loss threshold on the single-site model"),
-    ("loss trajectory", "local", "3. logistic regression, single-site model"),
+    ("loss threshold", "single site", "3. loss threshold on the single-site model"),
+    ("loss trajectory", "single site", "3. logistic regression, single-site model"),
+    ("loss threshold", "local", "further: loss threshold on the model that the site sent"),
+    ("loss trajectory", "local", "further: logistic regression, with the model that the site sent"),
 )
 # Why an attacker may be missing where others were measured.
 _LACKING = {
     ("loss threshold", "global"): "no final model was given",
     ("loss trajectory", "global"): "no global models of several rounds were given",
-    ("loss threshold", "local"): "no single-site model was given",
-    ("loss trajectory", "local"): "no single-site model, or no global models of the rounds",
+    ("loss threshold", "single site"): "no model of this site's data alone was given",
+    ("loss trajectory", "single site"): "no model of this site's data alone was given",
+    ("loss threshold", "local"): "the model that was sent could not be measured",
+    ("loss trajectory", "local"): "no global models of the rounds were given",
 }
 _SIMILARITY = ("measure", "best match", "min", "median", "max", "99th percentile", "leaks")
 

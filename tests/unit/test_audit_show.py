@@ -305,13 +305,14 @@ def test_the_protocol_asks_for_numbers_and_all_are_there() -> None:
 
 def test_what_was_not_measured_is_said_with_its_reason() -> None:
     report = to_ms6(bare())
-    assert report.count("not measured: membership was not asked for") == 4
+    assert report.count("not measured: membership was not asked for") == 6
     assert "not measured: no attack could be run" in report
     assert "## C. Model inversion of the global model\n\nNot run." in report
-    part = dataclasses.replace(
-        example(), membership=tuple(r for r in example().membership if r.method[5:] == "threshold")
-    )
+    # What an audit of two states alone has: the model that was sent is no single-site model.
+    rates = tuple(r for r in example().membership if r.method[5:] == "threshold")
+    part = dataclasses.replace(example(), membership=tuple(r for r in rates if r.model[0] in "gl"))
     assert "not measured: no global models of several rounds were given" in to_ms6(part)
+    assert to_ms6(part).count("not measured: no model of this site's data alone was given") == 2
 
 
 @pytest.mark.parametrize("record", [*RECORDS, with_texts(example(), HOSTILE_TEXT)])

@@ -245,8 +245,15 @@ def test_the_tutorial_says_how_often_an_audit_is_wrong() -> None:
     (alarms, without), (found, planted) = said("no leak"), said("planted")
     text = " ".join((ROOT / "docs" / "audit-my-update.md").read_text().split())
     assert f"In {without} audits of updates that hold none" in text
-    assert f"it says `leaks` in {alarms};" in text
+    assert f"it says `leaks` in {alarms} (" in text
     assert f"it says so in {found} of {planted}." in text
+    power = {
+        (r["setting"]["batch"], r["setting"]["steps"]): f"{sum(r['leaks'])} of {len(r['leaks'])}"
+        for r in rows if r["setting"]["purpose"] == "power"
+    }  # fmt: skip
+    for batch in {batch for batch, _ in power}:
+        cells = [power[batch, steps] for steps in (1, 2, 4) if (batch, steps) in power]
+        assert f"| {batch} | {' | '.join(cells)} |" in text
 
 
 def test_the_readme_says_how_fast() -> None:
