@@ -11,8 +11,9 @@ from nvflare.apis.dxo import DXO
 from nvflare.apis.fl_context import FLContext
 
 from core.errors import InputError
-from federated.flare.allowed import array_of
-from federated.flare.withholding import FailClosedFilter, WithheldError
+from federated.flare.withholding import FailClosedFilter
+from federated.gate.allowed import array_of
+from federated.gate.passage import WithheldError
 
 
 class GaussianPrivacy(FailClosedFilter):

@@ -22,10 +22,10 @@ from audit.updates import LocalUpdate
 from core.data.image_files import load_image
 from core.errors import InputError
 from core.pictures import read_image, save_gallery
-from federated.flare.allowed import array_of
 from federated.flare.images import chest_spec
 from federated.flare.networks import GPU_IMAGE_SIZE, network_spec
 from federated.flare.withholding import GLOBAL_WEIGHTS, current_round
+from federated.gate.allowed import array_of
 
 
 class Inverter(FLComponent, ABC):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ from core.records import provenance
 from federated.flare.inverter import Inverter, prior_image
 from federated.flare.own_samples import OwnSamples, site_data
 from federated.flare.site_training import check_list
-from federated.flare.withholding import FailClosedFilter, WithheldError
+from federated.flare.withholding import FailClosedFilter
+from federated.gate.passage import Schedule, WithheldError
 
 TRAIN_SET = "training"
 # Other patients come from the first of these that a list has. The attack may know the
@@ -108,14 +109,10 @@ class RelativeDataLeakageValueFilter(FailClosedFilter):
             raise InputError(f"data {data!r}: must be text")
         if not data:
             check_list(data_root, dataset_json)
-        for name, value, least in (("frequency", frequency, 1), ("start_round", start_round, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InputError(f"{name} {value!r}: must be a whole number of at least {least}")
+        self._schedule = Schedule(frequency, start_round, random_rounds)
         if rdlv_reduce not in ("max", "min"):
             raise InputError(f"rdlv_reduce {rdlv_reduce!r}: choose max or min")
         _check_threshold(rdlv_threshold, rdlv_reduce)
-        if not isinstance(random_rounds, bool):
-            raise InputError(f"random_rounds {random_rounds!r}: must be true or false")
         if not isinstance(image_key, str) or not image_key:
             raise InputError(f"image_key {image_key!r}: must be the key of images in the data list")
         self.data_root = data_root
@@ -135,12 +132,8 @@ class RelativeDataLeakageValueFilter(FailClosedFilter):
     def process_update(self, dxo: DXO, fl_ctx: FLContext) -> DXO:
         """See `FailClosedFilter.process_update`."""
         passage = self._passage
-        if not self._due(passage.count):
-            self.unmeasured(
-                f"update {passage.count} with start_round {self.start_round} and frequency "
-                f"{self.frequency}{', at random' if self.random_rounds else ''}",
-                fl_ctx,
-            )
+        if not self._schedule.due(passage.count):
+            self.unmeasured(f"update {passage.count} with {self._schedule}", fl_ctx)
             return dxo
         found = self._component(self.inverter_name, Inverter, fl_ctx)(dxo, Shareable(), fl_ctx)
         if self.data:
@@ -151,7 +144,7 @@ class RelativeDataLeakageValueFilter(FailClosedFilter):
             originals = self._images(TRAIN_SET, images.shape[-1])
         report = self._measure(originals, images, fl_ctx)
         details = {**self._details(), **_attack_details(found)}
-        number = passage.count if passage.number is None else passage.number
+        number = passage.name
         write_leakage(
             self._folder(fl_ctx), fl_ctx.get_identity_name(), number, report, images, originals,
             details=details, keep_images=self.save_best_matches,
@@ -178,21 +171,11 @@ class RelativeDataLeakageValueFilter(FailClosedFilter):
             train_loader, recons, sim_metric, reduce, recon_transforms, image_key, prior, fl_ctx
         )
 
-    def _due(self, count: int) -> bool:
-        """Whether this update is measured."""
-        if count < self.start_round:
-            return False
-        if self.random_rounds:
-            return secrets.randbelow(self.frequency) == 0
-        return count % self.frequency == 0
-
     def setting(self) -> dict[str, Any]:
         """See `FailClosedFilter.setting`."""
         return {
             **super().setting(),
-            "frequency": self.frequency,
-            "start_round": self.start_round,
-            "random_rounds": self.random_rounds,
+            **asdict(self._schedule),
             "rdlv_reduce": self.rdlv_reduce,
             "rdlv_threshold": self.rdlv_threshold,
         }

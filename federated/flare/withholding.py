@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,15 +28,13 @@ from audit.leakage import failed_report, write_leakage
 from core.errors import InputError
 from federated.flare.allowed import (
     UPDATE_KINDS,
-    NotAllowedError,
-    array_of,
     cleared,
     digest,
     failed_reply,
-    is_name,
-    is_round,
     left_out,
 )
+from federated.gate.allowed import NotAllowedError, array_of, is_name, is_round
+from federated.gate.passage import Passage, Rounds, WithheldError, reason_of
 
 # In the site's own context: what later components may want to know.
 GLOBAL_WEIGHTS = "gradinvbench.global_weights"
@@ -47,33 +44,6 @@ WITHHELD = "gradinvbench.withheld"
 DIVERGED = "gradinvbench.diverged"
 # An average with such a weight is that of the others; alone, it is the zero difference.
 VANISHING_WEIGHT = 1e-9
-
-
-class WithheldError(Exception):
-    """The update must not leave the site; the message says why."""
-
-
-def reason_of(error: Exception) -> str:
-    """Why an update is withheld, for people."""
-    told = isinstance(error, (WithheldError, NotAllowedError))
-    return str(error) if told else f"the check failed: {error!r}"
-
-
-@dataclass
-class Passage:
-    """One result on its way through a filter.
-
-    Attributes:
-        number: The round that the result states; None where it states none that can be.
-        count: How many updates this filter has seen before, whatever rounds they state.
-        verdict: What the log says of it.
-        reason: Why, in a few words.
-    """
-
-    number: int | None = None
-    count: int = 0
-    verdict: str = "passed"
-    reason: str = ""
 
 
 class FailClosedFilter(DXOFilter):
@@ -92,8 +62,7 @@ class FailClosedFilter(DXOFilter):
             raise InputError(f"data_kinds {data_kinds!r}: choose from {', '.join(UPDATE_KINDS)}")
         super().__init__(UPDATE_KINDS, data_kinds or UPDATE_KINDS)
         self._passage = Passage()
-        self._updates = 0
-        self._last_round = -1
+        self._rounds = Rounds()
 
     @abstractmethod
     def process_update(self, dxo: DXO, fl_ctx: FLContext) -> DXO:
@@ -113,14 +82,14 @@ class FailClosedFilter(DXOFilter):
         write_leakage(
             fl_ctx.get_prop(FLContextKey.APP_ROOT),
             fl_ctx.get_identity_name(),
-            passage.count if passage.number is None else passage.number,
+            passage.name,
             failed_report(reason_of(error)),
             details={"filter": {"name": type(self).__name__}},
         )
 
     def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
         """Filter a task's result; never raises."""
-        self._passage = Passage(count=self._updates)
+        self._passage = Passage(count=self._rounds.count)
         try:
             sent = self._passed(shareable, fl_ctx)
         except Exception as error:
@@ -158,25 +127,11 @@ class FailClosedFilter(DXOFilter):
         if not updates:
             self._passage.verdict = "no update"
             return allowed
-        self._count(stated)
+        self._rounds.take(stated)
         kinds = sorted({part.data_kind for part in updates} - set(self.data_kinds))
         if kinds:
             self.unmeasured(f"{', '.join(kinds)} is not among data_kinds", fl_ctx)
         return super().process(allowed, fl_ctx)
-
-    def _count(self, stated: Any) -> None:
-        """Count an update at the site; what it states of its round is checked, not believed."""
-        self._updates += 1
-        if stated is None:
-            return
-        number = self._passage.number
-        if number is None:
-            raise WithheldError(f"the round {stated!r} is no number of a round")
-        if number <= self._last_round:
-            raise WithheldError(
-                f"round {number} comes after round {self._last_round}: rounds do not repeat"
-            )
-        self._last_round = number
 
     def unmeasured(self, reason: str, fl_ctx: FLContext) -> None:
         """Note that an update leaves although this filter does nothing to it."""
