@@ -1,9 +1,11 @@
-# Everything lives in .venv and results/; remove them with `make clean`.
+# Everything lives in .venv, .venv-flower and results/; remove them with `make clean`.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
+FLOWER := .venv-flower
+FLOWER_STAMP := $(FLOWER)/.stamp
 EXTRAS := embedded,tabular,text,audit,privacy,search,bench,federated,docs,test,lint
 
 # Matplotlib would write its font cache to the home folder.
@@ -16,21 +18,33 @@ TEST_WORKERS ?= 3
 .PHONY: help setup bench federated docs test lint clean
 
 help:
-	@echo "make setup   create $(VENV) with the tested versions (constraints.txt)"
+	@echo "make setup   create $(VENV) and $(FLOWER) with the tested versions (constraints*.txt)"
 	@echo "make bench   train, invert and report the four defense schemes (results/schemes/)"
 	@echo "make federated  measure leakage in simulated federations (results/federated/)"
 	@echo "make docs    build the documents as a static site (site/)"
 	@echo "make test    run the tests"
 	@echo "make lint    ruff and mypy"
-	@echo "make clean   remove $(VENV), caches and uncommitted results"
+	@echo "make clean   remove both environments, caches and uncommitted results"
 
-setup: $(STAMP)
+setup: $(STAMP) $(FLOWER_STAMP)
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing the tested versions into $(VENV) (a few minutes, about 5 GB)"
 	@$(BIN)/python -m pip install -qq --no-cache-dir --disable-pip-version-check \
 		-c constraints.txt -e ".[$(EXTRAS)]"
+	@touch $@
+
+# Flower and NVFlare want other versions of some packages. Those alone are installed here, in
+# front of everything that $(VENV) has.
+PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
+$(FLOWER_STAMP): $(STAMP) constraints-flower.txt
+	@test -x $(FLOWER)/bin/python || $(BIN)/python -m venv $(FLOWER)
+	@echo "import site; site.addsitedir('$$($(BIN)/python -c '$(PURELIB)')')" \
+		> "$$($(FLOWER)/bin/python -c '$(PURELIB)')/behind.pth"
+	@echo "installing Flower's versions into $(FLOWER) (a minute, about 350 MB)"
+	@$(FLOWER)/bin/python -m pip install -qq --no-cache-dir --disable-pip-version-check \
+		-c constraints-flower.txt -e ".[flower]"
 	@touch $@
 
 bench: $(STAMP)
@@ -59,8 +73,14 @@ docs: $(STAMP)
 	@$(BIN)/python -m mkdocs build --strict --quiet
 	@echo "site/index.html"
 
-test: $(STAMP)
-	@OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
+# Flower's tests in its own environment; in the other they are skipped.
+FLOWER_TESTS := tests/federated/test_flower_*.py tests/federated/test_same_numbers.py
+test: export OMP_NUM_THREADS = $(TEST_THREADS)
+test: $(STAMP) $(FLOWER_STAMP)
+	@status=0; \
+	$(FLOWER)/bin/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(FLOWER_TESTS) || status=1; \
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal || status=1; \
+	exit $$status
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .
@@ -68,6 +88,6 @@ lint: $(STAMP)
 	@$(BIN)/mypy
 
 clean:
-	@rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	@rm -rf $(VENV) $(FLOWER) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	@rm -rf results/store results/logs results/federated
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

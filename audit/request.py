@@ -288,7 +288,8 @@ def _check_level(data: SiteData, loss: Loss, alpha: float) -> None:
     groups, n = data.groups(loss), len(data.members.labels)
     is_member = np.arange(len(groups)) < n
     ways = n_memberships(is_member, groups)
-    if ways * alpha >= 1 - 1e-12:
+    # There are more ways than a floating-point number can be where a site has hundreds of images.
+    if ways >= (1 - 1e-12) / alpha:
         return
     counts = {int(c): int(is_member[groups == c].sum()) for c in np.unique(groups)}
     needed = {c: non_members_needed(m, alpha) for c, m in counts.items() if m}

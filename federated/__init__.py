@@ -11,6 +11,7 @@ import importlib
 from typing import Any
 
 _COMPONENTS = {
+    "AuditFilter": "federated.flare.audit_filter",
     "CXRLearner": "federated.flare.learner",
     "GaussianPrivacy": "federated.flare.gaussian_privacy",
     "GradInversionInverter": "federated.flare.inverter",

@@ -118,6 +118,8 @@ def moved(
 
 
 def _unit(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """At least a unit in the last place of each value."""
+    """At least a unit in the last place of each value; whole numbers are not rounded."""
+    if not dtype.is_floating_point:
+        return torch.zeros_like(values)
     format_ = torch.finfo(dtype)
     return format_.eps * values.abs() + format_.smallest_normal * format_.eps

@@ -48,12 +48,13 @@ _FILE_NAME = re.compile(
 T = TypeVar("T")
 
 
-def write_audit(record: AuditRecord, folder: Path) -> Path:
+def write_audit(record: AuditRecord, folder: Path, name: str = FILE) -> Path:
     """Write `audit.json` into a folder, atomically and with its checksum.
 
     Args:
         record: The audit.
         folder: Where to; made if missing.
+        name: Of the file; a federation has one per round.
 
     Returns:
         The file.
@@ -63,7 +64,7 @@ def write_audit(record: AuditRecord, folder: Path) -> Path:
     """
     plain = {"kind": KIND, **dataclasses.asdict(without_names(record))}
     record_of(plain)
-    path = folder / FILE
+    path = folder / name
     write_record(path, plain)
     return path
 

@@ -17,6 +17,7 @@ import torch
 
 pytest.importorskip("nvflare", reason="needs pip install 'gradinvbench[federated]'")
 
+from audit.show.store import read_audit
 from federated.experiment import run_results, simulator
 from federated.experiment.cli import recipe
 from federated.flare.global_model import global_model
@@ -83,12 +84,55 @@ def test_a_published_job_of_one_client_leaks_its_image(tmp_path: Path) -> None:
     assert not same_as_at_the_start(finished.global_model())
 
 
+AUDITED = """
+from core.data.given import GivenData
+from core.data.list_files import load_datalist
+from core.data.listed_images import ImageListDataset
+from federated.flare.images import chest_spec
+from federated.flare.networks import network_spec
+
+
+def build():
+    return network_spec("cnn", 2, 32).build()
+
+
+def section(name):
+    listed = ImageListDataset({root!r}, load_datalist({datalist!r}, name), 32)
+    return listed.images(), listed.labels()
+
+
+def members_and_others():
+    spec = chest_spec(32)
+    return GivenData(section("training"), section("validation"), mean=spec.mean, std=spec.std)
+"""
+
+
+def audit_too(site: Path) -> None:
+    """Let a site of a job also audit its updates, and send them whatever is found."""
+
+    def add(client: dict[str, Any]) -> None:
+        args = {"model": "audited:build", "data": "audited:members_and_others",
+                "local": "sgd lr=0.01 batch-size=4", "iterations": 5, "plants": 1,
+                "frequency": 2, "record_only": True}  # fmt: skip
+        tap = {"path": "federated.flare.taps.GlobalModelTap", "args": {}}
+        client["task_data_filters"] = [{"tasks": ["train"], "filters": [tap]}]
+        filters = client["task_result_filters"][0]["filters"]
+        filters.append({"path": "federated.AuditFilter", "args": args})
+        code = AUDITED.format(root=client["DATA_ROOT"], datalist=client["DATASET_JSON"])
+        (site / "custom" / "audited.py").write_text(code)
+
+    edit(site / "config" / "config_fed_client.json", add)
+
+
 def test_a_site_whose_check_breaks_sends_nothing_and_the_others_go_on(tmp_path: Path) -> None:
     flags = ["--n_clients", "2", "--invert_clients", "1,2", "--sigma0", "0.1"]
     job = make_job(tmp_path / "job", *flags)
     edit(job / "site-1/config/config_inversion.json", lambda c: c.update(img_prior="nowhere.png"))
+    audit_too(job / "site-2")
     finished = run(job, tmp_path / "runs", 2)
     assert finished.status == 0, finished.output[-3000:]
+    folder = run_results.app_folder(finished.workspace, "site-2")
+    assert read_audit(folder / "audit_round0.json").local.steps == 2
     for number in (0, 1):
         broken, passed = finished.record("site-1", number), finished.record("site-2", number)
         assert broken["decision"] == "withhold"

@@ -45,7 +45,7 @@ CORE_LIBRARIES = {
     "tqdm",
 }
 # Rooms whose library is a condition of using them at all.
-OWN_LIBRARIES = {"federated": {"nvflare"}, "nvflare_gradinv": {"nvflare"}}
+OWN_LIBRARIES = {"federated": {"nvflare", "flwr"}, "nvflare_gradinv": {"nvflare"}}
 
 
 def modules() -> list[Path]:

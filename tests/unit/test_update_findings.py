@@ -282,3 +282,11 @@ def test_two_levels_near_each_other_are_no_grid() -> None:
     bias = torch.linspace(0.01, 0.02, 10)
     said = [[f.trace for f in findings(before, {"w": w, "b": bias})] for w in (near, levels)]
     assert said == [[Trace.SIGNS], [Trace.QUANTISED]]
+
+
+def test_a_counter_that_was_averaged_and_comes_back_as_a_whole_number_is_read() -> None:
+    before = {"w": torch.ones(4, 4), "batches": torch.tensor(1.5)}
+    after = {"w": torch.ones(4, 4) + 0.01, "batches": torch.tensor(3)}
+    update = gib.read_update(before, after, kind="weights")
+    assert float(update.change["batches"]) == 1.5
+    assert update.findings is not None
