@@ -48,7 +48,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be run, and end")
     parser.add_argument("--store", type=Path, default=DEFAULT_STORE, help="where cells are kept")
-    parser.add_argument("--jobs", type=int, help="cells at a time (default: one per GPU, else 1)")
+    parser.add_argument(
+        "--jobs", type=int, help="cells at a time (default: one per GPU, else per core)"
+    )
+    parser.add_argument("--fresh", action="store_true", help="start a new interpreter per cell")
     parser.add_argument("--retry-failed", action="store_true", help="run failed cells again")
     parser.add_argument("--quiet", action="store_true", help="only errors and the table")
     parser.add_argument("--executor", choices=["local", "ray"], default="local")
@@ -131,6 +134,7 @@ def _run_table(table: Table, store: Store, args: argparse.Namespace, several: bo
         address=args.address,
         gpus_per_cell=args.gpus_per_cell,
         shared_data=args.shared_data,
+        fresh=args.fresh,
     )
     statuses = compute(table, store, workers, quiet=args.quiet, retry_failed=args.retry_failed)
     result = collect(table, store)
@@ -178,9 +182,11 @@ def _check(args: argparse.Namespace) -> None:
 def _check_data(data: str) -> None:
     """Or every cell would fail, one after the other."""
     from core.data.data_sets import BUILT_IN
+    from core.data.records import TABLES
 
-    if data not in BUILT_IN and not Path(data).exists():
-        raise InputError(f"--data: there is no {data} (built-in names: {', '.join(BUILT_IN)})")
+    known = [*BUILT_IN, *TABLES]
+    if data not in known and not Path(data).exists():
+        raise InputError(f"--data: there is no {data} (built-in names: {', '.join(known)})")
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -60,6 +60,7 @@ COMMANDS = {
     "python -m benchmarks.equal_time": "benchmarks.speed.equal_time",
     "python -m benchmarks.models": "benchmarks.models.__main__",
     "python -m benchmarks.decision": "benchmarks.decision",
+    "python -m benchmarks.audit_power": "benchmarks.audit_power",
     "python -m benchmarks.tabular": "benchmarks.tabular",
     "python -m benchmarks.bounds": "benchmarks.bounds",
     "python -m benchmarks.audit_federation": "benchmarks.audit_federation",

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from core.launch_arguments import LaunchSettings
+from core.processes import warm
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def on_cpu(processes: int) -> LaunchSettings:
@@ -20,11 +26,62 @@ def on_cpu(processes: int) -> LaunchSettings:
     )
 
 
+class Command:
+    """A command in a process of its own that needs not import torch again; as `subprocess.Popen`.
+
+    Args:
+        words: A script, or -m and a module, and their arguments.
+        changes: To the environment.
+    """
+
+    def __init__(self, *words: str, **changes: str) -> None:
+        self._words = words
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115
+        self._process = warm.start_command(
+            words,
+            folder=ROOT,
+            environment={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **changes},
+            output=self._said.fileno(),
+            imports=("torchvision", "training.run", "gradients.extract", "attack.cli.running"),
+        )
+        assert self._process.pid is not None
+        self.pid: int = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit status, minus a signal's number; None while it runs."""
+        return self._process.exitcode
+
+    def communicate(self, timeout: float = 120) -> tuple[str, None]:
+        """Wait for its end; what it has printed."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(self._words, timeout)
+        self._said.seek(0)
+        return self._said.read().decode(), None
+
+
 def ranks_of(parent: int) -> list[int]:
-    """A command's spawned processes in the order of ranks, without Python's resource tracker."""
-    text = Path(f"/proc/{parent}/task/{parent}/children").read_text()
-    found = [int(word) for word in text.split()]
-    return [pid for pid in found if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    """A command's ranks in their order: what its server has forked."""
+    servers = [pid for pid in children_of(parent) if "forkserver import" in said_of(pid)]
+    return [pid for server in servers for pid in children_of(server)]
+
+
+def children_of(parent: int) -> list[int]:
+    """The processes that a process has started, in order."""
+    return [int(word) for word in _read(f"/proc/{parent}/task/{parent}/children").split()]
+
+
+def said_of(pid: int) -> str:
+    """The command line of a process."""
+    return _read(f"/proc/{pid}/cmdline").replace("\0", " ")
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def alive(pid: int) -> bool:

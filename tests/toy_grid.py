@@ -19,6 +19,7 @@ TOY = Stage(
     rooms=(),
     outputs=lambda folder: {"out": str(folder)},
     record="record.json",
+    imports=("json",),
 )
 STAGES = {"toy": TOY}
 
@@ -32,6 +33,7 @@ def toy(add: Cell | None = None, **config: Any) -> Cell:
 
 def grid(cells: list[Cell], store: Store, **options: Any) -> Grid:
     """A quiet grid of toy cells on this machine."""
-    executor = options.pop("executor", None) or LocalExecutor(options.pop("jobs", 2))
+    imports = options.pop("imports", None)
+    executor = options.pop("executor", None) or LocalExecutor(2, imports=imports)
     stages = options.pop("stages", STAGES)
     return Grid(cells, store, executor, stages, Progress(quiet=True), **options)

@@ -6,17 +6,22 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Protocol
 
 from benchmarks.run.cells import ROOT, Cell
 from benchmarks.run.stages import PROCESSES, Stage
+from core.processes import warm
 
 LOG_TAIL = 4000
 GRACE_SECONDS = 10.0
+# One of them is there where Linux knows a GPU that torch can use (NVIDIA, AMD, under Windows).
+GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/kfd"), Path("/dev/dxg"))
 
 
 @dataclass
@@ -68,73 +73,200 @@ class Executor(Protocol):
         """End every running job."""
 
 
+class Running(Protocol):
+    """A command that runs."""
+
+    @property
+    def pid(self) -> int:
+        """Of the command, which leads a process group."""
+
+    def status(self) -> int | None:
+        """Its exit status, minus a signal's number if one ended it; None while it runs."""
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Wait for its end, or so long."""
+
+
+@dataclass(frozen=True)
+class FreshCommand:
+    """A command in a new interpreter."""
+
+    process: subprocess.Popen[bytes]
+
+    @property
+    def pid(self) -> int:
+        """See `Running`."""
+        return self.process.pid
+
+    def status(self) -> int | None:
+        """See `Running`."""
+        return self.process.poll()
+
+    def wait(self, seconds: float | None = None) -> None:
+        """See `Running`."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+
+
+@dataclass(frozen=True)
+class WarmCommand:
+    """A command in a process that has imported torch before (`core.processes.warm`)."""
+
+    process: BaseProcess
+
+    @property
+    def pid(self) -> int:
+        """See `Running`."""
+        assert self.process.pid is not None
+        return self.process.pid
+
+    def status(self) -> int | None:
+        """See `Running`."""
+        return self.process.exitcode
+
+    def wait(self, seconds: float | None = None) -> None:
+        """See `Running`."""
+        self.process.join(seconds)
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A job with what it occupies."""
+
+    job: Job
+    command: Running
+    gpus: tuple[str, ...]
+    cores: tuple[int, ...]
+
+
 class LocalExecutor:
     """Jobs as processes of this machine.
 
     Args:
-        jobs: How many at a time; one that takes several GPUs counts as so many.
+        jobs: How many at a time; one of several processes counts as so many.
         gpus: Device numbers to hand out in turn, one per process of a job as far as
             there are as many; empty without GPUs.
-        cores: Processor cores to divide among the jobs.
+        cores: Processor cores to divide among the jobs; None for all of this process'.
+        imports: What jobs import: done once, and every job is forked from there. None starts a
+            new interpreter for each.
     """
 
-    def __init__(self, jobs: int = 1, gpus: Sequence[str] = (), cores: int | None = None) -> None:
+    def __init__(
+        self,
+        jobs: int = 1,
+        gpus: Sequence[str] = (),
+        cores: Sequence[int] | None = None,
+        imports: Sequence[str] | None = None,
+    ) -> None:
         self._jobs = jobs
         self._gpus = tuple(gpus)
-        self._cores = cores or len(os.sched_getaffinity(0))
-        self._running: list[tuple[Job, subprocess.Popen[bytes], tuple[str, ...]]] = []
+        self._cores = tuple(cores or usable_cores())
+        self._imports = imports if warm.can_be_warm(gpu=bool(gpus)) else None
+        self._running: list[_Taken] = []
 
     def has_room(self) -> bool:
-        """Whether fewer than `jobs` jobs run."""
-        return sum(max(1, len(gpus)) for *_, gpus in self._running) < self._jobs
+        """Whether fewer than `jobs` processes run."""
+        return sum(processes_of(each.job.cell) for each in self._running) < self._jobs
 
     def start(self, job: Job) -> None:
         """Start the job's command, its output in the job's log."""
-        gpus = self._least_used_gpus(processes_of(job.cell))
-        command = job.stage.command(job.cell.config, job.inputs, job.files, job.data)
+        words = job.stage.command(job.cell.config, job.inputs, job.files, job.data)
+        gpus, cores = self._least_used_gpus(processes_of(job.cell)), self._free_cores(job.cell)
+        environment = command_environment(self._share(job.cell))
+        if gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         with job.log.open("ab") as log:
-            log.write(f"$ {' '.join(command)}\n".encode())
+            log.write(f"$ {' '.join(words)}\n".encode())
             log.flush()
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=self._environment(job, gpus),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                # The command keeps the cell locked even if the harness is killed.
-                pass_fds=(job.lock,),
-            )
-        self._running.append((job, process, gpus))
+            fresh = self._imports is None or job.stage.imports is None
+            begin = self._fresh if fresh else self._warm
+            command = begin(words, environment, log.fileno(), job.lock, cores)
+        self._running.append(_Taken(job, command, gpus, cores))
+
+    def _fresh(
+        self,
+        words: Sequence[str],
+        environment: Mapping[str, str],
+        log: int,
+        lock: int,
+        cores: Sequence[int],
+    ) -> Running:
+        process = subprocess.Popen(
+            words,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            # The command keeps the cell locked even if the harness is killed.
+            pass_fds=(lock,),
+        )
+        _pin(process.pid, cores)
+        return FreshCommand(process)
+
+    def _warm(
+        self,
+        words: Sequence[str],
+        environment: Mapping[str, str],
+        log: int,
+        lock: int,
+        cores: Sequence[int],
+    ) -> Running:
+        process = warm.start_command(
+            # Without the interpreter.
+            words[1:],
+            folder=ROOT,
+            environment=environment,
+            output=log,
+            kept=(lock,),
+            cores=cores,
+            imports=self._imports or (),
+        )
+        return WarmCommand(process)
 
     def poll(self) -> list[Outcome]:
         """Jobs whose command has ended, with the end of their log as error."""
-        ended = [(job, p) for job, p, _ in self._running if p.poll() is not None]
-        self._running = [r for r in self._running if r[1].returncode is None]
-        return [Outcome(job, describe_failure(p.returncode, job.log)) for job, p in ended]
+        found = [(each, each.command.status()) for each in self._running]
+        self._running = [each for each, status in found if status is None]
+        return [
+            Outcome(each.job, describe_failure(status, each.job.log))
+            for each, status in found
+            if status is not None
+        ]
 
     def stop(self) -> None:
         """Interrupt every command, and kill those that do not listen."""
-        for _, process, _ in self._running:
-            _signal_group(process, signal.SIGINT)
+        for each in self._running:
+            _signal(each.command, signal.SIGINT)
         deadline = time.monotonic() + GRACE_SECONDS
-        for _, process, _ in self._running:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, deadline - time.monotonic()))
-            _signal_group(process, signal.SIGKILL)
-            process.wait()
+        for each in self._running:
+            each.command.wait(max(0.0, deadline - time.monotonic()))
+            _signal(each.command, signal.SIGKILL)
+            each.command.wait()
         self._running = []
 
     def _least_used_gpus(self, count: int) -> tuple[str, ...]:
-        used = [gpu for *_, gpus in self._running for gpu in gpus]
+        used = [gpu for each in self._running for gpu in each.gpus]
         return tuple(sorted(self._gpus, key=used.count)[:count])
 
-    def _environment(self, job: Job, gpus: Sequence[str]) -> dict[str, str]:
-        environment = command_environment(self._cores // self._jobs, job.cell)
-        if gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-        return environment
+    def _free_cores(self, cell: Cell) -> tuple[int, ...]:
+        """The cores of a job of one process; several processes move about."""
+        if processes_of(cell) > 1 or self._jobs > len(self._cores):
+            return ()
+        used = [core for each in self._running for core in each.cores]
+        return tuple(sorted(self._cores, key=used.count)[: self._share(cell)])
+
+    def _share(self, cell: Cell) -> int:
+        """How many cores each process of a cell has for itself."""
+        return max(1, len(self._cores) // max(self._jobs, processes_of(cell)))
+
+
+def usable_cores() -> Sequence[int]:
+    """The processor cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return range(os.cpu_count() or 1)
 
 
 def processes_of(cell: Cell) -> int:
@@ -142,13 +274,12 @@ def processes_of(cell: Cell) -> int:
     return int(cell.config.get(PROCESSES, 1))
 
 
-def command_environment(cores: int, cell: Cell) -> dict[str, str]:
-    """The environment of a cell's command that may use `cores` cores."""
-    threads = max(1, cores // processes_of(cell))
+def command_environment(threads: int) -> dict[str, str]:
+    """The environment of a command whose processes have so many threads."""
     # A plugin may lie where the user stands, and commands stand at the checkout.
     places = [str(ROOT), os.environ.get("PYTHONPATH"), os.getcwd()]
     path = os.pathsep.join(filter(None, dict.fromkeys(places)))
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
+    return {**os.environ, "PYTHONPATH": path, warm.THREADS: str(threads)}
 
 
 def visible_gpus() -> list[str]:
@@ -156,6 +287,9 @@ def visible_gpus() -> list[str]:
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
         return [gpu for gpu in chosen.split(",") if gpu]
+    if sys.platform == "linux" and not any(map(Path.exists, GPU_DEVICES)):
+        # torch takes seconds to say the same.
+        return []
     import torch
 
     return [str(index) for index in range(torch.cuda.device_count())]
@@ -180,6 +314,15 @@ def last_words(log: Path) -> str:
     return ""
 
 
-def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, number)
+def _signal(command: Running, number: int) -> None:
+    """To a command and what it has started; one that has just begun leads no group yet."""
+    for send in (os.killpg, os.kill):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            send(command.pid, number)
+            return
+
+
+def _pin(pid: int, cores: Sequence[int]) -> None:
+    if cores and hasattr(os, "sched_setaffinity"):
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(pid, cores)

@@ -31,6 +31,8 @@ class Stage:
         record: Name (may hold wildcards) of the JSON record that the command writes.
         parser: The command's parser, for checking flags; None accepts any flag.
         distributed: Whether `--multiprocessing-distributed` and its friends are understood.
+        imports: Modules that every cell imports, so that it may be forked where they are; None:
+            every cell is a new interpreter.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Stage:
     record: str
     parser: Callable[[], argparse.ArgumentParser] | None = None
     distributed: bool = True
+    imports: tuple[str, ...] | None = None
 
     def code(self) -> str:
         """Version of the stage's code."""
@@ -123,6 +126,7 @@ STAGES: dict[str, Stage] = {
             outputs=lambda folder: {"result-root": str(folder), "resume": "auto"},
             record="record.json",
             parser=_parser_of("training.main_pytorch"),
+            imports=("torchvision", "training.run"),
         ),
         Stage(
             name="extract",
@@ -131,6 +135,7 @@ STAGES: dict[str, Stage] = {
             outputs=lambda folder: {"results": str(folder), "id": "cell"},
             record="*.json",
             parser=_parser_of("gradients.command"),
+            imports=("torchvision", "gradients.extract"),
         ),
         Stage(
             name="attack",
@@ -139,6 +144,7 @@ STAGES: dict[str, Stage] = {
             outputs=lambda folder: {"root": str(folder), "id": "cell"},
             record="record.json",
             parser=_parser_of("attack.cli.command"),
+            imports=("torchvision", "attack.cli.running"),
         ),
         Stage(
             name="federated",
@@ -158,6 +164,7 @@ STAGES: dict[str, Stage] = {
             record="record.json",
             parser=_parser_of("benchmarks.tabular"),
             distributed=False,
+            imports=("torch",),
         ),
     )
 }

@@ -95,7 +95,9 @@ class LabelledImages(Dataset[tuple[torch.Tensor, int]]):
         if self.seed is None:
             return self.transform(image), label
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derived_seed(self.seed, epoch, index))
+            # Not torch.manual_seed: it seeds every kind of device, and for those that are not
+            # there it keeps a trace of the stack each time, which takes longer than the image.
+            torch.default_generator.manual_seed(derived_seed(self.seed, epoch, index))
             return self.transform(image), label
 
 

@@ -34,6 +34,7 @@ from core.processes.meeting import (
     told_value,
 )
 from core.processes.ranks import Ranks, complaint_about, cut_off, is_cut_off
+from core.processes.warm import can_be_warm
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +117,9 @@ def launch(
             logger.warning("--gpu %d: no CUDA GPU is used; computing on the CPU", settings.gpu)
         seed_everything(settings.seed)
         return told(process)
-    _spawn(told, settings)
+    # What takes long to import, if the ranks will need it as well.
+    heavy = [name for name in ("torchvision", "opacus") if name in sys.modules]
+    _spawn(told, settings, imports=[*heavy, work.__module__])
     return None
 
 
@@ -158,7 +161,9 @@ def _backend(settings: LaunchSettings, n_local: int) -> str:
     return "nccl" if enough_gpus and not settings.cpu else "gloo"
 
 
-def _spawn(work: Callable[[Process], Any], settings: LaunchSettings) -> None:
+def _spawn(
+    work: Callable[[Process], Any], settings: LaunchSettings, imports: Sequence[str]
+) -> None:
     n_local = processes_per_node(settings)
     address = Address(settings.dist_url)
     address.check()
@@ -168,7 +173,8 @@ def _spawn(work: Callable[[Process], Any], settings: LaunchSettings) -> None:
         store, address = host_store(address)
     group = _Group(settings, settings.world_size * n_local, n_local, address)
     first = settings.rank * n_local
-    Ranks(functools.partial(_spawned, work, group, first), first, n_local).run()
+    is_warm = can_be_warm(gpu=not settings.cpu and torch.cuda.is_available())
+    Ranks(functools.partial(_spawned, work, group, first), first, n_local, imports, is_warm).run()
     del store
 
 

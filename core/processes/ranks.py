@@ -16,13 +16,14 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
 
 from core.errors import InputError, RankError, is_write_failure, write_failure
+from core.processes import warm
 from core.processes.shared_memory import PeerLostError
 
 # Seconds: between two looks for a signal; for the others to say what happened to them; to end
@@ -107,11 +108,21 @@ class Ranks:
             module-level function, or a partial of one.
         first: Rank of the first.
         number: How many.
+        imports: What each of them needs, imported once for all if they are warm.
+        is_warm: Whether they are forked from a server (`core.processes.warm`).
     """
 
-    def __init__(self, work: Callable[[int, Connection], None], first: int, number: int) -> None:
+    def __init__(
+        self,
+        work: Callable[[int, Connection], None],
+        first: int,
+        number: int,
+        imports: Sequence[str] = (),
+        is_warm: bool = False,
+    ) -> None:
         self._work, self._first, self._number = work, first, number
-        self._processes: list[SpawnProcess] = []
+        self._imports, self._is_warm = imports, is_warm
+        self._processes: list[BaseProcess] = []
         self._told: list[Connection] = []
         self._complaints: list[Complaint] = []
 
@@ -142,19 +153,18 @@ class Ranks:
         self._judge(ended)
 
     def _start(self, noted: Sequence[int]) -> None:
-        context = multiprocessing.get_context("spawn")
-        with _quiet_torch():
-            for index in range(self._number):
-                if noted:
-                    return
-                hear, tell = context.Pipe(duplex=False)
-                process = context.Process(target=_ranks_work, args=(self._work, index, tell))
-                process.start()
-                tell.close()
-                self._processes.append(process)
-                self._told.append(hear)
+        for index in range(self._number):
+            if noted:
+                return
+            hear, tell = multiprocessing.Pipe(duplex=False)
+            process = warm.start(
+                _ranks_work, self._work, index, tell, imports=self._imports, warm=self._is_warm
+            )
+            tell.close()
+            self._processes.append(process)
+            self._told.append(hear)
 
-    def _living(self) -> list[SpawnProcess]:
+    def _living(self) -> list[BaseProcess]:
         return [process for process in self._processes if process.exitcode is None]
 
     def _failing(self) -> bool:
@@ -254,20 +264,6 @@ def _signals_noted() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _quiet_torch() -> Iterator[None]:
-    """Processes started within the block keep torch's stack traces of lost peers to themselves."""
-    name = "TORCH_CPP_LOG_LEVEL"
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = "FATAL"
-    try:
-        yield
-    finally:
-        del os.environ[name]
 
 
 # -- In the rank --------------------------------------------------------------------

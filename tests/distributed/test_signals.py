@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,28 +28,14 @@ from core.models.building import ModelSpec
 from core.processes.ranks import Ranks
 from core.storage import write_json
 from gradients.checkpoint import save_target
-from tests.launched import alive, ranks_of, wait_for
+from tests.launched import Command, alive, ranks_of, wait_for
 from tests.targets import make_target
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 TWO = ["--multiprocessing-distributed", "--nproc-per-node", "2", "--cpu", "--dist-backend", "gloo"]
 FREE_PORT = ["--dist-url", "tcp://127.0.0.1:0"]
 MODEL = ["--arch", "cnn", "--width", "2", "--image-size", "8"]
-
-
-def start(*words: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *words],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        # As from a terminal, not as in the background of a script.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
 
 
 def toy(folder: Path) -> tuple[list[str], Callable[[], bool]]:
@@ -115,7 +100,7 @@ def test_a_signal_ends_all(
     command: str, number: signal.Signals, whom: str, status: int, said: str, tmp_path: Path
 ) -> None:
     words, is_running = COMMANDS[command](tmp_path)
-    process = start(*words, *TWO, *FREE_PORT)
+    process = Command(*words, *TWO, *FREE_PORT)
 
     def running() -> bool:
         found = ranks_of(process.pid)
@@ -140,7 +125,7 @@ def test_a_signal_ends_all(
 
 def test_a_stopped_rank_is_named(tmp_path: Path) -> None:
     words, is_running = toy(tmp_path)
-    process = start(*words, *TWO, *FREE_PORT, "--timeout", "30")
+    process = Command(*words, *TWO, *FREE_PORT, "--timeout", "30")
     assert wait_for(is_running)
     os.kill(ranks_of(process.pid)[1], signal.SIGSTOP)
     output, _ = process.communicate(timeout=150)
@@ -162,7 +147,7 @@ def nodes(folder: Path, *changes: Sequence[str]) -> list[tuple[int, str]]:
     url = ["--dist-url", f"tcp://127.0.0.1:{port}", "--world-size", str(len(changes))]
     one = ["--multiprocessing-distributed", "--nproc-per-node", "1", "--cpu"]
     words = ["-m", "tests.toy_ranks", "--folder", str(folder), "--what", "once", *one, *url]
-    started = [start(*words, "--rank", str(rank), *more) for rank, more in enumerate(changes)]
+    started = [Command(*words, "--rank", str(rank), *more) for rank, more in enumerate(changes)]
     said = [process.communicate(timeout=120)[0] for process in started]
     return [(process.returncode, text) for process, text in zip(started, said, strict=True)]
 
@@ -240,9 +225,9 @@ def test_several_processes_need_their_switch() -> None:
 def test_an_interrupted_attack_of_two_processes_keeps_its_best(spread: str, tmp_path: Path) -> None:
     words, is_running = invert(tmp_path)
     several = ["--spread", spread, "--n-seed", "3", "--metric"]
-    process = start(*words, *several, *TWO, *FREE_PORT)
+    process = Command(*words, *several, *TWO, *FREE_PORT)
     assert wait_for(is_running), process.communicate()
-    process.send_signal(signal.SIGINT)
+    os.kill(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
     assert "Traceback" not in output

@@ -87,13 +87,14 @@ def test_grid_runs_in_order_and_finds_its_results_again(store: Store, tmp_path: 
     assert len(Path(runs).read_text().splitlines()) == 3
 
 
+@pytest.mark.parametrize("imports", [None, ["json"]], ids=["fresh", "warm"])
 def test_failure_is_recorded_blocks_what_needs_it_and_is_retried_when_asked(
-    store: Store, tmp_path: Path
+    store: Store, tmp_path: Path, imports: list[str] | None
 ) -> None:
     permit = tmp_path / "permit"
     broken = toy(value=1, fail_without=str(permit))
     dependent, healthy = toy(add=broken, value=2), toy(value=3)
-    status = grid([dependent, healthy], store).run()
+    status = grid([dependent, healthy], store, imports=imports).run()
     assert status[broken.key] is Status.FAILED
     assert status[dependent.key] is Status.BLOCKED
     assert status[healthy.key] is Status.FINISHED
@@ -152,19 +153,27 @@ def test_results_are_a_data_frame(store: Store) -> None:
 
 
 HARNESS = """
+import signal
 from pathlib import Path
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 from benchmarks.run.store import Store
 from tests.toy_grid import grid, toy
 root = Path({root!r})
 base = toy(value=1, sleep={sleep}, runs=str(root / "runs"))
 cells = [toy(add=base, value=v, sleep={sleep}, runs=str(root / "runs")) for v in (10, 20)]
-print(sorted(s.value for s in grid(cells, Store(root / "store")).run().values()))
+done = grid(cells, Store(root / "store"), imports={imports}).run()
+print(sorted(s.value for s in done.values()))
 """
+# Cells in new interpreters, and forked from a server.
+FRESH, WARM = None, ["json"]
 
 
-def start_harness(root: Path, sleep: float) -> subprocess.Popen[str]:
+def start_harness(
+    root: Path, sleep: float, imports: list[str] | None = FRESH
+) -> subprocess.Popen[str]:
+    code = HARNESS.format(root=str(root), sleep=sleep, imports=imports)
     return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(HARNESS.format(root=str(root), sleep=sleep))],
+        [sys.executable, "-c", textwrap.dedent(code)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
@@ -192,10 +201,16 @@ def test_two_processes_on_one_store_share_the_work(tmp_path: Path) -> None:
     assert sorted(load_results(tmp_path / "store")["result.value"]) == [1, 11, 21]
 
 
-@pytest.mark.parametrize("started", [1, 2], ids=["in the first cell", "in the last cells"])
-def test_kill_minus_nine_loses_no_finished_cell(tmp_path: Path, started: int) -> None:
+@pytest.mark.parametrize(
+    ("started", "imports"),
+    [(1, FRESH), (2, FRESH), (2, WARM)],
+    ids=["in the first cell", "in the last cells", "in the last cells, warm"],
+)
+def test_kill_minus_nine_loses_no_finished_cell(
+    tmp_path: Path, started: int, imports: list[str] | None
+) -> None:
     runs = tmp_path / "runs"
-    victim = start_harness(tmp_path, 0.5)
+    victim = start_harness(tmp_path, 0.5, imports)
     wait_for(runs, started)
     os.kill(victim.pid, signal.SIGKILL)
     victim.wait()
@@ -206,10 +221,14 @@ def test_kill_minus_nine_loses_no_finished_cell(tmp_path: Path, started: int) ->
     assert len(runs.read_text().splitlines()) == 3
 
 
-def test_interrupt_ends_the_running_commands(store: Store, tmp_path: Path) -> None:
-    harness = start_harness(tmp_path, 30)
+@pytest.mark.parametrize("imports", [FRESH, WARM], ids=["fresh", "warm"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_ends_the_running_commands(
+    tmp_path: Path, number: signal.Signals, imports: list[str] | None
+) -> None:
+    harness = start_harness(tmp_path, 30, imports)
     wait_for(tmp_path / "runs", 1)
-    harness.send_signal(signal.SIGINT)
+    harness.send_signal(number)
     assert harness.wait(timeout=20) != 0
     unlocked = Store(tmp_path / "store")
     cell = toy(value=1, sleep=30, runs=str(tmp_path / "runs"))

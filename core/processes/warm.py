@@ -1,0 +1,173 @@
+"""Processes that start warm: forked from a server that has imported what they need.
+
+A new interpreter takes seconds to import torch. A process forked from one that has imported it and
+done nothing else is as new as the interpreter: it has no threads and no group, and no random number
+was drawn. That holds on Linux and where no GPU is used, whose state cannot be inherited; elsewhere
+every process is a new interpreter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import runpy
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import DupFd
+from pathlib import Path
+from typing import Any
+
+# torch keeps its stack traces of lost peers to itself.
+_QUIET = {"TORCH_CPP_LOG_LEVEL": "FATAL"}
+# The server must own no thread: threads are not inherited, and what they held stays held.
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+THREADS = "OMP_NUM_THREADS"
+
+
+def can_be_warm(*, gpu: bool) -> bool:
+    """Whether processes that use a GPU, or none, may be forked from a server."""
+    return sys.platform == "linux" and not gpu
+
+
+def start(
+    work: Callable[..., None], *arguments: Any, imports: Sequence[str] = (), warm: bool = True
+) -> BaseProcess:
+    """Call a function in a process of its own, in this process' environment and process group.
+
+    Args:
+        work: A module-level function, or a partial of one.
+        arguments: What it is called with.
+        imports: What the server imports; those of this process' first call count. One that
+            cannot be imported is left to the process that needs it.
+        warm: Whether to fork it from the server; else it is a new interpreter.
+    """
+    if not warm:
+        process: BaseProcess = multiprocessing.get_context("spawn").Process(
+            target=work, args=arguments
+        )
+        with _environment(_QUIET):
+            process.start()
+        return process
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*imports])
+    own = dict(os.environ)
+    path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    process = context.Process(target=_as_if_new, args=(own, os.getpgrp(), work, arguments))
+    with _environment({**_QUIET, **_ONE_THREAD, **path}):
+        process.start()
+    return process
+
+
+def start_command(
+    words: Sequence[str],
+    *,
+    folder: Path,
+    environment: Mapping[str, str],
+    output: int,
+    kept: Sequence[int] = (),
+    cores: Sequence[int] = (),
+    imports: Sequence[str] = (),
+) -> BaseProcess:
+    """Run a Python command as `python WORDS...` does, forked from the server.
+
+    Args:
+        words: A script, or -m and a module, and their arguments.
+        folder: Where it stands.
+        environment: Its environment; OMP_NUM_THREADS sets torch's threads as well.
+        output: Descriptor that gets all it prints.
+        kept: Descriptors that it holds open as long as it lives.
+        cores: Processor cores that it may run on; empty: all of this process'.
+        imports: As in `start`.
+    """
+    # Descriptors can only be sent to a process that is being started.
+    command = _Command(tuple(words), folder, dict(environment), output, tuple(kept), tuple(cores))
+    return start(command, imports=imports)
+
+
+class _Command:
+    """A command on its way into its process."""
+
+    def __init__(
+        self,
+        words: tuple[str, ...],
+        folder: Path,
+        environment: dict[str, str],
+        output: int,
+        kept: tuple[int, ...],
+        cores: tuple[int, ...],
+    ) -> None:
+        self._words, self._folder, self._environment = words, folder, environment
+        self._output, self._kept, self._cores = output, kept, cores
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = tuple(map(DupFd, self._kept))
+        return {**self.__dict__, "_output": DupFd(self._output), "_kept": kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._output = state["_output"].detach()
+        self._kept = tuple(each.detach() for each in state["_kept"])
+
+    def __call__(self) -> None:
+        """Become the command."""
+        os.setpgid(0, 0)
+        # It is interrupted by its starter, also where that runs in the background of a script.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for standard in (1, 2):
+            os.dup2(self._output, standard)
+        os.close(self._output)
+        os.chdir(self._folder)
+        os.environ.clear()
+        os.environ.update(self._environment)
+        path = self._environment.get("PYTHONPATH", "").split(os.pathsep)
+        sys.path[:0] = [place for place in path if place and place not in sys.path]
+        if self._cores:
+            os.sched_setaffinity(0, self._cores)
+        if "torch" in sys.modules and THREADS in os.environ:
+            sys.modules["torch"].set_num_threads(int(os.environ[THREADS]))
+        # Of the command's own processes: Python's default, as in a new interpreter.
+        multiprocessing.set_start_method(None, force=True)
+        _run(self._words)
+
+
+def _run(words: Sequence[str]) -> None:
+    if words[0] == "-m":
+        sys.argv = [words[1], *words[2:]]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        return
+    sys.argv = [*words]
+    sys.path.insert(0, str(Path(words[0]).resolve().parent))
+    runpy.run_path(words[0], run_name="__main__")
+
+
+def _as_if_new(
+    environment: Mapping[str, str], group: int, work: Callable[..., None], arguments: Sequence[Any]
+) -> None:
+    """In the forked process: take over from its parent what a new interpreter would."""
+    os.environ.clear()
+    os.environ.update(environment)
+    # It is the server's child, and gets the signals that its parent's group gets.
+    with contextlib.suppress(OSError):
+        os.setpgid(0, group)
+    # Where nothing is seeded, no two processes draw the same.
+    if "torch" in sys.modules:
+        sys.modules["torch"].default_generator.seed()
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed()
+    work(*arguments)
+
+
+@contextlib.contextmanager
+def _environment(changes: Mapping[str, str]) -> Iterator[None]:
+    """Within the block the environment is another one."""
+    before = dict(os.environ)
+    os.environ.update({**changes, **{k: v for k, v in before.items() if k in _QUIET}})
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

@@ -1,0 +1,131 @@
+"""A command forked from the server is what it is in a new interpreter."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.run.cells import ROOT
+from core.processes import warm
+
+pytestmark = pytest.mark.skipif(not warm.can_be_warm(gpu=False), reason="forks")
+
+SCRIPT = """
+import json, multiprocessing, os, random, signal, sys, threading
+import numpy, torch
+with open(sys.argv[1], "w") as file:
+    json.dump({
+        "arguments": sys.argv[2:],
+        "name": __name__,
+        "path": sys.path[0],
+        "folder": os.getcwd(),
+        "environment": {k: v for k, v in os.environ.items() if k not in ("_", "PYTHONPATH")},
+        "leads its group": os.getpgrp() == os.getpid(),
+        "threads": torch.get_num_threads(),
+        "python threads": threading.active_count(),
+        "drawn": [*torch.rand(2).tolist(), numpy.random.rand(), random.random()],
+        "product": torch.ones(64, 64).matmul(torch.eye(64)).sum().item(),
+        "start method": multiprocessing.get_start_method(),
+        "handlers": [str(signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)],
+        "dtype": str(torch.get_default_dtype()),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "cores": sorted(os.sched_getaffinity(0)),
+    }, file)
+print("said")
+sys.exit(3)
+"""
+
+
+def warm_command(words: list[str], folder: Path, log: Path) -> int | None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "OF_THE_CELL": "1"}
+    core = min(os.sched_getaffinity(0))
+    with log.open("wb") as output:
+        process = warm.start_command(
+            words, folder=folder, environment=environment, output=output.fileno(), cores=[core],
+            imports=["torch", "numpy"],
+        )  # fmt: skip
+    process.join(60)
+    return process.exitcode
+
+
+def as_from_a_terminal(core: int) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.sched_setaffinity(0, [core])
+
+
+def fresh_command(words: list[str], folder: Path, log: Path) -> int:
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "OF_THE_CELL": "1"}
+    core = min(os.sched_getaffinity(0))
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, *words], cwd=folder, env=environment, stdout=output, stderr=output,
+            start_new_session=True, preexec_fn=lambda: as_from_a_terminal(core),
+        )  # fmt: skip
+    return process.wait(60)
+
+
+def test_a_warm_command_is_as_a_new_interpreter(tmp_path: Path) -> None:
+    # What this process does must not show in the other.
+    torch.manual_seed(7)
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    found = {}
+    for name, run in (("fresh", fresh_command), ("warm", warm_command)):
+        words = [str(script), str(tmp_path / name), "--flag", "a b"]
+        assert run(words, tmp_path, tmp_path / "log") == 3
+        assert (tmp_path / "log").read_text() == "said\n"
+        found[name] = json.loads((tmp_path / name).read_text())
+    # Not seeded: no two processes draw the same numbers.
+    assert found["warm"].pop("drawn") != found["fresh"].pop("drawn")
+    assert found["warm"] == found["fresh"]
+    assert found["warm"]["threads"] == 2
+
+
+def test_no_two_warm_processes_draw_the_same(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    for name in "ab":
+        warm_command([str(script), str(tmp_path / name)], tmp_path, tmp_path / "log")
+    a, b = (json.loads((tmp_path / name).read_text())["drawn"] for name in "ab")
+    assert not set(a) & set(b)
+
+
+def test_a_module_runs_as_well(tmp_path: Path) -> None:
+    assert warm_command(["-m", "json.tool", "--help"], ROOT, tmp_path / "log") == 0
+    assert "usage:" in (tmp_path / "log").read_text()
+
+
+def test_a_traceback_is_in_the_log(tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text("raise ValueError('seen')\n")
+    assert warm_command([str(tmp_path / "bad.py")], tmp_path, tmp_path / "log") == 1
+    assert (tmp_path / "log").read_text().endswith("ValueError: seen\n")
+
+
+def test_a_lock_stays_with_the_command(tmp_path: Path) -> None:
+    (tmp_path / "wait.py").write_text("import time\ntime.sleep(60)\n")
+    lock = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with (tmp_path / "log").open("wb") as output:
+        process = warm.start_command(
+            [str(tmp_path / "wait.py")], folder=tmp_path, environment=dict(os.environ),
+            output=output.fileno(), kept=[lock],
+        )  # fmt: skip
+    other = os.open(tmp_path / "lock", os.O_RDWR)
+    time.sleep(0.2)
+    os.close(lock)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    process.kill()
+    process.join(30)
+    assert process.exitcode == -9
+    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(other)
