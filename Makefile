@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
-EXTRAS := embedded,tabular,audit,privacy,search,bench,federated,docs,test,lint
+EXTRAS := embedded,tabular,text,audit,privacy,search,bench,federated,docs,test,lint
 
 # Matplotlib would write its font cache to the home folder.
 export MPLCONFIGDIR := $(CURDIR)/$(VENV)/.matplotlib

@@ -13,6 +13,8 @@ from core.target import described
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from core.data.specs import DataSpec
+
 
 @dataclass(repr=False)
 class Reconstruction:
@@ -31,6 +33,7 @@ class Reconstruction:
         members: Of an ensemble, every attack's own result by its name.
         confidence: N x columns of a table's records: how sure the attack is of each cell, from
             0 to 1; None where it does not say.
+        data: Of text, says what tokens read.
     """
 
     images: torch.Tensor
@@ -43,6 +46,12 @@ class Reconstruction:
     details: dict[str, Any] = field(default_factory=dict)
     members: dict[str, Reconstruction] = field(default_factory=dict)
     confidence: torch.Tensor | None = None
+    data: DataSpec | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """The sentences that token ids read; empty of anything but text."""
+        return [] if self.data is None else [self.data.text(ids) for ids in self.images]
 
     def __repr__(self) -> str:
         n, *shape = self.images.shape
@@ -67,7 +76,10 @@ class Reconstruction:
         return image_grid(self.images, captions, columns=columns)
 
     def _repr_html_(self) -> str:
-        """The summary and the images, as a notebook shows them."""
+        """The summary and the images or sentences, as a notebook shows them."""
+        if self.data is not None:
+            lines = "".join(f"<li>{html.escape(text)}</li>" for text in self.texts)
+            return f"<p>{html.escape(repr(self))}</p><ol>{lines}</ol>"
         from core.pictures import as_html
 
         return f"<p>{html.escape(repr(self))}</p>{as_html(self.plot())}"

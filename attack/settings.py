@@ -27,7 +27,7 @@ from core.settings import (
     setting,
 )
 
-OBJECTIVES = ("sim", "L2", "layer-sim", "layer-L2")
+OBJECTIVES = ("sim", "L2", "L2+L1", "layer-sim", "layer-L2")
 TOTAL_VARIATIONS = ("anisotropic", "isotropic", "double-opponents", "norm")
 OPTIMIZERS = ("Adam", "AdamW", "SGD", "LBFGS")
 SCHEDULES = ("cosine", "cosine-published", "step", "constant")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import torch
@@ -11,14 +12,14 @@ from attack.matching.matcher import GradientMatcher
 from attack.matching.objectives import Cosine
 from attack.matching.replica import Replica
 from audit.attempts import INVERSION, Plan, plan_of, scales_of
-from audit.planting import plant_settings
+from audit.planting import PlantSetting, plant_settings
 from audit.request import AUTO, AuditRequest
 
 # Shares of the budget: of all scales of the inversion together, of each closed form, of all plants
 # and of all remedies.
-INVERSION_SHARE, CLOSED_FORM_SHARE, PLANTS_SHARE, REMEDIES_SHARE = 0.1, 0.01, 0.4, 0.4
-# Iterations at least, and planted images per setting at most.
-_FEWEST, MOST_PLANTS = 50, 5
+INVERSION_SHARE, CLOSED_FORM_SHARE, PLANTS_SHARE, REMEDIES_SHARE = 0.05, 0.01, 0.5, 0.3
+# Iterations at least, and planted images per setting.
+_FEWEST, FEWEST_PLANTS, MOST_PLANTS = 50, 2, 5
 # Gradient evaluations that are timed.
 _TIMED = 2
 
@@ -36,6 +37,21 @@ def plan_for(request: AuditRequest) -> Plan:
     return plan_of(
         name, request.target, iterations or 1, CLOSED_FORM_SHARE * request.settings.budget
     )
+
+
+def plan_for_plants(request: AuditRequest, plan: Plan, attack: str, setting: PlantSetting) -> Plan:
+    """The plan of the attack that decides, in as much time for few images as for many.
+
+    One image in one step takes a fraction of the time, and is attacked for longer: otherwise
+    the site's own batch would decide whether an attack can find anything at all.
+    """
+    alone, kind = plan.only(attack), get_attack(attack)
+    if request.settings.iterations is not None or not issubclass(kind, OptimizationAttack):
+        return alone
+    work = setting.images * setting.training.training.epochs
+    own = request.target.batch_size * request.local.training.epochs
+    most = max(alone.iterations, kind.published.optimiser.iterations)
+    return dataclasses.replace(alone, iterations=min(most, alone.iterations * own // work))
 
 
 def seconds_per_iteration(request: AuditRequest) -> float:
@@ -61,7 +77,6 @@ def estimated_seconds(request: AuditRequest) -> float:
     attack = plan.iterations * seconds_per_iteration(request) * scales if plan.inversion else 0.0
     plants = (request.settings.plants or MOST_PLANTS) * len(plant_settings(request))
     if request.settings.plants is None:
-        plants = min(
-            plants, max(2, int(PLANTS_SHARE * request.settings.budget / max(attack, 1e-9)))
-        )
+        fitting = PLANTS_SHARE * request.settings.budget / max(attack, 1e-9)
+        plants = min(plants, max(2 * FEWEST_PLANTS, int(fitting)))
     return attack * (1 + 2 * plants)

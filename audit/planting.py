@@ -24,7 +24,7 @@ from gradients.defenses import Defense, Gaussian, Sign, TopK
 from gradients.local_update import images_of_steps
 from gradients.update_traces import Finding, Trace
 
-_DRAW, _ORDER = 41, 43
+_DRAW, _NOISE, _MASKS = 41, 43, 47
 
 
 @dataclass(frozen=True)
@@ -80,23 +80,28 @@ def plant(request: AuditRequest, setting: PlantSetting, number: int) -> Planted:
     places = _drawn(request, setting.images, rng)
     samples = chosen(request.data.everyone, places)
     training = _shuffled(setting.training, len(places), rng)
-    model = request.client.architecture.build()
+    model = request.trains.build()
     settings = ClientSettings(
         local=training,
         train_mode=model.training,
         defenses=filters_seen(request.update.findings, request.local.training),
-        seed=derived_seed(seed, _ORDER, number) % 2**31,
+        seed=derived_seed(seed, _NOISE, number) % 2**31,
+        dropout_seed=derived_seed(seed, _MASKS, number) % 2**31,
         loss=request.client.loss,
         share_running=request.target.running_after is not None,
     )
     target = share_update(
-        model, request.client.architecture, request.data.spec, samples.images, samples.labels,
-        settings,
-    )  # fmt: skip
+        model, request.trains, request.data.spec, samples.images, samples.labels, settings
+    )
     assert target is not None
-    # Whoever reads the site's update is not told of its filters either.
-    known = target.bn_statistics if target.running_after is not None else None
-    target = dataclasses.replace(target, defenses=(), bn_statistics=known)
+    # Whoever reads the site's update is told of neither its filters nor its masks.
+    target = dataclasses.replace(
+        target,
+        model=request.client.architecture,
+        defenses=(),
+        dropout_seed=None,
+        bn_statistics=target.bn_statistics if target.running_after is not None else None,
+    )
     is_planted = np.isin(np.arange(len(request.groups)), places)
     return Planted(target, is_planted, samples.labels)
 

@@ -13,7 +13,7 @@ from audit.attacked import Attacked, decided_by, similarity_to_all
 from audit.attempts import Plan, attempts, best_of
 from audit.decision import Verdict
 from audit.labels import in_no_order
-from audit.planning import MOST_PLANTS, PLANTS_SHARE
+from audit.planning import FEWEST_PLANTS, MOST_PLANTS, PLANTS_SHARE, plan_for_plants
 from audit.planting import PlantSetting, plant, plant_settings
 from audit.record import PowerSection
 from audit.request import AuditRequest
@@ -39,17 +39,19 @@ def measure_power(
     stages: Stages,
     shown: Shown,
 ) -> Iterator[PowerSection]:
-    """Plants at every setting, as many as the budget allows, at least one."""
+    """Plants at every setting, as many as the budget allows, at least `FEWEST_PLANTS`."""
     if attacked.chosen is None:
         return
     attack = attacked.sections[attacked.chosen].attack
-    alone, settings = plan.only(attack), plant_settings(request)
+    settings = plant_settings(request)
     left = PLANTS_SHARE * request.settings.budget
     for number, setting in enumerate(settings):
         share, done = left / (len(settings) - number), list[_Plant]()
+        alone = plan_for_plants(request, plan, attack, setting)
         while len(done) < (request.settings.plants or MOST_PLANTS):
             spent = sum(each.seconds for each in done)
-            if request.settings.plants is None and done and spent + done[-1].seconds > share:
+            enough = request.settings.plants is None and len(done) >= FEWEST_PLANTS
+            if enough and spent + done[-1].seconds > share:
                 break
             shown(f"plant {len(done) + 1}, batch {setting.images}")
             name = f"plant {setting.images} {len(done)}"

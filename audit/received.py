@@ -13,21 +13,15 @@ from core.data.specs import DataSpec
 from core.errors import InputError
 from core.local_training import LocalTraining
 from core.losses import Loss
-from core.models.architecture import Architecture, GivenModel
+from core.models.architecture import Architecture, GivenModel, copied
 from core.models.state_files import State, renamed
 from core.target import Target
 from gradients.shared_update import SharedUpdate
 from gradients.update_target import gradient_of, load_received, running_after
 
 
-def received_model(model: Architecture, update: SharedUpdate) -> tuple[nn.Module, bool]:
-    """The model with the parameters that the site received, as far as it shares them.
-
-    Parameters that did not change are frozen. Masks of dropout are not known to anybody who
-    reads an update: the layers stay, and drop nothing.
-
-    Returns:
-        The model, and whether any dropout was taken out.
+def received_model(model: Architecture, update: SharedUpdate) -> nn.Module:
+    """The model with the parameters that the site received; those that did not change are frozen.
 
     Raises:
         InputError: The update is not one of this model.
@@ -37,10 +31,16 @@ def received_model(model: Architecture, update: SharedUpdate) -> tuple[nn.Module
     shared = gradient_of(update, module, LocalTraining())
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in shared)
-    masks = [m for m in module.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p]
-    for layer in masks:
-        layer.p = 0.0
-    return module, bool(masks) and module.training
+    return module
+
+
+def without_masks(module: nn.Module) -> nn.Module:
+    """A copy whose dropout drops nothing: nobody who reads an update knows the masks."""
+    found = copied(module, {})
+    for layer in found.modules():
+        if isinstance(layer, nn.modules.dropout._DropoutNd):
+            layer.p = 0.0
+    return found
 
 
 def state_after(update: SharedUpdate, model: nn.Module) -> State:
@@ -66,7 +66,7 @@ def target_of(
 
     Args:
         update: What the site sent.
-        model: See `received_model`.
+        model: See `received_model` and `without_masks`.
         data: Shape and normalisation of the inputs, and the number of classes.
         loss: What the client minimises.
         local: Its local training.

@@ -2,7 +2,9 @@
 
 Each kind of defense is tried from its weakest strength up to the first after which nothing is
 found; of all kinds the one that costs the update the least comes next. An update under a defense
-names it (`Target.defenses`), for attacks that adapt to what they know.
+names it (`Target.defenses`), for attacks that adapt to what they know. "Nothing is found" is one
+test of one attack: a leak that is found half of the time is missed half of the time under no
+defense at all, so the p-value stands beside it, and a strength above the smallest is the safer one.
 
 - running-statistics: BatchNorm's running statistics stay at the site.
 - clip: the update is scaled down to a norm. An attack on its direction does not notice, at any

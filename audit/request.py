@@ -18,7 +18,7 @@ from attack.attacks import attack_names
 from audit.data import SiteData, chosen
 from audit.local import Client, ToldTraining, completed, cosine, told_training
 from audit.permutations import n_memberships, non_members_needed
-from audit.received import received_model, state_after, target_of
+from audit.received import received_model, state_after, target_of, without_masks
 from core.client import fitted_targets, outputs_of, with_classes
 from core.errors import InputError, nearest
 from core.local_training import LocalTraining
@@ -28,6 +28,7 @@ from core.models.building import counts_batches, load_parameters
 from core.models.state_files import State, fit
 from core.models.unchanged import unchanged
 from core.target import Target, Truth
+from gradients.client import has_active_dropout
 from gradients.shared_update import SharedUpdate, Source, read_update
 from gradients.update_target import gradient_of
 
@@ -88,7 +89,8 @@ class AuditRequest:
 
     Attributes:
         update: What lies between the two states.
-        client: Simulates updates of the same model.
+        client: Simulates updates of the same model as an attacker does, without dropout.
+        trains: The model as the site trains it.
         target: The update as an attack sees it.
         data: Members and non-members.
         local: The local training, and how it is known.
@@ -99,6 +101,7 @@ class AuditRequest:
 
     update: SharedUpdate
     client: Client
+    trains: Architecture
     target: Target
     data: SiteData
     local: ToldTraining
@@ -177,7 +180,8 @@ def make_request(
     architecture = (
         GivenModel(model, shape=data.spec.shape) if isinstance(model, nn.Module) else model
     )
-    module, without_masks = received_model(architecture, update)
+    trains = received_model(architecture, update)
+    module = without_masks(trains)
     data = _fitted_data(module, data, chosen_loss)
     _check_level(data, chosen_loss, settings.alpha)
     client = Client(GivenModel(module), data.spec, chosen_loss, settings.seed)
@@ -188,8 +192,10 @@ def make_request(
         len(data.members.labels),
     )  # fmt: skip
     earlier = tuple(_round(number, state, module) for number, state in enumerate(rounds))
-    request = AuditRequest(update, client, target, data, local_told, settings, earlier)
-    return dataclasses.replace(request, warnings=tuple(_warnings(request, without_masks)))
+    request = AuditRequest(
+        update, client, GivenModel(trains), target, data, local_told, settings, earlier
+    )
+    return dataclasses.replace(request, warnings=tuple(_warnings(request)))
 
 
 # --- Two states -----------------------------------------------------------------------
@@ -294,8 +300,8 @@ def _check_level(data: SiteData, loss: Loss, alpha: float) -> None:
     )
 
 
-def _warnings(request: AuditRequest, without_masks: bool) -> Iterator[str]:
-    if without_masks:
+def _warnings(request: AuditRequest) -> Iterator[str]:
+    if has_active_dropout(request.trains.build()):
         yield "The masks of dropout are not known: the attack reckons without dropout."
     if not request.update.certain:
         yield f"What was sent is taken for {request.update.looks_like}; the numbers do not tell."

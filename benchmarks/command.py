@@ -182,9 +182,11 @@ def _check(args: argparse.Namespace) -> None:
 def _check_data(data: str) -> None:
     """Or every cell would fail, one after the other."""
     from core.data.data_sets import BUILT_IN
+    from core.data.records import TABLES
 
-    if data not in BUILT_IN and not Path(data).exists():
-        raise InputError(f"--data: there is no {data} (built-in names: {', '.join(BUILT_IN)})")
+    known = [*BUILT_IN, *TABLES]
+    if data not in known and not Path(data).exists():
+        raise InputError(f"--data: there is no {data} (built-in names: {', '.join(known)})")
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

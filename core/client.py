@@ -13,6 +13,7 @@ from torch import nn
 from core.data.data_sets import DataSets, take_samples
 from core.data.given import given_data_sets
 from core.data.specs import DataSpec
+from core.data.text import is_text, text_data
 from core.errors import InputError, first_line
 from core.losses import (
     GivenLoss,
@@ -24,7 +25,7 @@ from core.losses import (
     main_output,
 )
 from core.models.unchanged import unchanged
-from core.named_objects import is_object_name, named_object
+from core.named_objects import called, is_object_name, named_object
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ def outputs_of(model: nn.Module, data: DataSpec, inputs: torch.Tensor) -> Output
     parameter = next(model.parameters(), None)
     if parameter is None:
         raise InputError(f"the model {type(model).__name__} has no parameters to share")
-    first = data.normalize(inputs[:2].to(parameter.device, parameter.dtype))
+    first = data.normalize(data.placed(inputs[:2], parameter))
     with torch.no_grad(), unchanged(model):
         if model.training:
             # Heads may give more in training; where BatchNorm has too few values, eval mode tells.
@@ -189,6 +190,45 @@ def own_data(found: object, model: nn.Module, loss: Loss, seed: int, place: str)
     data = given_data_sets(found, seed, place)
     outputs = check_fits(model, data, loss)
     return dataclasses.replace(data, spec=with_classes(data.spec, loss, outputs))
+
+
+def named_data(data: str, length: int, model: nn.Module, loss: Loss, seed: int) -> DataSets | None:
+    """What `--data` names for the user's own model: own samples, or text.
+
+    Args:
+        data: The flag's value.
+        length: Tokens of a sentence of text.
+        model: In the mode that the client runs it in.
+        loss: What the client minimises.
+        seed: Seed of random numbers that the user's code draws.
+
+    Returns:
+        None where these are images of ours.
+
+    Raises:
+        InputError: They cannot be read, or do not fit.
+    """
+    if not is_object_name(data) and not is_text(data):
+        return None
+    found = (
+        called(data, "--data") if is_object_name(data) else text_data(data, length, loss.targets)
+    )
+    return own_data(found, model, loss, seed, f"--data {data}")
+
+
+def refuse_own_data(data: str) -> None:
+    """Refuse `--data` that our own architectures do not take.
+
+    Raises:
+        InputError: It names samples of the user's own, or text.
+    """
+    if is_object_name(data):
+        raise InputError(f"--data {data}: your own samples need your own --model")
+    if is_text(data):
+        raise InputError(
+            f"--data {data}: text needs a language model, as --model core.models.language:gpt2 "
+            "with --loss next-token"
+        )
 
 
 def loss_named(text: str | None, flag: str = "--loss") -> Loss:

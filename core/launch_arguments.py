@@ -69,6 +69,13 @@ def add_own_client_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_text_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add what is said of text to the flags of the data."""
+    group.add_argument(
+        "--tokens", type=int, default=16, metavar="T", help="of text: tokens of a sentence"
+    )
+
+
 def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags common to the three commands."""
     group = parser.add_argument_group("processes and devices")

@@ -42,6 +42,7 @@ class Targets(enum.Enum):
     LABELS = "labels"  # N x n numbers in [0, 1]: several findings per sample.
     VALUES = "values"  # Numbers of the outputs' shape.
     PIXEL_CLASSES = "pixel classes"  # N x spatial class indices.
+    TOKENS = "tokens"  # N x T token ids, those of the inputs.
     OTHER = "other"  # Whatever a given function takes.
 
 
@@ -108,7 +109,7 @@ class Loss(abc.ABC):
 
     def decided(self, variables: torch.Tensor) -> torch.Tensor:
         """The targets that optimised variables stand for in the end."""
-        if self.targets is Targets.CLASSES:
+        if self.targets in (Targets.CLASSES, Targets.TOKENS):
             return variables.argmax(-1)
         if self.targets is Targets.PIXEL_CLASSES:
             return variables.argmax(1)
@@ -124,6 +125,7 @@ _RELAXED: dict[Targets, Callable[[torch.Tensor], torch.Tensor]] = {
     Targets.LABELS: torch.sigmoid,
     Targets.VALUES: lambda variables: variables,
     Targets.PIXEL_CLASSES: lambda variables: variables.softmax(1),
+    Targets.TOKENS: lambda variables: variables.softmax(-1),
 }
 
 
@@ -254,6 +256,9 @@ def share_right(
     if loss.targets is Targets.PIXEL_CLASSES:
         met = main_output(outputs).argmax(1) == targets
         return met.double().flatten(1).mean(1)
+    if loss.targets is Targets.TOKENS:
+        met = main_output(outputs)[:, :-1].argmax(-1) == targets[:, 1:]
+        return met.double().mean(1)
     return None
 
 
@@ -606,6 +611,38 @@ def _one_hot(targets: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     classes = torch.arange(like.shape[1], device=targets.device)
     classes = classes.view(1, -1, *[1] * (targets.dim() - 1))
     return (targets[:, None] == classes).to(like.dtype)
+
+
+@register_loss
+class NextToken(Loss):
+    """Cross-entropy of every token given those before it, the mean over a sentence's T - 1.
+
+    For language models that give N x T x tokens logits; the targets are the token ids (N x T)
+    that the model reads, or N x T x tokens probabilities. All sentences have one length.
+    """
+
+    name = "next-token"
+    targets = Targets.TOKENS
+
+    def __call__(self, outputs: Outputs, targets: torch.Tensor) -> torch.Tensor:
+        """See `Loss`."""
+        logits = main_output(outputs)[:, :-1]
+        return F.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten(0, 1))
+
+    def fitted(self, outputs: Outputs, targets: torch.Tensor) -> torch.Tensor:
+        """See `Loss`."""
+        logits = main_output(outputs)
+        if logits.dim() != 3 or logits.shape[1] < 2:
+            raise InputError(
+                f"the loss {self.name} is for models that give logits for every token of "
+                f"sentences of two or more (N x T x tokens), not {tuple(logits.shape)}"
+            )
+        if targets.shape[1:] != logits.shape[1:2] or targets.is_floating_point():
+            raise InputError(
+                f"the loss {self.name} takes the N x {logits.shape[1]} token ids that the model "
+                f"reads, not {targets.dtype} of shape {tuple(targets.shape)}"
+            )
+        return _checked_indices(targets, logits.shape[2])
 
 
 @register_loss

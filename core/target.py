@@ -116,10 +116,12 @@ class Truth:
     """What the client meant to keep private; no attack ever receives it.
 
     Attributes:
-        images: N x C x H x W in [0, 1], or what else the model takes (see `DataSpec.shape`).
+        images: N x C x H x W in [0, 1], or what else the model takes (see `DataSpec.shape`);
+            N x T token ids of text.
         labels: N class indices, or what else the loss compares with (N x ...).
         mean_image: Mean of images that are not the client's (C x H x W in [0, 1]): what
-            one would guess without any gradient. None where unknown.
+            one would guess without any gradient; of text the T most frequent tokens. None where
+            unknown.
         nearest_images: For each image the most similar one that is not the client's
             (N x C x H x W in [0, 1]): the best guess among known images. None where unknown.
         columns: Of a table, what its features stand for; None for all else.
@@ -135,6 +137,11 @@ class Truth:
     def inputs(self) -> torch.Tensor:
         """What the model was given, before its normalisation: the images."""
         return self.images
+
+    @property
+    def is_text(self) -> bool:
+        """Whether inputs are token ids."""
+        return not self.images.is_floating_point()
 
     @property
     def targets(self) -> torch.Tensor:

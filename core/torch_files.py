@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 import pickletools
 import struct
 import sys
@@ -35,8 +36,8 @@ from core.reading import open_regular, prefix_of
 # must not need more than this many times the file's size.
 MAX_REPEATS = 8
 MAX_DEPTH = 64
-# Of the part of a file that is not tensors; a state of ten thousand traced iterations has 2 MiB.
-MAX_PICKLE_BYTES = 16 * 2**20
+# Steps of one pickle; a state of ten thousand traced iterations has some 10^6.
+MAX_STEPS = 16 * 2**20
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _ZIP_MAGIC = b"PK\x03\x04"
@@ -48,7 +49,7 @@ _DTYPES = {
     "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool,
     "ComplexDouble": torch.complex128, "ComplexFloat": torch.complex64,
 }  # fmt: skip
-_NUMPY_DTYPES = ("f8", "f4", "f2", "i8", "i4", "b1")
+_NUMPY_DTYPES = ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u1", "b1")
 # What a broken or hostile pickle leads the steps of its reader to.
 _BROKEN = (
     ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, RuntimeError, TypeError,
@@ -72,7 +73,8 @@ def read_torch_file(path: str | Path, flag: str) -> Any:
         flag: The flag it was given with, for messages.
 
     Returns:
-        What was saved: plain values, containers, `argparse.Namespace` and tensors on the CPU.
+        What was saved: plain values, containers, `argparse.Namespace`, NumPy arrays of numbers
+        and tensors on the CPU.
 
     Raises:
         InputError: Missing, empty, no regular file, damaged, not of `torch.save`; or it holds
@@ -175,8 +177,6 @@ def _read_zip(file: IO[bytes], size: int) -> Any:
         return storages[key]
 
     pickled = bytes(archive.read("data.pkl").numpy())
-    if len(pickled) > MAX_PICKLE_BYTES:
-        raise _RefusedError(f"its description alone has {len(pickled)} bytes")
     value = _Pickle(io.BytesIO(pickled), len(pickled), storage).load()
     archive.check_rest()
     return value
@@ -267,7 +267,9 @@ class _Pickle:
 
     def load(self) -> Any:
         """The pickled value."""
-        for operation, argument, _ in pickletools.genops(self._file):
+        for step, (operation, argument, _) in enumerate(pickletools.genops(self._file)):
+            if step > MAX_STEPS:
+                raise _RefusedError(f"its description has more than {MAX_STEPS} steps")
             if operation.name == "STOP":
                 return self._stack.pop()
             if operation.name in _CONTAINERS:
@@ -341,9 +343,12 @@ class _Pickle:
         if type(function) is not _Named or type(arguments) is not tuple:
             raise TypeError
         self._copies -= sum(len(each) for each in arguments if isinstance(each, _COPIED))
+        self._check_copies()
+        self._stack.append(function.call(*arguments))
+
+    def _check_copies(self) -> None:
         if self._copies < 0:
             raise _DamagedError("it copies one value again and again")
-        self._stack.append(function.call(*arguments))
 
     def build(self, _: None) -> None:
         state = self._stack.pop()
@@ -355,6 +360,10 @@ class _Pickle:
             # Version and byte order; what follows is of structures, which there are none of.
             if state[1] not in ("<", "|", "="):
                 raise _RefusedError(f"its numbers are {state[1]!r:.20}-endian")
+        elif type(self._stack[-1]) is np.ndarray:
+            self._copies -= len(state[-1])
+            self._check_copies()
+            _fill_array(self._stack[-1], *state)
         elif type(self._stack[-1]) is argparse.Namespace:
             vars(self._stack[-1]).update({str(name): value for name, value in state.items()})
         else:
@@ -505,6 +514,34 @@ def _numpy_scalar(dtype: np.dtype[Any], content: bytes) -> Any:
     return np.frombuffer(content, dtype)[0]
 
 
+def _empty_array(kind: _Named, *_: object) -> np.ndarray[Any, Any]:
+    """What `_fill_array` fills; whoever refers to it refers to what it holds then."""
+    if kind is not _NAMED["numpy.ndarray"]:
+        raise TypeError
+    return np.ndarray((0,), np.dtype("b1"))
+
+
+def _fill_array(
+    array: np.ndarray[Any, Any],
+    version: int,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    fortran: bool,
+    content: bytes,
+) -> None:
+    """Give an array the bytes that a pickle has for it, if they are as many as it claims."""
+    plain = isinstance(dtype, np.dtype) and dtype.kind in "fiub" and type(content) is bytes
+    if not plain or array.size or any(type(side) is not int or side < 0 for side in shape):
+        raise TypeError
+    if math.prod(shape) * dtype.itemsize != len(content):
+        raise _DamagedError("an array claims another number of values than it has")
+    array.__setstate__((1, shape, dtype, bool(fortran), content))  # type: ignore[arg-type]
+
+
+def _not_called(*_: object) -> None:
+    raise TypeError
+
+
 def _size(items: Sequence[int]) -> torch.Size:
     return torch.Size(items)
 
@@ -514,12 +551,18 @@ _NAMED: dict[str, _Named | torch.dtype] = {
     "collections.Counter": _Named(_counter),
     "argparse.Namespace": _Named(argparse.Namespace),
     "builtins.set": _Named(lambda items=(): {_key(item) for item in items}),
+    # Empty bytes are pickled as a call.
+    "builtins.bytes": _Named(lambda: b""),
     "builtins.complex": _Named(lambda real, imaginary: complex(real, imaginary)),
     "_codecs.encode": _Named(_bytes),
     # Trainers write accuracies and counters as NumPy's scalars, which NumPy 2 moved.
     "numpy.dtype": _Named(_numpy_dtype),
     "numpy.core.multiarray.scalar": _Named(_numpy_scalar),
     "numpy._core.multiarray.scalar": _Named(_numpy_scalar),
+    # Arrays, as updates kept as NumPy's are; the name `numpy.ndarray` is only said.
+    "numpy.ndarray": _Named(_not_called),
+    "numpy.core.multiarray._reconstruct": _Named(_empty_array),
+    "numpy._core.multiarray._reconstruct": _Named(_empty_array),
     "torch.Size": _Named(_size),
     "torch.device": _Named(lambda *words: torch.device(*words)),
     "torch._utils._rebuild_tensor": _Named(_tensor),
@@ -554,6 +597,8 @@ def _check_extent(value: Any, size: int) -> None:
 def _extent(value: Any, known: dict[int, _Extent | None], depth: int = 0) -> _Extent:
     if isinstance(value, torch.Tensor):
         return _Extent(1, value.numel() * value.element_size(), 0)
+    if isinstance(value, np.ndarray):
+        return _Extent(1, value.nbytes, 0)
     parts = _parts(value)
     if not parts:
         return _Extent()

@@ -7,28 +7,24 @@ from torch import nn
 
 import gradinvbench as gib
 
-torch.manual_seed(0)
-# Yours: images of the training (members), and others of the same site (non-members).
+torch.manual_seed(0)  # Yours: images of the training, and others of the same site.
 images, findings = gib.chest_phantoms(26, size=16, seed=3)
+members, non_members = (images[:2], findings[:2]), (images[2:], findings[2:])
 received = nn.Sequential(nn.Conv2d(1, 8, 5, 2, 2), nn.Sigmoid(), nn.Flatten(), nn.Linear(512, 3))
-
 # One round of the site's own training.
 sent = copy.deepcopy(received)
-optimizer = torch.optim.SGD(sent.parameters(), lr=0.1)
-nn.functional.binary_cross_entropy_with_logits(sent(images[:2]), findings[:2]).backward()
-optimizer.step()
-
+nn.functional.binary_cross_entropy_with_logits(sent(members[0]), members[1]).backward()
+torch.optim.SGD(sent.parameters(), lr=0.1).step()
 found = gib.audit(
     received,
     sent,
     model=received,
     loss="binary-cross-entropy",
-    local="sgd lr=0.1 batch-size=2",
-    members=(images[:2], findings[:2]),
-    non_members=(images[2:], findings[2:]),
-    iterations=100,
-    plants=2,
-    progress=False,
+    members=members,
+    non_members=non_members,
+    budget=5,  # seconds, for a demonstration that leaves out the two parts that take longest:
+    membership=False,
+    remedies=False,
 )
 print(found)  # the page for a data protection officer
 found.save("out")  # audit.json and audit.html: numbers, no image

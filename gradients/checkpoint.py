@@ -485,6 +485,9 @@ def _check_data(data: DataSpec, loss: Loss) -> None:
     fewest = {Targets.CLASSES: 2, Targets.LABELS: 1}.get(loss.targets, 0)
     if data.n_classes < fewest:
         raise InputError(f"it has {data.n_classes} classes")
+    if data.n_tokens:
+        _check_vocabulary(data)
+        return
     channels = data.shape[0]
     if len(data.mean) != channels or len(data.std) != channels:
         raise InputError(f"its mean and std do not have {channels} values")
@@ -493,6 +496,13 @@ def _check_data(data: DataSpec, loss: Loss) -> None:
     numbers = torch.tensor([*data.mean, *data.std], dtype=torch.float64)
     if not torch.isfinite(numbers).all() or min(data.std) <= 0:
         raise InputError("its mean and std are not finite numbers with a positive std")
+
+
+def _check_vocabulary(data: DataSpec) -> None:
+    if len(data.shape) != 1 or data.mean or data.std or not 1 < data.n_tokens <= MAX_SIDE:
+        raise InputError(f"its sentences of shape {data.shape} have {data.n_tokens} tokens")
+    if data.tokens and len(data.tokens) != data.n_tokens:
+        raise InputError(f"it has {len(data.tokens)} words for {data.n_tokens} tokens")
 
 
 def _model_spec(raw: Mapping[str, Any], data: DataSpec) -> ModelSpec:
@@ -627,6 +637,8 @@ def _running_after(
 def _parse_truth(raw: Mapping[str, Any], target: Target) -> Truth | None:
     if raw.get("x_true") is None or raw.get("y_true") is None:
         return None
+    if target.data.n_tokens:
+        return _true_text(raw, target)
     shape = (target.batch_size, *target.data.shape)
     inputs = _finite(raw["x_true"], "the true images tensor", shape).float()
     labels = _true_labels(raw["y_true"], target)
@@ -639,6 +651,22 @@ def _parse_truth(raw: Mapping[str, Any], target: Target) -> Truth | None:
     images = target.data.clamp(target.data.denormalize(inputs))
     columns = target.data.columns
     return Truth(images, labels, mean_image=mean, nearest_images=nearest, columns=columns)
+
+
+def _true_text(raw: Mapping[str, Any], target: Target) -> Truth:
+    """Sentences of token ids within the vocabulary, and guesses of them."""
+    length, n = target.data.shape[0], target.batch_size
+    shapes = {"x_true": (n, length), "mean_image": (length,), "nearest_images": (n, length)}
+    found: dict[str, torch.Tensor | None] = dict.fromkeys(shapes)
+    for key, shape in shapes.items():
+        if raw.get(key) is not None:
+            ids = _finite(raw[key], f"the token ids {key}", shape, whole=True).long()
+            if int(ids.min()) < 0 or int(ids.max()) >= target.data.n_tokens:
+                raise InputError(f"its token ids {key} lie outside its vocabulary")
+            found[key] = ids
+    assert found["x_true"] is not None
+    labels = _true_labels(raw["y_true"], target)
+    return Truth(found["x_true"], labels, found["mean_image"], found["nearest_images"])
 
 
 def _true_labels(value: Any, target: Target) -> torch.Tensor:

@@ -125,8 +125,9 @@ def share_update(
         raise InputError("every parameter of the model is frozen: there is nothing to share")
     state = {name: value.detach().clone() for name, value in model.state_dict().items()}
     model = model.to(process.device).train(settings.train_mode)
-    precision = next(model.parameters()).dtype
-    inputs = data_spec.normalize(images.to(process.device, precision))
+    parameter = next(model.parameters())
+    precision = parameter.dtype
+    inputs = data_spec.normalize(data_spec.placed(images, parameter))
     labels = labels.to(process.device, precision if labels.is_floating_point() else None)
     if isinstance(architecture, GivenModel):
         refuse_reentrant_blocks(model, inputs)

@@ -116,6 +116,8 @@ def validation_guesses(
     """
     n = len(data.val)
     chosen = range(0, n, max(1, -(-n // limit)))
+    if data.spec.n_tokens and n:
+        return sentence_guesses(take_samples(data.val, chosen, data.spec)[0], originals)
     pieces = [chosen[start : start + 50] for start in range(0, len(chosen), 50)]
     if not pieces:
         return None, None
@@ -131,6 +133,25 @@ def validation_guesses(
     best = torch.stack(distances).argmin(0)
     winners = torch.stack([nearest[piece][i] for i, piece in enumerate(best.tolist())])
     return (torch.stack(sums).sum(0) / len(chosen)).float(), winners.float()
+
+
+def sentence_guesses(
+    known: torch.Tensor, originals: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What sentences that are not the client's tell of the client's, without any gradient.
+
+    Args:
+        known: M x T token ids.
+        originals: The client's, N x T.
+
+    Returns:
+        The T most frequent tokens, the most frequent first; and for each original the known
+        sentence with most tokens in their places (N x T).
+    """
+    length = known.shape[1]
+    frequent = known.flatten().bincount(minlength=length).argsort(descending=True, stable=True)
+    alike = (originals[:, None] == known[None]).sum(-1)
+    return frequent[:length], known[alike.argmax(1)]
 
 
 def public_samples(

@@ -15,6 +15,7 @@ from core.launch_arguments import (
     LaunchSettings,
     add_launch_arguments,
     add_own_client_arguments,
+    add_text_arguments,
     given_flags,
 )
 from core.plugins import import_plugin
@@ -61,8 +62,10 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         metavar="DIR",
         help="folder with images, built-in name, a table (randhie, fair, breast_cancer, diabetes, "
-        "FILE.csv), or MODULE:FUNCTION that gives your own samples",
+        "FILE.csv), pydoc-topics, a text file or folder of texts, or MODULE:FUNCTION that gives "
+        "your own samples",
     )
+    add_text_arguments(group)
     group.add_argument("--data-name", help="imagenet, cifar100, svhn, celeba, ...")
     group.add_argument("--data-root", metavar="DIR", help="where a built-in data set lies")
     group.add_argument("--split-seed", type=int, default=0, help="as in training")
@@ -211,6 +214,8 @@ def check_arguments(args: argparse.Namespace) -> None:
             f"--epochs {args.epochs} and --local-batches {args.local_batches}: both say into how "
             "many batches the images are split; passes over all of them are --local-epochs"
         )
+    if args.tokens < 2:
+        raise InputError("--tokens must be at least 2")
     if args.workers < 0:
         raise InputError("--workers must not be negative")
     # Written so that NaN is refused as well.
@@ -252,6 +257,7 @@ def extract_settings(args: argparse.Namespace, given: Mapping[str, Any]) -> Extr
             image_size=args.image_size,
             split_seed=args.split_seed,
             workers=args.workers,
+            tokens=args.tokens,
         ),
         batch=BatchSettings(
             size=args.batch_size,

@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from core.client import check_fits, in_full_precision, own_data, with_classes
+from core.client import (
+    check_fits,
+    in_full_precision,
+    named_data,
+    refuse_own_data,
+    with_classes,
+)
 from core.clipping import PER_SAMPLE
 from core.data.data_sets import DataSets, load_data
 from core.data.records import is_table, load_table, table_data_sets
@@ -23,7 +29,6 @@ from core.models.building import DEFAULT_POOL_KERNEL, ModelSpec, default_stem, s
 from core.models.malicious import parse_malice
 from core.models.own_model import own_architecture
 from core.models.state_files import fit, load_fitting
-from core.named_objects import called, is_object_name
 from core.plugins import import_plugin
 from core.processes.distributed import Process
 from core.target import Target, Truth
@@ -127,8 +132,7 @@ class _Received:
 def _ours(settings: ExtractSettings, pretrained: Pretrained | None, process: Process) -> _Received:
     """A client with one of our architectures."""
     chosen = settings.model
-    if is_object_name(settings.data.data):
-        raise InputError(f"--data {settings.data.data}: your own samples need your own --model")
+    refuse_own_data(settings.data.data)
     if pretrained is not None and pretrained.builder is not None:
         raise InputError(
             f"--pretrained: {pretrained.path} is of a module of your own; give --model "
@@ -169,9 +173,9 @@ def _own(settings: ExtractSettings, pretrained: Pretrained | None) -> _Received:
             raise InputError(f"{place}: does not fit {architecture.name}: {found.sentence()}")
         load_fitting(model, found, place)
     text = settings.data.data
-    if is_object_name(text):
-        data = own_data(called(text, "--data"), model, client.loss, settings.seed, f"--data {text}")
-        return _Received(architecture, data, data.spec, client, lambda: model)
+    own = named_data(text, settings.data.tokens, model, client.loss, settings.seed)
+    if own is not None:
+        return _Received(architecture, own, own.spec, client, lambda: model)
     data, spec = _load_data(settings.data, pretrained, settings.seed)
     outputs = check_fits(model, data, client.loss)
     # A site may have fewer classes than its model; then their names are not those of the outputs.

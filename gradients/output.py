@@ -15,7 +15,7 @@ from core.clipping import PER_SAMPLE, noise_sentence
 from core.locks import locked, remove_left_behind
 from core.pictures import save_images
 from core.records import provenance
-from core.storage import atomic_file, save_checkpoint
+from core.storage import atomic_file, save_checkpoint, write_text
 from core.target import Target, Truth
 from gradients.checkpoint import save_target
 from gradients.private_gradient import PrivacySettings, gaussian_epsilon
@@ -75,7 +75,11 @@ def write_results(
     # Two runs of one name: each writes all its files, or none.
     with locked(folder / f".{stem}.lock", f"--results and --id: {path}", wait=60):
         save_checkpoint(target.state_dict, folder / "model.pth")
-        _write_picture(folder / f"{stem}-true.png", truth)
+        if truth.is_text:
+            sentences = "\n".join(map(target.data.text, truth.images))
+            write_text(folder / f"{stem}-true.txt", sentences + "\n")
+        else:
+            _write_picture(folder / f"{stem}-true.png", truth)
         save_target(path, target, truth, settings.arguments)
         write_record(record, folder / f"{stem}.json")
     _print_summary(record)

@@ -61,7 +61,8 @@ class TargetDescription:
         """
         return {
             "model": dict(self.model),
-            "data": self.data.to_dict(),
+            # The words of a vocabulary are in the checkpoint.
+            "data": dataclasses.replace(self.data, tokens=()).to_dict(),
             "mode": self.mode,
             "train_mode": self.mode == "train",
             "batch_size": self.batch_size,

@@ -24,6 +24,7 @@ class DataSettings:
         image_size: Side in pixels; None for the checkpoint's, else the data set's own.
         split_seed: Of a held-out validation part, as in training.
         workers: Threads that read images.
+        tokens: Of a sentence of text.
     """
 
     data: str
@@ -32,6 +33,7 @@ class DataSettings:
     image_size: int | None = None
     split_seed: int = 0
     workers: int = 4
+    tokens: int = 16
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from core.data.records import Table
     from core.data.records import load_table as table
     from core.data.specs import DataSpec
+    from core.data.text import text_data
     from core.errors import InputError
     from core.losses import (
         BinaryCrossEntropy,
@@ -105,6 +106,7 @@ __all__ = [
     "share",
     "table",
     "target_from_update",
+    "text_data",
 ]
 
 # Where each name is defined, and what it is called there if it differs.
@@ -159,6 +161,7 @@ _HOMES = {
     "share": "gradinvbench._share",
     "table": "core.data.records:load_table",
     "target_from_update": "gradinvbench._received",
+    "text_data": "core.data.text",
 }
 
 check_packages()

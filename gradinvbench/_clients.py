@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+
+import torch
+from torch import nn
 
 from core.data.specs import DataSpec, per_channel
 from core.errors import InputError
+from core.models.token_embedding import token_embedding
 from core.target import LocalTraining
 
 
@@ -52,3 +57,26 @@ def data_spec(
         class_names=tuple(class_names),
         bounded=bounded,
     )
+
+
+def token_spec(
+    model: nn.Module, ids: torch.Tensor, class_names: Sequence[str], tokens: Sequence[str]
+) -> DataSpec:
+    """The description of sentences of token ids; the number of classes is still open.
+
+    Args:
+        model: Takes them.
+        ids: N x T.
+        class_names: Names in the order of labels.
+        tokens: The text of every token; may be empty.
+
+    Raises:
+        InputError: The model looks up no tokens, or not these.
+    """
+    n_tokens = token_embedding(model, ids.shape[1])[1].num_embeddings
+    if int(ids.min()) < 0 or int(ids.max()) >= n_tokens:
+        raise InputError(f"token ids must lie in 0..{n_tokens - 1}, the vocabulary of the model")
+    if tokens and len(tokens) != n_tokens:
+        raise InputError(f"{len(tokens)} tokens for a vocabulary of {n_tokens}")
+    spec = DataSpec.of_tokens("given text", ids.shape[1], n_tokens, tokens)
+    return dataclasses.replace(spec, class_names=tuple(class_names))

@@ -6,7 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-from attack.metrics import Evaluation, metric_names, metrics_for, registered_metrics
+from attack.metrics import (
+    Evaluation,
+    evaluate_text,
+    metric_names,
+    metrics_for,
+    registered_metrics,
+)
 from attack.metrics import evaluate as measure
 from attack.reconstruction import Reconstruction
 from core.target import Truth
@@ -28,7 +34,8 @@ def evaluate(
     Every reconstructed image is assigned to one true image, once, by the mean squared
     error; all metrics use that assignment. Flat colours stand beside it as a guess that
     needs no gradient. Values without bounds (tables, signals) have no range of their own, which
-    PSNR and SSIM need: the range of the true values stands for it.
+    PSNR and SSIM need: the range of the true values stands for it. Sentences of token ids are
+    assigned so that most tokens are in their places, and have metrics of their own.
 
     Args:
         found: What `invert` returned, or images (N x C x H x W in [0, 1]), signals, volumes or
@@ -46,6 +53,8 @@ def evaluate(
     Raises:
         InputError: An unknown metric, or shapes that do not belong together.
     """
+    if truth.is_text:
+        return _text(found, truth, metrics)
     names = _default(truth) if metrics is None else tuple(metrics)
     for name in names:
         check_name("metric", name, metric_names())
@@ -59,6 +68,16 @@ def evaluate(
         nearest_images=truth.nearest_images,
         confidence=found.confidence if isinstance(found, Reconstruction) else None,
     )
+
+
+def _text(
+    found: Reconstruction | torch.Tensor, truth: Truth, metrics: Sequence[str] | None
+) -> Evaluation:
+    for name in metrics or ():
+        check_name("metric", name, metric_names())
+    if isinstance(found, Reconstruction):
+        return evaluate_text(found.images, found.labels, truth, found.data, metrics)
+    return evaluate_text(found, None, truth, metrics=metrics)
 
 
 def _default(truth: Truth) -> tuple[str, ...]:

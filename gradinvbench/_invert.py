@@ -110,6 +110,9 @@ def _is_optimise(word: str) -> bool:
 def _labels(
     attack: Attack, target: Target, labels: torch.Tensor | Sequence[int] | str | None
 ) -> torch.Tensor:
+    if labels is None and attack.reads_tokens:
+        # A language model's targets are its inputs; the classes of others the attack recovers.
+        return None  # type: ignore[return-value]
     if isinstance(labels, str) or (labels is None and _optimises_others(attack, target)):
         return _placeholder(attack, target)
     if labels is None:
@@ -145,7 +148,7 @@ def _outputs(target: Target) -> Outputs:
     """What the model gives for one sample of the mean colour."""
     model = target.build_model().eval()
     parameter = next(model.parameters())
-    inputs = torch.zeros((1, *target.data.shape), dtype=parameter.dtype, device=parameter.device)
+    inputs = target.data.placed(torch.zeros((1, *target.data.shape), dtype=torch.long), parameter)
     with torch.no_grad():
         outputs: Outputs = model(inputs)
     return outputs

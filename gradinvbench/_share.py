@@ -18,7 +18,7 @@ from core.processes.distributed import Process
 from core.target import LocalTraining, Target, Truth
 from gradients.client import ClientSettings, share_update
 from gradients.defenses import Defense, defense_names, parse_defenses
-from gradinvbench._clients import data_spec, is_bounded, local_training
+from gradinvbench._clients import data_spec, is_bounded, local_training, token_spec
 from gradinvbench._names import check_name
 
 # Rounding of a normalisation that was undone.
@@ -39,6 +39,7 @@ def share(
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
     class_names: Sequence[str] = (),
+    tokens: Sequence[str] = (),
     seed: int = 0,
     device: torch.device | str | None = None,
     images: torch.Tensor | None = None,
@@ -51,8 +52,9 @@ def share(
             as it is; one in half precision or bfloat16 is computed in float32. Or a
             `ModelSpec`.
         inputs: N images (N x C x H x W), volumes (N x C x D x H x W), signals (N x C x L) or
-            rows of a table (N x F), of any size, in [0, 1] unless `bounds` is None. Or records
-            of a `table`, which bring their targets, class names and columns.
+            rows of a table (N x F), of any size, in [0, 1] unless `bounds` is None; N sentences of
+            T token ids (N x T whole numbers). Or records of a `table`, which bring their targets,
+            class names and columns.
         targets: What the loss compares the outputs with: for cross-entropy N class indices or
             N x classes probabilities, else see `losses()`.
         loss: What the client minimises: a name in `losses()`, a `Loss`, or any function of
@@ -70,6 +72,7 @@ def share(
             one per channel (per feature of a table). None: 0, it takes them as they are.
         std: Standard deviation of it; None: 1.
         class_names: Names in the order of labels.
+        tokens: The text of every token of the vocabulary, in the order of ids.
         seed: Of the random numbers of defenses, dropout and a `ModelSpec`'s parameters.
         device: Where to compute; default: where the model is.
         images: Another name of `inputs`.
@@ -87,14 +90,19 @@ def share(
         targets = inputs.targets if targets is None else targets
         inputs = inputs.inputs
     chosen = as_loss(loss)
-    given = _checked_inputs(_one_of("inputs", inputs, images), is_bounded(bounds))
+    given = _one_of("inputs", inputs, images)
+    text = _is_text(given)
+    given = given.detach().cpu().long() if text else _checked_inputs(given, is_bounded(bounds))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         architecture = (
             GivenModel(model, shape=given.shape[1:]) if isinstance(model, nn.Module) else model
         )
         received = in_full_precision(architecture.build())
-    data = data_spec(given.shape[1:], mean, std, class_names, bounds is not None)
+    if text:
+        data = token_spec(received, given, class_names, tokens)
+    else:
+        data = data_spec(given.shape[1:], mean, std, class_names, bounds is not None)
     data = dataclasses.replace(data, columns=columns)
     received.train(received.training if train_mode is None else train_mode)
     outputs = outputs_of(received, data, given)
@@ -126,6 +134,11 @@ def _one_of(name: str, given: object, other: object) -> torch.Tensor:
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{name} cannot be read as a tensor: {error}") from None
+
+
+def _is_text(inputs: torch.Tensor) -> bool:
+    """Whether these are sentences of token ids."""
+    return inputs.dim() == 2 and inputs.dtype in (torch.int32, torch.int64) and inputs.numel() > 0
 
 
 def _checked_inputs(inputs: torch.Tensor, bounded: bool) -> torch.Tensor:

@@ -43,7 +43,7 @@ def example(verdict: str = "leaks") -> AuditRecord:
     """An audit of an update of eight chest phantoms, with every part measured."""
     p = 0.0004 if verdict == "leaks" else 0.41
     statement = (
-        f"{verdict}: p = {p} for 8 members against 40 non-members"
+        f"{verdict}: p = {p} for 8 members against 200 non-members"
         + {
             "leaks": "",
             "no leak found": "; the attack finds planted images: 10 of 10 at batch 1, one step",
@@ -53,7 +53,7 @@ def example(verdict: str = "leaks") -> AuditRecord:
     found = (10, 6, 3) if verdict != "cannot tell" else (1, 0, 0)
     each = (0.0081, 0.03, 0.21, 0.4, 0.8, 1.0, 1.0, 1.0) if verdict == "leaks" else (1.0,) * 8
     test = TestSection(
-        p_value=p, smallest=0.0001, alpha=0.05, memberships=9999, members=8, non_members=40,
+        p_value=p, smallest=0.0001, alpha=0.05, memberships=9999, members=8, non_members=200,
         per_image=each, standing_out=sum(value <= 0.05 for value in each),
     )  # fmt: skip
     height = 0.82 if verdict == "leaks" else 0.62

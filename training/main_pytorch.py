@@ -23,6 +23,7 @@ from core.launch_arguments import (
     LaunchSettings,
     add_launch_arguments,
     add_own_client_arguments,
+    add_text_arguments,
 )
 from core.plugins import import_plugin
 
@@ -69,8 +70,10 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
         default="photo-patches",
         metavar="DIR",
         help="folder with train/ and val/, folder of class folders, .json list, built-in name, "
-        "or MODULE:FUNCTION that gives your own samples",
+        "pydoc-topics or a text file or folder of texts, or MODULE:FUNCTION that gives your own "
+        "samples",
     )
+    add_text_arguments(group)
     group.add_argument("--data-root", default=None, metavar="DIR", help="files of a built-in set")
     group.add_argument("--data-name", default=None, help="name of the data set in --data")
     group.add_argument("--image-size", type=int, default=None, help="side in pixels")
@@ -233,6 +236,7 @@ def run_settings(args: argparse.Namespace) -> RunSettings:
             name=args.data_name,
             image_size=args.image_size,
             split_seed=args.split_seed,
+            tokens=args.tokens,
         ),
         model=ModelSettings(
             arch=args.arch,

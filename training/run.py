@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from core.client import check_fits, loss_named, own_data
+from core.client import check_fits, loss_named, named_data, refuse_own_data
 from core.clipping import noise_sentence
 from core.data.data_sets import DataSets, load_data
 from core.errors import InputError
@@ -18,7 +18,6 @@ from core.losses import Loss
 from core.models.architecture import GivenModel
 from core.models.building import DEFAULT_POOL_KERNEL
 from core.models.own_model import own_architecture
-from core.named_objects import called, is_object_name
 from core.plugins import import_plugin
 from core.processes.distributed import Process, barrier, broadcast_object
 from core.reading import check_regular
@@ -129,11 +128,12 @@ def _make_trainer(process: Process, settings: RunSettings) -> Trainer:
 
 def _load_data(settings: DataSettings, own: GivenModel | None, loss: Loss, seed: int) -> DataSets:
     """The data set of a name or a folder, or what the user's own code gives."""
-    if own is not None and is_object_name(settings.data):
-        place = f"--data {settings.data}"
-        return own_data(called(settings.data, "--data"), own.build().train(), loss, seed, place)
-    if is_object_name(settings.data):
-        raise InputError(f"--data {settings.data}: your own samples need your own --model")
+    if own is None:
+        refuse_own_data(settings.data)
+    else:
+        found = named_data(settings.data, settings.tokens, own.build().train(), loss, seed)
+        if found is not None:
+            return found
     data = load_data(
         settings.data,
         image_size=settings.image_size,

@@ -102,6 +102,7 @@ class DataSettings:
         name: Of the data set where `data` is a folder.
         image_size: Side in pixels; None for the data set's own.
         split_seed: Of a held-out validation part.
+        tokens: Of a sentence of text.
     """
 
     data: str = "photo-patches"
@@ -109,6 +110,7 @@ class DataSettings:
     name: str | None = None
     image_size: int | None = None
     split_seed: int = 0
+    tokens: int = 16
 
 
 @dataclass(frozen=True)

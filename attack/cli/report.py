@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from attack.cli.text_report import measure_text
 from attack.knowledge.labels import accuracy_by_rule, label_accuracy
 from attack.loop.inversion import as_matched
 from attack.matching.replica import Replica
@@ -81,9 +82,11 @@ def write_results(
     save_checkpoint(tensors, folder / "reconstruction.pt")
     if truth is not None and measuring.images:
         _measure(output, truth, found, record)
-    else:
+    elif found.data is None:
         save_images(folder / "reconstruction.png", found.images, title=output.attack.name)
         record.pictures.append("reconstruction.png")
+    else:
+        record.tables.append("\n".join(found.texts))
     _draw_curve(output, record)
     if truth is not None and measuring.information:
         information = gradient_information(output.target, truth)
@@ -124,7 +127,7 @@ def losses_by_layer(
     seen = target if config is None else as_matched(target, config)
     with alone():
         replica = Replica(seen, torch.device("cpu"))
-        inputs = seen.data.normalize(found.images.float())
+        inputs = seen.data.normalize(seen.data.placed(found.images, replica.parameters[0]))
         update = replica.update(inputs, found.labels.cpu(), create_graph=False)
     rows = {}
     for name, own, shared in zip(replica.names, update, replica.target_gradient, strict=True):
@@ -226,6 +229,9 @@ def _evaluated(output: Output, found: Reconstruction, truth: Truth, guesses: boo
 
 
 def _measure(output: Output, truth: Truth, found: Reconstruction, record: AttackRecord) -> None:
+    if truth.is_text:
+        measure_text(output.target, truth, found, record, output.run.folder)
+        return
     evaluation = _evaluated(output, found, truth, guesses=True)
     accuracy = label_accuracy(found.labels, truth.labels)
     rule = output.run.knowledge.label_rule

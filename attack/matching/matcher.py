@@ -52,7 +52,7 @@ from attack.matching.objectives import (
     squared_norm,
 )
 from attack.matching.replica import Replica, laid_out_as
-from attack.matching.second_derivative import explain_missing_derivative
+from attack.matching.second_derivative import explain_missing_derivative, refuse_silent_gaps
 from attack.matching.switches import (
     RecordActivations,
     ReplayActivations,
@@ -378,6 +378,8 @@ class GradientMatcher:
             factor, self.factor, self._factored = False, False, None
             best = self._best_step(exact, inputs, labels)
         self.factor = factor
+        if best[0] < ACCEPTED_COSINE and self.calls == 0:
+            refuse_silent_gaps(self.replica.model, inputs)
         if len(inputs) != whole:
             return_freed_memory()
         self.agreement = best[0]

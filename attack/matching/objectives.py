@@ -210,6 +210,23 @@ class L2(Objective):
         return AffineSeed(value, 2.0, -2.0, 2 * math.sqrt(value))
 
 
+class SquaredAndAbsolute(Objective):
+    """Squared distance and a tenth of the absolute one (`L2+L1`), the objective of TAG.
+
+    Source: Deng et al., TAG, Findings of EMNLP 2021, eq. 4, https://arxiv.org/abs/2103.06819.
+    """
+
+    share = 0.1
+
+    def distance(self, gradient: Tensors, target: Tensors) -> torch.Tensor:
+        """See `Objective.distance`."""
+        terms = [
+            ((g - t).square().sum() + self.share * (g - t).abs().sum()).double()
+            for g, t in zip(gradient, target, strict=True)
+        ]
+        return torch.stack(terms).sum()
+
+
 class LayerNorms(Objective):
     """Sum over layers of the Euclidean distance (`layer-L2`): large layers do not dominate.
 
@@ -271,6 +288,7 @@ class LayerWeighted(Objective):
 OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "sim": Cosine,
     "L2": L2,
+    "L2+L1": SquaredAndAbsolute,
     "layer-sim": LayerMeanCosine,
     "layer-L2": LayerNorms,
 }

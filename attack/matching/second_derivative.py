@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -12,8 +13,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from attack.matching.switches import TwiceDifferentiable
 from core.errors import InputError, first_line
 from core.losses import main_output
+from core.models.unchanged import buffers_of, held, random_numbers_held
 
 # What torch says where an operator cannot be differentiated twice.
+# Samples, step and relative error of a second derivative that is held against a difference.
+_SAMPLES, _STEP, _ERROR = 2, 1e-7, 0.05
 _WORDS = ("is not implemented", "once_differentiable", "double backward", "backward twice")
 
 
@@ -41,14 +45,39 @@ def explain_missing_derivative(
             if steps == 1
             else "several local steps need it"
         )
+        culprit = _culprit(model, inputs, _has_two_derivatives)
         raise InputError(
-            f"{_culprit(model, inputs)} cannot be differentiated twice ({first_line(error)}); "
-            f"{advice}"
+            f"{culprit or f'the model {type(model).__name__}'} cannot be differentiated twice "
+            f"({first_line(error)}); {advice}"
         ) from None
 
 
-def _culprit(model: nn.Module, inputs: torch.Tensor) -> str:
-    """The smallest module that cannot, in words."""
+def refuse_silent_gaps(model: nn.Module, inputs: torch.Tensor) -> None:
+    """Refuse a module whose second derivative lacks a part without an error.
+
+    So does a function of one's own whose backward pass detaches a tensor that it depends on. To
+    be asked where the second backward pass and the difference of two passes do not agree.
+
+    Args:
+        model: The module in which two derivatives are taken.
+        inputs: What it is given.
+
+    Raises:
+        InputError: Names the module.
+    """
+    culprit = _culprit(model, inputs, _second_derivative_is_whole)
+    if culprit:
+        raise InputError(
+            f"{culprit} has a second derivative that lacks a part: its backward pass detaches "
+            "what it depends on; set hvp='difference' (--hvp difference), which needs one "
+            "derivative only"
+        )
+
+
+def _culprit(
+    model: nn.Module, inputs: torch.Tensor, is_well: Callable[[nn.Module, torch.Tensor], bool]
+) -> str:
+    """The smallest module that is not well, in words; empty where all are."""
     seen: dict[str, torch.Tensor] = {}
 
     def note(name: str) -> object:
@@ -69,10 +98,10 @@ def _culprit(model: nn.Module, inputs: torch.Tensor) -> str:
             hook.remove()
     # A part is asked before the whole that it belongs to.
     for name in sorted(seen, key=lambda n: len(list(named[n].modules()))):
-        if not _has_two_derivatives(named[name], seen[name]):
+        if not is_well(named[name], seen[name]):
             kind = type(named[name]).__name__
             return f"the module {name} ({kind})" if name else f"the model {kind}"
-    return f"the model {type(model).__name__}"
+    return ""
 
 
 def _has_two_derivatives(module: nn.Module, given: torch.Tensor) -> bool:
@@ -90,3 +119,43 @@ def _has_two_derivatives(module: nn.Module, given: torch.Tensor) -> bool:
         except (RuntimeError, InputError, TypeError) as error:
             return not any(word in str(error) for word in _WORDS)
     return True
+
+
+def _second_derivative_is_whole(module: nn.Module, given: torch.Tensor) -> bool:
+    """Whether double backward agrees with a difference, along one random direction in float64.
+
+    At random inputs, which do not lie on a kink as zeros do; in eval mode, where the
+    statistics of two samples play no part.
+    """
+    module = copy.deepcopy(module).double().eval()
+    generator = torch.Generator().manual_seed(0)
+    shape = given[:_SAMPLES].shape
+    x, way = torch.randn((2, *shape), generator=generator, dtype=torch.float64).to(given.device)
+    try:
+        slope, total = _slope(module, x, way)
+        ends = [_slope(module, x + sign * _STEP * way, way)[1] for sign in (1, -1)]
+    except (RuntimeError, ValueError, TypeError, LookupError, InputError):
+        # Not made for such inputs.
+        return True
+    expected = (ends[0] - ends[1]) / (2 * _STEP)
+    size = max(abs(slope), abs(expected))
+    return abs(slope - expected) <= _ERROR * size or size < 1e-6 * abs(total)
+
+
+def _slope(module: nn.Module, x: torch.Tensor, way: torch.Tensor) -> tuple[float, float]:
+    """The sum of a random share of all first derivatives: its own derivative, and itself."""
+    x = x.clone().requires_grad_()
+    wanted = [x, *(p for p in module.parameters() if p.requires_grad)]
+    twice = sdpa_kernel(SDPBackend.MATH), TwiceDifferentiable()
+    with contextlib.ExitStack() as around:
+        for each in (held(buffers_of(module)), random_numbers_held(x.device), *twice):
+            around.enter_context(each)
+        torch.manual_seed(0)
+        output = main_output(module(x))
+        share = (output * torch.randn_like(output)).sum()
+        first = torch.autograd.grad(share, wanted, create_graph=True, materialize_grads=True)
+        total = torch.stack([(g * torch.randn_like(g)).sum() for g in first]).sum()
+        if not total.requires_grad:
+            return 0.0, float(total)
+        (second,) = torch.autograd.grad(total, x, materialize_grads=True)
+        return float((second * way).sum()), float(total.detach())

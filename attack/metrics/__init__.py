@@ -21,6 +21,7 @@ from attack.metrics.identification import PRIOR_FLOOR, iip, rdlv, relative_leaka
 from attack.metrics.perceptual import LpipsDistance, load_lpips
 from attack.metrics.pixels import PSNR_CAP, data_range, is_exact, mse, ncc, psnr, to_unit_range
 from attack.metrics.similarity import SSIM_VARIANTS, cw_ssim, ssim
+from attack.metrics.text import evaluate_text
 
 __all__ = [
     "DEFAULT_METRICS",
@@ -33,6 +34,7 @@ __all__ = [
     "cw_ssim",
     "data_range",
     "evaluate",
+    "evaluate_text",
     "iip",
     "is_exact",
     "is_smaller_better",

@@ -65,7 +65,7 @@ _DIMENSIONS = {
 }
 # What is compared as it is; the others see values in [0, 1].
 _IN_OWN_UNITS = {"mse"}
-_KINDS = {0: "tables", 1: "signals", 2: "images", 3: "volumes"}
+_KINDS = {-1: "text", 0: "tables", 1: "signals", 2: "images", 3: "volumes"}
 _FLAT = {0: "flat row", 1: "flat signal", 2: "flat colour", 3: "flat volume"}
 _SMALLER_IS_BETTER = {"mse", *_LPIPS}
 _TITLES = {
@@ -79,6 +79,19 @@ _TITLES = {
     "ncc": "NCC",
     **{name: title for name, (_, title) in RECORD_METRICS.items()},
 }
+# Of sentences, see `attack.metrics.text`, with their titles and what they are in a line.
+TEXT_METRICS = {
+    "tokens_placed": ("tokens in place", "Share of tokens that are right in their places"),
+    "tokens_found": ("tokens found", "Share of tokens that are found anywhere in the sentence"),
+    "sentence_exact": ("exact sentences", "1 where every token of the sentence is right, else 0"),
+    "rouge1": ("ROUGE-1", "F1 of the words that both sentences have"),
+    "rouge2": ("ROUGE-2", "F1 of the pairs of words that both sentences have"),
+    "rouge_l": ("ROUGE-L", "F1 of the longest common subsequence of words"),
+    "edit_distance": ("edit distance", "Insertions, deletions and exchanges per token"),
+}
+_TITLES |= {name: title for name, (title, _) in TEXT_METRICS.items()}
+_DIMENSIONS |= {name: frozenset({-1}) for name in TEXT_METRICS}
+_SMALLER_IS_BETTER.add("edit_distance")
 # Of a target of several values, in tables.
 _SHOWN_VALUES = 4
 _ADDED: list[str] = []
@@ -88,7 +101,7 @@ BEST_PER_METRIC = "best match per metric"
 
 def metric_names() -> list[str]:
     """Every metric that `evaluate` knows."""
-    return [*_SIMPLE, *_LPIPS, *RECORD_METRICS]
+    return [*_SIMPLE, *_LPIPS, *RECORD_METRICS, *TEXT_METRICS]
 
 
 def registered_metrics() -> tuple[str, ...]:
@@ -101,6 +114,8 @@ def metric_description(name: str) -> str:
     taken = f"({_listed(_kinds(name))})"
     if name in _LPIPS:
         return f"{_TITLES[name]}: learned perceptual distance of a network's features {taken}"
+    if name in TEXT_METRICS:
+        return f"{_TITLES[name]}: {TEXT_METRICS[name][1]} {taken}"
     function = RECORD_METRICS[name][0] if name in RECORD_METRICS else _SIMPLE[name]
     first = (function.__doc__ or "").strip().partition("\n")[0].rstrip(".")
     return f"{_TITLES[name]}: {first} {taken}" if first else f"{_TITLES[name]} {taken}"
@@ -207,7 +222,7 @@ class Evaluation:
 
     def summary(self) -> dict[str, dict[str, float | None]]:
         """Mean and population standard deviation over the images, by metric."""
-        return {m: _mean_and_std([row[m] for row in self.per_image]) for m in self.metrics}
+        return {m: mean_and_std([row[m] for row in self.per_image]) for m in self.metrics}
 
     def gain(self, metric: str = "psnr") -> float | None:
         """How much better than the best baseline the mean is; negative where a guess wins.
@@ -254,7 +269,7 @@ class Evaluation:
     def footnotes(self) -> list[str]:
         """What a reader of the table must know, one sentence each."""
         notes = [f"- {_TITLES[metric]}: {reason}" for metric, reason in self.missing.items()]
-        if any(row["exact"] for row in self.per_image):
+        if "psnr" in self.metrics and any(row["exact"] for row in self.per_image):
             notes.append(f"* exact match; PSNR is capped at {PSNR_CAP:g} dB")
         if self.matching == BEST_PER_METRIC:
             notes.append("best match per metric: an upper bound, reconstructions may repeat")
@@ -471,7 +486,7 @@ def _guessed(
         drawn = (to_unit_range(one, bounds) for one in guessed[guess])
         return [v for one in drawn for v in _plain(functions[metric](one, originals))]
 
-    return {g: {name: _mean_and_std(values(name, g)) for name in names} for g in guessed}
+    return {g: {name: mean_and_std(values(name, g)) for name in names} for g in guessed}
 
 
 def _values(
@@ -509,13 +524,13 @@ def _rows(
     chosen = nothing if order is None else order.tolist()
     recovered = nothing
     if labels is not None and order is not None:
-        recovered = [_plain_label(label) for label in labels.cpu()[order.cpu()]]
+        recovered = [plain_label(label) for label in labels.cpu()[order.cpu()]]
     exact = _exact(images, originals, order)
     return [
         {
             "index": i,
             "reconstruction": chosen[i],
-            "label_true": _plain_label(truth.labels[i]),
+            "label_true": plain_label(truth.labels[i]),
             "label_recovered": recovered[i],
             "exact": exact[i],
             **{name: values.get(name, nothing)[i] for name in names},
@@ -534,7 +549,7 @@ def _name_cell(name: int | float | list[int] | list[float] | None) -> str:
     return "-" if name is None else str(name)
 
 
-def _plain_label(label: torch.Tensor) -> int | float | list[int] | list[float] | None:
+def plain_label(label: torch.Tensor) -> int | float | list[int] | list[float] | None:
     """A class, a value or several of them; None for what is as large as a picture."""
     if label.dim() > 1:
         return None
@@ -570,7 +585,7 @@ def _baselines(
     nothing: list[float | None] = []
     return {
         name: {
-            m: _mean_and_std(_plain(functions[m](guess, originals)) if m in functions else nothing)
+            m: mean_and_std(_plain(functions[m](guess, originals)) if m in functions else nothing)
             for m in names
         }
         for name, guess in guesses.items()
@@ -592,7 +607,7 @@ def _whole(
     return whole
 
 
-def _mean_and_std(values: list[float | None]) -> dict[str, float | None]:
+def mean_and_std(values: list[float | None]) -> dict[str, float | None]:
     """None where there is no value, or where an image has none (a diverged reconstruction)."""
     numbers = [value for value in values if value is not None]
     if not numbers or len(numbers) < len(values):

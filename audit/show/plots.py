@@ -22,6 +22,7 @@ from core.figures import subplots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 # Stand-ins of colours, and the page's variables (`audit.css`) that they become.
@@ -137,6 +138,7 @@ def _draw_p_values(ax: Axes, test: TestSection) -> None:
     _p_axis(ax)
     ax.set_ylim(min(shown.min() / 2, test.alpha / 2), 1.3)
     ax.set(xlabel="member, the one that stands out most first")
+    _whole_numbers(ax.xaxis)
 
 
 # -- Power, membership, classes, labels ------------------------------------------------------
@@ -228,8 +230,8 @@ def _labels(record: AuditRecord) -> Iterator[Plot]:
     ax.bar(places - 0.2, labels.true_counts[:n], 0.38, color=OTHER, label="in the training")
     ax.bar(places + 0.2, labels.recovered_counts[:n], 0.38, color=MEMBER, label="from the update")
     ax.set(xlabel="class", ylabel="images")
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.yaxis.get_major_locator().set_params(integer=True)
+    _whole_numbers(ax.xaxis)
+    _whole_numbers(ax.yaxis)
     ax.legend(frameon=False, labelcolor=INK)
     yield _plot(
         "labels", figure,
@@ -254,12 +256,13 @@ def _remedies(record: AuditRecord) -> Iterator[Plot]:
         ax.scatter(*zip(*points, strict=True), c=colours, marker=marker, s=46, zorder=3)
         ax.scatter([], [], c=INK, marker=marker, label=_plain(defense))
         for point, remedy in zip(points, own, strict=True):
-            ax.annotate(f"{remedy.strength:g}", point, xytext=(6, 4), color=INK, fontsize=8,
+            ax.annotate(f"{remedy.strength:.3g}", point, xytext=(6, 4), color=INK, fontsize=8,
                         textcoords="offset points")  # fmt: skip
     if alpha is not None:
         ax.axhline(alpha, color=INK, ls="--", lw=1.2)
     _p_axis(ax)
-    ax.set(xlabel="cosine with the update as it is (1: unchanged)")
+    lowest = min(0.0, *(r.cosine or 0.0 for r in placed))
+    ax.set(xlim=(lowest - 0.05, 1.1), xlabel="cosine with the update as it is (1: unchanged)")
     ax.legend(frameon=False, labelcolor=INK)
     yield _plot(
         "remedies", figure,
@@ -288,6 +291,12 @@ def _range(values: Sequence[float]) -> str:
 def _plain(text: str) -> str:
     """A name from a record; matplotlib takes what is between two dollars for a formula."""
     return in_one_line(text)[:MOST_LETTERS].replace("$", r"\$")
+
+
+def _whole_numbers(axis: Axis) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _p_axis(ax: Axes) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from audit.decision import Verdict
+from audit.permutations import non_members_needed_per_image
 from audit.record import (
     AttackSection,
     AuditRecord,
@@ -151,8 +152,17 @@ def _rests_on(test: TestSection) -> Iterator[str]:
     if test.per_image:
         yield (
             f"{test.standing_out} of {count(len(test.per_image), 'member')} stand out by "
-            "themselves (Holm's correction for looking at many)."
+            f"themselves (Holm's correction for looking at many).{_too_few_for_one(test)}"
         )
+
+
+def _too_few_for_one(test: TestSection) -> str:
+    """How many non-members it takes to single one member out, where there are fewer."""
+    if not test.members or not 0 < test.alpha < 1:
+        return ""
+    needed = non_members_needed_per_image(test.members, test.alpha)
+    enough = test.non_members >= needed
+    return "" if enough else f" To single one out takes {needed:,} non-members of its class."
 
 
 # -- What there is -------------------------------------------------------------------------
@@ -296,15 +306,19 @@ def _power(record: AuditRecord) -> Section:
 # -- The model ---------------------------------------------------------------------------------
 
 
+_NOT_ASKED = "Not measured: it was not asked for, or what it takes was not given (see the limits)."
+
+
 def _membership(rates: Sequence[RateSection]) -> Section:
     title = "Does the model betray who was in the training?"
     if not rates:
-        return Section("membership", title, ("Not measured: it was not asked for.",))
+        return Section("membership", title, (_NOT_ASKED,))
     whole = [rate for rate in rates if rate.of_class is None]
     findings = [rate for rate in whole if excludes_chance(rate)]
     sentences = (
         "Members are told from non-members by how well the model fits them. An interval without "
-        f"{CHANCE:g} is a finding: {len(findings)} of {len(whole)} over all classes.",
+        f"{CHANCE:g} is a finding: {len(findings)} of the {count(len(whole), 'row')} over all "
+        "classes.",
     )
     ordered = [*whole, *(rate for rate in rates if rate.of_class is not None)]
     header = (
@@ -336,7 +350,7 @@ def _rate_row(rate: RateSection) -> tuple[str, ...]:
 def _classes(record: AuditRecord) -> Section:
     title = "Do the model's own pictures of a class resemble patients?"
     if not record.classes:
-        return Section("classes", title, ("Not measured: it was not asked for.",))
+        return Section("classes", title, (_NOT_ASKED,))
     said = "An input that the model takes for the class is measured as a reconstruction is."
     rows = tuple(
         (str(c.of_class), percent(c.confidence), s.metric.upper(),
@@ -359,9 +373,9 @@ def _remedies(record: AuditRecord) -> Section:
     enough = smallest_enough(record.remedies)
     said = "The same update was measured again under defenses that a site can switch on."
     found = f"Nothing is found from here on: {listed(map(_remedy_words, enough))}."
-    none = "Under none of them nothing is found: train with differential privacy, or share less."
+    none = "None of them was shown to be enough: train with differential privacy, or share less."
     rows = tuple(
-        (r.defense, f"{r.strength:g}", r.verdict, p_text(r.p_value), optional(r.cosine),
+        (r.defense, f"{r.strength:.3g}", r.verdict, p_text(r.p_value), optional(r.cosine),
          optional(r.epsilon), "yes" if r.enough else "no")
         for r in record.remedies
     )  # fmt: skip
@@ -391,7 +405,7 @@ def smallest_enough(remedies: Sequence[RemedySection]) -> list[RemedySection]:
 
 
 def _remedy_words(remedy: RemedySection) -> str:
-    words = f"{remedy.defense} {remedy.strength:g}"
+    words = f"{remedy.defense} {remedy.strength:.3g}"
     return words if remedy.cosine is None else f"{words} (cosine {remedy.cosine:.2f})"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -43,6 +44,8 @@ class GivenData:
         bounded: Whether inputs lie in [0, 1]; None: so if the first ones do.
         class_names: Names in the order of labels.
         name: For file names and tables.
+        n_tokens: Size of the vocabulary, where inputs are token ids (T whole numbers each).
+        tokens: The text of every token, in the order of ids; may be empty.
     """
 
     train: Samples | tuple[torch.Tensor, torch.Tensor]
@@ -52,6 +55,8 @@ class GivenData:
     bounded: bool | None = None
     class_names: Sequence[str] = ()
     name: str = "own-data"
+    n_tokens: int = 0
+    tokens: Sequence[str] = ()
 
 
 class GivenSamples(Dataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -87,6 +92,13 @@ class GivenSamples(Dataset[tuple[torch.Tensor, torch.Tensor]]):
             raise InputError(
                 f"{self.place}: input {index} has shape {tuple(given.shape)} and the first one "
                 f"{self.spec.shape}"
+            )
+        if (
+            self.spec.n_tokens
+            and not 0 <= int(given.min()) <= int(given.max()) < self.spec.n_tokens
+        ):
+            raise InputError(
+                f"{self.place}: input {index} has token ids outside 0..{self.spec.n_tokens - 1}"
             )
         return self.spec.normalize(given[None])[0], target
 
@@ -178,6 +190,8 @@ def spec_of(given: GivenData, place: str) -> DataSpec:
     """
     samples = samples_of(given.train, place)
     shown = [_pair(samples, i, place)[0] for i in range(min(_LOOKED_AT, len(samples)))]
+    if not shown[0].is_floating_point():
+        return _spec_of_tokens(given, shown[0], place)
     channels = shown[0].shape[0]
     inside = all(_is_inside(one) for one in shown)
     if given.bounded and not inside:
@@ -197,12 +211,22 @@ def spec_of(given: GivenData, place: str) -> DataSpec:
     )
 
 
+def _spec_of_tokens(given: GivenData, first: torch.Tensor, place: str) -> DataSpec:
+    if given.n_tokens < 2:
+        raise InputError(
+            f"{place}: whole numbers are read as token ids; give GivenData(n_tokens=...), the size "
+            "of the vocabulary, or floating-point inputs"
+        )
+    spec = DataSpec.of_tokens(given.name, len(first), given.n_tokens, given.tokens)
+    return dataclasses.replace(spec, class_names=tuple(given.class_names))
+
+
 def _is_inside(values: torch.Tensor) -> bool:
     return float(values.min()) >= -_TOLERANCE and float(values.max()) <= 1 + _TOLERANCE
 
 
 def _pair(samples: Samples, index: int, place: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """One input as floating-point numbers, and its target as a tensor."""
+    """One input as floating-point numbers or token ids, and its target as a tensor."""
     item = samples[index]
     if not isinstance(item, Sequence) or isinstance(item, str) or len(item) != 2:
         raise InputError(f"{place}: item {index} is no pair of an input and its target")
@@ -210,9 +234,12 @@ def _pair(samples: Samples, index: int, place: str) -> tuple[torch.Tensor, torch
         given, target = (torch.as_tensor(part) for part in item)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{place}: item {index} holds no numbers ({error})") from None
+    if given.dtype in (torch.int32, torch.int64) and given.dim() == 1 and len(given):
+        return given.long(), target
     if not given.is_floating_point() or given.dim() < 1 or not given.isfinite().all():
         raise InputError(
-            f"{place}: input {index} must be finite floating-point numbers of shape C x ..., not "
+            f"{place}: input {index} must be finite floating-point numbers of shape C x ... (or "
+            "T token ids), not "
             f"{given.dtype} of shape {tuple(given.shape)}"
         )
     given = given if given.dtype == torch.float64 else given.float()

@@ -41,7 +41,8 @@ class DataSpec:
 
     Attributes:
         name: Data set, for file names and tables.
-        shape: Of one image (C, H, W), volume (C, D, H, W), signal (C, L) or row of a table (F,).
+        shape: Of one image (C, H, W), volume (C, D, H, W), signal (C, L) or row of a table (F,);
+            of a text its number of tokens (T,).
         mean: Per channel, of images in [0, 1]; of a table's row one per feature.
         std: Per channel, of images in [0, 1]; of a table's row one per feature.
         n_classes: Number of outputs per sample where targets are classes or labels, else 0.
@@ -49,6 +50,9 @@ class DataSpec:
         bounded: Whether values lie in [0, 1]. What has no bounds (a table, a signal) is
             neither boxed by an attack nor clamped.
         columns: Of a table whose features are encoded columns; None for all else.
+        n_tokens: Size of the vocabulary where inputs are token ids (N x T, whole numbers, which
+            have no normalisation); 0 where they are numbers.
+        tokens: The text of every token, in the order of ids; may be empty.
     """
 
     name: str
@@ -59,13 +63,36 @@ class DataSpec:
     class_names: tuple[str, ...] = ()
     bounded: bool = True
     columns: Columns | None = None
+    n_tokens: int = 0
+    tokens: tuple[str, ...] = ()
+
+    @staticmethod
+    def of_tokens(name: str, length: int, n_tokens: int, tokens: Sequence[str] = ()) -> DataSpec:
+        """The description of sentences of that many token ids; the number of classes is open."""
+        return DataSpec(
+            name, (length,), (), (), 0, bounded=False, n_tokens=n_tokens, tokens=tuple(tokens)
+        )
+
+    def placed(self, inputs: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Inputs on a parameter's device, in its precision unless they are token ids."""
+        return inputs.to(like.device, None if self.n_tokens else like.dtype)
+
+    def text(self, ids: torch.Tensor) -> str:
+        """What a sentence of T token ids reads; the ids themselves where tokens have no text."""
+        if not self.tokens:
+            return " ".join(map(str, ids.tolist()))
+        return "".join(self.tokens[number] for number in ids.tolist())
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """Images in [0, 1] (N x C x ...) to the network's input."""
+        if self.n_tokens:
+            return images
         return (images - self._channels(self.mean, images)) / self._channels(self.std, images)
 
     def denormalize(self, inputs: torch.Tensor) -> torch.Tensor:
         """The network's input (N x C x ...) to images in [0, 1] (not clamped)."""
+        if self.n_tokens:
+            return inputs
         return inputs * self._channels(self.std, inputs) + self._channels(self.mean, inputs)
 
     def clamp(self, images: torch.Tensor) -> torch.Tensor:
@@ -86,6 +113,8 @@ class DataSpec:
         # Said only where it is not so: files and records of images stay what they were.
         if self.bounded:
             del values["bounded"]
+        if not self.n_tokens:
+            del values["n_tokens"], values["tokens"]
         del values["columns"]
         if self.columns is not None:
             values["columns"] = self.columns.to_list()
@@ -103,6 +132,8 @@ class DataSpec:
                 n_classes=int(values["n_classes"]),
                 class_names=tuple(values.get("class_names", ())),
                 bounded=bool(values.get("bounded", True)),
+                n_tokens=int(values.get("n_tokens", 0)),
+                tokens=tuple(values.get("tokens", ())),
                 columns=Columns.from_list(values["columns"]) if "columns" in values else None,
             )
         except (KeyError, TypeError, ValueError) as error:

@@ -35,7 +35,7 @@ def refuse_reentrant_blocks(model: nn.Module, inputs: torch.Tensor) -> None:
     handles = [modules[name].register_forward_hook(_watch(name, found)) for name in modules]
     try:
         with torch.enable_grad(), unchanged(model):
-            model(inputs.detach().requires_grad_())
+            model(inputs.detach().requires_grad_(inputs.is_floating_point()))
     except ValueError:
         # BatchNorm over a single value: the client's own pass says which flags to change.
         return

@@ -90,7 +90,12 @@ def _candidates(content: Mapping[str, object], depth: int) -> Iterator[State]:
             inner = content.get(key)
             if isinstance(inner, Mapping):
                 yield from _candidates(inner, depth - 1)
-    yield {str(name): v for name, v in content.items() if isinstance(v, torch.Tensor)}
+    tensors = {str(name): v for name, v in content.items() if isinstance(v, torch.Tensor)}
+    if tensors:
+        yield tensors
+        return
+    arrays = {str(name): v for name, v in content.items() if isinstance(v, np.ndarray)}
+    yield {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
 
 
 def _read_safetensors(path: Path, flag: str) -> State:

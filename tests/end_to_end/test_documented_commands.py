@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,13 @@ EXECUTED = [
     ("python main_run.py --checkpoint shared/*-checkpoint.pth.tar --model mymodule:build --loss "
      "mymodule:loss --attack spectral --epochs 600 --pseudo-label-init known --metric",
      "--epochs 20 --id site"),
+    ("python training/main_pytorch.py --model mysite:build --loss binary-cross-entropy --data "
+     "mysite:dataset --epochs 1 -b 4 --lr 0.1 --result-root out/round",
+     "--workers 0 --no-tensorboard"),
+    ("gradinvbench audit --global out/round/model_init.pth.tar --local "
+     "out/round/model_best.pth.tar --local 'sgd lr=0.1 epochs=1 batch-size=4' --model mysite:build "
+     "--loss binary-cross-entropy --data mysite:dataset --budget 3m --report out/audit",
+     "--iterations 50 --plants 1 --no-membership --no-remedies --protocol ms6"),
     ("python -m benchmarks --list", ""),
     ("python -m benchmarks noise --dry-run", ""),
     ("python -m benchmarks mine.yaml", "--dry-run"),
@@ -53,10 +61,11 @@ EXECUTED = [
 ]  # fmt: skip
 
 RUN_COMMANDS = """
-import glob, json, runpy, sys
+import glob, json, runpy, shlex, sys
 
 for command, smaller in json.loads(sys.argv[1]):
-    program, *words = command.split()
+    program, *words = shlex.split(command)
+    words = ["-m", program, *words] if program == "gradinvbench" else words
     words = [found for word in words for found in (glob.glob(word) or [word])] + smaller.split()
     print("#", command, flush=True)
     try:
@@ -101,13 +110,13 @@ def plugin(name: str) -> str:
 
 
 def test_executed_commands_are_those_of_the_documents() -> None:
-    shown = {" ".join(words) for _, words in all_commands()}
-    assert [command for command, _ in EXECUTED if command not in shown] == []
+    shown = [words for _, words in all_commands()]
+    assert [command for command, _ in EXECUTED if shlex.split(command) not in shown] == []
 
 
 @pytest.mark.slow
 def test_documented_commands_run(tmp_path: Path) -> None:
-    for name in ("mine", "mydefense", "mymodule"):
+    for name in ("mine", "mydefense", "mymodule", "mysite"):
         (tmp_path / f"{name}.py").write_text(plugin(name))
     table = (ROOT / "docs" / "regenerate-a-table.md").read_text()
     yaml = table.partition("```yaml\n")[2].partition("```")[0]
@@ -121,6 +130,9 @@ def test_documented_commands_run(tmp_path: Path) -> None:
     assert "mae" in patient["evaluation"]["per_image"][0]
     site = json.loads((tmp_path / "results" / "site" / "record.json").read_text())
     assert site["evaluation"]["per_image"][0]["psnr"] > 10
+    audit = json.loads((tmp_path / "out" / "audit" / "audit.json").read_text())
+    assert audit["verdict"] == "leaks"
+    assert {"audit.html", "ms6.md"} <= {path.name for path in (tmp_path / "out/audit").iterdir()}
     assert (tmp_path / "out" / "small-batch" / "record.json").exists()
     assert (tmp_path / "leaderboard" / "leaderboard.md").exists()
     assert (tmp_path / "jobs" / "cxr_1client" / "meta.json").exists()

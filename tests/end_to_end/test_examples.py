@@ -18,7 +18,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 MOST_LINES = 30
 # What an example may import beside torch and the package.
-ALSO_IMPORTED = {"hugging_face": {"transformers"}}
+ALSO_IMPORTED = {"hugging_face": {"transformers"}, "text": {"transformers"}}
 # What examples print, and the least that the number must be; every one in what it prints.
 NUMBERS = {
     "regression": [(r"PSNR ([\d.]+) dB", 60)],
@@ -29,11 +29,13 @@ NUMBERS = {
     "adamw": [(r"sgd .*PSNR ([\d.]+) dB", 40), (r"adamw .*PSNR ([\d.]+) dB", 15)],
     "last_layer": [(r"PSNR ([\d.]+) dB", 40)],
     "hugging_face": [(r"PSNR ([\d.]+) dB", 18)],
+    "text": [(r"(\d+)% of the sentences", 99)],
 }  # fmt: skip
 # What examples print of labels, and what is right.
 LABELS = {
     "one_channel": "label [3]",
     "findings": "findings [0.0, 0.0, 1.0], true ones [0.0, 0.0, 1.0]",
+    "audit_update": "VERDICT: LEAKS",
     "last_layer": "shared: head.weight, head.bias",
     "hugging_face": "label [2]",
 }

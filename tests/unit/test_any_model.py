@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from attack.matching.held_state import RandomNumbers
 from attack.matching.matcher import GradientMatcher
 from attack.matching.objectives import L2, Cosine
 from attack.matching.replica import Replica
+from attack.matching.second_derivative import refuse_silent_gaps
 from attack.priors.regularizers import shared_features
 from attack.settings import SpeedSettings
 from benchmarks.models import published
@@ -249,3 +251,37 @@ def test_batch_norm_of_vectors_is_calibrated_on_two_large_images() -> None:
 
     for row in agreements("vectors", build, (3, 224, 224), N_CLASSES):
         assert row.agrees, row
+
+
+class _Detached(torch.autograd.Function):
+    """The square, whose backward pass loses what it depends on."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.kept = x.detach()
+        return x.square()
+
+    @staticmethod
+    def backward(ctx: Any, slope: torch.Tensor) -> torch.Tensor:
+        return 2 * ctx.kept * slope
+
+
+class _Squares(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _Detached.apply(x)
+
+
+def test_a_second_derivative_that_lacks_a_part_names_the_module() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), _Squares(), nn.Flatten(), nn.Linear(144, 5))
+    target, _ = gib.share(model, torch.rand(2, 3, 8, 8), torch.tensor([0, 1]))
+    matcher = GradientMatcher(Replica(target, CPU), Cosine(), "auto")
+    with pytest.raises(gib.InputError, match=r"the module 1 \(_Squares\) has a second derivative"):
+        matcher(torch.rand(2, 3, 8, 8), torch.tensor([0, 1]))
+
+
+def test_no_module_of_torch_is_said_to_lack_a_part() -> None:
+    for name, build in OWN_MODULES.items():
+        if name not in ("TorchScript", "checkpointed block, reentrant"):
+            torch.manual_seed(0)
+            refuse_silent_gaps(build().float(), torch.rand(4, CHANNELS, SIDE, SIDE))

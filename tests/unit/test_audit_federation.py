@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from audit.show.store import record_of
 from benchmarks.audit_federation import Federation, client_of, membership, run, simulate
 from core.reading import read_json_object
 
@@ -58,3 +59,12 @@ def test_what_is_measured_is_not_measured_again(tmp_path: Path) -> None:
     record = read_json_object(path, what="record")
     assert record["membership"][0]["method"] == "loss threshold"
     assert 0 <= record["other"] <= 1
+
+
+def test_the_committed_record_is_of_this_command_and_can_be_read() -> None:
+    path = Path(__file__).parents[2] / "results" / "audit" / "federation.json"
+    record = read_json_object(path, what="record")
+    assert record["federation"] == vars(Federation())
+    audit = record_of(record["audit"])
+    assert audit.local.steps == Federation().images // 8
+    assert {rate["model"] for rate in record["membership"]} == {"global", "local", "single site"}

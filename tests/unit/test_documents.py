@@ -235,6 +235,20 @@ def test_the_readme_counts_right(generated: dict[str, str]) -> None:
         assert int(count[1]) == sum(name.startswith(f"{room}/") for name in generated)
 
 
+def test_the_tutorial_says_how_often_an_audit_is_wrong() -> None:
+    rows = json.loads((ROOT / "results" / "audit" / "audit_power.json").read_text())["rows"]
+
+    def said(purpose: str) -> tuple[int, int]:
+        runs = [leaks for r in rows if r["setting"]["purpose"] == purpose for leaks in r["leaks"]]
+        return sum(runs), len(runs)
+
+    (alarms, without), (found, planted) = said("no leak"), said("planted")
+    text = " ".join((ROOT / "docs" / "audit-my-update.md").read_text().split())
+    assert f"In {without} audits of updates that hold none" in text
+    assert f"it says `leaks` in {alarms};" in text
+    assert f"it says so in {found} of {planted}." in text
+
+
 def test_the_readme_says_how_fast() -> None:
     record = json.loads((ROOT / "results" / "speed" / "iterations.json").read_text())
     gains = sorted(row["speedup_over_R1"] for row in record["rows"])

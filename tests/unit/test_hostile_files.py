@@ -204,6 +204,27 @@ def _claimed_storage(path: Path) -> None:
     path.write_bytes(content.getvalue() + struct.pack("<q", 2**31))
 
 
+class _ClaimedArray:
+    """Pickles as an array, and may state what it likes about itself."""
+
+    def __init__(self, *state: object) -> None:
+        self.state = state
+
+    def __reduce__(self) -> Any:
+        empty = np.empty(0).__reduce__()
+        return empty[0], empty[1], self.state
+
+
+def _array(path: Path, *state: object) -> None:
+    torch.save({"state_dict": {"x": _ClaimedArray(1, *state)}}, path)
+
+
+def _array_copied_again_and_again(path: Path) -> None:
+    content = b"a" * 100_000
+    again = [_ClaimedArray(1, (100_000,), np.dtype("u1"), False, content) for _ in range(20_000)]
+    torch.save({"state_dict": again}, path)
+
+
 HOSTILE_TORCH: dict[str, Callable[[Path], object]] = {
     "deflated storage": _deflated,
     "300,000 expanded images": _expanded,
@@ -212,8 +233,15 @@ HOSTILE_TORCH: dict[str, Callable[[Path], object]] = {
     "contains itself": _endless,
     "200 deep": _deep,
     "bytearray of 8 GiB": lambda path: _call(path, bytearray, 2**33),
+    "bytes of 8 GiB": lambda path: _call(path, bytes, 2**33),
     "tensor by size": lambda path: _call(path, torch.Tensor, 2**31),
     "copies of one value": _copied_again_and_again,
+    "array of 8 GiB claimed": lambda path: _array(path, (2**33,), np.dtype("u1"), False, b"a"),
+    "array of negative sides": lambda path: _array(
+        path, (-1, -4), np.dtype("f4"), False, b"a" * 16
+    ),
+    "array of objects": lambda path: _array(path, (1,), np.dtype("O"), False, [os.system]),
+    "one array 20,000 times": _array_copied_again_and_again,
     "storage of 8 GiB claimed": _claimed_storage,
     "runs a command": lambda path: _call(path, os.system, "true"),
     "sparse": lambda path: torch.save({"state_dict": {"x": torch.eye(3).to_sparse()}}, path),
@@ -258,6 +286,11 @@ VALUES: dict[str, Any] = {
     "sizes": {"a": torch.Size([1, 2]), "b": torch.device("cpu"), "c": torch.float16},
     "counters": {"a": collections.Counter("aab"), "b": collections.OrderedDict(x=1)},
     "numpy": {"a": np.float64(1.5), "b": np.int64(3), "c": np.float32(0.5), "d": np.bool_(True)},
+    "arrays": {
+        "a": np.arange(6.0, dtype="f4").reshape(2, 3), "b": np.asfortranarray(np.eye(2, 3)),
+        "c": np.array([True, False]), "d": np.array(5), "e": np.empty((0, 3), "f2"),
+        "twice": [np.arange(3)] * 2,
+    },
     "parameters": {"p": torch.nn.Parameter(torch.arange(3.0))},
     "empty tensors": {"a": torch.empty(0, 3), "b": torch.tensor(3.0)},
     **{

@@ -249,3 +249,12 @@ def test_what_is_no_update_is_one_sentence(case: str) -> None:
         gib.read_update(before, after)
     with pytest.raises(InputError, match="choose weights or difference"):
         gib.read_update(before, after, kind="gradient")
+
+
+def test_arrays_in_a_file_of_torch_are_a_state(tmp_path: Path) -> None:
+    # More than a description of tensors would ever have.
+    state = {"a": np.arange(5_000_000, dtype="f4"), "b": np.eye(3)}
+    torch.save({"model": state}, tmp_path / "update.pt")
+    read = read_state(tmp_path / "update.pt", "--x")
+    assert list(read) == ["a", "b"]
+    assert all(np.array_equal(read[name].numpy(), state[name]) for name in state)

@@ -22,14 +22,15 @@ def gradient_loss(
 
     Args:
         target: What the client shared.
-        inputs: N x C x H x W, normalised.
-        labels: N class indices.
+        inputs: N x C x H x W, normalised; or N x T token ids.
+        labels: N class indices, or what else the client's loss takes.
         device: Device that runs the computation.
     """
     with distributed.alone():
         replica = Replica(target, device, torch.float64)
         matcher = GradientMatcher(replica, Cosine(), "exact")
-        return float(matcher.value(inputs.to(device).double(), labels.to(device)))
+        placed = target.data.placed(inputs, replica.parameters[0])
+        return float(matcher.value(placed, labels.to(device)))
 
 
 def closed_form_reconstruction(

@@ -1,0 +1,7 @@
+"""Published attacks on text, one file each."""
+
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -1,0 +1,282 @@
+"""DAGER: exact text from the subspaces of attention gradients (Petrov et al. 2024)."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from attack.attacks.base import Attack, register_attack
+from attack.attacks.text.parts.last_tokens import last_tokens
+from attack.attacks.text.parts.layers import TokenLayer, TokenLayers, token_layers
+from attack.attacks.text.parts.result import noise_of, text_reconstruction
+from attack.attacks.text.parts.spans import Span, shown_rows, span_of
+from attack.reconstruction import Reconstruction
+from core.errors import InputError
+from core.losses import Targets
+from core.target import Target
+
+# Relative distance from the first span, and from deeper ones, below which a row lies in it.
+# Rounding gives up to 3e-3 where a token's gradient is weak; one at random is far above 0.1.
+NEAR = 1e-2
+INSIDE = 1e-3
+# Tokens that are tried at a position, at most.
+MAX_CANDIDATES = 1024
+# Beginnings that are followed, at most, in sentences of the batch.
+BEAM = 4
+# Deeper layers that a sentence is checked against.
+DEPTH = 3
+# Of an encoder: random orders that are improved, per sentence.
+STARTS = 12
+SWEEPS = 4
+
+
+@register_attack
+class Dager(Attack):
+    """Find the tokens whose embeddings lie in the span of a gradient, then their order.
+
+    The gradient of a layer's weight shows the span of the layer's inputs while there are fewer
+    tokens in the batch than the layer is wide. In front of the first attention a row depends on a
+    token and its position alone: all tokens of the vocabulary are tried. Behind it a row depends
+    on the sentence: a decoder's sentences grow token by token, keeping the beginnings that lie in
+    the spans of deeper layers; an encoder's are improved one token at a time from random orders.
+
+    All projections of the first attention are read together, because under a causal mask the
+    query's gradient misses the first token. The last token of a language model has no gradient; it
+    is the last label, which the gradient of the last layers shows. Told of noise, singular values
+    below the noise are left out.
+
+    Source: Petrov, Dimitrov, Baader, Mueller and Vechev, "DAGER: Exact Gradient Inversion for
+        Large Language Models", NeurIPS 2024, algorithms 1 and 2, https://arxiv.org/abs/2405.15586.
+
+    Published: GPT-2 and BERT base (width 768), sentences of SST-2 and others: ROUGE-1 of 100 up
+        to batches of 64 for decoders, where the tokens are fewer than the width.
+
+    Example:
+        python training/get_gradients.py --model core.models.language:gpt2 --loss next-token \\
+            --data pydoc-topics -b 4 --model-eval
+        python main_run.py --attack dager --model core.models.language:gpt2 \\
+            --checkpoint CHECKPOINT --metric
+    """
+
+    name = "dager"
+    reads_tokens = True
+    recovers_labels = True
+    fits = frozenset({Targets.TOKENS, Targets.CLASSES})
+
+    def reconstruct(
+        self,
+        target: Target,
+        *,
+        labels: torch.Tensor | None,
+        device: torch.device,
+        seed: int,
+        **run: Any,
+    ) -> Reconstruction:
+        """See `Attack.reconstruct`; on the CPU in float64.
+
+        Raises:
+            InputError: Several local steps, or the model has no attention whose gradient is
+                shared.
+        """
+        began = time.perf_counter()
+        if not target.local.shares_gradient:
+            raise InputError(f"--attack {self.name}: needs the gradient of one local step")
+        spans = read_spans(target)
+        candidates = token_filter(spans, target)
+        generator = torch.Generator().manual_seed(seed)
+        search = _decoder_search if spans.layers.causal else _encoder_search
+        found = search(spans, candidates, target, generator)
+        ids = _filled(found, candidates, target)
+        if target.loss.targets is Targets.TOKENS and not spans.first.reached[-1]:
+            ids[:, -1] = last_tokens(spans.layers, ids, target)
+        details = {
+            "rank": spans.first.basis.shape[1],
+            "width": spans.first.basis.shape[0],
+            "candidates": [len(each) for each in candidates],
+            "sentences": len(found.ids),
+            "largest_distance": float(found.distances.max()) if len(found.ids) else None,
+        }
+        return text_reconstruction(target, ids, labels, began, details)
+
+
+@dataclass(frozen=True)
+class Spans:
+    """What the gradient tells of the tokens.
+
+    Attributes:
+        layers: The client's model.
+        first: Of the layer whose rows depend on single tokens.
+        deeper: Of layers whose rows depend on sentences.
+    """
+
+    layers: TokenLayers
+    first: Span
+    deeper: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Sentences, or beginnings of them.
+
+    Attributes:
+        ids: N x t.
+        distances: N, the largest distance of any row from a span that it should lie in.
+    """
+
+    ids: torch.Tensor
+    distances: torch.Tensor
+
+
+def read_spans(target: Target) -> Spans:
+    """The spans of the first layer and of a few behind it.
+
+    Raises:
+        InputError: No layer with a gradient reads single tokens.
+    """
+    layers, noise = token_layers(target), noise_of(target)
+    local = [group for group in layers.groups if group[0].local]
+    # A layer with fewer outputs than inputs shows as many directions only.
+    mixed = [g for g in layers.groups if not g[0].local and _outputs(g) >= g[0].inputs.shape[1]]
+    mixed = [group for group in mixed if shown_rows(group).double().mean() > 0.5]
+    if not local:
+        raise InputError(
+            f"--attack dager: {target.model.name} shares no gradient of a layer that reads every "
+            "token by itself, as the projections of a first attention do"
+        )
+    deeper = tuple(span_of(group, target.gradient, noise) for group in mixed[:DEPTH])
+    return Spans(layers, span_of(local[0], target.gradient, noise), deeper)
+
+
+def _outputs(group: tuple[TokenLayer, ...]) -> int:
+    return sum(layer.slopes.shape[1] for layer in group)
+
+
+def token_filter(spans: Spans, target: Target) -> list[torch.Tensor]:
+    """For every position the tokens whose rows lie in the first span, the nearest first.
+
+    Where none lies in it, as under noise, the nearest ones, as many as there are sentences.
+    """
+    distances = first_distances(spans, target)
+    candidates = []
+    for t in range(target.data.shape[0]):
+        if not spans.first.reached[t]:
+            candidates.append(torch.empty(0, dtype=torch.long))
+            continue
+        order = distances[:, t].argsort()
+        inside = int((distances[:, t] < NEAR).sum())
+        least = inside or 4 * target.batch_size
+        candidates.append(order[: min(least, MAX_CANDIDATES)])
+    return candidates
+
+
+def first_distances(spans: Spans, target: Target) -> torch.Tensor:
+    """Distance of every token at every position from the first span: tokens x T."""
+    length = target.data.shape[0]
+    parts = []
+    for chunk in torch.arange(target.data.n_tokens).split(512):
+        # Sentences of one token each: a row depends on nothing else.
+        rows = spans.layers.quick_inputs(spans.first.layer, chunk[:, None].expand(-1, length))
+        parts.append(spans.first.distances(rows))
+    return torch.cat(parts)
+
+
+def _distances(spans: Spans, span: Span, ids: torch.Tensor) -> torch.Tensor:
+    """Of the rows of sentences (N x T) from one span: N x T, 0 where it does not show them."""
+    rows = spans.layers.quick_inputs(span.layer, ids)
+    return span.distances(rows) * span.reached[: ids.shape[1]]
+
+
+def _decoder_search(
+    spans: Spans, candidates: list[torch.Tensor], target: Target, generator: torch.Generator
+) -> Found:
+    """Beginnings that lie in the deeper spans, longer by one token at a time."""
+    found = Found(torch.empty((1, 0), dtype=torch.long), torch.zeros(1))
+    for tokens in candidates:
+        if not len(tokens):
+            break
+        n, m = len(found.ids), len(tokens)
+        ids = torch.cat([found.ids.repeat_interleave(m, 0), tokens.repeat(n)[:, None]], 1)
+        found = Found(ids, found.distances.repeat_interleave(m))
+        # The shallow spans are quick to ask, and leave little to the others.
+        for span in spans.deeper:
+            here = _distances(spans, span, found.ids)[:, -1]
+            found = _nearest(found.ids, torch.maximum(found.distances, here), target)
+    best = found.distances.argsort(stable=True)[: target.batch_size]
+    return Found(found.ids[best], found.distances[best])
+
+
+def _nearest(ids: torch.Tensor, distances: torch.Tensor, target: Target) -> Found:
+    """The beginnings inside a span; or the nearest ones, where none is, as under noise."""
+    order = distances.argsort(stable=True)
+    inside = int((distances < INSIDE).sum())
+    kept = order[: min(inside or target.batch_size, BEAM * target.batch_size)]
+    return Found(ids[kept], distances[kept])
+
+
+def _encoder_search(
+    spans: Spans, candidates: list[torch.Tensor], target: Target, generator: torch.Generator
+) -> Found:
+    """Sentences from random candidates, improved one token at a time, until all are found."""
+    sentences: list[torch.Tensor] = []
+    distances: list[float] = []
+    left = [set(tokens.tolist()) for tokens in candidates]
+    for _ in range(STARTS * target.batch_size):
+        start = torch.stack(
+            [_pick(each, tokens, generator) for each, tokens in zip(left, candidates, strict=True)]
+        )
+        ids, distance = _improved(spans, start, candidates)
+        if any(torch.equal(ids, other) for other in sentences):
+            continue
+        sentences.append(ids)
+        distances.append(distance)
+        if distance < INSIDE:
+            left = [each - {token} for each, token in zip(left, ids.tolist(), strict=True)]
+        if sum(each < INSIDE for each in distances) >= target.batch_size:
+            break
+    order = torch.tensor(distances).argsort()[: target.batch_size]
+    return Found(torch.stack(sentences)[order], torch.tensor(distances)[order])
+
+
+def _pick(left: set[int], tokens: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A random candidate, of those in no sentence yet if there are any."""
+    pool = torch.tensor(sorted(left)) if left else tokens
+    return pool[torch.randint(len(pool), (), generator=generator)]
+
+
+def _improved(
+    spans: Spans, ids: torch.Tensor, candidates: list[torch.Tensor]
+) -> tuple[torch.Tensor, float]:
+    """Replace one token after another by the candidate that brings the sentence nearest."""
+    best = _all_distances(spans, ids[None])[0]
+    for _ in range(SWEEPS):
+        before = ids.clone()
+        for t, tokens in enumerate(candidates):
+            if len(tokens) < 2:
+                continue
+            tried = ids.repeat(len(tokens), 1)
+            tried[:, t] = tokens
+            distances = _all_distances(spans, tried)
+            winner = int(distances.sum(1).argmin())
+            ids, best = tried[winner], distances[winner]
+        if float(best.max()) < INSIDE or torch.equal(ids, before):
+            break
+    return ids, float(best.max())
+
+
+def _all_distances(spans: Spans, ids: torch.Tensor) -> torch.Tensor:
+    """For whole sentences (N x T) the largest distance of every row from any deeper span: N x T."""
+    each = [_distances(spans, span, ids) for span in spans.deeper]
+    return torch.stack(each).amax(0) if each else torch.zeros(ids.shape)
+
+
+def _filled(found: Found, candidates: list[torch.Tensor], target: Target) -> torch.Tensor:
+    """As many whole sentences as the batch has; what was not found repeats what was."""
+    length = target.data.shape[0]
+    ids = torch.zeros((target.batch_size, length), dtype=torch.long)
+    rows = torch.arange(target.batch_size) % max(1, len(found.ids))
+    if len(found.ids):
+        ids[:, : found.ids.shape[1]] = found.ids[rows]
+    return ids

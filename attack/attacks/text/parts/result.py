@@ -1,0 +1,55 @@
+"""From recovered token ids to a reconstruction, and what a stated defense adds."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from attack.attacks.parts.closed_form import gradient_loss
+from attack.reconstruction import Reconstruction
+from core.losses import Targets
+from core.target import Target
+
+
+def text_reconstruction(
+    target: Target,
+    ids: torch.Tensor,
+    labels: torch.Tensor | None,
+    began: float,
+    details: dict[str, Any],
+    **result: Any,
+) -> Reconstruction:
+    """A reconstruction from sentences of token ids.
+
+    Args:
+        target: What the client shared.
+        ids: N x T.
+        labels: N class indices where they are known; of a language model the ids are.
+        began: `time.perf_counter()` at the start of the attack.
+        details: See `Reconstruction`.
+        result: Further fields of it.
+    """
+    known = ids if target.loss.targets is Targets.TOKENS else labels
+    shown = torch.zeros(len(ids), dtype=torch.long) if known is None else known
+    objective = float("nan") if known is None else gradient_loss(target, ids, known, ids.device)
+    return Reconstruction(
+        images=ids,
+        labels=shown.cpu(),
+        objective=objective,
+        seconds=time.perf_counter() - began,
+        details=details,
+        data=target.data,
+        **result,
+    )
+
+
+def noise_of(target: Target) -> float:
+    """Standard deviation of the noise that the client says it added to every number."""
+    squares = 0.0
+    for word in target.defenses:
+        name, _, value = word.partition(":")
+        factor = {"gaussian": 1.0, "laplace": 2.0}.get(name, 0.0)
+        squares += factor * float(value) ** 2 if factor else 0.0
+    return squares**0.5

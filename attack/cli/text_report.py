@@ -1,0 +1,101 @@
+"""What an attack on text leaves behind: the sentences beside the true ones, differences marked."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from difflib import SequenceMatcher
+from pathlib import Path
+
+import torch
+
+from attack.knowledge.labels import label_accuracy
+from attack.metrics import Evaluation, evaluate_text
+from attack.reconstruction import Reconstruction
+from attack.record import AttackRecord
+from core.data.specs import DataSpec
+from core.losses import Targets, main_output
+from core.storage import write_text
+from core.target import Target, Truth
+
+PAGE = "reconstruction.html"
+# What stands around words that are wrong, in a terminal.
+WRONG = ("[", "]")
+
+
+def measure_text(
+    target: Target, truth: Truth, found: Reconstruction, record: AttackRecord, folder: Path
+) -> None:
+    """Compare with the truth, and write both to a page.
+
+    Args:
+        target: What was attacked.
+        truth: What lies behind it.
+        found: What came out.
+        record: Takes the evaluation and its tables.
+        folder: Of the run.
+    """
+    guesses = {}
+    if target.loss.targets is Targets.TOKENS:
+        guesses["the model's own sample"] = sample(target)
+    evaluation = evaluate_text(found.images, found.labels, truth, target.data, guesses=guesses)
+    record.evaluation = evaluation.to_record()
+    record.tables.append(evaluation.render())
+    if target.loss.targets is not Targets.TOKENS:
+        record.label_accuracy = label_accuracy(found.labels, truth.labels)
+        record.tables.append(f"label accuracy {record.label_accuracy:.3f}")
+    read = found.images[evaluation.order]
+    record.tables.append(as_lines(truth.images, read, target.data))
+    record.details = {**record.details, "text": [target.data.text(ids) for ids in read]}
+    write_text(folder / PAGE, as_page(truth.images, read, target.data, evaluation))
+
+
+def sample(target: Target, seed: int = 0) -> torch.Tensor:
+    """Sentences (N x T) that the client's language model writes by itself, from random tokens."""
+    model = target.build_model().eval()
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randint(target.data.n_tokens, (target.batch_size, 1), generator=generator)
+    ids = first
+    with torch.no_grad():
+        for _ in range(target.data.shape[0] - 1):
+            chances = main_output(model(ids))[:, -1, : target.data.n_tokens].float().softmax(-1)
+            ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], 1)
+    return ids
+
+
+def as_lines(true: torch.Tensor, found: torch.Tensor, data: DataSpec) -> str:
+    """Every true sentence above the recovered one, in which wrong tokens are in brackets."""
+    lines = []
+    for original, ids in zip(true, found, strict=True):
+        marked = "".join(
+            text if right else f"{WRONG[0]}{text}{WRONG[1]}"
+            for text, right in _pieces(ids.tolist(), original.tolist(), data)
+        )
+        lines += [f"true      {data.text(original)}", f"recovered {marked}"]
+    return "\n".join(lines)
+
+
+def as_page(true: torch.Tensor, found: torch.Tensor, data: DataSpec, evaluation: Evaluation) -> str:
+    """The same as HTML, with wrong tokens marked."""
+    rows = []
+    for original, ids in zip(true, found, strict=True):
+        marked = "".join(
+            html.escape(text) if right else f"<mark>{html.escape(text)}</mark>"
+            for text, right in _pieces(ids.tolist(), original.tolist(), data)
+        )
+        rows.append(f"<tr><td>{html.escape(data.text(original))}</td><td>{marked}</td></tr>")
+    return (
+        '<!doctype html><meta charset="utf-8"><title>Recovered text</title>'
+        "<table border=1 cellpadding=6><tr><th>true</th><th>recovered</th></tr>"
+        f"{''.join(rows)}</table><pre>{html.escape(evaluation.render())}</pre>"
+    )
+
+
+def _pieces(found: Sequence[int], true: Sequence[int], data: DataSpec) -> list[tuple[str, bool]]:
+    """Runs of recovered tokens, and whether they stand in the true sentence in this order."""
+    matcher = SequenceMatcher(None, true, found, autojunk=False)
+    return [
+        (data.text(torch.tensor(found[start:end])), kind == "equal")
+        for kind, _, _, start, end in matcher.get_opcodes()
+        if end > start
+    ]
