@@ -279,7 +279,7 @@ def command_environment(threads: int) -> dict[str, str]:
     # A plugin may lie where the user stands, and commands stand at the checkout.
     places = [str(ROOT), os.environ.get("PYTHONPATH"), os.getcwd()]
     path = os.pathsep.join(filter(None, dict.fromkeys(places)))
-    return {**os.environ, "PYTHONPATH": path, warm.THREADS: str(threads)}
+    return {**warm.SLEEPING, **os.environ, "PYTHONPATH": path, warm.THREADS: str(threads)}
 
 
 def visible_gpus() -> list[str]:
