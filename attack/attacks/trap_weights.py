@@ -34,7 +34,8 @@ class TrapWeights(Attack):
     under every class: a candidate whose gradient explains its row is a sample and no mixture.
     What it added to all other rows is then subtracted, and rows of two samples become rows of
     one, as codes for erasure channels are decoded (LT codes). This goes on while something is
-    found.
+    found. A gradient that was shrunk as a whole (clipping) is put back to its size first: rows of
+    one sample agree on it.
 
     Our traps differ from the paper's, half of whose weights are scaled down, in that a neuron's
     bias is set to a quantile of public records: features of a table have both signs.
@@ -94,6 +95,8 @@ def peel(target: Target, layer: FirstLayer) -> tuple[torch.Tensor, torch.Tensor,
     dtype = target.gradient[f"{layer.name}.weight"].dtype
     tolerance, empty = ROUNDING.get(dtype, (1e-2, 1e-4))
     weight, bias = layer.weight_gradient.clone(), layer.bias_gradient.clone()
+    scale = scale_of(target, layer, weight, bias, tolerance)
+    weight, bias = weight / scale, bias / scale
     # Below this a row's rest is rounding of what was there.
     floor = empty * bias.abs().max()
     samples, classes = weight.new_zeros((0, weight.shape[1])), bias.new_zeros(0).long()
@@ -106,6 +109,30 @@ def peel(target: Target, layer: FirstLayer) -> tuple[torch.Tensor, torch.Tensor,
             return samples, classes, rounds
         weight, bias = weight - slopes.T @ new, bias - slopes.sum(0)
     raise AssertionError("a loop without end ended")
+
+
+def scale_of(
+    target: Target, layer: FirstLayer, weight: torch.Tensor, bias: torch.Tensor, tolerance: float
+) -> float:
+    """By how much the client shrank its gradient as a whole, such as by clipping; else 1.
+
+    A row of one sample says it: its quotient is the sample at any scale, and what the sample
+    adds to the row is known. Rows of mixtures say anything, rows of one sample all the same.
+    """
+    rows = bias.abs().argsort(descending=True)
+    rows = rows[bias[rows] != 0]
+    candidates = layer.network_inputs(weight[rows] / bias[rows, None])
+    made = output_gradients(target, layer.name, candidates)
+    own = made.gather(2, rows.view(-1, 1, 1).expand(-1, target.data.n_classes, 1))[:, :, 0]
+    said = (bias[rows, None] / own).flatten()
+    said = said[(said > 0) & (said < 1 - tolerance)].sort().values
+    unscaled = int(((bias[rows, None] - own).abs() <= tolerance * bias[rows, None].abs()).sum())
+    if not len(said):
+        return 1.0
+    # The value that most of them are near.
+    ends = torch.searchsorted(said, said * (1 + tolerance), right=True)
+    count, first = (ends - torch.arange(len(said), device=said.device)).max(0)
+    return float(said[first : first + count].median()) if count > max(unscaled, 1) else 1.0
 
 
 def _explained(

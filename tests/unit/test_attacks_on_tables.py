@@ -53,12 +53,13 @@ def test_an_exact_attack_recovers_every_record(table: Table, attack: str, size: 
     assert sorted(found.labels.tolist()) == sorted(truth.labels.tolist())
 
 
-def test_traps_give_a_malicious_server_a_batch_of_64(table: Table) -> None:
+@pytest.mark.parametrize("defense", ["", "clip:0.01"])
+def test_traps_give_a_malicious_server_a_batch_of_64(table: Table, defense: str) -> None:
     first = model(table, 1000)
     train, public = table.split()
     assert isinstance(first[0], nn.Linear)
     set_traps(first[0], public.inputs, 1, 64)
-    target, truth = gib.share(first, train.batch(64, seed=1))
+    target, truth = gib.share(first, train.batch(64, seed=1), defense=defense)
     assert exact(gib.invert(target, attack="trap-weights"), truth) >= 0.95
 
 
