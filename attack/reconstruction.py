@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from core.data.specs import DataSpec
 from core.target import described
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from core.data.specs import DataSpec
 
 
 @dataclass(repr=False)
