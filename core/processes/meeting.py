@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 # Seconds until a waiting rank says for whom it waits.
 PATIENCE = 30.0
+# Seconds that rank 0 keeps the store for others that were told something else.
+_HEARING = 10.0
 # Seconds between two signs of life, and between two looks for somebody missing.
 _BEAT, _LOOK = 2.0, 0.05
 # Seconds that whoever answers at the address has to turn out to be a store.
@@ -210,7 +212,11 @@ class Meeting:
         while missing:
             for rank in [rank for rank in missing if self.store.check([f"told/{rank}"])]:
                 missing.remove(rank)
-                self._compare(flags, rank, json.loads(self.store.get(f"told/{rank}")))
+                try:
+                    self._compare(flags, rank, json.loads(self.store.get(f"told/{rank}")))
+                except InputError:
+                    self._let_others_hear()
+                    raise
             waited = time.monotonic() - begun
             if missing and waited > self.timeout:
                 raise RankError(
@@ -220,6 +226,14 @@ class Meeting:
             if missing and waited > self.patience and not said:
                 said = True
                 self._say_once(missing, f"waiting for {_named(missing)} to start")
+            time.sleep(_LOOK)
+
+    def _let_others_hear(self) -> None:
+        """Keep the store, which ends with rank 0, until all have found the difference too."""
+        self.store.set(f"heard/{self.rank}", "")
+        everyone = [f"heard/{rank}" for rank in range(self.world_size)]
+        until = time.monotonic() + min(self.timeout, _HEARING)
+        while self.rank == 0 and time.monotonic() < until and not self.store.check(everyone):
             time.sleep(_LOOK)
 
     def _say_once(self, missing: Sequence[int], sentence: str) -> None:
