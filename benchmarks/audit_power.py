@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing, and write the record after every run."""
     args = build_parser().parse_args(argv)
     path = Path(args.output) / "audit_power.json"
-    record = _record(path, args)
+    record = _record(path, args.iterations, args.seed)
     for setting, count in settings(args.runs, args.planted, args.power):
         row = _row(record, setting)
         while len(row["p"]) < count:
@@ -175,13 +175,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{setting}: leaks in {sum(row['leaks'][:count])} of {count}", flush=True)
 
 
-def _record(path: Path, args: argparse.Namespace) -> dict[str, Any]:
+def _record(path: Path, iterations: int, seed: int) -> dict[str, Any]:
     """What an interrupted command wrote, if it was the same; else an empty record."""
     head = {
         "command": "python -m benchmarks.audit_power",
         "level": 0.05,
-        "iterations": args.iterations,
-        "seed": args.seed,
+        "iterations": iterations,
+        "seed": seed,
     }
     if path.exists():
         found = read_json_object(path)

@@ -12,6 +12,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,49 @@ from gradients.private_gradient import PrivacySettings
 METRICS = ("record_accuracy", "record_exact")
 # Records of the first batch that a report shows.
 SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a row is, by the names of the flags.
+
+    Attributes:
+        data: A table's name, or a CSV file.
+        attack: Its registered name.
+        batch_size: Records of the client.
+        batches: How many.
+        width: Neurons of both hidden layers.
+        traps: Records per trap of a malicious server; None: an honest one.
+        defense: Words of defenses.
+        sigma: DP-SGD's noise multiplier; None: no DP-SGD.
+        local: Words of the local training; empty: one step.
+        iterations: Of the attack; None: as published.
+        restarts: Likewise.
+        time_budget: Likewise, in seconds.
+        seed: Of the first batch.
+    """
+
+    data: str
+    attack: str
+    batch_size: int
+    batches: int
+    width: int
+    traps: int | None
+    defense: str
+    sigma: float | None
+    local: str
+    iterations: int | None
+    restarts: int | None
+    time_budget: float | None
+    seed: int
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the attack is told beside its published setting."""
+        told = {n: getattr(self, n) for n in ("iterations", "restarts", "time_budget")}
+        # There are no neighbours whose variation could be penalised.
+        plain = {"tv": 0.0} if self.attack == "inverting-gradients" else {}
+        return {name: value for name, value in told.items() if value is not None} | plain
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -74,10 +118,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     began = time.perf_counter()
     train, public = load_table(args.data).split()
-    rows = [_measured(args, train, public, number) for number in range(args.batches)]
+    row = Row(**{name: value for name, value in vars(args).items() if name != "results"})
+    rows = [_measured(row, train, public, number) for number in range(row.batches)]
     shown = rows[0].pop("comparison")
-    for row in rows[1:]:
-        del row["comparison"]
+    for other in rows[1:]:
+        del other["comparison"]
     record = {
         "status": "finished",
         "batches": rows,
@@ -91,17 +136,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(shown)
 
 
-def _measured(args: argparse.Namespace, train: Table, public: Table, number: int) -> dict[str, Any]:
+def _measured(row: Row, train: Table, public: Table, number: int) -> dict[str, Any]:
     """One batch, see `records.PATHS`."""
-    seed = args.seed + number
-    batch = train.batch(args.batch_size, number, args.seed)
-    target, truth = _shared(args, batch, public, seed)
-    settings = {n: getattr(args, n) for n in ("iterations", "restarts", "time_budget")}
-    given = {name: value for name, value in settings.items() if value is not None}
-    if args.attack == "inverting-gradients":
-        # There are no neighbours whose variation could be penalised.
-        given |= {"tv": 0.0}
-    attack = make_attack(args.attack, given, Knowledge())
+    seed = row.seed + number
+    batch = train.batch(row.batch_size, number, row.seed)
+    target, truth = _shared(row, batch, public, seed)
+    attack = make_attack(row.attack, row.settings, Knowledge())
     labels = recover_most_exactly(target)
     found = attack.reconstruct(target, labels=labels, device=torch.device("cpu"), seed=seed)
     measured = evaluate(
@@ -123,22 +163,20 @@ def _measured(args: argparse.Namespace, train: Table, public: Table, number: int
     }
 
 
-def _shared(
-    args: argparse.Namespace, batch: Table, public: Table, seed: int
-) -> tuple[Target, Truth]:
+def _shared(row: Row, batch: Table, public: Table, seed: int) -> tuple[Target, Truth]:
     """What the client shares of a batch, and the batch."""
     torch.manual_seed(seed)
-    model = network(batch.columns.width, args.width, len(batch.class_names))
-    if args.traps is not None:
+    model = network(batch.columns.width, row.width, len(batch.class_names))
+    if row.traps is not None:
         first = model[0]
         assert isinstance(first, nn.Linear)
-        set_traps(first, public.inputs, args.traps, args.batch_size, seed)
-    local = LocalTraining.parse(args.local, len(batch)) if args.local else LocalTraining()
-    privacy = None if args.sigma is None else PrivacySettings(noise_multiplier=args.sigma)
+        set_traps(first, public.inputs, row.traps, row.batch_size, seed)
+    local = LocalTraining.parse(row.local, len(batch)) if row.local else LocalTraining()
+    privacy = None if row.sigma is None else PrivacySettings(noise_multiplier=row.sigma)
     client = ClientSettings(
         local=local,
         train_mode=False,
-        defenses=parse_defenses(args.defense),
+        defenses=parse_defenses(row.defense),
         privacy=privacy,
         seed=seed,
     )

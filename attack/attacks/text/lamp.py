@@ -12,8 +12,8 @@ from attack.attacks.base import register_attack
 from attack.attacks.optimisation import OptimizationAttack
 from attack.attacks.parts.closed_form import gradient_loss
 from attack.attacks.text.parts.embedding_space import embedding_space
+from attack.attacks.text.parts.optimised import EMBEDDINGS, labels_of, optimised, read_tokens
 from attack.attacks.text.parts.result import text_reconstruction
-from attack.attacks.text.tag import EMBEDDINGS, labels_of, optimised, read_tokens
 from attack.reconstruction import Reconstruction
 from attack.settings import InversionConfig
 from core.losses import Targets
