@@ -28,6 +28,7 @@ import gradinvbench as gib
 from attack.bounds.information import Identifiability, decibels, mean_smallest_error
 from attack.bounds.jacobian import gradient_jacobian
 from attack.bounds.private import identification, mean_reconstruction_error, reconstruction
+from benchmarks.show.statistics import bootstrap_interval
 from core.errors import exit_status
 from core.storage import write_record
 
@@ -118,7 +119,7 @@ def measure(
     row.violations = tuple(
         attack
         for attack, errors in row.errors.items()
-        if interval(errors, seed)[1] < row.any_attack
+        if bootstrap_interval(np.asarray(errors), seed)[1] < row.any_attack
     )
     return row
 
@@ -137,15 +138,6 @@ def _reconstructions(
             target, attack=attack, iterations=iterations, labels=label, seed=seed, progress=False
         )
         yield attack, found.images
-
-
-def interval(errors: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean, by 2,000 bootstrap samples over images."""
-    rng = np.random.default_rng(seed)
-    values = np.asarray(errors)
-    means = values[rng.integers(len(values), size=(2000, len(values)))].mean(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
 
 
 def private_rows() -> list[dict[str, float]]:
@@ -233,7 +225,7 @@ def _line(row: Row) -> str:
 
 
 def _in_decibels(errors: Sequence[float]) -> str:
-    low, high = interval(errors)
+    low, high = bootstrap_interval(np.asarray(errors))
     return f"{decibels(_mean(errors)):.1f} ({decibels(high):.1f} to {decibels(low):.1f})"
 
 

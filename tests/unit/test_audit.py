@@ -78,11 +78,9 @@ def trained(
     return after
 
 
-def asked(
-    n: int = 4, batch: int = 4, seed: int = 0, settings: AuditSettings = QUICK
-) -> AuditRequest:
+def asked(n: int = 4, batch: int = 4) -> AuditRequest:
     """The audit of a site that trained on its members."""
-    data, _ = site(n, seed)
+    data, _ = site(n)
     model = network()
     after = trained(model, data.members, batch)
     words = f"sgd lr=0.05 batch-size={batch}"
