@@ -19,6 +19,7 @@ from gradients.defenses.freeze import Freeze
 from gradients.defenses.gaussian import Gaussian
 from gradients.defenses.laplace import Laplace
 from gradients.defenses.percentile import Percentile
+from gradients.defenses.pipeline import Pipeline, as_transform
 from gradients.defenses.prune import Prune
 from gradients.defenses.quantize import Quantize
 from gradients.defenses.sign import Sign
@@ -34,12 +35,14 @@ __all__ = [
     "Gradient",
     "Laplace",
     "Percentile",
+    "Pipeline",
     "Prune",
     "Quantize",
     "Sign",
     "Soteria",
     "TopK",
     "apply_defenses",
+    "as_transform",
     "defense_class",
     "defense_names",
     "parse_defenses",
