@@ -67,6 +67,8 @@ class MatchingSettings(Topic):
         joint_labels: Optimise the logits of the labels together with the images.
         local_steps: "unroll" the client's local steps, or match its update as "one" step's
             gradient of the whole batch, as the published attack does.
+        known_masks: Draw the client's dropout masks from their seed, where the target holds it;
+            otherwise every evaluation draws masks of its own.
         adaptive: Take the client's stated defenses into account, see
             `attack.knowledge.known_defenses`.
     """
@@ -95,6 +97,11 @@ class MatchingSettings(Topic):
         choices=LOCAL_STEPS,
         help="unroll the client's local steps, or match its update as one step's gradient of "
         "the whole batch (as published)",
+    )
+    known_masks: bool = setting(
+        False,
+        "--known-masks",
+        help="draw the client's dropout masks, whose seed the target holds",
     )
     adaptive: bool = setting(
         False,
@@ -568,6 +575,8 @@ def _check_steps(config: InversionConfig) -> None:
 def _check_speed(config: InversionConfig) -> None:
     """Refuse choices that exclude each other."""
     speed, matching = config.speed, config.matching
+    if matching.known_masks and speed.channels_last:
+        raise setting_error("{known_masks} and {channels_last}: masks are drawn in another order")
     if matching.double and speed.lowered:
         raise setting_error(f"{{double}} and {{precision}} {speed.precision}: choose one of them")
     if not speed.traced:

@@ -42,7 +42,8 @@ class Target:
         bn_statistics: Exact batch statistics, if shared: one entry for the whole
             batch (synchronized) or one per shard; None where unknown.
         defenses: What the client says it did to the gradient, as `name:param` words.
-        dropout_seed: Seed of the client's dropout masks, where there was dropout.
+        dropout_seed: Seed of the client's dropout masks, where there was dropout; used by an
+            attacker who is granted it only.
         running_after: BatchNorm's running statistics after the client's local training,
             by their names in `state_dict` (those of its first process, where statistics
             are asynchronous), as a client shares them that shares its whole state; None

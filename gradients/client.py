@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from core.losses import DEFAULT_LOSS, Loss
 from core.models.architecture import Architecture, GivenModel
 from core.models.batch_norm import convert_batch_norm, explain_single_values
 from core.models.checkpointed_blocks import refuse_reentrant_blocks
+from core.models.unchanged import unchanged
 from core.processes.distributed import Process, shard_sizes
 from core.target import (
     RUNNING_STATISTICS,
@@ -236,7 +238,8 @@ class _Run:
         self.shards = resolve_shards(len(inputs), settings, process.world_size)
         check_parts(settings.loss, len(self.shards))
         self.synchronized = settings.synchronized or len(self.shards) == 1
-        self.dropout_seed = settings.dropout_seed if has_active_dropout(model) else None
+        draws = has_active_dropout(model) or draws_random_numbers(model, inputs)
+        self.dropout_seed = settings.dropout_seed if draws else None
         self.part = process.rank if process.world_size > 1 else None
         self.steps = images_of_steps(len(inputs), settings.local, self.shards)
         self.model = model
@@ -317,6 +320,29 @@ def has_active_dropout(model: nn.Module) -> bool:
 
     kinds = (nn.modules.dropout._DropoutNd, StochasticDepth)
     return any(isinstance(m, kinds) and m.p > 0 and m.training for m in model.modules())
+
+
+def draws_random_numbers(model: nn.Module, inputs: torch.Tensor) -> bool:
+    """Whether a pass draws random numbers: in functions, in attention, in layers of a user's own.
+
+    Args:
+        model: Run once in the mode it is in; nothing of it changes.
+        inputs: N x ..., what the model takes; the first two are used.
+    """
+    device = inputs.device
+    with torch.no_grad(), unchanged(model):
+        before = _random_state(device)
+        # A batch that is too small for BatchNorm is refused later, by the client's own pass.
+        with contextlib.suppress(RuntimeError, ValueError):
+            model(inputs[:2])
+        return any(
+            not torch.equal(a, b) for a, b in zip(before, _random_state(device), strict=True)
+        )
+
+
+def _random_state(device: torch.device) -> list[torch.Tensor]:
+    cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *cuda]
 
 
 def generator(*parts: int) -> torch.Generator:

@@ -18,7 +18,11 @@ from core.target import Target
 from gradinvbench._names import check_name
 
 # What a target's owner knows; labels count where they are given.
-_GRANTED = frozenset(Capability) - {Capability.LABELS, Capability.PRIOR_DATA}
+_GRANTED = frozenset(Capability) - {
+    Capability.LABELS,
+    Capability.PRIOR_DATA,
+    Capability.DROPOUT_MASKS,
+}
 # Targets that are optimised together with the inputs.
 OPTIMISE = "optimise"
 # One value of a setting.

@@ -164,6 +164,7 @@ def _knowledge(
         adaptive=args.adaptive,
         adapts_by_default=by_default,
         exact_statistics=bool(settings.get("exact_bn") or settings.get("bn_from_update")),
+        known_masks=bool(settings.get("known_masks")),
     )
 
 

@@ -38,6 +38,7 @@ class Knowledge:
         adaptive: Whether the attack takes the defense into account; None: its own default.
         adapts_by_default: That default.
         exact_statistics: Whether the settings use the exact statistics of the batch.
+        known_masks: Whether the settings use the seed of the client's dropout masks.
     """
 
     threat: str | None = None
@@ -46,6 +47,7 @@ class Knowledge:
     adaptive: bool | None = None
     adapts_by_default: bool = False
     exact_statistics: bool = False
+    known_masks: bool = False
 
     @property
     def adapts(self) -> bool:
@@ -62,6 +64,7 @@ class Knowledge:
             Capability.LABELS: self.label_rule == "known",
             Capability.BATCH_STATISTICS: self.exact_statistics,
             Capability.DEFENSE: self.adapts,
+            Capability.DROPOUT_MASKS: self.known_masks,
         }
         return _UNSAID | {capability for capability, given in asked.items() if given}
 
@@ -118,6 +121,8 @@ def _of_settings(config: InversionConfig, target: Target) -> Iterator[tuple[str,
         yield "--bn-from-update", frozenset({Capability.BATCH_STATISTICS})
     elif config.priors.bn > 0:
         yield "--BN", frozenset({Capability.RUNNING_STATISTICS})
+    if config.matching.known_masks:
+        yield "--known-masks", frozenset({Capability.DROPOUT_MASKS})
     if not target.local.shares_gradient and config.matching.local_steps == UNROLL:
         steps = f"inverting {target.local.steps} local step"
         yield (

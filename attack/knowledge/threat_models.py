@@ -26,6 +26,7 @@ class Capability(enum.Enum):
     PRIOR_DATA = "prior images available"
     LOCAL_TRAINING = "the client's local hyper-parameters known"
     DEFENSE = "the client's defense known"
+    DROPOUT_MASKS = "the seed of the client's dropout masks known"
     MALICIOUS_SERVER = "the server may change the model it sends"
 
 
@@ -53,6 +54,8 @@ class ThreatModel:
         attacks that unroll local steps state that they require them.
         """
         hidden: dict[str, tuple[str, ...] | None] = {}
+        if Capability.DROPOUT_MASKS not in self.grants:
+            hidden["dropout_seed"] = None
         if Capability.BATCH_STATISTICS not in self.grants:
             hidden["bn_statistics"] = hidden["running_after"] = None
         if Capability.DEFENSE not in self.grants:
@@ -116,6 +119,12 @@ register_threat_model(
     (*_SERVER, Capability.BATCH_STATISTICS),
     "As honest-server, where clients share their BatchNorm statistics, from which those of the "
     "batch follow after one local step.",
+)
+register_threat_model(
+    "honest-server-with-masks",
+    (*_SERVER, Capability.DROPOUT_MASKS),
+    "As honest-server, where the code that the server hands out seeds the clients' random "
+    "numbers, so that their dropout masks are known; elsewhere a client draws them by itself.",
 )
 register_threat_model(
     "honest-server-with-labels",

@@ -133,7 +133,9 @@ class Inversion:
         config = config.changed(iterations=self.race.iterations)
         self.target, self.config, self.device = target, config, device
         self.dtype = torch.float64 if config.matching.double else torch.float32
-        self.replica = Replica(target, device, self.dtype, config.matching.joint_labels)
+        self.replica = Replica(
+            target, device, self.dtype, config.matching.joint_labels, config.matching.known_masks
+        )
         self.problem = InversionProblem(
             target, config, adaptation, self.replica, labels[self.replica.share].to(device),
             parts.coordinates(target, config, device, self.dtype), device, self.dtype,
@@ -382,5 +384,19 @@ def _check(target: Target, config: InversionConfig, prior: torch.Tensor | None) 
         raise setting_error(
             "{bn_from_update}: the checkpoint holds no running statistics after training"
         )
+    if config.matching.known_masks:
+        _check_masks(target)
     if config.optimiser.name == "LBFGS" and distributed.world_size() > 1:
         raise setting_error("{optimizer} LBFGS runs on one process; use Adam and {polish} here")
+
+
+def _check_masks(target: Target) -> None:
+    """Refuse to draw the client's dropout masks where that cannot be done."""
+    if target.dropout_seed is None:
+        raise setting_error("{known_masks}: the target holds no seed of dropout masks")
+    if len(target.shards) > 1 or distributed.world_size() > 1:
+        raise setting_error(
+            "{known_masks}: masks are drawn again for a client on one process, by one process"
+        )
+    if any(word.startswith("dp-sgd") for word in target.defenses):
+        raise setting_error("{known_masks}: DP-SGD draws masks for every image by itself")

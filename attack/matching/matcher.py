@@ -228,9 +228,10 @@ class GradientMatcher:
         if self.clipping is not None:
             return self._clipped(inputs, labels, weight, penalty, apart)
         self._count_call(inputs, labels)
-        if self.step is None:
-            return self.exact_match(inputs, labels, weight, penalty, apart)
-        return self.difference_match(inputs, labels, weight, penalty, self.step, apart)
+        with self.replica.masks():
+            if self.step is None:
+                return self.exact_match(inputs, labels, weight, penalty, apart)
+            return self.difference_match(inputs, labels, weight, penalty, self.step, apart)
 
     def _variables(self, inputs: torch.Tensor, labels: torch.Tensor) -> Tensors:
         return fresh_variables(inputs, labels, self.replica.optimises(labels))
@@ -261,7 +262,7 @@ class GradientMatcher:
             inputs: R x n x C x H x W, normalised.
             labels: n labels, the same for all restarts.
         """
-        if self.clipping is not None:
+        if self.clipping is not None or self.replica.knows_masks:
             return [self(one, labels) for one in inputs]
         self._count_call(inputs[0], labels)
         if self.step is None:
@@ -355,7 +356,8 @@ class GradientMatcher:
         elif not self.replica.local.shares_gradient:
             gradient = self.replica.update(inputs, labels, create_graph=False)
         else:
-            loss = self.replica.loss(self.replica.model, inputs, labels)
+            with self.replica.masks():
+                loss = self.replica.loss(self.replica.model, inputs, labels)
             gradient = self._gradients(loss, self.replica.parameters)
         return self._value_and_seed(_detached(gradient))[0]
 

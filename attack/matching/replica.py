@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -13,7 +14,7 @@ from core.errors import InputError
 from core.losses import Outputs, Targets, main_output
 from core.processes import distributed
 from core.target import Target, check_parts
-from gradients.local_update import Placement, images_of_steps, unrolled_update
+from gradients.local_update import Placement, dropout_masks, images_of_steps, unrolled_update
 
 Tensors = list[torch.Tensor]
 Network = Callable[[torch.Tensor], Outputs]
@@ -28,6 +29,8 @@ class Replica:
         dtype: Precision of the computation.
         joint: Labels are not known but optimised with the images: floating-point labels are
             the variables that stand in their place (see `core.losses.Loss.relaxed`).
+        known_masks: The client's dropout masks are drawn from their seed; an attacker who is
+            not granted that draws masks of his own in every evaluation.
 
     Attributes:
         model: The shared model, converted to the client's BatchNorm.
@@ -51,6 +54,7 @@ class Replica:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         joint: bool = False,
+        known_masks: bool = False,
     ) -> None:
         self.batch_size, self.dtype, self.joint = target.batch_size, dtype, joint
         self.client_loss, self.data = target.loss, target.data
@@ -61,7 +65,8 @@ class Replica:
         self.local = target.local
         # Synchronized shards share their statistics: one group.
         groups = () if target.synchronized else target.shards
-        self.placement = Placement(shards=groups, dropout_seed=target.dropout_seed)
+        seed = target.dropout_seed if known_masks else None
+        self.placement = Placement(shards=groups, dropout_seed=seed)
         self.sizes, self.groups, self.first_group = _share_out(target)
         self.share = distributed.shard_slice(self.sizes, distributed.rank())
         self.model = _convert_batch_norm(target, self.groups).to(device, dtype)
@@ -77,7 +82,8 @@ class Replica:
         check_update(target.gradient, shared, target.model.name)
         self.model.requires_grad_(False)
         self.parameters: Tensors = [shared[name].requires_grad_() for name in self.names]
-        direct = _convolves_faster_channels_last(self.model, device, dtype)
+        # Masks are drawn in the order of memory: the client's was the plain one.
+        direct = seed is None and _convolves_faster_channels_last(self.model, device, dtype)
         self.lay_out(torch.channels_last if direct else torch.contiguous_format)
 
     def lay_out(self, layout: torch.memory_format) -> None:
@@ -128,6 +134,19 @@ class Replica:
         with torch.no_grad():
             outputs = torch.func.functional_call(self.model, buffers, (inputs,))
         return tuple(main_output(outputs).shape[1:])
+
+    @property
+    def knows_masks(self) -> bool:
+        """Whether every evaluation draws the client's dropout masks."""
+        return self.placement.dropout_seed is not None
+
+    def masks(self) -> contextlib.AbstractContextManager[None]:
+        """Within the block one pass draws the masks of the client's one step, if they are known.
+
+        Several steps draw those of each by themselves, see `update`.
+        """
+        seed = self.placement.dropout_seed if self.local.shares_gradient else None
+        return dropout_masks(seed, 0, 0, self.parameters[0].device)
 
     def update(
         self,

@@ -25,6 +25,7 @@ from gradients.client import ClientSettings, share_update
 ENOUGH = 0.9999
 BATCH = 4
 CPU = torch.device("cpu")
+MODES = ("eval", "train")
 # Of the candidate images, and of dropout masks.
 SEED = 5
 
@@ -71,24 +72,36 @@ class Agreement:
 def agreements(
     name: str, build: Callable[[], nn.Module], shape: tuple[int, ...], n_classes: int
 ) -> Iterator[Agreement]:
-    """Share and match a batch in both modes.
+    """Share and match a batch in both modes, see `agreement`."""
+    for mode in MODES:
+        yield agreement(name, build, shape, n_classes, mode)
+
+
+def agreement(
+    name: str,
+    build: Callable[[], nn.Module],
+    shape: tuple[int, ...],
+    n_classes: int,
+    mode: str,
+) -> Agreement:
+    """Share and match a batch.
 
     Args:
         name: Of the model, in the table.
         build: Builds it from torch's random numbers.
         shape: Of one input.
         n_classes: Number of outputs.
+        mode: One of `MODES`.
     """
-    for mode in ("eval", "train"):
-        torch.manual_seed(0)
-        blank = Agreement(name, mode, shape)
-        images = torch.rand(BATCH, *shape)
-        labels = torch.arange(BATCH) % n_classes
-        try:
-            target = _shared(build().train(mode == "train"), images, labels, n_classes)
-            yield _measured(blank, target, labels)
-        except InputError as error:
-            yield dataclasses.replace(blank, refusal=str(error))
+    torch.manual_seed(0)
+    blank = Agreement(name, mode, shape)
+    images = torch.rand(BATCH, *shape)
+    labels = torch.arange(BATCH) % n_classes
+    try:
+        target = _shared(build().train(mode == "train"), images, labels, n_classes)
+        return _measured(blank, target, labels)
+    except InputError as error:
+        return dataclasses.replace(blank, refusal=str(error))
 
 
 def _shared(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, n_classes: int) -> Target:
@@ -112,14 +125,8 @@ def _measured(blank: Agreement, target: Target, labels: torch.Tensor) -> Agreeme
     ways = (("exact", torch.float64), ("difference", torch.float64), ("auto", torch.float32))
     cosines, chosen = [], ""
     for hvp, dtype in ways:
-        replica = Replica(target, CPU, dtype)
-        # Random masks are drawn in the order of memory.
-        replica.lay_out(layout)
-        matcher = GradientMatcher(replica, Cosine(), hvp)
-        torch.manual_seed(SEED)
-        found = matcher(candidate.to(dtype), labels).input_gradient
+        found, chosen = _matched(target, candidate.to(dtype), labels, layout, hvp)
         cosines.append(_cosine(found, reference))
-        chosen = "exact" if matcher.step is None else "difference"
     row = dataclasses.replace(
         blank,
         parameters=sum(g.numel() for g in target.gradient.values()),
@@ -132,6 +139,23 @@ def _measured(blank: Agreement, target: Target, labels: torch.Tensor) -> Agreeme
         return row
     _, single = double_backward(target, candidate.float(), labels, layout)
     return dataclasses.replace(row, plain=_cosine(single, reference), distance=distance)
+
+
+def _matched(
+    target: Target,
+    candidate: torch.Tensor,
+    labels: torch.Tensor,
+    layout: torch.memory_format,
+    hvp: str,
+) -> tuple[torch.Tensor, str]:
+    """The attack's gradient in the images, in their precision, and the way that it took."""
+    replica = Replica(target, CPU, candidate.dtype)
+    # Random masks are drawn in the order of memory.
+    replica.lay_out(layout)
+    matcher = GradientMatcher(replica, Cosine(), hvp)
+    torch.manual_seed(SEED)
+    found = matcher(candidate, labels).input_gradient
+    return found, "exact" if matcher.step is None else "difference"
 
 
 def double_backward(
@@ -150,9 +174,14 @@ def double_backward(
     with sdpa_kernel(SDPBackend.MATH):
         loss = F.cross_entropy(main_output(model(inputs)), labels)
     gradient = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
-    goal = torch.cat([g.to(inputs.dtype).flatten() for g in target.gradient.values()])
-    flat = torch.cat([g.flatten() for g in gradient])
-    distance = 1 - flat @ goal / (flat.norm() * goal.norm())
+    goals = [g.to(inputs.dtype) for g in target.gradient.values()]
+    pairs = list(zip(gradient, goals, strict=True))
+    # By parameter: large networks' gradients fit into memory once, not three times.
+    dot = sum(torch.sum(g * t) for g, t in pairs)
+    lengths = [
+        sum(each.square().sum() for each in both).sqrt() for both in zip(*pairs, strict=True)
+    ]
+    distance = 1 - dot / (lengths[0] * lengths[1])
     return float(distance.detach()), torch.autograd.grad(distance, inputs)[0]
 
 

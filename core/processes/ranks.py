@@ -272,7 +272,7 @@ def _signals_noted() -> Iterator[list[int]]:
 def _ranks_work(work: Callable[[int, Connection], None], index: int, tell: Connection) -> None:
     """What a started process does first."""
     signal.signal(signal.SIGINT, _interrupted)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         work(index, tell)
     except KeyboardInterrupt:
@@ -285,7 +285,7 @@ def _interrupted(number: int, frame: FrameType | None) -> Any:
     raise KeyboardInterrupt
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """End this process when its parent has gone, whatever it waits in."""
     parent = multiprocessing.parent_process()
     if parent is None:

@@ -48,6 +48,11 @@ OF_OPTIMISER = (
     "amsgrad",
     "weight_decay",
     "clip_norm",
+    "accumulate",
+    "schedule",
+    "step_size",
+    "gamma",
+    "min_lr",
 )
 MAX_PUBLIC = 200
 
@@ -73,7 +78,8 @@ class SiteSettings:
         cache_rate: Share of the images kept in memory.
         seed: Seed of the order in which a round visits the images.
         optimizer: The optimiser of a round and its settings but `lr`, such as
-            "adamw weight-decay=0.01 clip-norm=1", see `LocalTraining.parse`.
+            "adamw weight-decay=0.01 clip-norm=1 schedule=cosine accumulate=2", see
+            `LocalTraining.parse`. A schedule is of the steps of one round.
         model: The site's own module, `module:function` of the job's custom folder, in place of
             `model_name`.
         loss: Name of a loss in `core.losses`, or `module:function`; cross-entropy if None.
@@ -140,16 +146,24 @@ def optimiser_of(words: str) -> LocalTraining:
         InputError: The words state something else than the optimiser.
     """
     try:
-        stated = LocalTraining.parse(words)
+        stated = LocalTraining.parse(words + _batches_of(words))
     except InputError as error:
         raise InputError(f"optimizer {words!r}: {error}") from None
-    usual = LocalTraining(**{name: getattr(stated, name) for name in OF_OPTIMISER})
+    # The batches of an epoch are known with the images only.
+    own = {name: getattr(stated, name) for name in OF_OPTIMISER}
+    usual = LocalTraining(batches=stated.accumulate, **own)
     if stated != usual:
         raise InputError(
             f"optimizer {words!r}: only {', '.join(OF_OPTIMISER)} are its settings; "
             "the others are arguments of their own"
         )
     return stated
+
+
+def _batches_of(words: str) -> str:
+    """An epoch of one step of the optimiser, if batches are accumulated."""
+    found = [word.partition("=")[2] for word in words.split() if word.startswith("accumulate=")]
+    return f" batches={found[0]}" if found and found[0].strip("0").isdigit() else ""
 
 
 def check_list(data_root: str | None, dataset_json: str | None) -> None:
@@ -310,6 +324,22 @@ class SiteTraining:
         """Local steps of one pass."""
         return -(-len(self.train_images) // self.batch_size)
 
+    def local_training(self, round_number: int) -> LocalTraining:
+        """A round's steps of the optimiser.
+
+        Raises:
+            InputError: The batches that are accumulated do not divide those of an epoch.
+        """
+        try:
+            return dataclasses.replace(
+                self.settings.optimiser,
+                lr=self.learning_rate(round_number),
+                epochs=self.settings.aggregation_epochs,
+                batches=self.steps_per_epoch,
+            )
+        except InputError as error:
+            raise InputError(f"optimizer {self.settings.optimizer!r}: {error}") from None
+
     def learning_rate(self, round_number: int) -> float:
         """Of a whole round: a step schedule over local epochs."""
         epochs = round_number * self.settings.aggregation_epochs
@@ -376,19 +406,14 @@ class SiteTraining:
         self.load(weights)
         before = self.weights()
         fixed = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        local = dataclasses.replace(self.settings.optimiser, lr=self.learning_rate(round_number))
-        optimizer = local.torch_optimizer(self.model.parameters())
+        step = _Step(self.model, self.local_training(round_number))
         self.model.train()
         for order in self.orders(round_number):
             for inputs, labels in self._batches(order):
                 if stopped():
                     raise TrainingStopped
-                optimizer.zero_grad()
                 inputs = inputs.to(next(self.model.parameters()))
-                self._loss(inputs, labels, fixed).backward()
-                if local.clip_norm is not None:
-                    nn.utils.clip_grad_norm_(self.model.parameters(), local.clip_norm)
-                optimizer.step()
+                step.add(self._loss(inputs, labels, fixed))
         change = {name: np.asarray(v - before[name]) for name, v in self.weights().items()}
         broken = [name for name, value in change.items() if not np.isfinite(value).all()]
         if broken:
@@ -490,6 +515,39 @@ class SiteTraining:
             loss=self.loss,
             colour=self.own is not None,
         )
+
+
+class _Step:
+    """The steps of `torch.optim`'s optimiser, each of some batches.
+
+    Args:
+        model: Its parameters are changed.
+        local: The optimiser, its schedule, clipping, and the batches of a step.
+    """
+
+    def __init__(self, model: nn.Module, local: LocalTraining) -> None:
+        self._parameters, self._local = list(model.parameters()), local
+        self._optimizer = local.torch_optimizer(self._parameters)
+        self._rates = iter(local.learning_rates())
+        self._batches = 0
+
+    def add(self, loss: torch.Tensor) -> None:
+        """Take a batch's loss into account, and step if the batches of a step are complete."""
+        if self._batches == 0:
+            self._optimizer.zero_grad()
+        (loss / self._local.accumulate).backward()
+        self._batches += 1
+        if self._batches == self._local.accumulate:
+            self._batches = 0
+            self._step()
+
+    def _step(self) -> None:
+        if self._local.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self._parameters, self._local.clip_norm)
+        rate = next(self._rates)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
 
 
 def _collate(

@@ -142,6 +142,10 @@ def site(**arguments: Any) -> SiteTraining:
         "sgd momentum=0.9 nesterov=yes weight-decay=0.01",
         "adam clip-norm=0.05",
         "adamw weight-decay=0.1",
+        "sgd schedule=cosine min-lr=0.01",
+        "adam schedule=step step-size=2 gamma=0.5",
+        "sgd accumulate=2 momentum=0.9",
+        "adamw accumulate=2 schedule=cosine clip-norm=0.05",
     ],
 )
 def test_the_inverter_simulates_what_the_site_trained(optimizer: str) -> None:
@@ -157,6 +161,25 @@ def test_the_inverter_simulates_what_the_site_trained(optimizer: str) -> None:
     sent = torch.cat([g.flatten() for g in update.gradient.values()]).double()
     simulated = torch.cat([g.flatten() for g in found])
     assert (simulated - sent).norm() < 1e-4 * sent.norm()
+
+
+@pytest.mark.parametrize("kept", ["schedule=cosine", "accumulate=2"])
+def test_an_inverter_that_is_not_told_simulates_something_else(kept: str) -> None:
+    # Otherwise the test above would pass for a site that ignores its settings.
+    own = site(**IMAGES, optimizer=f"sgd {kept}")
+    own.model.double()
+    start = own.weights()
+    change = own.train(start, 1)
+    plain = site(**IMAGES).train(start, 1)
+    assert max(np.abs(change[name] - plain[name]).max() for name in change) > 1e-4
+    assert kept in own.local_update(change, start, 1).local.word
+
+
+def test_batches_that_cannot_be_accumulated_are_refused() -> None:
+    own = site(**IMAGES, optimizer="sgd accumulate=3")
+    message = r"optimizer 'sgd accumulate=3': .*accumulate 3 does not divide the 2 batches"
+    with pytest.raises(InputError, match=message):
+        own.train(own.weights(), 0)
 
 
 def test_frozen_parameters_are_no_part_of_the_update() -> None:
@@ -314,6 +337,10 @@ def test_the_same_seed_gives_the_same_global_model() -> None:
         ({"loss": 3}, "loss 3: must be text"),
         ({"optimizer": "adamw epochs=3"}, "the others are arguments of their own"),
         ({"optimizer": "adamw momentum=0.9"}, "momentum"),
+        ({"optimizer": "sgd accumulate=0"}, "accumulate must be a whole number"),
+        ({"optimizer": "sgd accumulate=two"}, "accumulate=two"),
+        ({"optimizer": "sgd schedule=linear"}, "schedule 'linear' is none of"),
+        ({"optimizer": "sgd batches=2"}, "the others are arguments of their own"),
         ({"data": None}, "data_root None: must be a path"),
     ],
 )

@@ -10,6 +10,7 @@ from torch import nn
 
 import gradinvbench as gib
 from attack.knowledge.labels import accuracy_by_rule, label_accuracy, recover_labels
+from attack.knowledge.labels.last_layer import last_layer_of
 from core.data.specs import DataSpec
 from core.errors import InputError
 from core.losses import BinaryCrossEntropy, CrossEntropy, Loss, MeanAbsoluteError, MeanSquaredError
@@ -152,13 +153,16 @@ def test_values_of_a_changed_gradient_are_refused() -> None:
     """Clipping leaves the outer product that one sample leaves, and other values behind it."""
     truth = torch.randn(1, 3, dtype=torch.float64)
     target = client(MeanSquaredError(), truth, outputs=3)
+    norm = sum(float(g.square().sum()) for g in target.gradient.values()) ** 0.5
     clipped = dataclasses.replace(
         target,
-        gradient={name: 0.1 * value for name, value in target.gradient.items()},
+        gradient={name: 0.1 / norm * value for name, value in target.gradient.items()},
         defenses=("clip:0.1",),
     )
-    with pytest.raises(InputError, match=r"gradient as it was.*changed it \(clip:0\.1\)"):
+    with pytest.raises(InputError, match=r"gradient as it was.*changed it \(clip:0\.1\), by"):
         recover_labels("regression", clipped)
+    shares = {name: 0.1 / norm * value for name, value in target.gradient.items()}
+    target = dataclasses.replace(target, gradient=shares)
     local = gib.LocalTraining(clip_norm=0.1)
     with pytest.raises(InputError, match=r"changed it \(local training sgd clip-norm=0\.1\)"):
         recover_labels("exact", dataclasses.replace(target, local=local))
@@ -200,9 +204,86 @@ def test_other_rules_read_more_than_the_bias() -> None:
         recover_labels("ilrg", target)
 
 
-def test_samples_that_weigh_by_their_classes_are_not_counted() -> None:
-    loss = CrossEntropy(weights=[0.1, 2, 1, 5])
-    with pytest.raises(InputError, match="weighs them by their classes"):
-        recover_labels("exact", client(loss, torch.tensor([1, 3, 3]), outputs=4))
-    one = client(loss, torch.tensor([3]), outputs=4)
-    assert recover_labels("exact", one).tolist() == [3]
+WEIGHTS = [0.1, 2, 1, 5, 0.5, 3, 1, 0.7]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2], ids=["hard", "smoothed"])
+@pytest.mark.parametrize("labels", [[3], [0, 5], [1, 3, 3], [0, 3, 6, 6], [0, 0, 0, 1, 7]], ids=str)
+@pytest.mark.parametrize("factor", [1.0, 0.2], ids=["as it was", "clipped"])
+def test_samples_that_weigh_by_their_classes(
+    labels: list[int], smoothing: float, factor: float
+) -> None:
+    # Outputs tell the classes apart, as those of tables do.
+    loss = CrossEntropy(smoothing, WEIGHTS)
+    for seed in range(3):
+        target = client(loss, torch.tensor(labels), outputs=8, seed=seed)
+        shared = {name: factor * value for name, value in target.gradient.items()}
+        found = recover_labels("exact", dataclasses.replace(target, gradient=shared))
+        assert found.tolist() == sorted(labels)
+
+
+def test_the_targets_of_a_weighted_loss_are_torchs() -> None:
+    # The mean of (sum of t) p - t is torch's own gradient in the outputs.
+    loss = CrossEntropy(0.2, WEIGHTS)
+    labels = torch.tensor([0, 3, 6, 6, 1])
+    outputs = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(loss(outputs, labels), outputs)
+    target = client(loss, labels, outputs=8)
+    targets = last_layer_of(target, target.build_model()).targets(labels)
+    found = (targets.sum(1, keepdim=True) * outputs.detach().softmax(1) - targets) / 5
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_more_weighted_samples_than_classes_are_estimated() -> None:
+    labels = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2])
+    aware, unaware = 0.0, 0.0
+    for seed in range(6):
+        target = client(CrossEntropy(weights=[0.2, 3, 1]), labels, outputs=3, seed=seed)
+        plain = dataclasses.replace(target, loss=CrossEntropy())
+        aware += label_accuracy(recover_labels("exact", target), labels) / 6
+        unaware += label_accuracy(recover_labels("exact", plain), labels) / 6
+    assert aware > unaware + 0.1
+    assert aware >= 0.7
+
+
+def test_weighted_samples_that_cannot_be_counted() -> None:
+    labels = torch.tensor([1, 3, 3])
+    target = client(CrossEntropy(weights=[0.1, 2, 1, 5]), labels, outputs=4)
+    with pytest.raises(InputError, match=r"weighs them by their classes: use exact"):
+        recover_labels("llg", target)
+    target = client(CrossEntropy(weights=[0, 2, 1, 5]), labels, outputs=4)
+    with pytest.raises(InputError, match="class 0 has weight 0, and its samples leave no trace"):
+        recover_labels("exact", target)
+
+
+STEPS = {
+    "weight decay": "sgd lr=0.1 weight-decay=0.3",
+    "nesterov": "sgd lr=0.1 momentum=0.9 nesterov=yes weight-decay=0.1",
+    "another rate": "sgd lr=0.1 rates=0.03",
+    "clipping that does nothing": "sgd lr=0.1 clip-norm=1e6 weight-decay=0.1",
+}
+
+
+@pytest.mark.parametrize("words", STEPS.values(), ids=STEPS)
+def test_one_step_of_sgd_is_undone(words: str) -> None:
+    torch.manual_seed(0)
+    body = [nn.Linear(FEATURES, 9), nn.Tanh(), nn.LayerNorm(9)]
+    inputs = torch.randn(1, FEATURES, dtype=torch.float64)
+    values = 5 * torch.randn(1, 3, dtype=torch.float64)
+    model = nn.Sequential(*body, nn.Linear(9, 3)).double()
+    target, _ = gib.share(model, inputs, values, loss="mse", local=words, bounds=None)
+    torch.testing.assert_close(recover_labels("exact", target), values, rtol=1e-8, atol=1e-8)
+    for label in range(3):
+        target, _ = gib.share(model, inputs, [label], local=words, bounds=None)
+        assert recover_labels("exact", target).tolist() == [label]
+    inputs = torch.randn(4, FEATURES, dtype=torch.float64)
+    model = nn.Sequential(*body, nn.Linear(9, 8)).double()
+    target, _ = gib.share(model, inputs, [0, 2, 2, 7], local=words, bounds=None)
+    assert recover_labels("exact", target).tolist() == [0, 2, 2, 7]
+
+
+def test_a_clipping_defense_that_does_nothing_leaves_the_values() -> None:
+    truth = torch.randn(1, 3, dtype=torch.float64)
+    target = client(MeanSquaredError(), truth, outputs=3)
+    unclipped = dataclasses.replace(target, defenses=("clip:1e6",))
+    torch.testing.assert_close(recover_labels("exact", unclipped), truth, rtol=1e-8, atol=1e-8)

@@ -90,6 +90,7 @@ def _solve_counts(
     "fedavg",
     Capability.LOCAL_TRAINING,
     signed_features=SignedFeatures.MISLEAD_WITHOUT_BIAS,
+    class_weights=True,
 )
 def _fedavg(target: Target, model: nn.Module, last: LastLayer) -> torch.Tensor:
     """Counts from an update of several local steps, by the model's mean output on the way.
@@ -108,7 +109,7 @@ def _fedavg(target: Target, model: nn.Module, last: LastLayer) -> torch.Tensor:
         signal = last.bias_gradient
     else:
         signal = last.row_sums() / max(feature_sum, NO_GRADIENT)
-    counts = last.batch_size * (probabilities - signal)
+    counts = last.unweighted(last.batch_size * (probabilities - signal))
     return whole_counts(counts, last.batch_size, signal < 0)
 
 

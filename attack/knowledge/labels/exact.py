@@ -42,6 +42,7 @@ _TINY = 1e-30
     over_steps=frozenset({Capability.LOCAL_TRAINING}),
     targets=frozenset({Targets.CLASSES, Targets.LABELS, Targets.VALUES}),
     bias_alone=True,
+    class_weights=True,
 )
 def _exact(target: Target, model: nn.Module, last: LastLayer) -> torch.Tensor:
     """What is exact for what was shared: bias signs, a rank-one factor, or verified counts.
@@ -80,10 +81,7 @@ def _one_label(target: Target, model: nn.Module, last: LastLayer) -> torch.Tenso
         )
     features = None if gradient is None else features_of_one(last.weight_gradient, gradient)
     if gradient is not None and features is not None:
-        if last.label_smoothing > 0:
-            # Smoothed targets y have no sign of their own: y = p - (p - y), p at the features.
-            return (last.outputs(features).softmax(0) - gradient).argmax()
-        return gradient.argmin()
+        return _smoothed_label(last, features) if last.label_smoothing > 0 else gradient.argmin()
     if gradient is not None and target.local.steps > 1:
         return gradient.argmin()
     everything = last.weight_gradient
@@ -97,6 +95,18 @@ def _one_label(target: Target, model: nn.Module, last: LastLayer) -> torch.Tenso
     if gradient is not None:
         direction = torch.cat([direction, torch.ones(1)])
     return (everything @ direction).argmin()
+
+
+def _smoothed_label(last: LastLayer, features: torch.Tensor) -> torch.Tensor:
+    """The label whose excess at these features has the direction of the bias gradient.
+
+    Smoothed targets have no sign of their own.
+    """
+    assert last.bias_gradient is not None
+    probabilities = last.outputs(features).softmax(0)
+    targets = torch.cat([last.targets(torch.tensor([label])) for label in range(last.n_classes)])
+    excess = targets.sum(1, keepdim=True) * probabilities - targets
+    return (excess @ last.bias_gradient / excess.norm(dim=1).clamp_min(_TINY)).argmax()
 
 
 @dataclass(frozen=True)
@@ -245,8 +255,12 @@ class _Batch:
     def _whole(self, counts: torch.Tensor) -> torch.Tensor:
         """Labels from the sums of targets over the batch."""
         k, n, smoothing = self.last.batch_size, self.last.n_classes, self.last.label_smoothing
-        certain = self.gradient < -smoothing / n
-        return whole_counts((counts - k * smoothing / n) / (1 - smoothing), k, certain)
+        weights = self.last.class_weights
+        # What an absent class has of smoothed targets alone, at most.
+        spread = 1 if weights is None else weights / weights.min()
+        certain = self.gradient < -smoothing / n * spread
+        shares = (counts - k * smoothing / n) / (1 - smoothing)
+        return whole_counts(self.last.unweighted(shares), k, certain)
 
     def _embeddings(self) -> torch.Tensor:
         """n x features, every class's mean features: quotients, no further off than noise's are.

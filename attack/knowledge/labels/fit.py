@@ -1,11 +1,11 @@
 """Do labels explain the last layer's gradient? A hypothesis is tried against the model.
 
 The weight gradient is (P - Y)^T X / K: K samples' probabilities P, labels Y and features X, with
-P = softmax(X W^T + b). Given Y, the K vectors of features are all that is unknown; they lie in
-the span of the gradient's rows, which has at most K dimensions. So K^2 numbers have to satisfy
-n (K + 1) equations: with fewer samples than classes that is possible for the right labels only,
-and what is left of the equations tells them from wrong ones, whatever the features are (signed,
-in train mode, behind dropout).
+P = softmax(X W^T + b); class weights weigh the rows of P - Y. Given Y, the K vectors of features
+are all that is unknown; they lie in the span of the gradient's rows, of at most K dimensions. So
+K^2 numbers have to satisfy n (K + 1) equations: with fewer samples than classes that is possible
+for the right labels only, and what is left of the equations tells them from wrong ones, whatever
+the features are (signed, in train mode, behind dropout).
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ class Equations:
         bias: n, the layer's bias; zeros where it has none.
         span: features x r, orthonormal.
         scales: The two norms.
-        n_samples: K.
-        label_smoothing: Share of the target that is spread over all classes.
+        last: What was shared, and the layer.
     """
 
     weight_gradient: torch.Tensor
@@ -49,8 +48,7 @@ class Equations:
     bias: torch.Tensor
     span: torch.Tensor
     scales: tuple[float, float]
-    n_samples: int
-    label_smoothing: float
+    last: LastLayer
 
     @classmethod
     def of(cls, last: LastLayer) -> Equations | None:
@@ -71,15 +69,8 @@ class Equations:
             bias=last.outputs(torch.zeros(last.weight_gradient.shape[1], dtype=torch.float64)),
             span=span,
             scales=(norm, bias_norm),
-            n_samples=k,
-            label_smoothing=last.label_smoothing,
+            last=last,
         )
-
-    def targets(self, labels: torch.Tensor) -> torch.Tensor:
-        """K x n, what cross-entropy compares the probabilities with."""
-        n = len(self.weight)
-        hard = torch.eye(n, dtype=torch.float64)[labels]
-        return (1 - self.label_smoothing) * hard + self.label_smoothing / n
 
 
 @dataclass(frozen=True)
@@ -90,7 +81,8 @@ class _Point:
         features: K x r, in the span's coordinates.
         factor: What the client multiplied its gradient by.
         probabilities: K x n.
-        excess: K x n, probabilities minus targets.
+        mass: K x 1, the sum of every sample's targets.
+        excess: K x n, probabilities times that minus targets.
         unscaled: The gradients that follow, of factor 1, stacked as `residual` is.
         residual: What they miss the shared ones by.
     """
@@ -98,6 +90,7 @@ class _Point:
     features: torch.Tensor
     factor: float
     probabilities: torch.Tensor
+    mass: torch.Tensor
     excess: torch.Tensor
     unscaled: torch.Tensor
     residual: torch.Tensor
@@ -123,7 +116,7 @@ def misfit(
     Returns:
         Relative to the gradient's norm.
     """
-    targets = equations.targets(labels)
+    targets = equations.last.targets(labels)
     generator = torch.Generator().manual_seed(0)
     features = start @ equations.span
     noise = torch.randn(features.shape, generator=generator, dtype=torch.float64)
@@ -146,15 +139,16 @@ def _at(
     equations: Equations, targets: torch.Tensor, features: torch.Tensor, factor: float
 ) -> _Point:
     probabilities = (features @ equations.weight.T + equations.bias).softmax(1)
-    excess = probabilities - targets
-    parts = [(excess.T @ features / equations.n_samples / equations.scales[0]).flatten()]
+    mass = targets.sum(1, keepdim=True)
+    excess = mass * probabilities - targets
+    parts = [(excess.T @ features / len(features) / equations.scales[0]).flatten()]
     shared = [equations.weight_gradient.flatten()]
     if equations.bias_gradient is not None:
         parts.append(excess.mean(0) / equations.scales[1])
         shared.append(equations.bias_gradient)
     unscaled = torch.cat(parts)
     residual = factor * unscaled - torch.cat(shared)
-    return _Point(features, factor, probabilities, excess, unscaled, residual)
+    return _Point(features, factor, probabilities, mass, excess, unscaled, residual)
 
 
 def _improve(
@@ -187,8 +181,8 @@ def _jacobian(equations: Equations, point: _Point) -> torch.Tensor:
     """Derivative of the residual in the K r coordinates of the features."""
     k, rank = point.features.shape
     weight, p_Kn = equations.weight, point.probabilities
-    # How every sample's probabilities follow its features: K x n x r.
-    slope = p_Kn[:, :, None] * (weight - (p_Kn @ weight)[:, None, :])
+    # How every sample's excess follows its features: K x n x r.
+    slope = (point.mass * p_Kn)[:, :, None] * (weight - (p_Kn @ weight)[:, None, :])
     by_features = slope[:, :, None, :] * point.features[:, None, :, None]
     by_features = by_features + point.excess[:, :, None, None] * torch.eye(
         rank, dtype=torch.float64

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from core.errors import InputError
+from core.local_training import SGD
 from core.losses import CrossEntropy, main_output
 from core.models.head import example_for, find_linear_head
 from core.models.unchanged import unchanged
@@ -15,6 +17,8 @@ from core.target import Target
 
 # Below this share of the largest feature, a negative one is rounding.
 _ROUNDING = 1e-6
+# A norm below this share of a clipping norm was not clipped to it.
+_UNREACHED = 1 - 1e-4
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class LastLayer:
         layer: The layer with the parameters the client started from.
         batch_size: Number of samples K behind the gradient.
         label_smoothing: Share of the target that is spread over all classes.
+        class_weights: n_classes; None where all samples weigh the same.
     """
 
     weight_gradient: torch.Tensor
@@ -34,6 +39,7 @@ class LastLayer:
     layer: nn.Linear
     batch_size: int
     label_smoothing: float = 0.0
+    class_weights: torch.Tensor | None = None
 
     @property
     def n_classes(self) -> int:
@@ -49,6 +55,34 @@ class LastLayer:
         weight, bias = self.layer.weight, self.layer.bias
         outputs = features @ weight.detach().double().cpu().T
         return outputs if bias is None else outputs + bias.detach().double().cpu()
+
+    def targets(self, labels: torch.Tensor) -> torch.Tensor:
+        """What cross-entropy compares K samples' probabilities with.
+
+        With class weights w a sample of class y counts w_y of the batch's sum of them, and the
+        smoothed share of class c counts w_c, as in `torch.nn.functional.cross_entropy`.
+
+        Args:
+            labels: K class indices.
+
+        Returns:
+            K x n_classes targets t, of mean weight 1: the gradient in the outputs is the mean of
+            (sum of t) p - t.
+        """
+        hard = torch.eye(self.n_classes, dtype=torch.float64)[labels]
+        smoothed = self.label_smoothing / self.n_classes
+        if self.class_weights is None:
+            return (1 - self.label_smoothing) * hard + smoothed
+        weights = self.class_weights[labels]
+        targets = (1 - self.label_smoothing) * weights[:, None] * hard
+        return (targets + smoothed * self.class_weights) / weights.mean()
+
+    def unweighted(self, shares: torch.Tensor) -> torch.Tensor:
+        """Counts of samples from what the classes weigh in the batch, of the same sum."""
+        if self.class_weights is None:
+            return shares
+        counts = shares.clamp_min(0) / self.class_weights
+        return counts * (self.batch_size / counts.sum().clamp_min(1e-30))
 
     def require_bias(self, rule: str) -> torch.Tensor:
         """The bias gradient, or an `InputError` that names the rule."""
@@ -95,9 +129,64 @@ def last_layer_of(target: Target, model: nn.Module, bias_alone: bool = False) ->
             f"the shared gradient of the last layer {name} is zero everywhere, which says nothing "
             "about labels"
         )
-    bias = None if bias is None else bias.detach().double().cpu()
-    smoothing = target.loss.label_smoothing if isinstance(target.loss, CrossEntropy) else 0.0
-    return LastLayer(weight.detach().double().cpu(), bias, layer, target.batch_size, smoothing)
+    bias = None if bias is None else step_undone(target, bias, layer.bias)
+    smoothing, weights = 0.0, None
+    if isinstance(target.loss, CrossEntropy):
+        smoothing = target.loss.label_smoothing
+        if target.loss.weights is not None:
+            weights = torch.tensor(target.loss.weights, dtype=torch.float64)
+    weight = step_undone(target, weight, layer.weight)
+    return LastLayer(weight, bias, layer, target.batch_size, smoothing, weights)
+
+
+def step_undone(target: Target, shared: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """The loss's gradient from what one step of SGD made of it, as far as that can be undone.
+
+    A first step's direction is (1 + momentum, with Nesterov's) (g + weight decay theta). What
+    clipped g, or a defense did to the direction, stays.
+
+    Args:
+        target: Says how the client trained.
+        shared: The update of a parameter.
+        parameter: Its value before.
+
+    Returns:
+        In float64 on the CPU; the update itself where it is no such step.
+    """
+    local, shared = target.local, shared.detach().double().cpu()
+    if target.defenses or local.steps > 1 or local.optimizer != SGD:
+        return shared
+    rate = local.learning_rates()[0] / local.lr
+    lookahead = 1 + local.momentum if local.nesterov else 1.0
+    if not rate:
+        return shared
+    return shared / (rate * lookahead) - local.weight_decay * parameter.detach().double().cpu()
+
+
+def common_factor(target: Target) -> str:
+    """What may have multiplied one step's whole gradient by an unknown factor, in words.
+
+    Clipping to a norm that what was shared does not reach has left it as it was.
+
+    Returns:
+        Empty where nothing has.
+    """
+    if target.local.steps > 1 or target.local.optimizer != SGD:
+        return f"local training {target.local.word}"
+    found = {name: value.double() for name, value in target.gradient.items()}
+    for word in target.defenses:
+        kind, _, value = word.partition(":")
+        if kind != "clip" or not _norm(found) < float(value or 1) * _UNREACHED:
+            return word
+    norm = target.local.clip_norm
+    if norm is None:
+        return ""
+    undone = {n: step_undone(target, v, target.state_dict[n]) for n, v in found.items()}
+    return "" if _norm(undone) < norm * _UNREACHED else f"local training {target.local.word}"
+
+
+def _norm(gradient: Mapping[str, torch.Tensor]) -> float:
+    return float(torch.stack([g.square().sum() for g in gradient.values()]).sum().sqrt())
 
 
 def require_plain_head(target: Target, model: nn.Module) -> None:

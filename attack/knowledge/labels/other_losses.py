@@ -13,7 +13,12 @@ import torch
 from torch import nn
 
 from attack.knowledge.labels.fit import EXPLAINED
-from attack.knowledge.labels.last_layer import LastLayer, random_features, require_plain_head
+from attack.knowledge.labels.last_layer import (
+    LastLayer,
+    common_factor,
+    random_features,
+    require_plain_head,
+)
 from attack.knowledge.labels.registry import SignedFeatures, register_rule
 from core.errors import InputError
 from core.losses import BinaryCrossEntropy, Loss, MeanSquaredError, Targets
@@ -78,8 +83,9 @@ def regression(target: Target, model: nn.Module, last: LastLayer) -> torch.Tenso
     """The values of one sample under mean squared error: y = z - (outputs / 2) times the slope.
 
     The features are the quotient of weight and bias gradient, and give the outputs z. Exact for
-    one sample whose gradient was shared as it is. Several samples only show their mean
-    residual, from which no value follows.
+    one sample and one step of SGD, which is undone. Several samples only show their mean
+    residual, from which no value follows; nor can an unknown factor (clipping) be told from
+    the residual, in which the whole gradient of one sample is linear.
 
     Returns:
         1 x outputs.
@@ -92,11 +98,12 @@ def regression(target: Target, model: nn.Module, last: LastLayer) -> torch.Tenso
             f"{last.batch_size} samples over {target.local.steps} local step(s) show only a mean "
             "residual: give the targets, or optimise them with the inputs"
         )
-    if target.defenses or not target.local.shares_gradient:
-        how = ", ".join(target.defenses) or f"local training {target.local.word}"
+    factor = common_factor(target)
+    if factor:
         raise InputError(
             f"label recovery regression reads values off the gradient as it was, and the client "
-            f"changed it ({how}): give the targets, or optimise them"
+            f"changed it ({factor}), by a factor that cannot be told from the residual: give the "
+            "targets, or optimise them"
         )
     require_plain_head(target, model)
     gradient = last.require_bias("regression")

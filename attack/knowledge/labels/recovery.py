@@ -51,7 +51,7 @@ def recover_labels(
     found = find_rule(rule)
     if target.loss.targets is Targets.CLASSES or target.loss.targets not in found.targets:
         require_classes(f"label recovery {rule}", target.loss)
-    _require_equal_weights(rule, target)
+    _check_class_weights(rule, found, target)
     model = target.build_model() if model is None else model
     last = last_layer_of(target, model, found.bias_alone)
     labels = found.recover(target, model, last)
@@ -105,14 +105,21 @@ def _broken_assumption(
     )
 
 
-def _require_equal_weights(rule: str, target: Target) -> None:
-    """Refuse a batch whose samples weigh by their classes: no rule counts those."""
+def _check_class_weights(name: str, rule: RegisteredRule, target: Target) -> None:
+    """Refuse a batch whose samples weigh by their classes, if the rule does not count those."""
     loss = target.loss
-    if isinstance(loss, CrossEntropy) and loss.weights is not None and target.batch_size > 1:
+    if not isinstance(loss, CrossEntropy) or loss.weights is None or target.batch_size == 1:
+        return
+    if not rule.class_weights:
         raise InputError(
-            f"label recovery {rule} counts samples that weigh the same, and this client's "
-            "cross-entropy weighs them by their classes: give the labels, or optimise them with "
-            "the inputs (targets='optimise', --joint-labels)"
+            f"label recovery {name} counts samples that weigh the same, and this client's "
+            f"cross-entropy weighs them by their classes: use {DEFAULT_RULE}, or give the labels"
+        )
+    if min(loss.weights) == 0:
+        raise InputError(
+            f"label recovery {name}: class {loss.weights.index(0)} has weight 0, and its samples "
+            "leave no trace: give the labels, or optimise them with the inputs "
+            "(targets='optimise', --joint-labels)"
         )
 
 

@@ -40,6 +40,7 @@ class RegisteredRule:
         targets: What the client's loss compares outputs with.
         signed_features: What features of both signs do to it.
         bias_alone: Whether the bias gradient alone tells the targets of one sample.
+        class_weights: Whether it counts samples that weigh by their classes.
     """
 
     recover: Rule
@@ -48,6 +49,7 @@ class RegisteredRule:
     targets: frozenset[Targets] = frozenset({Targets.CLASSES})
     signed_features: SignedFeatures = SignedFeatures.HARMLESS
     bias_alone: bool = False
+    class_weights: bool = False
 
     def misled_by_signs(self, last: LastLayer) -> bool:
         """Whether features of both signs mislead it, by what was shared."""
@@ -66,6 +68,7 @@ def register_rule(
     targets: frozenset[Targets] = frozenset({Targets.CLASSES}),
     signed_features: SignedFeatures = SignedFeatures.HARMLESS,
     bias_alone: bool = False,
+    class_weights: bool = False,
 ) -> Callable[[Rule], Rule]:
     """Make `--pseudo-label-init name` recover labels by the decorated function.
 
@@ -76,6 +79,7 @@ def register_rule(
         targets: What the client's loss compares outputs with, for the rule to fit.
         signed_features: What features of both signs do to the rule.
         bias_alone: Whether the bias gradient alone tells the targets of one sample.
+        class_weights: Whether the rule counts samples that weigh by their classes.
 
     Raises:
         ValueError: The name is registered already.
@@ -86,7 +90,7 @@ def register_rule(
             raise ValueError(f"label rule {name} is registered already")
         needed = frozenset({Capability.BATCH_SIZE, *requires})
         _RULES[name] = RegisteredRule(
-            rule, needed, over_steps, targets, signed_features, bias_alone
+            rule, needed, over_steps, targets, signed_features, bias_alone, class_weights
         )
         return rule
 
