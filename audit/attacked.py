@@ -13,7 +13,14 @@ from audit.attempts import Attempt, Plan, attempts, best_of
 from audit.decision import Decision, Power, decide
 from audit.labels import in_no_order
 from audit.record import AttackSection, PowerSection, SimilaritySection, TestSection
-from audit.references import NCC, at_scale, metrics_of, similarities, similarity_section
+from audit.references import (
+    NCC,
+    at_scale,
+    metrics_of,
+    similarities,
+    similarity_section,
+    some_of,
+)
 from audit.request import AuditRequest
 from core.pictures import save_gallery
 from core.storage import atomic_file
@@ -63,7 +70,7 @@ def attack_update(request: AuditRequest, plan: Plan) -> Attacked:
     # What does not apply is worth a word only where nothing does.
     found = [attempt for attempt in tried if attempt.images is not None] or tried
     best = best_of(found)
-    sections = [_section(request, attempt) for attempt in found]
+    sections = [_section(request, attempt, plan.compared) for attempt in found]
     if best is None:
         return Attacked(tuple(sections), None)
     number = found.index(best)
@@ -85,13 +92,14 @@ def _keep_images(request: AuditRequest, best: Attempt) -> None:
     save_gallery(folder / "reconstructions.png", {best.attack: list(best.images)})
 
 
-def _section(request: AuditRequest, attempt: Attempt) -> AttackSection:
+def _section(request: AuditRequest, attempt: Attempt, compared: int) -> AttackSection:
+    """An attempt for the record, held against so many images of each kind; 0: all."""
     similar: tuple[SimilaritySection, ...] = ()
     shape = request.data.spec.shape
     if attempt.images is not None:
         shape = tuple(attempt.images.shape[1:])
         members, others = (
-            at_scale(part.images, shape[1:])
+            at_scale(some_of(part.images, compared, request.settings.seed), shape[1:])
             for part in (request.data.members, request.data.non_members)
         )
         similar = tuple(

@@ -88,12 +88,23 @@ class Plan:
         inversion: By name; None: none.
         iterations: Of the inversion, at each scale.
         seconds: Budget of each closed form.
+        images: That an inversion reconstructs at most; of more behind an update each stands for
+            several. 0: all.
+        alone: Iterations for one image in one step; 0: as many.
+        compared: Images of each kind that similarities are shown of at most; 0: all.
+        restarts: Of each class representative.
+        forecast: Seconds that an audit by it takes, without remedies; 0: not known.
     """
 
     closed: tuple[str, ...]
     inversion: str | None
     iterations: int
     seconds: float
+    images: int = 0
+    alone: int = 0
+    compared: int = 0
+    restarts: int = 4
+    forecast: float = 0.0
 
     def only(self, attack: str) -> Plan:
         """The plan of one of its attacks alone."""
@@ -102,12 +113,16 @@ class Plan:
         return dataclasses.replace(self, closed=())
 
 
-def plan_of(attack: str | None, target: Target, iterations: int, seconds: float) -> Plan:
-    """The attacks that a name stands for; None: those that the update allows."""
+def plan_of(
+    attack: str | None, target: Target, iterations: int, seconds: float, *, images: int = 0,
+    alone: int = 0, compared: int = 0, restarts: int = 4,
+) -> Plan:  # fmt: skip
+    """The attacks that a name stands for; None: those that the update allows. See `Plan`."""
+    plan = Plan((), None, iterations, seconds, images, alone, compared, restarts)
     if attack is not None:
         optimises = issubclass(get_attack(attack), OptimizationAttack)
         closed = () if optimises else (attack,)
-        return Plan(closed, attack if optimises else None, iterations, seconds)
+        return dataclasses.replace(plan, closed=closed, inversion=attack if optimises else None)
     kinds = [get_attack(name) for name in attack_names()]
     closed_forms = tuple(
         kind.name
@@ -115,7 +130,7 @@ def plan_of(attack: str | None, target: Target, iterations: int, seconds: float)
         if kind.published is None and not kind.recovers_labels and kind.requires <= GRANTED
         and target.loss.targets in kind.fits
     )  # fmt: skip
-    return Plan(closed_forms, INVERSION, iterations, seconds)
+    return dataclasses.replace(plan, closed=closed_forms, inversion=INVERSION)
 
 
 def attempts(
@@ -222,10 +237,41 @@ def inversion_config(name: str, target: Target, iterations: int) -> InversionCon
     return kind.published.changed(**changes)
 
 
+def stand_ins(target: Target, labels: torch.Tensor, images: int) -> tuple[Target, torch.Tensor]:
+    """The client as if fewer images were behind its update, and their labels.
+
+    Each stands for as many of the others: the labels are every so many of all, and every step is
+    of an even share of the images.
+
+    Args:
+        target: The client's update.
+        labels: Of its images, by class where their order is not known.
+        images: How many; at least one for each local step of an epoch is taken.
+    """
+    n, local = target.batch_size, target.local
+    images = max(images, local.batches)
+    if images >= n:
+        return target, labels
+    places = torch.arange(images) * n // images
+    fewer = dataclasses.replace(
+        target, batch_size=images, shards=(images,), local=dataclasses.replace(local, order=None)
+    )
+    return fewer, labels[places]
+
+
+def iterate(
+    name: str, target: Target, labels: torch.Tensor, iterations: int, device: torch.device
+) -> None:
+    """Go through so many iterations of an inversion, to see what they take."""
+    config = inversion_config(name, target, iterations)
+    Inversion(target, labels, config, device=device, seed=0).run()
+
+
 def _inversions(
     plan: Plan, name: str, target: Target, labels: torch.Tensor, seed: int, device: torch.device
 ) -> Iterator[Attempt]:
     """From coarse to fine, each scale from where the one before has come."""
+    target, labels = stand_ins(target, labels, plan.images or target.batch_size)
     config = inversion_config(name, target, plan.iterations)
     labels = _arranged(target, labels, config, seed, device)
     start: torch.Tensor | None = None

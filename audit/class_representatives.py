@@ -1,9 +1,8 @@
 """Class representatives: does what a model calls typical of a class look like its patients?
 
 Attack C of the protocol that hospitals of a swarm follow: from noise, an image climbs the class's
-output under the priors of the other attacks, several restarts per class, of which the one with the
-largest output counts. It is held against the images of its class with the references of every
-reconstruction (`audit.references`).
+output under the priors of the other attacks, several restarts per class. They are held against the
+images of their class with the references of every reconstruction (`audit.references`).
 
 Source: Fredrikson, Jha, Ristenpart, Model Inversion Attacks that Exploit Confidence Information,
     CCS 2015, https://doi.org/10.1145/2810103.2813677; the logit in place of the probability, which
@@ -20,7 +19,7 @@ from torch import nn
 
 from attack.priors.regularizers import TOTAL_VARIATIONS
 from audit.record import ClassSection
-from audit.references import metrics_of, similarity_section
+from audit.references import metrics_of, similarity_section, some_of
 from core.data.specs import DataSpec
 from core.losses import Targets, main_output
 from core.models.building import load_parameters
@@ -30,16 +29,18 @@ from core.target import Target, Truth
 # Length of the prior's step relative to the output's: no weight has to be found per model.
 _BALANCE = 1.0
 _RATE = 0.03
+ITERATIONS = 200
 
 
 @dataclass(frozen=True)
 class Representatives:
-    """One image per class.
+    """Images of classes, one per restart.
 
     Attributes:
-        classes: Their numbers.
-        images: K x C x ..., in [0, 1] where inputs have bounds.
-        confidences: The model's probability of its class, per image.
+        classes: Their numbers, K.
+        images: Restarts x K x C x ..., in [0, 1] where inputs have bounds; of each class the one
+            that the model is surest of first.
+        confidences: The model's probability of the class, per class, at that one.
     """
 
     classes: tuple[int, ...]
@@ -53,11 +54,11 @@ def invert_model(
     classes: tuple[int, ...],
     *,
     restarts: int = 4,
-    iterations: int = 200,
+    iterations: int = ITERATIONS,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Representatives:
-    """Find the image of every class that the model is surest of.
+    """Find images of every class that the model is sure of.
 
     Args:
         client: Says what the model, its inputs and its loss are.
@@ -82,9 +83,9 @@ def invert_model(
                 outputs.append(main_output(model(client.data.normalize(found[-1]))))
     images, logits = torch.stack(found), torch.stack(outputs)
     places = torch.arange(len(classes), device=device)
-    best = logits[:, places, each].argmax(0)
-    sure = _probabilities(client, logits[best, places])[places, each]
-    return Representatives(classes, images[best, places].cpu(), tuple(sure.tolist()))
+    order = logits[:, places, each].argsort(0, descending=True)
+    sure = _probabilities(client, logits[order[0], places])[places, each]
+    return Representatives(classes, images[order, places].cpu(), tuple(sure.tolist()))
 
 
 def _probabilities(client: Target, logits: torch.Tensor) -> torch.Tensor:
@@ -126,7 +127,8 @@ def class_representatives(
     non_members: Truth,
     *,
     restarts: int = 4,
-    iterations: int = 200,
+    iterations: int = ITERATIONS,
+    compared: int = 0,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> tuple[ClassSection, ...]:
@@ -139,6 +141,7 @@ def class_representatives(
         non_members: Likewise, of images that were not.
         restarts: Starts per class; the protocol has 50.
         iterations: Of each.
+        compared: Images of each kind and class at most, drawn by chance; 0: all.
         seed: Of starts and of the reference noise.
         device: Where the model runs.
 
@@ -146,12 +149,8 @@ def class_representatives(
         A section for every class of which there are members and non-members; empty where the
         client has neither classes nor findings.
     """
-    classes = tuple(
-        c
-        for c in range(client.data.n_classes)
-        if _of_class(members, c).any() and _of_class(non_members, c).any()
-    )
-    if client.loss.targets not in (Targets.CLASSES, Targets.LABELS) or not classes:
+    classes = classes_of(client, members, non_members)
+    if not classes:
         return ()
     found = invert_model(
         client, state, classes,
@@ -164,15 +163,28 @@ def class_representatives(
             similarities=tuple(
                 similarity_section(
                     metric,
-                    image[None],
-                    members.images[_of_class(members, c)],
-                    non_members.images[_of_class(non_members, c)],
+                    images,
+                    some_of(members.images[_of_class(members, c)], compared, seed),
+                    some_of(non_members.images[_of_class(non_members, c)], compared, seed),
                     seed=seed,
                 )
                 for metric in metrics_of(client.data.shape)
             ),
         )
-        for c, image, sure in zip(classes, found.images, found.confidences, strict=True)
+        for c, images, sure in zip(
+            classes, found.images.transpose(0, 1), found.confidences, strict=True
+        )
+    )
+
+
+def classes_of(client: Target, members: Truth, non_members: Truth) -> tuple[int, ...]:
+    """The classes, or findings, that there are members and non-members of."""
+    if client.loss.targets not in (Targets.CLASSES, Targets.LABELS):
+        return ()
+    return tuple(
+        c
+        for c in range(client.data.n_classes)
+        if _of_class(members, c).any() and _of_class(non_members, c).any()
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,8 @@ if TYPE_CHECKING:
     from audit.request import AuditRequest, AuditSettings
 
 MS6 = "ms6"
+# Of a class representative, as the protocol has them.
+PROTOCOL_RESTARTS = 50
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 _DURATION = re.compile(r"(\d+(?:\.\d*)?)\s*([a-z]*)")
 _OPTIMISER = re.compile(r"(sgd|adamw?)(\s|$)|[a-z-]+=", re.IGNORECASE)
@@ -65,8 +66,18 @@ def _add_update(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
     group.add_argument(
         "--rounds", nargs="+", default=[], metavar="FILE",
-        help="global models of earlier rounds, for the trajectory of losses",
+        help="global models after each round, for the trajectory of losses",
     )  # fmt: skip
+    group.add_argument(
+        "--final", metavar="FILE",
+        help="the federation's final model, for membership and class representatives (default: "
+        "the last of --rounds, or --global)",
+    )  # fmt: skip
+    group.add_argument(
+        "--single-site", nargs="+", default=[], metavar="FILE",
+        help="a model trained on this site's images alone; of several, one after each round",
+    )  # fmt: skip
+    group.add_argument("--round", type=int, metavar="N", help="of the update, for the report")
 
 
 def _add_data(group: argparse._ArgumentGroup) -> None:
@@ -110,13 +121,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Audit an update, print the page and write the reports; returns the exit status."""
     args = build_parser().parse_args(argv)
     request, report = read_request(args), Path(args.report)
-    from audit.planning import estimated_seconds
     from audit.reports import write_reports
     from audit.run import audit
     from audit.show.page import page_of
-    from audit.show.words import duration
 
-    print(f"This takes about {duration(estimated_seconds(request))}.", file=sys.stderr)
     record = audit(request, report=report, progress=True)
     write_reports(record, report, args.protocol)
     print(page_of(record))
@@ -144,10 +152,11 @@ def read_request(args: argparse.Namespace) -> AuditRequest:
         args.data, size=args.size, class_names=[c for c in args.classes.split(",") if c],
         mean=_numbers(args.mean, "--mean"), std=_numbers(args.std, "--std"), seed=args.seed,
     )  # fmt: skip
-    rounds = [read_state(path, "--rounds") for path in args.rounds]
     return make_request(
         received, sent, model=model, data=data, loss=loss_named(args.loss), local=words,
-        settings=settings, rounds=rounds,
+        settings=settings, rounds=[read_state(path, "--rounds") for path in args.rounds],
+        final=None if args.final is None else read_state(args.final, "--final"),
+        single_site=[read_state(path, "--single-site") for path in args.single_site],
     )  # fmt: skip
 
 
@@ -161,6 +170,8 @@ def _settings(args: argparse.Namespace) -> AuditSettings:
         budget=seconds(args.budget), alpha=args.alpha, seed=args.seed,
         device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         membership=args.membership, remedies=args.remedies, keep_images=args.keep_images,
+        restarts=PROTOCOL_RESTARTS if args.protocol == MS6 else AuditSettings.restarts,
+        round_number=args.round,
     )  # fmt: skip
 
 

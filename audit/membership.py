@@ -3,7 +3,8 @@
 Attack A of the protocol that hospitals of a swarm follow. Two attackers see every image's loss
 under models that a site receives or sends: the threshold says "member" where the last model's
 loss is small; the trajectory is a logistic regression on the losses under all models, learned on
-one half of the images and measured on the other, over five random halves.
+one half of the images and measured on the other, over five random halves. A third sees no label:
+it says "member" where the last model is sure of whatever class it predicts.
 
 Members and non-members have to be exchangeable but for the training: the same classes in the same
 shares, no patient on both sides.
@@ -25,7 +26,7 @@ from torch import nn
 from audit.record import RateSection
 from core.data.specs import DataSpec
 from core.errors import InputError
-from core.losses import Loss, Targets
+from core.losses import Loss, Targets, main_output
 from core.models.building import load_parameters
 from core.models.unchanged import unchanged
 from core.target import Target, Truth
@@ -33,7 +34,8 @@ from core.target import Target, Truth
 State = Mapping[str, torch.Tensor]
 
 THRESHOLD, TRAJECTORY = "loss threshold", "loss trajectory"
-GLOBAL, LOCAL = "global", "local"
+CONFIDENCE = "confidence threshold"
+GLOBAL, LOCAL, SINGLE_SITE = "global", "local", "single site"
 # Members, and non-members, below which a half has nothing to learn from or to measure.
 FEWEST = 4
 _HALVES = 5
@@ -49,6 +51,7 @@ def measure_membership(
     members: Truth,
     non_members: Truth,
     *,
+    single_site: Sequence[State] = (),
     seed: int = 0,
     bootstrap: int = 1000,
     device: torch.device | str = "cpu",
@@ -58,18 +61,19 @@ def measure_membership(
     Args:
         client: Says what the model, its inputs and its loss are.
         rounds: The global model after each round, the last one last.
-        local: The single-site model; its trajectory is the rounds' and its own. None: there is
-            none.
+        local: What the site sent; its trajectory is the rounds' and its own. None: there is none.
         members: Images (N x C x ...) that were trained on, and their targets.
         non_members: Likewise, of images that were not.
+        single_site: A model of the site's images alone, after each of its rounds, the last one
+            last; only the last one has no trajectory.
         seed: Of halves and bootstrap.
         bootstrap: Samples behind an interval.
         device: Where the models run.
 
     Returns:
-        Threshold and trajectory for the global and then for the local model, each over all
-        images and then per class. Empty where there are too few images, see `too_few`; without
-        those of a class that has too few. One model has no trajectory.
+        Threshold, trajectory and confidence for the global, then for the local and the single-site
+        model, each over all images and then per class. Empty where there are too few images, see
+        `too_few`; without those of a class that has too few. One model has no trajectory.
 
     Raises:
         InputError: scikit-learn is absent, or a loss is not finite.
@@ -77,17 +81,23 @@ def measure_membership(
     _require_scikit_learn()
     if too_few(len(members.labels), len(non_members.labels)):
         return ()
-    states = [*rounds] if local is None else [*rounds, local]
-    losses = losses_under(client, states, [members, non_members], device)
-    is_member = np.arange(len(losses)) < len(members.labels)
-    classes = _classes(client.loss, members, non_members)
-    models = {GLOBAL: losses[:, : len(rounds)]} if len(rounds) else {}
-    models |= {} if local is None else {LOCAL: losses}
-    return tuple(
-        rate
-        for model, trajectory in models.items()
-        for rate in rates(model, trajectory, is_member, classes, seed, bootstrap)
-    )
+    both = [members, non_members]
+    is_member = np.arange(sum(len(s.labels) for s in both)) < len(members.labels)
+    classes = _classes(client.loss, *both)
+    models = {
+        GLOBAL: list(rounds),
+        LOCAL: [] if local is None else [*rounds, local],
+        SINGLE_SITE: list(single_site),
+    }
+    losses = {id(s): losses_under(client, [s], both, device)
+              for states in models.values() for s in states}  # fmt: skip
+    found: list[RateSection] = []
+    for model, states in models.items():
+        if states:
+            seen = np.concatenate([losses[id(s)] for s in states], axis=1)
+            sure = None if classes is None else confidences(client, states[-1], both, device)
+            found += rates(model, seen, is_member, classes, seed, bootstrap, sure)
+    return tuple(found)
 
 
 def too_few(members: int, non_members: int) -> str:
@@ -176,6 +186,30 @@ def _losses(
             yield from _losses(model, loss, *pair)
 
 
+@torch.no_grad()
+def confidences(
+    client: Target, state: State, images: Sequence[Truth], device: torch.device | str = "cpu"
+) -> np.ndarray:
+    """How sure a model is of the class that it predicts, per image.
+
+    Args:
+        client: Says what the model and its inputs are; its outputs are logits of classes.
+        state: Parameters and buffers.
+        images: Sets of images, one after the other.
+        device: Where the model runs.
+    """
+    model = client.model.build().to(device)
+    load_parameters(model, state)
+    with unchanged(model):
+        model.eval()
+        inputs = torch.cat([each.inputs for each in images])
+        sure = [
+            main_output(model(client.data.normalize(batch.to(device)))).softmax(1).amax(1)
+            for batch in inputs.split(_BATCH)
+        ]
+    return torch.cat(sure).double().cpu().numpy()
+
+
 # -- Statistics ---------------------------------------------------------------------------
 
 
@@ -206,8 +240,9 @@ def rates(
     classes: np.ndarray | None,
     seed: int,
     bootstrap: int,
+    sure: np.ndarray | None = None,
 ) -> Iterator[RateSection]:
-    """The rates of both attackers on one model, over all images and per class.
+    """The rates of the attackers on one model, over all images and per class.
 
     Args:
         model: What the sections call it.
@@ -216,6 +251,8 @@ def rates(
         classes: Per image, or None.
         seed: Of halves and bootstrap.
         bootstrap: Samples behind an interval.
+        sure: Per image, how sure the last model is of the class that it predicts; None: nobody
+            looked.
     """
     halves = _halves(is_member, classes, np.random.default_rng(seed))
     everything = _Scored(np.arange(len(losses)), -losses[:, -1])
@@ -224,6 +261,9 @@ def rates(
     if losses.shape[1] > 1:
         learned = [_at_threshold(_learned(losses, is_member, h[0]), is_member, *h) for h in halves]
         methods[TRAJECTORY] = (learned, learned)
+    if sure is not None:
+        judged = [_at_threshold(sure, is_member, *half) for half in halves]
+        methods[CONFIDENCE] = ([_Scored(np.arange(len(losses)), sure)], judged)
     for method, (ranked, at_threshold) in methods.items():
         for of_class, chosen in _groups(is_member, classes):
             auroc, low, high = _auroc([r.of(chosen) for r in ranked], is_member, seed, bootstrap)
@@ -238,6 +278,7 @@ def rates(
                 of_class=of_class,
                 members=members,
                 non_members=int(chosen.sum()) - members,
+                best_balanced_accuracy=_best_balanced([r.of(chosen) for r in ranked], is_member),
             )
 
 
@@ -297,6 +338,17 @@ def _balanced(judged: Sequence[_Scored], is_member: np.ndarray) -> float:
     for scored in judged:
         member, said = is_member[scored.places], scored.values >= scored.threshold
         found.append((said[member].mean() + 1 - said[~member].mean()) / 2)
+    return float(np.mean(found))
+
+
+def _best_balanced(ranked: Sequence[_Scored], is_member: np.ndarray) -> float:
+    """The same at the threshold that is best for the images that it is measured on."""
+    from sklearn.metrics import roc_curve
+
+    found = []
+    for scored in ranked:
+        false, true, _ = roc_curve(is_member[scored.places], scored.values)
+        found.append(float((true - false).max() + 1) / 2)
     return float(np.mean(found))
 
 

@@ -184,8 +184,8 @@ class RateSection:
     """How well members are told from non-members.
 
     Attributes:
-        method: "loss threshold" or "loss trajectory".
-        model: "global" or "local".
+        method: "loss threshold", "loss trajectory" or "confidence threshold".
+        model: "global", "local" (what the site sent) or "single site".
         auroc: Area under the ROC curve.
         auroc_low: Lower end of its 95 % bootstrap interval.
         auroc_high: Upper end.
@@ -193,6 +193,8 @@ class RateSection:
         of_class: The class that it is restricted to; None: all.
         members: How many.
         non_members: How many.
+        best_balanced_accuracy: At the threshold that is best for the very images that it is
+            measured on, as the MS6 protocol reports it: too high, by how much nobody knows.
     """
 
     method: str
@@ -204,16 +206,17 @@ class RateSection:
     of_class: int | None
     members: int
     non_members: int
+    best_balanced_accuracy: float | None = None
 
 
 @dataclass(frozen=True)
 class ClassSection:
-    """A class representative of the model, measured as a reconstruction is.
+    """Class representatives of the model, measured as reconstructions are.
 
     Attributes:
         of_class: The class.
-        confidence: The model's probability of it.
-        similarities: By metric, with one reconstruction each.
+        confidence: The model's probability of it, at the restart that it is surest of.
+        similarities: By metric, with a value for each restart, the surest first.
     """
 
     of_class: int
@@ -228,12 +231,14 @@ class RemedySection:
     Attributes:
         defense: Such as "noise" or "clip"; "batch-size", "shared-layers" and
             "running-statistics" change the training.
-        strength: Its parameter.
+        strength: Its parameter as a number; `setting` says in which unit.
         p_value: Of the test that decides, under the defense.
         verdict: Of the same update under the defense.
         cosine: Cosine of the defended and the undefended update; None where it does not apply.
         epsilon: Of DP-SGD; None: no guarantee.
         enough: Whether nothing is found under it, and under no weaker one of its kind.
+        setting: The strength as a site sets it, in words with its unit.
+        seconds: That its measurement took.
     """
 
     defense: str
@@ -243,6 +248,21 @@ class RemedySection:
     cosine: float | None
     epsilon: float | None
     enough: bool
+    setting: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class UntriedSection:
+    """A defense that the search for remedies had no time for.
+
+    Attributes:
+        defense: See `RemedySection`.
+        setting: The weakest of its strengths that was not tried, in words with its unit.
+    """
+
+    defense: str
+    setting: str
 
 
 @dataclass(frozen=True)
@@ -266,6 +286,10 @@ class AuditRecord:
         seconds: Wall-clock time.
         program_version: Of this project.
         schema_version: Of this record.
+        untried: Defenses that the time was not enough for; empty where the search came to its end.
+        round_number: Of the federation, where the site said it.
+        membership_seconds: Wall-clock time of attack A.
+        classes_seconds: Of attack C.
     """
 
     verdict: str
@@ -284,3 +308,7 @@ class AuditRecord:
     seconds: float = 0.0
     program_version: str = ""
     schema_version: int = SCHEMA_VERSION
+    untried: tuple[UntriedSection, ...] = ()
+    round_number: int | None = None
+    membership_seconds: float | None = None
+    classes_seconds: float | None = None

@@ -14,7 +14,7 @@ from audit.similarity import ImageSimMetric, similarity_matrix
 # The protocol's count of leaks: above the 99th percentile of 100 images of noise.
 NOISE_IMAGES, PERCENTILE = 100, 99
 NCC, SSIM = "ncc", "ssim"
-_NOISE_STREAM = 31
+_NOISE_STREAM, _DRAW = 31, 37
 
 
 def at_scale(images: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
@@ -70,6 +70,14 @@ def similarity_section(
         mean_image=best[0],
         prior_image=best[1] if prior is not None else None,
     )
+
+
+def some_of(images: torch.Tensor, most: int, seed: int) -> torch.Tensor:
+    """At most so many of the images, drawn by chance and in order; 0: all of them."""
+    if not 0 < most < len(images):
+        return images
+    drawn = np.random.default_rng((seed, _DRAW)).choice(len(images), most, replace=False)
+    return images[torch.from_numpy(np.sort(drawn))]
 
 
 def noise_like(images: torch.Tensor, seed: int) -> torch.Tensor:

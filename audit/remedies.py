@@ -10,9 +10,13 @@ defense at all, so the p-value stands beside it, and a strength above the smalle
 - clip: the update is scaled down to a norm. An attack on its direction does not notice, at any
   norm, and one strength says so.
 - shared-layers: only the last layers are shared, and no running statistics.
-- noise: Gaussian, in units of the 95th percentile of the update's magnitudes (`percentile-noise`).
+- noise: Gaussian, in units of the 95th percentile of the update's magnitudes (`percentile`), which
+  is the `sigma0` of NVFlare's filter `GaussianPrivacy`.
 - batch-size: larger batches and so fewer local steps over the same images; needs training.
 - dp-sgd: every image's gradient clipped and noised in training, with its epsilon.
+
+Every strength is also given as a site sets it, in words with units (`RemedySection.setting`). Where
+the time is over before a kind has come to its end, the next of its strengths is named as untried.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from dataclasses import dataclass
 import torch
 
 from audit.decision import Verdict
-from audit.record import RemedySection
+from audit.record import RemedySection, UntriedSection
 from core.errors import InputError
 from core.local_training import LocalTraining
 from core.target import Target, Truth
@@ -55,6 +59,7 @@ class Remedy:
     Attributes:
         kind: Of the defense.
         strength: See `RemedySection`.
+        setting: The strength as a site sets it, in words with units.
         update: What an attack sees.
         cosine: Of it and the undefended update.
         epsilon: Of DP-SGD.
@@ -62,6 +67,7 @@ class Remedy:
 
     kind: str
     strength: float
+    setting: str
     update: Target
     cosine: float
     epsilon: float | None = None
@@ -75,8 +81,12 @@ def find_remedies(
     budget: float = math.inf,
     seed: int = 0,
     done: Sequence[RemedySection] = (),
-) -> Iterator[RemedySection]:
+    longest: float = 0.0,
+) -> Iterator[RemedySection | UntriedSection]:
     """Measure an update under defenses, each result as soon as it is there.
+
+    Where the budget ends the search, the next strength of every kind that has not come to its end
+    comes last, as untried.
 
     Args:
         target: The update as an attack sees it, without these defenses.
@@ -87,17 +97,19 @@ def find_remedies(
             the longest so far.
         seed: Of noise.
         done: Results of an interrupted search, which are not measured again and not given.
+        longest: Seconds that a measurement takes, as far as known before.
     """
-    began, longest = time.perf_counter(), 0.0
+    began = time.perf_counter()
     known = {(result.defense, result.strength): result for result in done}
     waiting = [_Kind(kind, known) for kind in _kinds(target, remake, seed)]
     while waiting := [kind for kind in waiting if kind.next is not None]:
         kind = max(waiting, key=lambda each: each.next.cosine if each.next else -1.0)
-        started = time.perf_counter()
-        if kind.next is None or started - began + longest > budget:
+        if kind.next is None or time.perf_counter() - began + longest > budget:
+            left = [each.next for each in waiting if each.next is not None]
+            yield from (UntriedSection(remedy.kind, remedy.setting) for remedy in left)
             return
         result = _measured(kind.next, measure)
-        longest = max(longest, time.perf_counter() - started)
+        longest = max(longest, result.seconds)
         kind.advance(result)
         yield result
 
@@ -130,15 +142,18 @@ class _Kind:
 
 
 def _measured(remedy: Remedy, measure: Measure) -> RemedySection:
+    began = time.perf_counter()
     p_value, verdict = measure(remedy.update)
     return RemedySection(
         defense=remedy.kind,
         strength=remedy.strength,
+        setting=remedy.setting,
         p_value=p_value,
         verdict=verdict,
         cosine=remedy.cosine,
         epsilon=remedy.epsilon,
         enough=verdict != Verdict.LEAKS.value,
+        seconds=time.perf_counter() - began,
     )
 
 
@@ -158,7 +173,14 @@ def _kinds(target: Target, remake: Remake | None, seed: int) -> list[Iterator[Re
 
 
 def _defended(
-    kind: str, strength: float, target: Target, defense: Defense, seed: int, *, statistics: bool
+    kind: str,
+    strength: float,
+    setting: str,
+    target: Target,
+    defense: Defense,
+    seed: int,
+    *,
+    statistics: bool,
 ) -> Remedy:
     view = ClientView(target.build_model(), torch.empty(0), torch.empty(0), generator(seed))
     gradient = defense.apply(target.gradient, view)
@@ -167,7 +189,12 @@ def _defended(
         gradient=gradient,
         defenses=(*target.defenses, defense.word),
     )
-    return Remedy(kind, strength, update, update_cosine(gradient, target.gradient))
+    return Remedy(kind, strength, setting, update, update_cosine(gradient, target.gradient))
+
+
+def _scale(target: Target) -> float:
+    """What is sent is the difference of weights: so many times the gradient of the target."""
+    return target.local.lr * target.local.updates
 
 
 def _kept_statistics(target: Target) -> Target:
@@ -176,33 +203,49 @@ def _kept_statistics(target: Target) -> Target:
 
 def _without_statistics(target: Target) -> Iterator[Remedy]:
     if target.running_after is not None or target.bn_statistics is not None:
-        yield Remedy(STATISTICS, 1.0, _kept_statistics(target), 1.0)
+        words = "BatchNorm's running means and variances stay at the site"
+        yield Remedy(STATISTICS, 1.0, words, _kept_statistics(target), 1.0)
 
 
 def _clipped(target: Target, seed: int) -> Iterator[Remedy]:
-    norm = _CLIPPED_TO * float(global_norm(target.gradient))
-    # What is sent is the difference of weights, and its norm is what a site sets.
-    strength = norm * target.local.lr * target.local.updates
+    whole = float(global_norm(target.gradient))
+    norm, scale = _CLIPPED_TO * whole, _scale(target)
     if norm > 0:
-        yield _defended(CLIP, strength, target, Clip(norm), seed, statistics=True)
+        words = f"L2 norm of the update at most {norm * scale:.3g} (it is {whole * scale:.3g})"
+        yield _defended(CLIP, norm * scale, words, target, Clip(norm), seed, statistics=True)
 
 
 def _fewer_layers(target: Target, seed: int) -> Iterator[Remedy]:
     """Half of the layers, a quarter, ..., the last one."""
-    layers = [m for m in target.model.skeleton().modules() if list(m.parameters(recurse=False))]
+    modules = target.model.skeleton().named_modules()
+    layers = [name for name, m in modules if list(m.parameters(recurse=False))]
     kept = len(layers) // 2
     while kept:
+        words = (
+            f"the last {kept} of {len(layers)} layers with parameters ({_names(layers[-kept:])})"
+        )
         remedy = _defended(
-            SHARED_LAYERS, float(kept), target, Freeze(str(kept)), seed, statistics=False
+            SHARED_LAYERS, float(kept), words, target, Freeze(str(kept)), seed, statistics=False
         )
         if 0 < len(remedy.update.gradient) < len(target.gradient):
             yield remedy
         kept //= 2
 
 
+def _names(layers: Sequence[str]) -> str:
+    """Of one layer or two; of more, where they begin."""
+    return " and ".join(layers) if len(layers) < 3 else f"from {layers[0]} on"
+
+
 def _noisy(target: Target, seed: int) -> Iterator[Remedy]:
     for level in NOISE_LEVELS:
-        yield _defended(NOISE, level, target, Percentile(level), seed, statistics=True)
+        defense = Percentile(level)
+        deviation = defense.noise_std(target.gradient) * _scale(target)
+        words = (
+            f"standard deviation {deviation:.3g} on every number of the update ({level:g} x its "
+            f"95th percentile: sigma0 {level:g})"
+        )
+        yield _defended(NOISE, level, words, target, defense, seed, statistics=True)
 
 
 # -- Other trainings --------------------------------------------------------------------------
@@ -237,7 +280,7 @@ def remaking(target: Target, members: Truth, seed: int = 0) -> Remake:
 def _larger_batches(target: Target, remake: Remake) -> Iterator[Remedy]:
     """Batches of twice as many images, four times, ..., all."""
     n, local = target.batch_size, target.local
-    size = max(n_selected(step) for (step,) in images_of_steps(n, local))
+    size = own = max(n_selected(step) for (step,) in images_of_steps(n, local))
     while size < n:
         size = min(n, 2 * size)
         other = dataclasses.replace(
@@ -245,7 +288,8 @@ def _larger_batches(target: Target, remake: Remake) -> Iterator[Remedy]:
         )
         update = remake(other, None)
         cosine = update_cosine(update.gradient, target.gradient)
-        yield Remedy(BATCH_SIZE, float(size), update, cosine)
+        words = f"{size} images in a local step (now {own})"
+        yield Remedy(BATCH_SIZE, float(size), words, update, cosine)
 
 
 def _private(target: Target, remake: Remake) -> Iterator[Remedy]:
@@ -257,7 +301,12 @@ def _private(target: Target, remake: Remake) -> Iterator[Remedy]:
         except InputError:
             return
         cosine = update_cosine(update.gradient, target.gradient)
-        yield Remedy(DP_SGD, multiplier, update, cosine, epsilon_of(target, privacy))
+        epsilon = epsilon_of(target, privacy)
+        words = (
+            f"noise multiplier {multiplier:g}, clipping norm {privacy.max_norm:g} per image: "
+            f"epsilon {epsilon:.3g} at delta {privacy.delta:g} for this update"
+        )
+        yield Remedy(DP_SGD, multiplier, words, update, cosine, epsilon)
 
 
 def epsilon_of(target: Target, privacy: PrivacySettings) -> float:

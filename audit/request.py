@@ -54,6 +54,8 @@ class AuditSettings:
         membership: Whether membership and class representatives are measured.
         remedies: Whether the update is measured again under defenses, if it leaks.
         keep_images: Folder that reconstructions are kept in, at the site; None: none are.
+        restarts: Of each class representative, at most.
+        round_number: Of the federation, which the update is of; for the report alone.
     """
 
     attack: str = AUTO
@@ -66,6 +68,8 @@ class AuditSettings:
     membership: bool = True
     remedies: bool = True
     keep_images: Path | None = None
+    restarts: int = 4
+    round_number: int | None = None
 
     def __post_init__(self) -> None:
         if self.attack != AUTO and self.attack not in attack_names():
@@ -77,7 +81,9 @@ class AuditSettings:
             raise InputError(f"--alpha {self.alpha}: must lie between 0 and 1")
         if not self.budget > 0:
             raise InputError(f"--budget {self.budget}: must be positive")
-        for name in ("iterations", "plants"):
+        if self.round_number is not None and self.round_number < 0:
+            raise InputError(f"--round {self.round_number}: must not be negative")
+        for name in ("iterations", "plants", "restarts"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name} {value}: must be at least 1")
@@ -95,7 +101,10 @@ class AuditRequest:
         data: Members and non-members.
         local: The local training, and how it is known.
         settings: How the audit is made.
-        rounds: Global models of earlier rounds, for the trajectory of losses.
+        rounds: Global models of the rounds in order, for the trajectory of losses.
+        final: The federation's final model, whose membership and classes are measured; None: the
+            last of the rounds that are known, see `trajectory`.
+        single_site: A model of the site's images alone, after each of its rounds.
         warnings: What limits the audit, one sentence each.
     """
 
@@ -107,7 +116,23 @@ class AuditRequest:
     local: ToldTraining
     settings: AuditSettings
     rounds: tuple[State, ...] = ()
+    final: State | None = None
+    single_site: tuple[State, ...] = ()
     warnings: tuple[str, ...] = ()
+
+    @cached_property
+    def trajectory(self) -> tuple[State, ...]:
+        """Global models in order, the final one last, each once.
+
+        That which the site received is one of them; it is the last where nothing else is known.
+        """
+        received = self.target.state_dict
+        known = list(self.rounds)
+        if self.final is None and not any(_same(state, received) for state in known):
+            known.append(received)
+        if self.final is not None and not (known and _same(known[-1], self.final)):
+            known.append(self.final)
+        return tuple(known)
 
     @cached_property
     def groups(self) -> np.ndarray:
@@ -124,7 +149,8 @@ class AuditRequest:
     def digest(self) -> str:
         """Of everything that decides the audit's numbers."""
         content = hashlib.sha256()
-        states = [self.update.before, self.update.change, *self.rounds]
+        final = [] if self.final is None else [self.final]
+        states = [self.update.before, self.update.change, *self.rounds, *final, *self.single_site]
         for state in states:
             for name, value in state.items():
                 content.update(name.encode())
@@ -133,10 +159,15 @@ class AuditRequest:
             content.update(_bytes(samples.images) + _bytes(samples.labels))
         values = {**dataclasses.asdict(self.settings), **self.target.data.to_dict()}
         values |= {"local": self.local.training.to_dict(), "loss": self.target.loss.describe()}
-        # Where images are kept and on what they are computed changes no number.
-        values = {k: v for k, v in values.items() if k not in ("keep_images", "device")}
+        # Where images are kept, on what they are computed and the round change no number.
+        changes_nothing = ("keep_images", "device", "round_number")
+        values = {k: v for k, v in values.items() if k not in changes_nothing}
         content.update(json.dumps(values, sort_keys=True).encode())
         return content.hexdigest()
+
+
+def _same(one: State, other: State) -> bool:
+    return all(name in one and torch.equal(one[name], value) for name, value in other.items())
 
 
 def _bytes(value: torch.Tensor) -> bytes:
@@ -153,6 +184,8 @@ def make_request(
     local: LocalTraining | str | None = None,
     settings: AuditSettings | None = None,
     rounds: Sequence[State] = (),
+    final: State | None = None,
+    single_site: Sequence[State] = (),
     kind: str | None = None,
 ) -> AuditRequest:
     """Read an update and check that it can be audited.
@@ -165,7 +198,9 @@ def make_request(
         loss: What the site minimises; default: cross-entropy.
         local: What is known of its training, see `audit.local.told_training`.
         settings: How the audit is made.
-        rounds: Global models of earlier rounds.
+        rounds: Global models of the rounds.
+        final: The federation's final model.
+        single_site: A model of the site's images alone, after each of its rounds.
         kind: Whether `local_state` holds "weights" or their "difference"; default: told apart.
 
     Raises:
@@ -191,10 +226,12 @@ def make_request(
         update, GivenModel(module), data.spec, chosen_loss, local_told.training,
         len(data.members.labels),
     )  # fmt: skip
-    earlier = tuple(_round(number, state, module) for number, state in enumerate(rounds))
     request = AuditRequest(
-        update, client, GivenModel(trains), target, data, local_told, settings, earlier
-    )
+        update, client, GivenModel(trains), target, data, local_told, settings,
+        rounds=tuple(_named("--rounds", state, module) for state in rounds),
+        final=None if final is None else _named("--final", final, module),
+        single_site=tuple(_named("--single-site", state, module) for state in single_site),
+    )  # fmt: skip
     return dataclasses.replace(request, warnings=tuple(_warnings(request)))
 
 
@@ -254,13 +291,11 @@ def _loss(model: nn.Module, data: SiteData, loss: Loss) -> float:
         return float(loss(model(data.spec.normalize(data.members.images.to(dtype))), labels))
 
 
-def _round(number: int, state: State, model: nn.Module) -> State:
-    """A round's global model by the model's names."""
+def _named(flag: str, state: State, model: nn.Module) -> State:
+    """Another model of the same kind by the model's names."""
     found = fit(state, model)
     if found.missing or found.unexpected or found.other_shape:
-        raise InputError(
-            f"--rounds: the model of round {number} is not of the same kind: {found.sentence()}"
-        )
+        raise InputError(f"{flag}: a model is not of the same kind: {found.sentence()}")
     return {**model.state_dict(), **found.state}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from audit.class_representatives import class_representatives
 from audit.decision import Verdict
 from audit.labels import KnownLabels, known_labels
 from audit.membership import measure_membership, too_few
-from audit.planning import REMEDIES_SHARE, plan_for
+from audit.planning import REMEDIES_SHARE, cuts_of, plan_for, with_forecast
 from audit.power import Shown, measure_power
 from audit.received import state_after
 from audit.record import (
@@ -33,11 +34,12 @@ from audit.record import (
     PowerSection,
     RateSection,
     RemedySection,
+    UntriedSection,
     UpdateSection,
 )
 from audit.remedies import find_remedies, remaking
 from audit.request import AuditRequest
-from audit.show.words import sentence
+from audit.show.words import duration, sentence
 from audit.stages import Stages
 from core.errors import InputError, first_line
 from core.processes import distributed
@@ -66,14 +68,16 @@ def audit(
     plan = stages.once("plan", Plan, lambda: plan_for(request))
     labels = stages.once("labels", KnownLabels, lambda: known_labels(request))
     with _bar(progress) as bar:
+        if not bar.disable:
+            bar.write(announced(request, plan), file=sys.stderr)
         shown = partial(_show, bar)
         shown("attack")
         found = stages.once("attack", Attacked, lambda: attack_update(request, plan))
         power = tuple(measure_power(request, plan, found, stages, shown))
         decision = found.decided(request, power)
         shown("membership")
-        others = stages.once("model", _Model, lambda: _measure_model(request))
-        remedies = tuple(_remedies(request, plan, found, power, stages, shown))
+        others = stages.once("model", _Model, lambda: _measure_model(request, plan))
+        searched = list(_remedies(request, plan, found, power, stages, shown))
     return AuditRecord(
         verdict=decision.verdict.value if decision else Verdict.CANNOT_TELL.value,
         statement=decision.statement if decision else _NOTHING_RAN,
@@ -84,13 +88,27 @@ def audit(
         power=power,
         membership=others.membership,
         classes=others.classes,
-        remedies=remedies,
+        remedies=tuple(each for each in searched if isinstance(each, RemedySection)),
+        untried=tuple(each for each in searched if isinstance(each, UntriedSection)),
         granted=_granted(request, labels),
-        warnings=(*request.warnings, *others.warnings),
+        warnings=(*request.warnings, *cuts_of(request, plan), *others.warnings),
         seed=request.settings.seed,
         seconds=time.perf_counter() - began,
         program_version=__version__,
+        round_number=request.settings.round_number,
+        membership_seconds=others.membership_seconds,
+        classes_seconds=others.classes_seconds,
     )
+
+
+def announced(request: AuditRequest, plan: Plan) -> str:
+    """How long an audit takes, in a sentence, before it starts."""
+    plan = plan if plan.forecast else with_forecast(request, plan)
+    more = ""
+    if request.settings.remedies:
+        search = duration(REMEDIES_SHARE * request.settings.budget)
+        more = f", and up to {search} more to look for what helps, if it leaks"
+    return f"This takes about {duration(plan.forecast)}{more}."
 
 
 _NO_ATTACK = Verdict.CANNOT_TELL.value
@@ -152,27 +170,42 @@ class _Model:
     membership: tuple[RateSection, ...] = ()
     classes: tuple[ClassSection, ...] = ()
     warnings: tuple[str, ...] = ()
+    membership_seconds: float | None = None
+    classes_seconds: float | None = None
 
 
-def _measure_model(request: AuditRequest) -> _Model:
+def _measure_model(request: AuditRequest, plan: Plan) -> _Model:
     """Membership by losses, and class representatives of the global model."""
-    settings, data, target = request.settings, request.data, request.target
+    settings, target = request.settings, request.target
     if not settings.membership:
         return _Model()
-    members, others, seed = data.members, data.non_members, settings.seed
+    began = time.perf_counter()
     classes = class_representatives(
-        target, target.state_dict, members, others, seed=seed, device=settings.device
-    )
-    few = too_few(len(members.labels), len(others.labels))
-    rounds = [*request.rounds, target.state_dict]
+        target, request.trajectory[-1], request.data.members, request.data.non_members,
+        restarts=plan.restarts, compared=plan.compared, seed=settings.seed, device=settings.device,
+    )  # fmt: skip
+    between = time.perf_counter()
+    rates, limit = _membership_rates(request)
+    return _Model(
+        rates, classes, (sentence(limit),) if limit else (),
+        membership_seconds=time.perf_counter() - between if rates else None,
+        classes_seconds=between - began if classes else None,
+    )  # fmt: skip
+
+
+def _membership_rates(request: AuditRequest) -> tuple[tuple[RateSection, ...], str]:
+    """What is measured, and what keeps it from being measured."""
+    settings, target = request.settings, request.target
+    members, others = request.data.members, request.data.non_members
     sent = state_after(request.update, target.build_model())
     try:
         rates = measure_membership(
-            target, rounds, sent, members, others, seed=seed, device=settings.device
-        )
+            target, request.trajectory, sent, members, others, single_site=request.single_site,
+            seed=settings.seed, device=settings.device,
+        )  # fmt: skip
     except InputError as error:  # scikit-learn is absent, or a model has diverged.
-        return _Model((), classes, (sentence(first_line(error)),))
-    return _Model(rates, classes, (sentence(few),) if few else ())
+        return (), first_line(error)
+    return rates, too_few(len(members.labels), len(others.labels))
 
 
 def _remedies(
@@ -182,8 +215,8 @@ def _remedies(
     power: tuple[PowerSection, ...],
     stages: Stages,
     shown: Shown,
-) -> Iterator[RemedySection]:
-    """The update measured again under defenses, where it leaks."""
+) -> Iterator[RemedySection | UntriedSection]:
+    """The update measured again under defenses, where it leaks, and what there was no time for."""
     decision = attacked.decided(request, power)
     leaks = decision is not None and decision.verdict is Verdict.LEAKS
     if not (leaks and request.settings.remedies) or attacked.chosen is None:
@@ -202,10 +235,14 @@ def _remedies(
     target, seed = request.target, request.settings.seed
     new = find_remedies(
         target, measure, remake=remaking(target, request.data.members, seed), seed=seed, done=done,
-        budget=REMEDIES_SHARE * request.settings.budget,
+        budget=REMEDIES_SHARE * request.settings.budget - sum(each.seconds for each in done),
+        longest=sum(section.seconds for section in attacked.sections),
     )  # fmt: skip
     shown("remedies")
     for number, result in enumerate(new, start=len(done)):
+        if isinstance(result, UntriedSection):
+            yield result
+            continue
         shown(f"remedies: {result.defense}")
         yield stages.once(f"remedy {number}", RemedySection, partial(_same, result))
 

@@ -167,13 +167,15 @@ def client_of(federation: Federation, trained: Trained) -> Target:
 def membership(federation: Federation, trained: Trained) -> list[RateSection]:
     """Of the global model, of what the site sent, and of the single-site model."""
     client, images = client_of(federation, trained), (trained.members, trained.non_members)
-    together = measure_membership(client, trained.rounds[1:], trained.local, *images)
-    alone = measure_membership(client, trained.single_site, None, *images)
-    return [*together, *(dataclasses.replace(rate, model="single site") for rate in alone)]
+    return [
+        *measure_membership(
+            client, trained.rounds[1:], trained.local, *images, single_site=trained.single_site
+        )
+    ]
 
 
 def representatives(federation: Federation, trained: Trained) -> list[ClassSection]:
-    """Of the final global model, with the protocol's 50 restarts."""
+    """Of the final global model, with the protocol's 50 restarts, all of them measured."""
     client, images = client_of(federation, trained), (trained.members, trained.non_members)
     return [*class_representatives(client, trained.rounds[-1], *images, restarts=50)]
 

@@ -76,6 +76,10 @@ def audit(
     membership: bool = True,
     remedies: bool = True,
     rounds: Sequence[State] = (),
+    final: State | None = None,
+    single_site: Sequence[State] = (),
+    restarts: int = 4,
+    round_number: int | None = None,
     keep_images: str | Path | None = None,
     report: str | Path | None = None,
     seed: int = 0,
@@ -103,7 +107,12 @@ def audit(
         alpha: At most this share of audits without a leak says "leaks".
         membership: Measure how well members are told from non-members, too.
         remedies: Measure the update again under defenses, if it leaks.
-        rounds: Global models of earlier rounds, for the trajectory of losses.
+        rounds: Global models after each round, for the trajectory of losses.
+        final: The federation's final model, for membership and class representatives; default:
+            the last of the rounds, or what the site received.
+        single_site: A model trained on these members alone; of several, one after each round.
+        restarts: Of each class representative.
+        round_number: Which round the update is of, for the report.
         keep_images: Folder that reconstructions are kept in.
         report: Folder for the numbers of finished stages; an interrupted audit goes on there.
         seed: Of every random number.
@@ -119,12 +128,13 @@ def audit(
     settings = AuditSettings(
         attack=attack, iterations=iterations, plants=plants, budget=budget, alpha=alpha, seed=seed,
         device=str(device or ("cuda" if torch.cuda.is_available() else "cpu")),
-        membership=membership, remedies=remedies,
+        membership=membership, remedies=remedies, restarts=restarts, round_number=round_number,
         keep_images=None if keep_images is None else Path(keep_images),
     )  # fmt: skip
     request = make_request(
         global_state, local_state, model=model, loss=loss, local=local, settings=settings,
-        data=_site(members, non_members, mean, std, seed), rounds=rounds,
+        data=_site(members, non_members, mean, std, seed), rounds=rounds, final=final,
+        single_site=single_site,
     )  # fmt: skip
     return Audit(
         measure(request, report=None if report is None else Path(report), progress=progress)

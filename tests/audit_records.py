@@ -17,6 +17,7 @@ from audit.record import (
     RemedySection,
     SimilaritySection,
     TestSection,
+    UntriedSection,
     UpdateSection,
 )
 
@@ -81,8 +82,10 @@ def example(verdict: str = "leaks") -> AuditRecord:
             )
         ),
         membership=tuple(
-            RateSection(method, model, auroc, auroc - 0.06, auroc + 0.06, 0.6, of_class, 64, 64)
-            for method in ("loss threshold", "loss trajectory")
+            RateSection(
+                method, model, auroc, auroc - 0.06, auroc + 0.06, 0.6, of_class, 64, 64, 0.7
+            )
+            for method in ("loss threshold", "loss trajectory", "confidence threshold")
             for model, auroc in (("global", 0.55), ("local", 0.83), ("single site", 0.91))
             for of_class in (None, 0, 1, 2)
         ),
@@ -91,7 +94,8 @@ def example(verdict: str = "leaks") -> AuditRecord:
             for number in range(3)
         ),
         remedies=(
-            RemedySection("noise", 0.001, 0.0004, "leaks", 0.99, None, False),
+            RemedySection("noise", 0.001, 0.0004, "leaks", 0.99, None, False,
+                          "standard deviation 3.1e-06 on every number of the update", 12.5),
             RemedySection("noise", 0.01, 0.12, "no leak found", 0.83, None, True),
             RemedySection("noise", 0.1, 0.5, "no leak found", 0.21, 41.5, True),
             RemedySection("batch-size", 64.0, 0.2, "no leak found", None, None, True),
@@ -101,6 +105,13 @@ def example(verdict: str = "leaks") -> AuditRecord:
         seed=3,
         seconds=843.2,
         program_version="1.0.0",
+        untried=(
+            UntriedSection("dp-sgd", "noise multiplier 0.3, clipping norm 1 per image"),
+            UntriedSection("shared-layers", "the last 2 of 5 layers with parameters (from fc1 on)"),
+        ),
+        round_number=20,
+        membership_seconds=3.5,
+        classes_seconds=61.0,
     )  # fmt: skip
 
 

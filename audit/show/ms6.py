@@ -38,18 +38,22 @@ ATTACKERS = (
     ("loss trajectory", "global", "2. logistic regression on the losses of all rounds"),
     ("loss threshold", "single site", "3. loss threshold on the single-site model"),
     ("loss trajectory", "single site", "3. logistic regression, single-site model"),
+    ("confidence threshold", "global", "confidence in the predicted class, final model"),
+    ("confidence threshold", "single site", "confidence in the predicted class, single-site model"),
     ("loss threshold", "local", "further: loss threshold on the model that the site sent"),
     ("loss trajectory", "local", "further: logistic regression, with the model that the site sent"),
+    ("confidence threshold", "local", "further: confidence, model that the site sent"),
 )
 # Why an attacker may be missing where others were measured.
 _LACKING = {
     ("loss threshold", "global"): "no final model was given",
-    ("loss trajectory", "global"): "no global models of several rounds were given",
-    ("loss threshold", "single site"): "no model of this site's data alone was given",
-    ("loss trajectory", "single site"): "no model of this site's data alone was given",
+    ("loss trajectory", "global"): "no global models of several rounds were given (--rounds)",
+    ("loss threshold", "single site"): "no model of this site's data alone (--single-site)",
+    ("loss trajectory", "single site"): "not several models of it, one per round (--single-site)",
     ("loss threshold", "local"): "the model that was sent could not be measured",
-    ("loss trajectory", "local"): "no global models of the rounds were given",
+    ("loss trajectory", "local"): "no global models of the rounds were given (--rounds)",
 }
+_NO_CLASSES = "no such model, or its outputs are no logits of classes"
 _SIMILARITY = ("measure", "best match", "min", "median", "max", "99th percentile", "leaks")
 
 
@@ -83,19 +87,17 @@ def _membership(record: AuditRecord) -> Iterator[str]:
     yield (
         f"AUROC with a 1,000-sample bootstrap 95 % interval; chance is {CHANCE:g}, and an interval "
         "that excludes it is a finding. The trajectory is fitted on half of the cases and measured "
-        "on the other half, mean of five random halves. The threshold of the balanced accuracy is "
-        "the best one of one half, applied to the other: what is best for the cases that it is "
-        "measured on would flatter the attack."
+        "on the other half, mean of five random halves. Balanced accuracy: at the threshold that is "
+        "best for the cases that it is measured on, as the protocol has it, which flatters the "
+        "attack; and at the best one of one half, applied to the other half."
     )
     yield ""
     header = (
-        "attacker", "class", "AUROC", "95 % CI", "balanced accuracy", "n members",
-        "n non-members", "finding",
+        "attacker", "class", "AUROC", "95 % CI", "balanced accuracy, best threshold",
+        "threshold of the other half", "n members", "n non-members", "finding",
     )  # fmt: skip
     rows = [row for attacker in ATTACKERS for row in _attacker_rows(record, *attacker)]
     yield from _table(Table(header, tuple(rows)))
-    yield ""
-    yield "Confidence in the predicted class: " + NOT_MEASURED + ": no attacker above uses it."
 
 
 def _attacker_rows(
@@ -104,14 +106,14 @@ def _attacker_rows(
     """All classes, then each; one row with the reason where nothing was measured."""
     rates = [r for r in record.membership if (r.method, r.model) == (method, model)]
     if not rates:
-        lacking = _LACKING[method, model] if record.membership else (
+        lacking = _LACKING.get((method, model), _NO_CLASSES) if record.membership else (
             "membership was not asked for, or there were too few images (see the limits)"
         )  # fmt: skip
-        yield (words, "all", f"{NOT_MEASURED}: {lacking}", *[DASH] * 5)
+        yield (words, "all", f"{NOT_MEASURED}: {lacking}", *[DASH] * 6)
     for rate in sorted(rates, key=lambda rate: (rate.of_class is not None, rate.of_class or 0)):
         yield (words, *_rate(rate))
     if rates and all(rate.of_class is None for rate in rates):
-        yield (words, "each", f"{NOT_MEASURED}: too few images of each, or no classes", *[DASH] * 5)
+        yield (words, "each", f"{NOT_MEASURED}: too few images of each, or no classes", *[DASH] * 6)
 
 
 def _rate(rate: RateSection) -> tuple[str, ...]:
@@ -119,6 +121,9 @@ def _rate(rate: RateSection) -> tuple[str, ...]:
         "all" if rate.of_class is None else str(rate.of_class),
         f"{rate.auroc:.3f}",
         f"{rate.auroc_low:.3f} to {rate.auroc_high:.3f}",
+        NOT_MEASURED
+        if rate.best_balanced_accuracy is None
+        else (f"{rate.best_balanced_accuracy:.3f}"),
         f"{rate.balanced_accuracy:.3f}",
         str(rate.members),
         str(rate.non_members),
@@ -132,9 +137,11 @@ def _rate(rate: RateSection) -> tuple[str, ...]:
 def _reconstruction(record: AuditRecord) -> Iterator[str]:
     yield "## B. Reconstruction from the site's own update"
     yield ""
+    used = f"{NOT_MEASURED}: it was not said (--round N)" if record.round_number is None else (
+        str(record.round_number)
+    )  # fmt: skip
     yield (
-        f"Round used: {NOT_MEASURED}: an audit is given one update and is not told of which round "
-        "(please fill in). A leak is a reconstruction whose best match exceeds the 99th percentile "
+        f"Round used: {used}. A leak is a reconstruction whose best match exceeds the 99th percentile "
         "of the noise baseline (100 Gaussian-noise volumes); the audit's own verdict is stricter, "
         "see the end."
     )
@@ -173,7 +180,15 @@ def _similarity_rows(found: SimilaritySection) -> Iterator[tuple[str, ...]]:
     yield (measure, "control: held-out cases", *_distribution(found.best_non_member), DASH)
     *ends, _ = _distribution(found.noise)
     yield (measure, f"baseline: {len(found.noise)} of noise", *ends, f"{found.noise_99:.3f}", DASH)
-    yield (measure, "baseline: mean image", DASH, DASH, f"{found.mean_image:.3f}", DASH, DASH)
+    yield (
+        measure,
+        "baseline: mean image of held-out cases",
+        DASH,
+        DASH,
+        f"{found.mean_image:.3f}",
+        DASH,
+        DASH,
+    )
     prior = f"{NOT_MEASURED}: the attack starts from none" if found.prior_image is None else (
         f"{found.prior_image:.3f}"
     )  # fmt: skip
@@ -197,9 +212,11 @@ def _inversion(record: AuditRecord) -> Iterator[str]:
     if not record.classes:
         yield "Not run."
         return
+    restarts = max((len(s.best_member) for c in record.classes for s in c.similarities), default=0)
     yield (
-        f"{count(len(record.classes), 'class representative')} in place of 50 restarts for one "
-        "class: the same similarity summary as in B over all of them, then each."
+        f"{count(restarts, 'restart')} for each of {len(record.classes)} classes, each compared "
+        "with the cases of its class: the same similarity summary as in B over all of them, then "
+        "of every class."
     )
     yield ""
     found = [s for each in record.classes for s in each.similarities]
@@ -253,7 +270,8 @@ def _anything_else(record: AuditRecord) -> Iterator[str]:
     yield f"- Whole audit: {duration(record.seconds)}."
     for attack in record.attacks:
         yield f"- B, {_cell(attack.attack)} at {shape(attack.shape)}: {duration(attack.seconds)}."
-    yield f"- A and C alone: {NOT_MEASURED}: they are part of the whole."
+    for letter, seconds in (("A", record.membership_seconds), ("C", record.classes_seconds)):
+        yield f"- {letter}: {NOT_MEASURED if seconds is None else duration(seconds)}."
 
 
 def _beyond(record: AuditRecord) -> Iterator[str]:

@@ -22,6 +22,7 @@ from audit.record import (
     RemedySection,
     SimilaritySection,
     TestSection,
+    UntriedSection,
     UpdateSection,
 )
 from audit.show.words import (
@@ -351,7 +352,11 @@ def _classes(record: AuditRecord) -> Section:
     title = "Do the model's own pictures of a class resemble patients?"
     if not record.classes:
         return Section("classes", title, (_NOT_ASKED,))
-    said = "An input that the model takes for the class is measured as a reconstruction is."
+    restarts = max((len(s.best_member) for c in record.classes for s in c.similarities), default=0)
+    said = (
+        f"Inputs that the model takes for the class ({count(restarts, 'restart')} each) are "
+        "measured as reconstructions are (median / largest)."
+    )
     rows = tuple(
         (str(c.of_class), percent(c.confidence), s.metric.upper(),
          middle_and_largest(s.best_member), middle_and_largest(s.best_non_member),
@@ -369,24 +374,53 @@ def _classes(record: AuditRecord) -> Section:
 def _remedies(record: AuditRecord) -> Section:
     title = "What to do"
     if not record.remedies:
-        return Section("remedies", title, (_advice(record.verdict),))
-    enough = smallest_enough(record.remedies)
-    said = "The same update was measured again under defenses that a site can switch on."
-    found = f"Nothing is found from here on: {listed(map(_remedy_words, enough))}."
-    none = "None of them was shown to be enough: train with differential privacy, or share less."
+        sentences = (_advice(record.verdict), *_left_untried(record.untried))
+        return Section("remedies", title, sentences)
+    said = (
+        "The same update was attacked again under defenses that a site can switch on, each kind "
+        "from its weakest strength up to the first after which nothing is found."
+    )
     rows = tuple(
-        (r.defense, f"{r.strength:.3g}", r.verdict, p_text(r.p_value), optional(r.cosine),
-         optional(r.epsilon), "yes" if r.enough else "no")
+        (remedy_name(r), r.verdict, p_text(r.p_value), optional(r.cosine), optional(r.epsilon),
+         "yes" if r.enough else "no")
         for r in record.remedies
     )  # fmt: skip
-    header = ("defense", "strength", "verdict", "p-value", "cosine", "epsilon", "enough")
-    return Section("remedies", title, (said, found if enough else none), Table(header, rows))
+    header = ("defense, as it is set", "verdict", "p-value", "cosine", "epsilon", "enough")
+    sentences = (said, *_found_enough(record), *_left_untried(record.untried))
+    return Section("remedies", title, sentences, Table(header, rows))
+
+
+def _found_enough(record: AuditRecord) -> Iterator[str]:
+    """What helps; of what does not, whether all of it was tried."""
+    enough = smallest_enough(record.remedies)
+    if enough:
+        words = "; ".join(map(_remedy_words, enough))
+        yield (
+            f"Nothing is found any more with: {words}. One attack decides that once: a strength "
+            "above the smallest is the safer one."
+        )
+    elif record.untried:
+        yield "Of what was tried nothing was enough, and not all was tried."
+    else:
+        yield (
+            "Nothing of all that was tried is enough: train with a stronger differential privacy, "
+            "or share less."
+        )
+
+
+def _left_untried(untried: Sequence[UntriedSection]) -> Iterator[str]:
+    if untried:
+        words = "; ".join(f"{each.defense}: {each.setting}" for each in untried)
+        yield (
+            "The time of the audit (--budget) ended the search. Not tried, from this strength on: "
+            f"{words}. A larger budget goes further."
+        )
 
 
 def _advice(verdict: str) -> str:
     if verdict == Verdict.LEAKS.value:
         return (
-            "No defense was tried. Do not send the update as it is: try noise, clipping, larger "
+            "No defense was tried on it. Do not send the update as it is: try noise, clipping, larger "
             "batches or fewer shared layers, and audit again."
         )
     if verdict == Verdict.CANNOT_TELL.value:
@@ -405,8 +439,13 @@ def smallest_enough(remedies: Sequence[RemedySection]) -> list[RemedySection]:
 
 
 def _remedy_words(remedy: RemedySection) -> str:
-    words = f"{remedy.defense} {remedy.strength:.3g}"
+    words = remedy_name(remedy)
     return words if remedy.cosine is None else f"{words} (cosine {remedy.cosine:.2f})"
+
+
+def remedy_name(remedy: RemedySection) -> str:
+    """Name, strength and unit as a site sets it."""
+    return f"{remedy.defense}: {remedy.setting or f'{remedy.strength:.3g}'}"
 
 
 def _limits(record: AuditRecord) -> Section:
@@ -415,10 +454,11 @@ def _limits(record: AuditRecord) -> Section:
         f"side: {listed(record.granted)}."
     )
     version = record.program_version or "of an unknown version"
+    of_round = "" if record.round_number is None else f" (round {record.round_number})"
     sentences = (
         *map(sentence, record.warnings),
         *([granted] if record.granted else []),
-        "It is one update of one round, against the attacks of today; it is no guarantee.",
+        f"It is one update of one round{of_round}, against the attacks of today; it is no guarantee.",
         f"Made by GradInvBench {version} in {duration(record.seconds)}, seed {record.seed}, record "
         f"version {record.schema_version}.",
     )

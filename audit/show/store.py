@@ -34,7 +34,7 @@ LEFT_OUT = "(name left out)"
 # Numbers that are probabilities or shares.
 _SHARES = frozenset(
     ["p_value", "smallest", "alpha", "per_image", "accuracy", "chance", "confidence",
-     "auroc", "auroc_low", "auroc_high", "balanced_accuracy"]
+     "auroc", "auroc_low", "auroc_high", "balanced_accuracy", "best_balanced_accuracy"]
 )  # fmt: skip
 _MAY_BE_NEGATIVE = frozenset(["seed"])
 _VERDICTS = tuple(verdict.value for verdict in Verdict)

@@ -15,7 +15,7 @@ import pytest
 from audit.record import AuditRecord
 from audit.reports import write_reports
 from audit.show.html import to_html
-from audit.show.ms6 import to_ms6
+from audit.show.ms6 import ATTACKERS, NOT_MEASURED, to_ms6
 from audit.show.page import page_of
 from audit.show.plots import plots_of
 from audit.show.sections import GLOSSARY, sections_of
@@ -124,7 +124,7 @@ def test_the_page_begins_with_the_verdict_and_fits(record: AuditRecord) -> None:
     lines = page_of(record).splitlines()
     assert lines[0] == f"VERDICT: {record.verdict.upper()}"
     assert record.statement[1:60] in " ".join(lines)
-    assert len(lines) <= 90
+    assert len(lines) <= 96
     assert max(map(len, lines)) <= 100
 
 
@@ -137,7 +137,7 @@ def test_the_page_of_a_large_audit_fits_too() -> None:
         warnings=("a long sentence of words " * 20,) * 40, granted=("much of it",) * 200,
     )  # fmt: skip
     lines = page_of(many).splitlines()
-    assert len(lines) <= 90
+    assert len(lines) <= 96
     assert max(map(len, lines)) <= 100
     for section in sections_of(many):
         assert section.title.lower() in "\n".join(lines).lower()
@@ -159,7 +159,11 @@ def test_the_page_says_what_was_measured() -> None:
     page = page_of(example())
     for number in ("87.5 %", "10 of 10", "0.49 to 0.61", "9,999", "61,386", "0.0004", "adamw"):
         assert number in page
-    assert "Nothing is found from here on: noise 0.01 (cosine 0.83), batch-size 64." in page
+    text = " ".join(page.split())
+    assert "Nothing is found any more with: noise: 0.01 (cosine 0.83); batch-size: 64." in text
+    assert "The time of the audit (--budget) ended the search. Not tried" in text
+    assert "dp-sgd: noise multiplier 0.3, clipping norm 1 per image; shared-layers: the" in text
+    assert "(round 20)" in page
     assert page_of(bare()).count("Not measured") == 3
 
 
@@ -167,6 +171,26 @@ HOSTILE_TEXT = (
     r"<script>alert(1)</script> $\frac{ <b>$ | [x](http://evil) "
     "\x1b[31mred\x1b[0m \u202eback, of /data/site/jane_roe-7.nii.gz or jane.png"
 )
+
+
+def remedies_of(**changes: Any) -> str:
+    """The sentences on what helps."""
+    record = dataclasses.replace(example(), **changes)
+    (section,) = [s for s in sections_of(record) if s.key == "remedies"]
+    return " ".join(section.sentences)
+
+
+def test_what_did_not_help_is_told_from_what_was_not_tried() -> None:
+    weak = tuple(dataclasses.replace(r, enough=False) for r in example().remedies)
+    ended = remedies_of(remedies=weak)
+    assert "Of what was tried nothing was enough, and not all was tried." in ended
+    assert "ended the search" in ended
+    complete = remedies_of(remedies=weak, untried=())
+    assert "Nothing of all that was tried is enough" in complete
+    assert "ended the search" not in complete
+    none = remedies_of(remedies=())
+    assert "No defense was tried on it." in none
+    assert "ended the search" in none
 
 
 def with_texts(value: Any, text: str) -> Any:
@@ -285,7 +309,8 @@ def test_the_protocol_asks_for_numbers_and_all_are_there() -> None:
     record, report = example(), to_ms6(example())
     for rate in record.membership:
         interval = f"{rate.auroc_low:.3f} to {rate.auroc_high:.3f}"
-        numbers = (f"{rate.auroc:.3f}", interval, f"{rate.balanced_accuracy:.3f}", "64", "64")
+        balanced = ("0.700", f"{rate.balanced_accuracy:.3f}")
+        numbers = (f"{rate.auroc:.3f}", interval, *balanced, "64", "64")
         of_class = "all" if rate.of_class is None else str(rate.of_class)
         assert f"| {of_class} | {' | '.join(numbers)} |" in report
     for attack in record.attacks:
@@ -296,23 +321,28 @@ def test_the_protocol_asks_for_numbers_and_all_are_there() -> None:
             row = " | ".join(f"{value:.3f}" for value in spread)
             assert f"{row} | {found.above_noise} of {len(own)} |" in report
             assert f"{found.noise_99:.3f}" in report
-            assert f"mean image | – | – | {found.mean_image:.3f}" in report
+            assert f"mean image of held-out cases | – | – | {found.mean_image:.3f}" in report
     assert "300 iterations, 31.9 s" in report
-    assert "3 class representatives in place of 50 restarts" in report
-    # What one update does not say is said to be missing.
-    assert "Round used: not measured" in report
+    assert "1 restart for each of 3 classes" in report
+    assert "Round used: 20." in report
+    assert ["- A: 3.5 s.", "- C: 61 s."] == [
+        line for line in report.splitlines() if line.startswith(("- A: ", "- C: "))
+    ]
+    assert NOT_MEASURED not in report.replace(f"{NOT_MEASURED}: the attack starts from none", "")
 
 
 def test_what_was_not_measured_is_said_with_its_reason() -> None:
     report = to_ms6(bare())
-    assert report.count("not measured: membership was not asked for") == 6
+    assert report.count("not measured: membership was not asked for") == len(ATTACKERS)
+    assert "Round used: not measured: it was not said (--round N)" in report
     assert "not measured: no attack could be run" in report
     assert "## C. Model inversion of the global model\n\nNot run." in report
     # What an audit of two states alone has: the model that was sent is no single-site model.
     rates = tuple(r for r in example().membership if r.method[5:] == "threshold")
     part = dataclasses.replace(example(), membership=tuple(r for r in rates if r.model[0] in "gl"))
     assert "not measured: no global models of several rounds were given" in to_ms6(part)
-    assert to_ms6(part).count("not measured: no model of this site's data alone was given") == 2
+    assert "not measured: no model of this site's data alone (--single-site)" in to_ms6(part)
+    assert "not measured: not several models of it, one per round (--single-site)" in to_ms6(part)
 
 
 @pytest.mark.parametrize("record", [*RECORDS, with_texts(example(), HOSTILE_TEXT)])

@@ -52,7 +52,7 @@ def test_a_class_that_is_one_person_is_shown_and_a_random_model_shows_nobody() -
     for section in found:
         ncc, ssim = section.similarities
         assert (ncc.metric, ssim.metric) == ("ncc", "ssim")
-        assert ncc.above_noise == 1
+        assert ncc.above_noise == 2
         assert ncc.best_member[0] > max(ncc.mean_image, 0.5)
     random = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
     blind = class_representatives(client, random.state_dict(), members, others, restarts=2)
@@ -66,8 +66,9 @@ def test_it_is_the_maximum_that_the_box_allows_of_a_linear_output() -> None:
     samples = Truth(torch.rand(4, 6), torch.tensor([0, 1, 2, 0]))
     client = target_of(model, samples)
     found = invert_model(client, model.state_dict(), (0, 2), restarts=1)
-    assert torch.equal(found.images, (model.weight[[0, 2]] > 0).float())
-    confidences = model(found.images).softmax(1)[[0, 1], [0, 2]]
+    (images,) = found.images
+    assert torch.equal(images, (model.weight[[0, 2]] > 0).float())
+    confidences = model(images).softmax(1)[[0, 1], [0, 2]]
     assert found.confidences == pytest.approx(confidences.tolist())
 
 
@@ -82,6 +83,28 @@ def test_signals_and_volumes_with_findings(shape: tuple[int, ...]) -> None:
     assert [section.of_class for section in found] == [0, 1]
     assert all(0.5 < section.confidence < 1 for section in found)
     assert len(found[0].similarities[0].noise) == 100
+    assert len(found[0].similarities[0].best_member) == 4
+
+
+def test_restarts_are_all_there_the_surest_first_and_held_against_as_many_as_asked() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 2))
+    samples = Truth(faces(12, 1), torch.arange(12) % 2)
+    client = target_of(model, samples)
+    found = invert_model(client, client.state_dict, (0, 1), restarts=5, iterations=5)
+    assert found.images.shape == (5, 2, 1, 8, 8)
+    logits = torch.stack([model(images) for images in found.images])
+    for place in (0, 1):
+        own = logits[:, place, place].tolist()
+        assert own == sorted(own, reverse=True)
+    one, other = (
+        class_representatives(
+            client, client.state_dict, samples, samples, iterations=5, compared=compared
+        )[0].similarities[0]
+        for compared in (2, 0)
+    )
+    assert all(few <= most for few, most in zip(one.best_member, other.best_member, strict=True))
+    assert one != other
 
 
 def test_the_model_stays_and_a_seed_gives_the_same_images() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import numpy as np
@@ -12,7 +13,9 @@ from torch import nn
 
 import gradinvbench as gib
 from audit.membership import (
+    CONFIDENCE,
     LOCAL,
+    SINGLE_SITE,
     THRESHOLD,
     TRAJECTORY,
     losses_under,
@@ -115,15 +118,46 @@ def test_a_model_that_knows_its_images_by_heart_gives_them_away() -> None:
     members, others, model = patients(16, 1), patients(16, 2), network()
     states = trained(model, members, 60)
     client = client_of(model, members)
-    found = measure_membership(client, states[:2], states[-1], members, others, bootstrap=200)
-    assert {(r.model, r.method) for r in found} == {
-        (model, method) for model in ("global", "local") for method in (THRESHOLD, TRAJECTORY)
-    }
+    found = measure_membership(
+        client, states[:2], states[-1], members, others, single_site=states[-1:], bootstrap=200
+    )
+    ways = {THRESHOLD, TRAJECTORY, CONFIDENCE}
+    expected = {(model, way) for model in ("global", "local") for way in ways}
+    # One model alone has no trajectory.
+    assert {(r.model, r.method) for r in found} == expected | {
+        (SINGLE_SITE, THRESHOLD), (SINGLE_SITE, CONFIDENCE)
+    }  # fmt: skip
     by_heart = {r.method: r for r in found if r.model == LOCAL and r.of_class is None}
     assert by_heart[THRESHOLD].auroc > 0.97
     assert by_heart[TRAJECTORY].auroc > 0.9
     assert by_heart[THRESHOLD].balanced_accuracy > 0.85
     assert by_heart[THRESHOLD].auroc_low > 0.5
+    # It is the same model, and in all but the trajectory the same numbers.
+    alone = {r.method: r for r in found if r.model == SINGLE_SITE and r.of_class is None}
+    for way, rate in alone.items():
+        assert dataclasses.replace(rate, model=LOCAL) == by_heart[way]
+
+
+def test_confidence_and_the_best_threshold_against_plain_counts() -> None:
+    members, others, model = patients(16, 1), patients(16, 2), network()
+    state = trained(model, members, 60)[-1]
+    found = measure_membership(
+        client_of(model, members), [state], None, members, others, bootstrap=10
+    )
+    (sure,) = [r for r in found if r.method == CONFIDENCE and r.of_class is None]
+    model.load_state_dict(state)
+    with torch.no_grad():
+        inside, outside = (
+            model.eval()(s.images).softmax(1).max(1).values for s in (members, others)
+        )
+    pairs = (inside[:, None] > outside).double() + (inside[:, None] == outside).double() / 2
+    assert sure.auroc == pytest.approx(float(pairs.mean()))
+    best = max(
+        float((inside >= t).double().mean() + (outside < t).double().mean()) / 2
+        for t in [*inside, *outside, torch.tensor(2.0)]
+    )
+    assert sure.best_balanced_accuracy == pytest.approx(best)
+    assert sure.best_balanced_accuracy >= sure.balanced_accuracy
 
 
 def test_losses_are_those_of_single_images_in_eval_mode_and_the_model_stays() -> None:

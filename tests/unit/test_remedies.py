@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,7 +15,7 @@ from attack.knowledge.known_defenses import adapt
 from attack.metrics import ncc
 from attack.settings import InversionConfig
 from audit import remedies
-from audit.record import RemedySection
+from audit.record import RemedySection, UntriedSection
 from audit.remedies import epsilon_of, find_remedies, remaking
 from core.local_training import LocalTraining
 from core.target import Target, Truth
@@ -46,8 +48,8 @@ def leaks_above(cosine: float, target: Target, seen: list[Target]) -> remedies.M
     return measure
 
 
-def of_kind(found: list[RemedySection], kind: str) -> list[RemedySection]:
-    return [result for result in found if result.defense == kind]
+def of_kind(found: Sequence[RemedySection | UntriedSection], kind: str) -> list[RemedySection]:
+    return [r for r in found if isinstance(r, RemedySection) and r.defense == kind]
 
 
 def test_each_kind_goes_up_to_the_first_strength_that_is_enough() -> None:
@@ -73,13 +75,17 @@ def test_each_kind_goes_up_to_the_first_strength_that_is_enough() -> None:
     assert noise[-1].cosine < 0.7 < noise[-2].cosine
 
 
+def without_times(found: list[RemedySection | UntriedSection]) -> list[object]:
+    return [dataclasses.replace(r, seconds=0.0) for r in found if isinstance(r, RemedySection)]
+
+
 def test_an_interrupted_search_goes_on_where_it_was() -> None:
     (target, truth), seen = client(), list[Target]()
     measure, remake = leaks_above(0.7, target, seen), remaking(target, truth)
     whole = list(find_remedies(target, measure, remake=remake))
     seen.clear()
     rest = list(find_remedies(target, measure, remake=remake, done=whole[:5]))
-    assert whole[:5] + rest == whole
+    assert without_times(whole[:5] + rest) == without_times(whole)
     assert len(seen) == len(rest)
 
 
@@ -95,7 +101,55 @@ def test_no_measurement_begins_that_the_budget_cannot_hold(
         return 0.01, LEAKS
 
     # The fourth would end after 40 seconds.
-    assert len(list(find_remedies(target, slow, budget=35))) == 3
+    found = list(find_remedies(target, slow, budget=35))
+    assert [type(result) for result in found[:4]] == [RemedySection] * 3 + [UntriedSection]
+    # How long one takes is known before the first.
+    assert {type(r) for r in find_remedies(target, slow, budget=35, longest=40)} == {UntriedSection}
+
+
+def test_says_what_the_budget_left_untried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every kind that has not come to its end the next strength, and nothing else."""
+    target, _ = client()
+    clock = [0.0]
+    monkeypatch.setattr(remedies.time, "perf_counter", lambda: clock[0])
+    order = [(r.defense, r.setting) for r in find_remedies(target, never_enough(clock, 0))]
+    found = list(find_remedies(target, never_enough(clock, 10), budget=35))
+    measured = [(r.defense, r.setting) for r in found if isinstance(r, RemedySection)]
+    left = [(r.defense, r.setting) for r in found if isinstance(r, UntriedSection)]
+    assert measured == order[:3]
+    waiting = order[3:]
+    assert dict(left) == {kind: next(s for k, s in waiting if k == kind) for kind, _ in waiting}
+    assert len(left) == len(dict(left)) >= 2
+
+
+def never_enough(clock: list[float], seconds: float) -> remedies.Measure:
+    def measure(update: Target) -> tuple[float, str]:
+        clock[0] += seconds
+        return 0.01, LEAKS
+
+    return measure
+
+
+def test_strengths_are_given_as_a_site_sets_them() -> None:
+    """Each number by a computation of its own, from the weights that are sent."""
+    target, truth = client(norm=False)
+    remake = remaking(target, truth)
+    found = list(find_remedies(target, leaks_above(-1, target, []), remake=remake))
+    settings = {(r.defense, r.strength): r.setting for r in found if isinstance(r, RemedySection)}
+    # theta_0 - theta_K, after 8 steps of 0.1.
+    sent = 0.8 * torch.cat([g.flatten() for g in target.gradient.values()])
+    level = 0.3 * np.percentile(sent[sent != 0].abs().numpy(), 95)
+    assert f"standard deviation {level:.3g} " in settings["noise", 0.3]
+    assert "sigma0 0.3" in settings["noise", 0.3]
+    (clip,) = of_kind(found, "clip")
+    assert (
+        f"at most {0.1 * float(sent.norm()):.3g} (it is {float(sent.norm()):.3g})" in clip.setting
+    )
+    assert settings["shared-layers", 1.0] == "the last 1 of 2 layers with parameters (4)"
+    assert settings["batch-size", 4.0] == "4 images in a local step (now 2)"
+    (private,) = [r for r in of_kind(found, "dp-sgd") if r.strength == 1.0]
+    assert private.setting.startswith("noise multiplier 1, clipping norm 1 per image: epsilon")
+    assert f"epsilon {private.epsilon:.3g} at delta 1e-05" in private.setting
 
 
 def test_what_an_attack_sees_of_each_kind() -> None:
