@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from core.errors import InputError
+from core.losses import DEFAULT_LOSS, Loss
 
 Gradient = dict[str, torch.Tensor]
 
@@ -27,12 +28,14 @@ class ClientView:
         labels: N class indices.
         generator: Source of the defense's random numbers, on the CPU, so that a
             seed gives the same noise on every device.
+        loss: What the client minimises.
     """
 
     model: nn.Module
     images: torch.Tensor
     labels: torch.Tensor
     generator: torch.Generator
+    loss: Loss = DEFAULT_LOSS
 
 
 class Defense(abc.ABC):
