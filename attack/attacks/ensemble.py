@@ -236,10 +236,10 @@ class Ensemble:
 
     def _make_judge(self) -> GradientMatcher:
         """The loss that all members are compared by."""
-        replica = Replica(self.target, self.device, torch.float64)
         adaptation = Adaptation.none(self.target, InversionConfig())
         if self.config.knows_defense:
             adaptation = adapt(self.target, InversionConfig())
+        replica = Replica(adaptation.matched(self.target), self.device, torch.float64)
         return GradientMatcher(replica, adaptation.objective(Cosine()), "exact")
 
     # -- Running ------------------------------------------------------------------

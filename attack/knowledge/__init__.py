@@ -1,1 +1,3 @@
 """What the attacker knows or finds out: threat models, labels, the client's defenses."""
+
+from attack.knowledge import answers as answers

@@ -9,6 +9,7 @@ the prior is trusted. Only what was shared is read, never the truth.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -48,6 +49,8 @@ class Adaptation:
             comparing.
         sample_norm: Norm to which the client clips the gradient of every image; None
             where it does not, or the candidates need not be clipped alike.
+        restored: What was shared before the defense, by parameter name, where the attacker can
+            compute it; None: what was shared is matched.
         notes: What was done, one sentence per defense.
     """
 
@@ -55,6 +58,7 @@ class Adaptation:
     weights: list[torch.Tensor]
     through: Callable[[Tensors], Tensors] | None = None
     sample_norm: float | None = None
+    restored: dict[str, torch.Tensor] | None = None
     notes: list[str] = field(default_factory=list)
 
     @classmethod
@@ -62,6 +66,12 @@ class Adaptation:
         """Everything is compared as it was shared."""
         ones = [torch.ones((), device=g.device) for g in target.gradient.values()]
         return cls(config, ones)
+
+    def matched(self, target: Target) -> Target:
+        """The target with the gradient that candidates are compared with."""
+        if self.restored is None:
+            return target
+        return dataclasses.replace(target, gradient=self.restored)
 
     def objective(self, inner: Objective) -> Objective:
         """The comparison of gradients that knows the defense.

@@ -122,7 +122,7 @@ class Inversion:
         _check(target, config, prior)
         knows = config.matching.adaptive
         adaptation = adapt(target, config) if knows else Adaptation.none(target, config)
-        config = adaptation.config
+        config, target = adaptation.config, adaptation.matched(target)
         random = prior is None and config.starts.start in RANDOM_STARTS
         halved = config.starts.halving and config.starts.restarts > 1
         self.race = plan_race(

@@ -14,30 +14,42 @@ from gradients.defenses.base import (
     parse_defenses,
     register_defense,
 )
+from gradients.defenses.censor import Censor
 from gradients.defenses.clip import Clip
+from gradients.defenses.enclave import Enclave
 from gradients.defenses.freeze import Freeze
 from gradients.defenses.gaussian import Gaussian
+from gradients.defenses.graddefense import GradDefense
 from gradients.defenses.laplace import Laplace
+from gradients.defenses.layerdrop import LayerDrop
+from gradients.defenses.outpost import Outpost
 from gradients.defenses.percentile import Percentile
 from gradients.defenses.pipeline import Pipeline, as_transform
 from gradients.defenses.prune import Prune
 from gradients.defenses.quantize import Quantize
 from gradients.defenses.sign import Sign
 from gradients.defenses.soteria import Soteria
+from gradients.defenses.svdefense import SVDefense
 from gradients.defenses.topk import TopK
 
 __all__ = [
+    "Censor",
     "ClientView",
     "Clip",
     "Defense",
+    "Enclave",
     "Freeze",
     "Gaussian",
+    "GradDefense",
     "Gradient",
     "Laplace",
+    "LayerDrop",
+    "Outpost",
     "Percentile",
     "Pipeline",
     "Prune",
     "Quantize",
+    "SVDefense",
     "Sign",
     "Soteria",
     "TopK",

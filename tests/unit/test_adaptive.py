@@ -56,7 +56,17 @@ def attack(words: str, adaptive: bool, **changes: object) -> float:
 
 
 # Margin in dB by which knowing the defense pays.
-PAYS = [("sign", 3), ("soteria:0.8", 3), ("prune:0.9", 3), ("quantize:4", 0.5), ("topk:0.01", -0.5)]
+PAYS = [
+    ("sign", 3),
+    ("soteria:0.8", 3),
+    ("prune:0.9", 3),
+    ("quantize:4", 0.5),
+    ("topk:0.01", -0.5),
+    ("censor:20:123", 15),
+    ("svdefense:0.9", 1),
+    ("graddefense", 3),
+    ("outpost", 1),
+]
 
 
 @pytest.mark.parametrize(("words", "margin"), PAYS, ids=str)
@@ -78,6 +88,8 @@ def test_differences_are_of_no_use_after_clipping() -> None:
         "percentile-noise:0.5:95",
         "freeze:2",
         "quantize:16",
+        "layerdrop:0.5",
+        "enclave:1",
     ],
 )
 def test_where_nothing_helps_nothing_changes(words: str) -> None:
@@ -110,7 +122,21 @@ def test_an_unknown_defense_is_noted() -> None:
     assert adapt(told, InversionConfig()).notes == ["homemade:3: nothing is known against it"]
 
 
-@pytest.mark.parametrize("words", ["sign", "prune:0.9", "soteria:0.5", "quantize:8", "topk:0.2"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "sign",
+        "prune:0.9",
+        "soteria:0.5",
+        "quantize:8",
+        "topk:0.2",
+        "censor:2",
+        "censor:2:5",
+        "svdefense",
+        "graddefense",
+        "outpost",
+    ],
+)
 @pytest.mark.parametrize("inner", [Cosine(), L2()], ids=["sim", "L2"])
 def test_the_seed_is_the_derivative_of_the_value(words: str, inner: Cosine | L2) -> None:
     target, _ = defended(words)

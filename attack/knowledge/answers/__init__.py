@@ -1,0 +1,15 @@
+"""What an attacker does about published defenses, one file each.
+
+Importing this package registers the answers; `attack.knowledge.known_defenses` holds those to
+noise, clipping and compression, and asks for one by name.
+"""
+
+from attack.knowledge.answers import (
+    censor,
+    graddefense,
+    hidden_layers,
+    outpost,
+    svdefense,
+)
+
+__all__ = ["censor", "graddefense", "hidden_layers", "outpost", "svdefense"]
