@@ -97,6 +97,11 @@ def defense_names() -> list[str]:
     return sorted(_DEFENSES)
 
 
+def current_name(name: str) -> str:
+    """The name of today of a defense that may be called by a former one."""
+    return _FORMER.get(name, name)
+
+
 def defense_class(name: str) -> type[Defense]:
     """The defense of that name.
 
@@ -130,9 +135,9 @@ def _type_name(field: dataclasses.Field[Any]) -> str:
 
 def _create(word: str) -> Defense:
     name, *values = word.split(":")
-    if name in _FORMER:
-        logger.warning("--defense %s: %s is called %s now", word, name, _FORMER[name])
-        name = _FORMER[name]
+    if name != current_name(name):
+        logger.warning("--defense %s: %s is called %s now", word, name, current_name(name))
+        name = current_name(name)
     if name not in _DEFENSES:
         raise InputError(
             f"--defense {word}: unknown defense; known are {', '.join(defense_names())}"

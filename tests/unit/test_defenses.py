@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import gradinvbench as gib
 from core.errors import InputError
 from gradients.defenses import (
     ClientView,
@@ -274,3 +275,6 @@ def test_a_former_name_is_understood_with_a_sentence(caplog: pytest.LogCaptureFi
     assert noise.word == "percentile-noise:0.2:90"
     assert "is called percentile-noise now" in caplog.text
     assert "percentile" not in defense_names()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    target, _ = gib.share(model, torch.rand(1, 3, 2, 2), [1], defense="percentile:0.2:90")
+    assert target.defenses == ("percentile-noise:0.2:90",)
