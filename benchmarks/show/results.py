@@ -46,6 +46,12 @@ class RowResult:
     changes: Mapping[str, Summary | None] = field(default_factory=dict)
     beaten_by: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the last stage of some repeat is finished, or something has failed."""
+        ends = zip(self.row.repeats, self.runs, strict=True)
+        return bool(self.errors) or any([*cells][-1] in run.records for cells, run in ends)
+
 
 @dataclass(frozen=True)
 class ShownColumn:
