@@ -298,6 +298,11 @@ class StoppingSettings(Topic):
         smallest_loss: The result is the iterate of smallest objective, not the last.
         target_tv: Stop once the total variation of the inputs falls below; None: never.
         patience: Stop after so many iterations without improvement; 0: never.
+        patience_share: The same as a share of all iterations: a tenth (0.1) of them, say; 0:
+            never. Iterations after which the learning rate still falls tenfold ("step") or to
+            less than a tenth (a cosine) do not count: a plateau at a large rate is no end.
+        min_improvement: By which share of itself the smallest objective must fall to count
+            as improved.
         time_budget: Stop after so many seconds; None: never.
     """
 
@@ -311,6 +316,21 @@ class StoppingSettings(Topic):
     )
     patience: int = setting(
         0, "--patience", metavar="N", help="stop after N iterations without improvement (0: never)"
+    )
+    patience_share: float = setting(
+        0.0,
+        "--patience-share",
+        at_least=0,
+        metavar="SHARE",
+        help="stop after this share of the iterations without improvement, once the learning "
+        "rate has fallen (0: never)",
+    )
+    min_improvement: float = setting(
+        0.0,
+        "--min-improvement",
+        at_least=0,
+        metavar="SHARE",
+        help="by which share the objective must fall to count as improved",
     )
     time_budget: float | None = setting(
         None, "--time-budget", metavar="SECONDS", help="stop after so many seconds"

@@ -13,9 +13,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from benchmarks.compute import Workers, compute
+from benchmarks.compute import Workers, compute, say_costs
 from benchmarks.declare.tables import PRESETS, Table, find_table, load_table, table_files
 from benchmarks.run.cells import ROOT, in_order
+from benchmarks.run.committed import Committed
+from benchmarks.run.costs import NONE, seconds_of
 from benchmarks.run.grid import Status
 from benchmarks.run.stages import STAGES
 from benchmarks.run.store import Store
@@ -50,6 +52,25 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--store", type=Path, default=DEFAULT_STORE, help="where cells are kept")
     parser.add_argument(
         "--jobs", type=int, help="cells at a time (default: one per GPU, else per core)"
+    )
+    parser.add_argument(
+        "--targets-at-once",
+        type=int,
+        default=1,
+        metavar="N",
+        help="targets of one model that a process attacks at once; small networks gain by it",
+    )
+    parser.add_argument(
+        "--budget",
+        metavar="TIME",
+        help="begin no cell after 30m, 2h, ...; the next run goes on (default: the table's; none)",
+    )
+    parser.add_argument(
+        "--from",
+        dest="committed",
+        type=Path,
+        metavar="TABLE.json",
+        help="take finished cells from a committed table, and compute the others",
     )
     parser.add_argument("--fresh", action="store_true", help="start a new interpreter per cell")
     parser.add_argument("--retry-failed", action="store_true", help="run failed cells again")
@@ -123,7 +144,8 @@ def _run(args: argparse.Namespace) -> bool:
     tables = _tables(args)
     _check(args)
     signal.signal(signal.SIGTERM, _interrupt)
-    store = Store(args.store.resolve())
+    committed = Committed() if args.committed is None else Committed.read(args.committed)
+    store = Store(args.store.resolve(), committed)
     if args.dry_run:
         _say_commands(tables, store)
         return False
@@ -139,8 +161,14 @@ def _run_table(table: Table, store: Store, args: argparse.Namespace, several: bo
         gpus_per_cell=args.gpus_per_cell,
         shared_data=args.shared_data,
         fresh=args.fresh,
+        targets_at_once=args.targets_at_once,
     )
-    statuses = compute(table, store, workers, quiet=args.quiet, retry_failed=args.retry_failed)
+    seconds = seconds_of(args.budget or table.budget or NONE)
+    if not args.quiet:
+        print(say_costs(table, store, workers, seconds), file=sys.stderr)
+    statuses = compute(
+        table, store, workers, quiet=args.quiet, retry_failed=args.retry_failed, seconds=seconds
+    )
     result = collect(table, store)
     name = _folder_name(table)
     folder = ROOT / "results" / name
@@ -174,6 +202,9 @@ def _say_commands(tables: Sequence[Table], store: Store) -> None:
 def _check(args: argparse.Namespace) -> None:
     if args.jobs is not None and args.jobs < 1:
         raise InputError("--jobs must be at least 1")
+    if args.targets_at_once < 1:
+        raise InputError("--targets-at-once must be at least 1")
+    seconds_of(args.budget or NONE)
     for flag, folder in (("--store", args.store), ("--output", args.output)):
         if folder is not None and folder.exists() and not folder.is_dir():
             raise InputError(f"{flag}: {folder} is a file, not a folder")

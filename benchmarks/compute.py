@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from benchmarks.declare.tables import Table
-from benchmarks.run.cells import in_order
+from benchmarks.run.cells import Cell, in_order
+from benchmarks.run.costs import Costs, in_words
 from benchmarks.run.executor import Executor, LocalExecutor, usable_cores, visible_gpus
 from benchmarks.run.grid import Grid, Status
 from benchmarks.run.progress import Progress
@@ -25,6 +26,7 @@ class Workers:
         gpus_per_cell: On the cluster; may be a fraction.
         shared_data: Whether every node sees data sets at the same paths.
         fresh: Whether every cell starts a new interpreter.
+        targets_at_once: Targets of one model that one process attacks at once; 1: each alone.
     """
 
     ray: bool = False
@@ -33,6 +35,7 @@ class Workers:
     gpus_per_cell: float | None = None
     shared_data: bool = False
     fresh: bool = False
+    targets_at_once: int = 1
 
     def executor(self, stages: Iterable[Stage]) -> Executor:
         """Start them.
@@ -56,6 +59,7 @@ def compute(
     *,
     quiet: bool = False,
     retry_failed: bool = False,
+    seconds: float | None = None,
 ) -> dict[str, Status]:
     """Run every cell of a table that is not finished.
 
@@ -65,15 +69,54 @@ def compute(
         workers: Who computes them.
         quiet: Whether only errors are said.
         retry_failed: Whether cells that failed before are run again.
+        seconds: After so many no further cell is started; None: no limit.
 
     Returns:
         What became of every cell, by key.
     """
-    if all(store.is_finished(cell) for cell in table.cells()):
+    cells = wanted_cells(table, store)
+    if all(store.is_finished(cell) for cell in cells):
         # Looking for GPUs takes seconds that a finished table does not need.
         executor: Executor = LocalExecutor()
     else:
-        executor = workers.executor({STAGES[cell.stage] for cell in in_order(table.cells())})
-    progress = Progress(table.labels(), quiet)
-    grid = Grid(table.cells(), store, executor, STAGES, progress, table.folders, retry_failed)
+        executor = workers.executor({STAGES[cell.stage] for cell in in_order(cells)})
+    grid = Grid(
+        cells,
+        store,
+        executor,
+        STAGES,
+        Progress(table.labels(), quiet),
+        table.folders,
+        retry_failed,
+        1 if workers.ray else workers.targets_at_once,
+        seconds,
+    )
     return grid.run()
+
+
+def wanted_cells(table: Table, store: Store) -> list[Cell]:
+    """A table's cells without those whose results are committed and what only these need."""
+    rows = sorted(table.rows, key=table.turn)
+    chains = (list(run.values()) for row in rows for run in row.repeats)
+    return store.still_wanted(chains)
+
+
+def say_costs(table: Table, store: Store, workers: Workers, seconds: float | None) -> str:
+    """One sentence on how long a table takes, from what cells like its own have cost.
+
+    Args:
+        table: The table.
+        store: Has the records.
+        workers: How many cells run at a time.
+        seconds: After which no further cell is started.
+    """
+    to_do = [c for c in in_order(wanted_cells(table, store)) if not store.is_finished(c)]
+    if not to_do:
+        return "every cell is finished"
+    total, unknown = Costs(store, table.cells()).total(to_do)
+    jobs = workers.jobs or len(visible_gpus()) or len(usable_cores())
+    known = f"about {in_words(total / jobs)} on {jobs} processes by recorded costs"
+    if unknown:
+        known += f", and {unknown} cells whose costs nobody has recorded"
+    limit = "" if seconds is None else f"; no cell begins after {in_words(seconds)} (--budget)"
+    return f"{len(to_do)} cells to compute: {known}{limit}"

@@ -26,6 +26,7 @@ import training.main_pytorch
 from attack.attacks import OptimizationAttack, get_attack
 from attack.attacks.ensemble import EnsembleConfig
 from attack.loop.inversion import Inversion
+from attack.loop.many_targets import ManyInversions
 from attack.metrics import ssim
 from attack.settings import InversionConfig
 from audit.inversion import invert_update
@@ -35,7 +36,7 @@ from core.processes import launch
 from tests.attack_targets import CASES, SETTINGS, Case, run_case
 from tests.federated.sites import update_of, victims
 from tests.pretended_device import Pretend, install
-from tests.targets import make_target, smooth_images
+from tests.targets import make_target, share_model, smooth_images
 
 CPU = torch.device("cpu")
 EXACT = InversionConfig(
@@ -57,6 +58,8 @@ ENGINE: dict[str, dict[str, Any]] = {
     "features": {"features": 0.1},
     "channels last": {"hvp": "difference", "channels_last": True, "double": False},
 }
+# Of these settings, those with which several targets are attacked at once.
+MANY_TARGETS = ("plain", "difference", "layer statistics", "balance", "group", "labels")
 DEFENSES = (
     "clip:1", "freeze:1", "gaussian:0.001", "laplace:0.001", "percentile-noise:10", "prune:0.5",
     "quantize:8", "sign", "topk:0.1", "soteria:0.5",
@@ -143,8 +146,22 @@ def engine_cases(device: torch.device) -> Iterator[tuple[str, Work]]:
             found = Inversion(target, truth.labels, config, device=device, seed=3).run().images
         return difference(found, expected)
 
+    def invert_many(changes: dict[str, Any]) -> float:
+        config = EXACT.changed(**changes)
+        targets = share_model(ModelSpec("cnn", 10, 16, width=8), 3, 2, train_mode=True)
+
+        def run(where: torch.device) -> torch.Tensor:
+            begun = [Inversion(t, y, config, device=where, seed=3) for t, y in targets]
+            return torch.stack([found.images for found in ManyInversions(begun).run()])
+
+        expected = run(CPU)
+        with Pretend():
+            return difference(run(device), expected)
+
     for name, changes in ENGINE.items():
         yield f"engine: {name}", lambda changes=changes: invert(changes)
+    for name in MANY_TARGETS:
+        yield f"many targets: {name}", lambda name=name: invert_many(ENGINE[name])
 
 
 def metric_cases(device: torch.device) -> Iterator[tuple[str, Work]]:

@@ -161,7 +161,7 @@ def write_state(path: Path) -> None:
 
 def read_state(path: Path) -> object:
     made = inversion()
-    restarts = made._state(path).load(made.restarts)
+    restarts = made.state(path).load(made.restarts)
     values = [
         {**vars(r), "optimizer": r.optimizer.state_dict(), "generator": r.generator.get_state()}
         for r in restarts

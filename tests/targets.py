@@ -66,6 +66,25 @@ def make_target(
     return dataclasses.replace(target, gradient=_shared(target, model, inputs, truth)), truth
 
 
+def share_model(
+    spec: ModelSpec, n_targets: int, batch: int, *, train_mode: bool = False
+) -> list[tuple[Target, torch.Tensor]]:
+    """Gradients of other images and labels through one model."""
+    base, _ = make_target(spec, batch, train_mode=train_mode)
+    found = []
+    for number in range(n_targets):
+        model = base.build_model().double()
+        inputs = base.data.normalize(smooth_images(batch, spec.image_size, number + 1)).double()
+        labels = (torch.arange(batch) + number) % spec.n_classes
+        statistics = collect_batch_statistics(model, inputs)
+        named = dict(model.named_parameters())
+        loss = F.cross_entropy(model.requires_grad_()(inputs), labels)
+        gradient = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+        target = dataclasses.replace(base, gradient=gradient, bn_statistics=(statistics,))
+        found.append((target, labels))
+    return found
+
+
 def adapt_running_statistics(model: torch.nn.Module, inputs: torch.Tensor) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):

@@ -2,12 +2,10 @@
 
 from typing import Any
 
-import torch
-
 from attack.attacks.base import register_attack
 from attack.attacks.optimisation import OptimizationAttack
 from attack.knowledge.threat_models import Capability
-from attack.reconstruction import Reconstruction
+from attack.loop.inversion import Inversion
 from attack.settings import InversionConfig
 from core.target import Target
 
@@ -72,11 +70,8 @@ class Hatamizadeh(OptimizationAttack):
         smallest_loss=False,
     )
 
-    def reconstruct(
-        self, target: Target, *, labels: torch.Tensor, device: torch.device, seed: int, **run: Any
-    ) -> Reconstruction:
-        """See `OptimizationAttack.reconstruct`."""
+    def inversion(self, target: Target, **start: Any) -> Inversion:
+        """See `OptimizationAttack.inversion`."""
         step = target.local.lr * target.local.updates
         weighted = self.config.changed(gradient_weight=self.config.matching.gradient_weight * step)
-        attack = OptimizationAttack(weighted)
-        return attack.reconstruct(target, labels=labels, device=device, seed=seed, **run)
+        return OptimizationAttack(weighted).inversion(target, **start)

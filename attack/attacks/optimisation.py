@@ -42,6 +42,27 @@ class OptimizationAttack(Attack):
         """See `Attack.plain_settings`; all settings side by side, whatever their topic."""
         return self.config.to_flat()
 
+    def inversion(
+        self,
+        target: Target,
+        *,
+        labels: torch.Tensor,
+        device: torch.device,
+        seed: int,
+        prior: torch.Tensor | None = None,
+        first_restart: int = 0,
+    ) -> Inversion:
+        """The inversion of one target, not yet begun; arguments as of `Inversion`."""
+        return Inversion(
+            target,
+            labels,
+            self.config,
+            device=device,
+            seed=seed,
+            prior=prior,
+            first_restart=first_restart,
+        )
+
     def reconstruct(
         self,
         target: Target,
@@ -54,16 +75,15 @@ class OptimizationAttack(Attack):
         **run: Any,
     ) -> Reconstruction:
         """See `Attack.reconstruct`; `prior` and `first_restart` are those of `Inversion`."""
-        inversion = Inversion(
+        begun = self.inversion(
             target,
-            labels,
-            self.config,
+            labels=labels,
             device=device,
             seed=seed,
             prior=prior,
             first_restart=first_restart,
         )
-        return inversion.run(**run)
+        return begun.run(**run)
 
 
 class SeedAttack(OptimizationAttack):

@@ -39,6 +39,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     with told_by_flag():
         run, opened = _prepared(args, given)
+        if run.beside:
+            _check_beside(args, run)
     # Spawned processes read the checkpoint themselves; it would be copied to them otherwise.
     handed_over = None if args.multiprocessing_distributed else opened
     launch(_work, LaunchSettings.from_arguments(args), run, handed_over)
@@ -47,9 +49,13 @@ def main(argv: list[str] | None = None) -> None:
 @told_by_flag()
 def _work(process: Process, run: AttackRun, opened: tuple[Target, Truth | None] | None) -> None:
     """What each process does."""
+    from attack.cli.many_runs import run_many
     from attack.cli.running import run_attack
 
-    run_attack(process, run, opened)
+    if run.beside:
+        run_many(process, run)
+    else:
+        run_attack(process, run, opened)
 
 
 def _prepared(
@@ -73,6 +79,32 @@ def _prepared(
         check_search(search, run)
         run = with_best_settings(run, search)
     return run, opened
+
+
+def _check_beside(args: argparse.Namespace, run: AttackRun) -> None:
+    """Refuse further checkpoints that cannot be attacked, before the first is."""
+    from attack.cli.checks import check_places, check_run
+
+    if args.multiprocessing_distributed:
+        raise InputError("--beside: all targets are attacked by one process")
+    if run.labels_only or run.at_once < 0:
+        raise InputError("--targets-at-once must not be negative, and --labels-only has no beside")
+    each = run.each()
+    if len({one.folder.resolve() for one in each}) < len(each):
+        raise InputError("--beside: two checkpoints write to one folder; give PATH=FOLDER")
+    for one in each[1:]:
+        check_places(one, one.folder.parent, one.folder.name)
+        check_run(one, cpu=args.cpu)
+
+
+def _beside(args: argparse.Namespace) -> tuple[tuple[Path, Path], ...]:
+    """Checkpoints beside the first, and the folder of each one's results."""
+    found = []
+    for number, word in enumerate(args.beside or (), start=2):
+        path, _, root = word.partition("=")
+        folder = Path(root) / args.id if root else Path(args.root) / f"{args.id}-{number}"
+        found.append((Path(path), folder))
+    return tuple(found)
 
 
 def _search_alone(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
@@ -122,6 +154,8 @@ def make_run(args: argparse.Namespace, given: Mapping[str, Any]) -> AttackRun:
         seed=args.seed,
         plugin=args.plugin,
         arguments={**vars(args), "pseudo_label_init": knowledge.label_rule},
+        beside=_beside(args),
+        at_once=args.targets_at_once,
     )
 
 

@@ -64,6 +64,20 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         default="batch",
         help="what several processes share: the images of the batch, or the restarts",
     )
+    parser.add_argument(
+        "--beside",
+        nargs="+",
+        metavar="PATH[=FOLDER]",
+        help="further checkpoints, attacked in this process with the same flags, at once where "
+        "they share a model; their results go to FOLDER/ID (default: ROOT/ID-2, ROOT/ID-3, ...)",
+    )
+    parser.add_argument(
+        "--targets-at-once",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --beside: targets per batched run (0: all, 1: one after the other)",
+    )
     parser.add_argument("--state-every", type=int, default=500, help="iterations between saves")
 
 

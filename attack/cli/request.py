@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +70,9 @@ class AttackRun:
         seed: Seed of every random number of the attack.
         plugin: Module to import first.
         arguments: The whole command line as plain values, for the record.
+        beside: Further checkpoints that are inverted in the same way in the same process, and
+            the folder of each one's results.
+        at_once: Of them and this one, how many targets a batched run has; 0: all.
     """
 
     checkpoint: Path
@@ -86,6 +90,22 @@ class AttackRun:
     seed: int = 0
     plugin: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    beside: tuple[tuple[Path, Path], ...] = ()
+    at_once: int = 0
+
+    def each(self) -> list[AttackRun]:
+        """The run of every checkpoint by itself, this one's first."""
+        alone = dataclasses.replace(self, beside=())
+        others = [
+            dataclasses.replace(
+                alone,
+                checkpoint=checkpoint,
+                folder=folder,
+                arguments={**self.arguments, "checkpoint": str(checkpoint)},
+            )
+            for checkpoint, folder in self.beside
+        ]
+        return [alone, *others]
 
 
 @dataclass(frozen=True)

@@ -59,12 +59,7 @@ def run_attack(
     import_plugin(run.plugin)
     keep_freed_memory()
     logging.basicConfig(level=logging.INFO if process.is_main else logging.ERROR)
-    target, truth = opened or open_checkpoint(run)
-    threat = find_threat(run.knowledge.threat)
-    if threat is not None:
-        target = threat.view(target)
-    attack = make_attack(run.attack, run.settings, run.knowledge)
-    output = Output(run, run_key(run, attack), attack, target, truth, process)
+    output = output_of(process, run, opened or open_checkpoint(run))
     # State files tell by their names whose they are; only rank 0 writes beside them.
     lock: AbstractContextManager[None] = contextlib.nullcontext()
     if process.is_main:
@@ -73,12 +68,22 @@ def run_attack(
         _run_locked(output)
 
 
+def output_of(process: Process, run: AttackRun, opened: tuple[Target, Truth | None]) -> Output:
+    """What the results of a run are made from, as the attacker sees its checkpoint."""
+    target, truth = opened
+    threat = find_threat(run.knowledge.threat)
+    if threat is not None:
+        target = threat.view(target)
+    attack = make_attack(run.attack, run.settings, run.knowledge)
+    return Output(run, run_key(run, attack), attack, target, truth, process)
+
+
 def _run_locked(output: Output) -> None:
     """The run, in a folder that nobody else writes to."""
     run, process = output.run, output.process
     if process.is_main:
         remove_left_behind(run.folder)
-    if _is_finished(output):
+    if is_finished(output):
         return
     if run.labels_only:
         if process.is_main:
@@ -136,7 +141,7 @@ def run_log(folder: Path | None) -> Iterator[None]:
         file.close()
 
 
-def _is_finished(output: Output) -> bool:
+def is_finished(output: Output) -> bool:
     """Whether the same run was finished before; one answer for all processes."""
     record = None
     if output.process.is_main:
@@ -158,7 +163,7 @@ def _reconstruct(output: Output, curve: Curve) -> Reconstruction:
         reconstruct = functools.partial(reconstruct, prior=prior_images(run.prior, output.target))
     found = reconstruct(
         output.target,
-        labels=_arranged_labels(output),
+        labels=arranged_labels(output),
         device=process.device,
         seed=run.seed,
         progress=process.is_main and not run.showing.quiet,
@@ -166,17 +171,24 @@ def _reconstruct(output: Output, curve: Curve) -> Reconstruction:
         # Processes that work by themselves would draw over each other's pictures.
         on_snapshot=None if spread and not process.is_main else curve,
         snapshot_every=curve.every(attack.iterations),
-        state_file=_state_file(run.folder, output.key, process.rank if spread else None),
+        state_file=state_file_of(run.folder, output.key, process.rank if spread else None),
         save_every=run.showing.state_every,
     )
-    optimised = _optimises_targets(run, attack, output.target)
-    if not optimised and not run.knowledge.leaves_labels_to(attack):
-        doubt = broken_assumption(run.knowledge.label_rule, output.target)
-        found.details.update({} if doubt is None else {"label_warning": doubt})
+    note_doubt(output, found)
     return found
 
 
-def _state_file(folder: Path, key: str, rank: int | None) -> Path:
+def note_doubt(output: Output, found: Reconstruction) -> None:
+    """Say in the result where its labels come from a rule whose assumption does not hold."""
+    run, attack = output.run, output.attack
+    optimised = optimises_targets(run, attack, output.target)
+    if not optimised and not run.knowledge.leaves_labels_to(attack):
+        doubt = broken_assumption(run.knowledge.label_rule, output.target)
+        found.details.update({} if doubt is None else {"label_warning": doubt})
+
+
+def state_file_of(folder: Path, key: str, rank: int | None = None) -> Path:
+    """Where a run, or the share of a process in it, is saved."""
     return folder / (f"state-{key}.pt" if rank is None else f"state-{key}-share{rank}.pt")
 
 
@@ -185,7 +197,7 @@ def labels_for(
 ) -> torch.Tensor | None:
     """The labels that the attack is given; None where it recovers them itself."""
     knowledge = run.knowledge
-    if _optimises_targets(run, attack, target):
+    if optimises_targets(run, attack, target):
         # They stand where labels would; every restart optimises its own.
         return torch.zeros(target.batch_size, dtype=torch.long)
     if knowledge.leaves_labels_to(attack):
@@ -195,7 +207,7 @@ def labels_for(
     return recover_labels(knowledge.label_rule, target, truth_labels=granted)
 
 
-def _optimises_targets(run: AttackRun, attack: Attack, target: Target) -> bool:
+def optimises_targets(run: AttackRun, attack: Attack, target: Target) -> bool:
     """Whether targets that are no classes are optimised with the inputs."""
     config = getattr(attack, "config", None)
     if run.knowledge.label_rule == "known" or target.loss.targets is Targets.CLASSES:
@@ -203,7 +215,7 @@ def _optimises_targets(run: AttackRun, attack: Attack, target: Target) -> bool:
     return isinstance(config, InversionConfig) and config.matching.joint_labels
 
 
-def _arranged_labels(output: Output) -> torch.Tensor | None:
+def arranged_labels(output: Output) -> torch.Tensor | None:
     """The attack's labels; recovered ones where they belong, if trying can tell."""
     run, target = output.run, output.target
     labels = labels_for(run, output.attack, target, output.truth)

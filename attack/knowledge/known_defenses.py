@@ -106,6 +106,8 @@ class ElementWeighted(Objective):
         weights: Per shared parameter, a factor or a tensor of the parameter's shape.
     """
 
+    of_one_target = True
+
     def __init__(self, objective: Objective, weights: list[torch.Tensor]) -> None:
         self.objective = objective
         self.weights = weights
@@ -131,6 +133,8 @@ class Through(Objective):
         objective: The distance that is computed on the transformed gradients.
         defense: A differentiable stand-in for the defense.
     """
+
+    of_one_target = True
 
     def __init__(self, objective: Objective, defense: Callable[[Tensors], Tensors]) -> None:
         self.objective = objective

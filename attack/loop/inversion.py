@@ -15,6 +15,7 @@ each process holds its own images of the batch (see `attack.matching.matcher`).
     attack.loop.step     direction, learning rate, noise, box
     attack.loop.stopping     why it ends
     attack.loop.polish    L-BFGS at the end
+    attack.loop.many_targets   inversions of many targets of one model, step by step at once
     attack.loop.state        saving and resuming
 """
 
@@ -197,7 +198,7 @@ class Inversion:
                 several = distributed.world_size() > 1
                 if (several and not together) or not math.isfinite(self._best_objective()):
                     raise
-                raise InterruptedInversion(self._result("interrupted")) from None
+                raise InterruptedInversion(self.result("interrupted")) from None
 
     def _run(
         self,
@@ -210,10 +211,11 @@ class Inversion:
         save_every: int,
         stop_if_interrupted: Callable[[], None],
     ) -> Reconstruction:
-        state = None if state_file is None else self._state(state_file)
+        state = None if state_file is None else self.state(state_file)
         if state is not None:
             self.restarts = state.load(self.restarts)
         started = time.perf_counter() - self.progress.seconds
+        cpu_started = time.process_time() - self.progress.cpu_seconds
         bar = self._bar(progress)
         status = "finished"
         ends = stage_ends(self.config)
@@ -222,41 +224,52 @@ class Inversion:
             self._iterate(iteration)
             self.progress.iteration = iteration + 1
             self.progress.seconds = time.perf_counter() - started
+            self.progress.cpu_seconds = time.process_time() - cpu_started
             if iteration % LOOK_EVERY == 0:
                 stop_if_interrupted()
             bar.update()
             if iteration % print_every == 0 or iteration + 1 == self.config.optimiser.iterations:
-                entry = self._trace_entry(iteration)
+                entry = self.trace_entry(iteration)
                 bar.set_postfix(loss=f"{entry['objective']:.4g}", refresh=False)
                 if report is not None:
                     report(iteration, entry["objective"])
             status = self.stopping.status(self.restarts)
             due = snapshot_every > 0 and (iteration + 1) % snapshot_every == 0
             if on_snapshot and (due or iteration + 1 in ends):
-                self._snapshot(on_snapshot)
+                self.take_snapshot(on_snapshot)
             if state is not None and (iteration + 1) % save_every == 0:
                 state.save(self.restarts)
         bar.close()
         if self.config.optimiser.polish:
             polish(best_of(self.restarts), self.problem, self.matcher, self.progress.iteration)
         self.progress.seconds = time.perf_counter() - started
-        return self._result(status)
+        self.progress.cpu_seconds = time.process_time() - cpu_started
+        return self.result(status)
 
     def _iterate(self, iteration: int) -> None:
         """One iteration of every restart."""
-        if self.matcher.at(iteration, self.config.optimiser.iterations):
-            # Values of another objective are no measure.
-            for restart in self.restarts:
-                restart.smallest = restart.best_value = math.inf
-        restarts = self.race.thin_out(self.restarts, iteration)
-        restarts = thin_out(restarts, iteration, self.config)
-        self.restarts = self.consensus.advance(restarts, iteration)
-        consensus = self.consensus.target(self.restarts, iteration)
+        consensus = self.advance(iteration)
         together = self.evaluation.together(self.restarts)
         for restart in self.restarts:
             self.stepper.step(restart, iteration, consensus, together.get(restart.index))
 
-    def _state(self, path: Path) -> StateFile:
+    def advance(self, iteration: int) -> torch.Tensor | None:
+        """Choose the restarts that take this iteration.
+
+        Returns:
+            What group consistency pulls them to; None for nothing.
+        """
+        if self.matcher.at(iteration, self.config.optimiser.iterations):
+            # Values of another objective are no measure.
+            for restart in self.restarts:
+                restart.forget_values()
+        restarts = self.race.thin_out(self.restarts, iteration)
+        restarts = thin_out(restarts, iteration, self.config)
+        self.restarts = self.consensus.advance(restarts, iteration)
+        return self.consensus.target(self.restarts, iteration)
+
+    def state(self, path: Path) -> StateFile:
+        """The file that this inversion is saved to and continued from."""
         return StateFile(path, self.problem, self.matcher, self.starter, self.progress)
 
     # -- What is shown and returned ------------------------------------------------
@@ -270,7 +283,8 @@ class Inversion:
             disable=not (shown and distributed.rank() == 0),
         )
 
-    def _trace_entry(self, iteration: int) -> dict[str, float]:
+    def trace_entry(self, iteration: int) -> dict[str, float]:
+        """Write down how far the objective is."""
         entry = {
             "iteration": iteration,
             "objective": best_of(self.restarts).best_value,
@@ -295,7 +309,8 @@ class Inversion:
             values |= dict(zip(parts, distributed.all_reduce(mine).tolist(), strict=True))
         return {f"{name} term": value for name, value in values.items()}
 
-    def _snapshot(self, on_snapshot: Snapshot) -> None:
+    def take_snapshot(self, on_snapshot: Snapshot) -> None:
+        """Hand the best images so far over, on rank 0."""
         images = self.problem.images(best_of(self.restarts))
         if distributed.rank() == 0:
             on_snapshot(self.progress.iteration, images)
@@ -304,7 +319,12 @@ class Inversion:
         best = best_of(self.restarts)
         return math.inf if best.best_inputs is None else best.best_value
 
-    def _result(self, status: str) -> Reconstruction:
+    def result(self, status: str) -> Reconstruction:
+        """The best result so far.
+
+        Args:
+            status: Why the inversion ends.
+        """
         best = best_of(self.restarts)
         labels = self.problem.labels if best.best_labels is None else best.best_labels
         adaptation = self.problem.adaptation
@@ -320,6 +340,7 @@ class Inversion:
                 "restart": best.index,
                 "restart_objectives": {str(r.index): r.best_value for r in self.restarts},
                 "events": self.progress.events,
+                "cpu_seconds": round(self.progress.cpu_seconds, 3),
                 **self.matcher.details(),
                 **({"adaptations": adaptation.notes} if self.config.matching.adaptive else {}),
                 **({"assumed": [ASSUMED_ORDER]} if self.target.local.order_assumed else {}),

@@ -42,6 +42,8 @@ class Restart:
         best_inputs: The result so far.
         best_labels: The labels that go with it, where they are optimised.
         best_iteration: Iteration at which the objective was smallest.
+        counted: The objective when it last improved by as much as counts for patience.
+        counted_iteration: The iteration at which that was.
         shrink: Factor on the learning rate, below 1 after a divergence.
         divergences: Number of those.
         fallen: Iterations in which the balance has fallen.
@@ -59,6 +61,8 @@ class Restart:
     best_inputs: torch.Tensor | None = None
     best_labels: torch.Tensor | None = None
     best_iteration: int = 0
+    counted: float = math.inf
+    counted_iteration: int = 0
     shrink: float = 1.0
     divergences: int = 0
     fallen: int = 0
@@ -71,7 +75,13 @@ class Restart:
         return self.divergences < MAX_DIVERGENCES
 
     def keep(
-        self, inputs: torch.Tensor, value: float, iteration: int, *, smallest: bool = True
+        self,
+        inputs: torch.Tensor,
+        value: float,
+        iteration: int,
+        *,
+        smallest: bool = True,
+        margin: float = 0.0,
     ) -> None:
         """Make these inputs the result so far.
 
@@ -80,15 +90,32 @@ class Restart:
             value: Value of the objective at these inputs.
             iteration: Number of the iteration, from 0.
             smallest: Only if the objective is smaller than ever before.
+            margin: See `note`.
         """
-        improved = value < self.smallest
-        if improved:
-            self.smallest, self.best_iteration = value, iteration
-        if improved or not smallest:
+        if self.note(value, iteration, margin) or not smallest:
             # Together: an interrupted attack's result is the one of its objective.
             self.best_value, self.best_inputs = value, inputs.clone()
             if self.label_logits is not None:
                 self.best_labels = self.loss.decided(self.label_logits.detach())
+
+    def note(self, value: float, iteration: int, margin: float = 0.0) -> bool:
+        """Take note of an objective; whether it is smaller than ever before.
+
+        Args:
+            value: Value of the objective.
+            iteration: Number of the iteration, from 0.
+            margin: Share by which it must fall to count as improved for patience.
+        """
+        if value < self.counted * (1 - margin):
+            self.counted, self.counted_iteration = value, iteration
+        if not value < self.smallest:
+            return False
+        self.smallest, self.best_iteration = value, iteration
+        return True
+
+    def forget_values(self) -> None:
+        """The objective is another one from here on: no earlier value is a measure."""
+        self.smallest = self.best_value = self.counted = math.inf
 
 
 def best_of(restarts: Sequence[Restart]) -> Restart:

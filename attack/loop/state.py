@@ -29,7 +29,8 @@ class Progress:
 
     Attributes:
         iteration: Number of finished iterations.
-        seconds: Wall-clock time so far.
+        seconds: Wall-clock time so far; of targets that are attacked at once, each one's share.
+        cpu_seconds: The same of the processor's time, over all threads.
         trace: One entry per printed iteration.
         events: Sentences about restarts that diverged.
         fusion: What group consistency pulls towards; n x C x H x W inputs.
@@ -39,6 +40,7 @@ class Progress:
 
     iteration: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     trace: list[dict[str, float]] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
     fusion: torch.Tensor | None = None
@@ -53,6 +55,7 @@ class Progress:
     def restore(self, saved: Progress, device: torch.device) -> None:
         """Become what was saved."""
         self.iteration, self.seconds = saved.iteration, saved.seconds
+        self.cpu_seconds = saved.cpu_seconds
         self.trace, self.events = saved.trace, saved.events
         self.final_stage_from, self.was_rough = saved.final_stage_from, saved.was_rough
         self.fusion = None if saved.fusion is None else saved.fusion.to(device)
@@ -140,7 +143,8 @@ class StateFile:
         check_types(progress)
         shape = tuple(self.problem.inputs(restarts[0]).shape)
         _check_tensor(progress.fusion, shape, "the fusion", optional=True)
-        if progress.iteration < 0 or not 0 <= progress.seconds < math.inf:
+        times = (progress.seconds, progress.cpu_seconds)
+        if progress.iteration < 0 or not all(0 <= time < math.inf for time in times):
             raise InputError("it has a negative number of iterations")
         if not 1 <= len(raw["restarts"]) <= len(restarts):
             raise InputError(f"it has {len(raw['restarts'])} restarts")
@@ -209,9 +213,21 @@ def _moved(restart: Restart, n: int, device: torch.device) -> Restart:
 def _saved(restart: Restart) -> dict[str, Any]:
     # The client's loss is the target's, and no plain value.
     plain = {name: value for name, value in vars(restart).items() if name != "loss"}
+    # Rows of one stack would each be saved with all of it.
     return {
-        **plain,
-        "variable": restart.variable.detach(),
-        "optimizer": restart.optimizer.state_dict(),
+        **{name: _alone(value) for name, value in plain.items()},
+        "variable": _alone(restart.variable),
+        "optimizer": _alone(restart.optimizer.state_dict()),
         "generator": restart.generator.get_state(),
     }
+
+
+def _alone(value: Any) -> Any:
+    """The value with tensors on memory of their own, where they are parts of larger ones."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach()
+        own = value.untyped_storage().nbytes() == value.numel() * value.element_size()
+        return value if own else value.clone()
+    if isinstance(value, dict):
+        return {key: _alone(each) for key, each in value.items()}
+    return [_alone(each) for each in value] if isinstance(value, list) else value

@@ -160,7 +160,14 @@ class Stepper:
         }
         if not math.isfinite(value):
             return value
-        restart.keep(inputs, value, iteration, smallest=self.config.stopping.smallest_loss)
+        stopping = self.config.stopping
+        restart.keep(
+            inputs,
+            value,
+            iteration,
+            smallest=stopping.smallest_loss,
+            margin=stopping.min_improvement,
+        )
         self.direction.advance_balance(restart, value)
         balance = self.direction.balance(restart)
         total = self.direction.combine(match, prior_gradient, balance)

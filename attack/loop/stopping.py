@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from attack.loop.step import scheduled_rate
 from attack.priors.regularizers import AnisotropicTV
 from core.processes import distributed
 
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from attack.loop.problem import InversionProblem
     from attack.loop.restarts import Restart
     from attack.loop.state import Progress
+
+# Share of the largest learning rate below which a cosine has nearly come to its end.
+NEARLY_FALLEN = 0.1
 
 
 class Stopping:
@@ -33,8 +37,7 @@ class Stopping:
         alive = [restart for restart in restarts if restart.alive]
         if not alive:
             return "diverged"
-        last_improvement = max(restart.best_iteration for restart in alive)
-        if limits.patience and progress.iteration - last_improvement > limits.patience:
+        if self._waited_enough(progress.iteration - max(r.counted_iteration for r in alive)):
             return "patience"
         # Clocks differ between processes; rank 0's decides.
         if limits.time_budget is not None and distributed.broadcast_object(
@@ -44,6 +47,24 @@ class Stopping:
         if limits.target_tv is not None and self._fell_below(limits.target_tv, restarts):
             return "target-tv"
         return "finished"
+
+    def _waited_enough(self, waited: int) -> bool:
+        """Whether so many iterations without improvement end the inversion."""
+        config, limits = self.problem.config, self.problem.config.stopping
+        if limits.patience and waited > limits.patience:
+            return True
+        share = limits.patience_share * config.optimiser.iterations
+        return 0 < share < waited and self._rate_has_fallen()
+
+    def _rate_has_fallen(self) -> bool:
+        """Whether the learning rate has no great fall before it, which a plateau waits for."""
+        config, last = self.problem.config, self.problem.config.optimiser.iterations - 1
+        now = scheduled_rate(config, min(self.progress.iteration, last))
+        if config.optimiser.schedule == "constant":
+            return True
+        if config.optimiser.schedule == "step":
+            return now <= scheduled_rate(config, last)
+        return now <= NEARLY_FALLEN * config.optimiser.lr
 
     def _fell_below(self, target_tv: float, restarts: Sequence[Restart]) -> bool:
         """Whether total variation is below now and was not before: a flat start is no end."""

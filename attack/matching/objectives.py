@@ -11,6 +11,7 @@ import abc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -54,7 +55,13 @@ class AffineSeed:
 
 
 class Objective(abc.ABC):
-    """How far a gradient is from the target gradient."""
+    """How far a gradient is from the target gradient.
+
+    Attributes:
+        of_one_target: Whether it holds tensors of one target, so that it cannot compare others.
+    """
+
+    of_one_target: ClassVar[bool] = False
 
     @abc.abstractmethod
     def distance(self, gradient: Tensors, target: Tensors) -> torch.Tensor:
@@ -75,6 +82,23 @@ class Objective(abc.ABC):
             torch.zeros_like(g) if s is None else s for g, s in zip(leaves, seed, strict=True)
         ]
 
+    def values_and_seeds(
+        self, gradients: Tensors, targets: Tensors
+    ) -> tuple[torch.Tensor, Tensors]:
+        """The same for R gradients, each with a target of its own.
+
+        Args:
+            gradients: R x ... per shared parameter.
+            targets: The same shapes.
+
+        Returns:
+            R values in float64, and derivatives of the gradients' shapes.
+        """
+        seeds, values = torch.func.vmap(torch.func.grad_and_value(self.distance))(
+            gradients, targets
+        )
+        return values.double(), list(seeds)
+
     def affine_seed(self, products: Products) -> AffineSeed | None:
         """Value and derivative from inner products alone, where that is possible.
 
@@ -85,6 +109,16 @@ class Objective(abc.ABC):
             the difference of products would have lost its digits.
         """
         return None
+
+
+def squared_norms(rows: Tensors) -> torch.Tensor:
+    """Sum of squares of each of R rows over all its tensors (R x ...): R values in float64."""
+    return torch.stack([t.square().flatten(1).sum(1).double() for t in rows]).sum(0)
+
+
+def along_rows(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """One value per row, in the type of a tensor of rows and broadcast over it."""
+    return values.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
 
 
 def squared_norm(tensors: Tensors) -> torch.Tensor:
@@ -171,6 +205,21 @@ class Cosine(Objective):
         torch._foreach_mul_(seed, 1 / g_norm)
         return value, seed
 
+    def values_and_seeds(
+        self, gradients: Tensors, targets: Tensors
+    ) -> tuple[torch.Tensor, Tensors]:
+        """See `Objective.values_and_seeds`; as in `value_and_seed`."""
+        tiny = 1e-30
+        g_norm, t_norm = (squared_norms(x).sqrt().clamp_min(tiny) for x in (gradients, targets))
+        seeds = [
+            g / along_rows(g_norm, g) - t / along_rows(t_norm, t)
+            for g, t in zip(gradients, targets, strict=True)
+        ]
+        values = squared_norms(seeds) / 2
+        for seed, g in zip(seeds, gradients, strict=True):
+            seed.sub_(g * along_rows(values / g_norm, g)).div_(along_rows(g_norm, g))
+        return values, seeds
+
     def affine_seed(self, products: Products) -> AffineSeed | None:
         """See `Objective.affine_seed`; ((1 - D) u - w) / |g| is sin(g, t) / |g| long."""
         if products.gg <= 0 or products.tt <= 0:
@@ -201,6 +250,15 @@ class L2(Objective):
         value = squared_norm(difference)
         torch._foreach_mul_(difference, 2.0)
         return value, difference
+
+    def values_and_seeds(
+        self, gradients: Tensors, targets: Tensors
+    ) -> tuple[torch.Tensor, Tensors]:
+        """See `Objective.values_and_seeds`."""
+        seeds = list(torch._foreach_sub(gradients, targets))
+        values = squared_norms(seeds)
+        torch._foreach_mul_(seeds, 2.0)
+        return values, seeds
 
     def affine_seed(self, products: Products) -> AffineSeed | None:
         """See `Objective.affine_seed`."""

@@ -9,9 +9,11 @@ table has no such axis and no neighbours.
 from __future__ import annotations
 
 import abc
+import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -270,6 +272,20 @@ TOTAL_VARIATIONS: dict[str, Callable[[], Regularizer]] = {
 ModelPenalty = Callable[[torch.nn.Module], Callable[[], torch.Tensor]]
 
 
+@runtime_checkable
+class TransferablePenalty(Protocol):
+    """A penalty that can be made anew for what another target tells."""
+
+    def __call__(self, model: torch.nn.Module) -> Callable[[], torch.Tensor]:
+        """See `ModelPenalty`."""
+
+    def known_tensors(self) -> list[torch.Tensor]:
+        """What the target tells, in a fixed order."""
+
+    def knowing(self, tensors: Sequence[torch.Tensor]) -> TransferablePenalty:
+        """The same penalty with other values of `known_tensors`."""
+
+
 def watch_layers(
     model: torch.nn.Module,
     names: Iterable[str],
@@ -343,6 +359,16 @@ class BatchNormPenalty:
     def __call__(self, model: torch.nn.Module) -> Callable[[], torch.Tensor]:
         """Watch one forward pass of `model`; the result gives the penalty after it."""
         return watch_layers(model, self.known[0], self._distance)
+
+    def known_tensors(self) -> list[torch.Tensor]:
+        """See `TransferablePenalty`."""
+        return [t for group in self.known for pair in group.values() for t in pair]
+
+    def knowing(self, tensors: Sequence[torch.Tensor]) -> BatchNormPenalty:
+        """See `TransferablePenalty`."""
+        told, other = iter(tensors), copy.copy(self)
+        other.known = [{name: (next(told), next(told)) for name in group} for group in self.known]
+        return other
 
     def _distance(self, name: str, features: torch.Tensor) -> torch.Tensor:
         dims = [0, *range(2, features.dim())]
@@ -463,6 +489,14 @@ class FeaturePenalty:
             return (seen[0] - self.features).square().mean(1).sum() / self.batch_size
 
         return total
+
+    def known_tensors(self) -> list[torch.Tensor]:
+        """See `TransferablePenalty`."""
+        return [self.features]
+
+    def knowing(self, tensors: Sequence[torch.Tensor]) -> FeaturePenalty:
+        """See `TransferablePenalty`."""
+        return FeaturePenalty(tensors[0], self.batch_size, self.layer)
 
 
 def shared_features(target: Target, labels: torch.Tensor, layer: str) -> torch.Tensor:

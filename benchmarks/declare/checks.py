@@ -15,9 +15,9 @@ from core.plugins import import_plugin
 
 _TABLE_KEYS = {
     "title", "description", "like", "axes", "repeats", "presets", "columns", "figures", "published",
-    "chain", "pivot", "plugin", *STAGES,
+    "chain", "pivot", "plugin", "budget", "order", "compare", *STAGES,
 }  # fmt: skip
-_PRESET_KEYS = {"axes", "repeats", "data", "published", "plugin", *STAGES}
+_PRESET_KEYS = {"axes", "repeats", "data", "published", "plugin", "budget", *STAGES}
 
 
 def check_structure(document: Document, preset: str, model: Mapping[str, Any]) -> None:
@@ -59,10 +59,11 @@ def _check_keys(document: Document, raw: dict[Any, Any], known: set[str], place:
 
 
 _TYPES: dict[str, type] = {
-    "columns": list, "figures": list, "published": list, "chain": list,
-    "axes": dict, "repeats": dict, "presets": dict, "pivot": dict, "plugin": str,
+    "columns": list, "figures": list, "published": list, "chain": list, "order": list,
+    "compare": dict, "axes": dict, "repeats": dict, "presets": dict, "pivot": dict, "plugin": str,
+    "budget": str,
 }  # fmt: skip
-_KINDS: dict[type, str] = {list: "a list", dict: "a mapping", str: "the name of a module"}
+_KINDS: dict[type, str] = {list: "a list", dict: "a mapping", str: "a word"}
 
 
 def _check_types(document: Document, raw: dict[Any, Any], place: tuple[Any, ...]) -> None:

@@ -9,7 +9,8 @@ A table names a column in one of these ways:
 - "STAGE.KEY.KEY...", for any number of the records (`benchmarks.declare.records`).
 
 "worst NAME" shows the value of greatest leakage in place of the mean, "interval NAME" the 95 %
-interval of the mean.
+interval of the mean, "change NAME" the mean difference from the same image in the row that the
+table compares with (`compare`), and its 95 % interval.
 """
 
 from __future__ import annotations
@@ -303,7 +304,8 @@ class View:
 
     Attributes:
         column: The column whose numbers are collected.
-        part: "mean" (with the standard deviation), "worst" or "interval".
+        part: "mean" (with the standard deviation), "worst", "interval", or "change": the paired
+            difference from the row that the table compares with, and its interval.
     """
 
     column: Column
@@ -316,6 +318,7 @@ class View:
             "mean": self.column.header,
             "worst": f"worst {self.column.header}",
             "interval": f"{self.column.header} 95 %",
+            "change": f"{self.column.header} change",
         }[self.part]
 
     def number(self, value: float) -> str:
@@ -325,8 +328,8 @@ class View:
 
 
 def find_view(name: str) -> View:
-    """`NAME`, `worst NAME` or `interval NAME`."""
+    """`NAME`, `worst NAME`, `interval NAME` or `change NAME`."""
     part, _, rest = name.partition(" ")
-    if part in ("worst", "interval") and rest:
+    if part in ("worst", "interval", "change") and rest:
         return View(find_column(rest), part)
     return View(find_column(name))

@@ -30,6 +30,13 @@ which this table or its axes set, and all of them where it has `repeats` of its 
 none). Axes, chain, columns, figures and what is published are each table's own. A value
 `STAGE/FILE` is a file that an earlier stage's cell of the same row made.
 
+`order: [AXIS, ...]` is the order in which rows are computed, where a run may end before all are.
+`compare: {AXIS: VALUE}` names the rows that "change COLUMN" compares the others with, image by
+image; a cell of such a table that beats no better than the guesses do is marked.
+
+`budget: 30m` (of the table or a preset) is how long a run lasts unless `--budget` says otherwise:
+no cell begins later, and the next run goes on.
+
 A file has at most 512 KiB, 50,000 values (an alias counts as what it stands for) and 32 levels, and
 a table 20,000 cells: rows times runs times stages.
 """
@@ -114,6 +121,11 @@ class Table:
         data: Name of the data set that was asked for instead of the preset's; else empty.
         pivot: For the axis whose values are shown side by side, the columns that are shown
             for each of them; empty without one.
+        budget: How long a run lasts unless told otherwise, as `--budget` has it; empty: until
+            all is done.
+        order: Axes by which rows are computed, the slowest first; those of the same values in
+            the order in which they are shown.
+        compare: The axis and its value that every row is compared with; empty for none.
     """
 
     name: str
@@ -128,10 +140,18 @@ class Table:
     chain: tuple[str, ...]
     data: str = ""
     pivot: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    budget: str = ""
+    order: tuple[str, ...] = ()
+    compare: tuple[str, str] | tuple[()] = ()
 
     def cells(self) -> list[Cell]:
         """Every cell, with repetitions."""
         return [cell for row in self.rows for run in row.repeats for cell in run.values()]
+
+    def turn(self, row: Row) -> tuple[int, ...]:
+        """Where a row stands in the order of computation."""
+        values = [list(dict.fromkeys(r.labels[axis] for r in self.rows)) for axis in self.order]
+        return tuple(v.index(row.labels[axis]) for v, axis in zip(values, self.order, strict=True))
 
     def labels(self) -> dict[str, str]:
         """A name for people for every cell: its stage and what all rows using it share."""
@@ -242,6 +262,11 @@ class _Expansion:
         """What the last layer that has a key says of it."""
         return [default, *(layer[key] for layer in self._layers if key in layer)][-1]
 
+    def _own(self, key: str) -> Any:
+        """What this table, or its preset, says of a key that no model hands down."""
+        place = self._raw.get("presets", {}).get(self._preset, {})
+        return place.get(key, self._raw.get(key, ""))
+
     def table(self) -> Table:
         axes = self._axes("axes")
         raw = self._raw
@@ -259,7 +284,23 @@ class _Expansion:
             chain=self._chain,
             data=self._data_name(self._asked_data),
             pivot=self._pivot(),
+            budget=str(self._own("budget")),
+            order=self._order(),
+            compare=self._compare(),
         )
+
+    def _order(self) -> tuple[str, ...]:
+        given = tuple(map(str, self._raw.get("order", [])))
+        for axis in given:
+            if axis not in self._axis_names():
+                raise self._document.error(unknown("axis", axis, self._axis_names()), "order")
+        return given
+
+    def _compare(self) -> tuple[str, str] | tuple[()]:
+        given = self._where(self._raw.get("compare", {}), ("compare",))
+        if len(given) > 1:
+            raise self._document.error("compare: one axis and one of its values", "compare")
+        return next(iter(given.items()), ())
 
     def _pivot(self) -> dict[str, tuple[str, ...]]:
         given = self._raw.get("pivot", {})

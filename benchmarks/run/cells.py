@@ -61,6 +61,15 @@ class Cell:
         """Hash of the canonical JSON of `describe`."""
         return hash_json(self.describe())
 
+    @functools.cached_property
+    def setting(self) -> str:
+        """Hash of what was asked for, whatever version of the code computes it."""
+        inputs = {
+            flag: {"cell": i.cell.setting, "stage": i.cell.stage, "pattern": i.pattern}
+            for flag, i in self.inputs.items()
+        }
+        return hash_json({"stage": self.stage, "config": dict(self.config), "inputs": inputs})
+
     @property
     def needs(self) -> list[Cell]:
         """The cells that must be finished first."""

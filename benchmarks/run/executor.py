@@ -36,6 +36,7 @@ class Job:
         log: File that receives everything the command prints.
         data: Folders of data sets by name.
         lock: Descriptor of the cell's lock, held while the job runs.
+        companions: Jobs of further cells that the same process computes.
         started: Clock at the start.
     """
 
@@ -47,6 +48,16 @@ class Job:
     data: Mapping[str, str]
     lock: int
     started: float = field(default_factory=time.monotonic)
+    companions: Sequence[Job] = ()
+
+    def command(self) -> list[str]:
+        """The command line, of the companions' cells as well."""
+        others = [(each.inputs, each.files) for each in self.companions]
+        return self.stage.command(self.cell.config, self.inputs, self.files, self.data, others)
+
+    def all(self) -> list[Job]:
+        """This job and its companions."""
+        return [self, *self.companions]
 
 
 @dataclass(frozen=True)
@@ -170,7 +181,7 @@ class LocalExecutor:
 
     def start(self, job: Job) -> None:
         """Start the job's command, its output in the job's log."""
-        words = job.stage.command(job.cell.config, job.inputs, job.files, job.data)
+        words = job.command()
         gpus, cores = self._least_used_gpus(processes_of(job.cell)), self._free_cores(job.cell)
         environment = command_environment(self._share(job.cell))
         if gpus:
@@ -180,7 +191,8 @@ class LocalExecutor:
             log.flush()
             fresh = self._imports is None or job.stage.imports is None
             begin = self._fresh if fresh else self._warm
-            command = begin(words, environment, log.fileno(), job.lock, cores)
+            locks = tuple(each.lock for each in job.all())
+            command = begin(words, environment, log.fileno(), locks, cores)
         self._running.append(_Taken(job, command, gpus, cores))
 
     def _fresh(
@@ -188,7 +200,7 @@ class LocalExecutor:
         words: Sequence[str],
         environment: Mapping[str, str],
         log: int,
-        lock: int,
+        locks: tuple[int, ...],
         cores: Sequence[int],
     ) -> Running:
         process = subprocess.Popen(
@@ -199,8 +211,8 @@ class LocalExecutor:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            # The command keeps the cell locked even if the harness is killed.
-            pass_fds=(lock,),
+            # The command keeps its cells locked even if the harness is killed.
+            pass_fds=locks,
         )
         _pin(process.pid, cores)
         return FreshCommand(process)
@@ -210,7 +222,7 @@ class LocalExecutor:
         words: Sequence[str],
         environment: Mapping[str, str],
         log: int,
-        lock: int,
+        locks: tuple[int, ...],
         cores: Sequence[int],
     ) -> Running:
         process = warm.start_command(
@@ -219,7 +231,7 @@ class LocalExecutor:
             folder=ROOT,
             environment=environment,
             output=log,
-            kept=(lock,),
+            kept=locks,
             cores=cores,
             imports=self._imports or (),
         )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import enum
+import math
 import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from benchmarks.run.cells import Cell, in_order
 from benchmarks.run.executor import Executor, Job, Outcome
@@ -24,6 +26,10 @@ class Status(enum.Enum):
     FOUND = "found"
     FAILED = "failed"
     BLOCKED = "blocked"
+    LEFT = "left for a further run"
+
+
+DONE = (Status.FINISHED, Status.FOUND)
 
 
 class Grid:
@@ -37,6 +43,9 @@ class Grid:
         progress: Who is told.
         data: Folders of data sets by the name that configurations use.
         retry_failed: Run again what failed in an earlier run.
+        targets_at_once: Cells of one configuration that one process computes, where their stage
+            can take several inputs.
+        seconds: After so many no further cell is started; None: until nothing is left to do.
     """
 
     def __init__(
@@ -48,7 +57,10 @@ class Grid:
         progress: Progress,
         data: Mapping[str, str] | None = None,
         retry_failed: bool = False,
+        targets_at_once: int = 1,
+        seconds: float | None = None,
     ) -> None:
+        self._at_once, self._seconds = targets_at_once, seconds
         self._store = store
         self._executor = executor
         self._stages = stages
@@ -71,9 +83,13 @@ class Grid:
         """
         self._find_finished()
         self._progress.begin(len(self._cells), len(self._status))
+        until = math.inf if self._seconds is None else time.monotonic() + self._seconds
         try:
             while len(self._status) < len(self._cells):
-                self._start_what_can()
+                if time.monotonic() < until:
+                    self._start_what_can()
+                elif not self._running:
+                    break
                 for outcome in self._executor.poll():
                     self._conclude(outcome)
                 self._progress.tick(self._running.values())
@@ -84,7 +100,8 @@ class Grid:
                 os.close(job.lock)
             self._running.clear()
             self._progress.end()
-        return self._status
+        left = {cell.key: Status.LEFT for cell in self._cells if cell.key not in self._status}
+        return {**self._status, **left}
 
     def _find_finished(self) -> None:
         for cell in self._cells:
@@ -98,26 +115,65 @@ class Grid:
             needs = [self._status.get(need.key) for need in cell.needs]
             if Status.FAILED in needs or Status.BLOCKED in needs:
                 self._settle(cell, Status.BLOCKED, 0.0)
-            elif all(needs) and self._executor.has_room():
+            elif all(needs) and self._executor.has_room() and not self._waits_for_others(cell):
                 self._try_start(cell)
 
     def _try_start(self, cell: Cell) -> None:
-        """Start `cell` unless another process has it; that one's result will do."""
+        """Start `cell`, and beside it others that its process can compute as well."""
+        job = self._prepared(cell)
+        if job is None:
+            return
+        others = [self._prepared(other) for other in self._companions(cell)]
+        job.companions = [other for other in others if other is not None]
+        for each in job.all():
+            self._progress.started(each.cell)
+        self._executor.start(job)
+
+    def _companions(self, cell: Cell) -> list[Cell]:
+        """Cells that the process of `cell` can compute as well, all of them ready."""
+        alike = [other for other in self._alike(cell) if self._is_ready(other)]
+        return alike[: self._at_once - 1]
+
+    def _waits_for_others(self, cell: Cell) -> bool:
+        """Whether more cells could go along once what they need is done."""
+        alike = self._alike(cell)
+        ready = sum(map(self._is_ready, alike))
+        return ready < min(len(alike), self._at_once - 1)
+
+    def _alike(self, cell: Cell) -> list[Cell]:
+        """Cells to do of the same configuration whose inputs are of the same model."""
+        if self._at_once < 2 or self._stages[cell.stage].beside is None:
+            return []
+        return [
+            other
+            for other in self._cells
+            if other.key != cell.key
+            and other.key not in self._status
+            and other.key not in self._running
+            and other.config == cell.config
+            and _model_of(other) == _model_of(cell)
+        ]
+
+    def _is_ready(self, cell: Cell) -> bool:
+        return all(self._status.get(need.key) in DONE for need in cell.needs)
+
+    def _prepared(self, cell: Cell) -> Job | None:
+        """A job for `cell`, or None where another process has it: that one's result will do."""
         lock = self._store.try_lock(cell)
         if lock is None:
-            return
+            return None
         if self._already_done(cell):
             os.close(lock)
-            return
+            return None
         try:
             inputs = self._input_files(cell)
         except FileNotFoundError as error:
             self._store.fail(cell, str(error))
             self._settle(cell, Status.FAILED, 0.0, str(error))
             os.close(lock)
-            return
+            return None
         self._store.begin(cell)
-        job = Job(
+        self._running[cell.key] = Job(
             cell=cell,
             stage=self._stages[cell.stage],
             inputs=inputs,
@@ -126,9 +182,7 @@ class Grid:
             data=self._data,
             lock=lock,
         )
-        self._running[cell.key] = job
-        self._progress.started(cell)
-        self._executor.start(job)
+        return self._running[cell.key]
 
     def _already_done(self, cell: Cell) -> bool:
         if self._store.is_finished(cell):
@@ -152,9 +206,18 @@ class Grid:
         return {flag: self._store.input_file(i.cell, i.pattern) for flag, i in cell.inputs.items()}
 
     def _conclude(self, outcome: Outcome) -> None:
-        job, error = outcome.job, outcome.error
-        seconds = time.monotonic() - job.started
-        record = None if error else job.stage.read_record(job.files)
+        """Settle the cells of a job: together they took the time since it began."""
+        jobs = outcome.job.all()
+        seconds = (time.monotonic() - outcome.job.started) / len(jobs)
+        for job in jobs:
+            # One of several may be done although the command failed at a later one.
+            read = outcome.error is None or len(jobs) > 1
+            record = job.stage.read_record(job.files) if read else None
+            self._conclude_one(job, record, outcome.error, seconds)
+
+    def _conclude_one(
+        self, job: Job, record: dict[str, Any] | None, error: str | None, seconds: float
+    ) -> None:
         if error is None and record is None:
             error = f"the command succeeded but wrote no {job.stage.record}"
         if record is not None:
@@ -169,3 +232,8 @@ class Grid:
     def _settle(self, cell: Cell, status: Status, seconds: float, error: str = "") -> None:
         self._status[cell.key] = status
         self._progress.finished(cell, status.value, seconds, error)
+
+
+def _model_of(cell: Cell) -> list[str]:
+    """The cells that made the models behind a cell's inputs."""
+    return [need.key for given in cell.needs for need in given.needs]

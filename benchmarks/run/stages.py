@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ class Stage:
         record: Name (may hold wildcards) of the JSON record that the command writes.
         parser: The command's parser, for checking flags; None accepts any flag.
         distributed: Whether `--multiprocessing-distributed` and its friends are understood.
+        beside: Flag that takes further inputs of the command in the same process, as
+            `PATH=FOLDER` words; the input that it is about; None: one input per process.
         imports: Modules that every cell imports, so that it may be forked where they are; None:
             every cell is a new interpreter.
     """
@@ -42,6 +44,7 @@ class Stage:
     record: str
     parser: Callable[[], argparse.ArgumentParser] | None = None
     distributed: bool = True
+    beside: tuple[str, str] | None = None
     imports: tuple[str, ...] | None = None
 
     def code(self) -> str:
@@ -54,6 +57,7 @@ class Stage:
         inputs: Mapping[str, Path],
         folder: Path,
         data: Mapping[str, str],
+        others: Sequence[tuple[Mapping[str, Path], Path]] = (),
     ) -> list[str]:
         """The command line of a cell.
 
@@ -62,12 +66,17 @@ class Stage:
             inputs: Files of other cells by flag.
             folder: Folder that the command writes to.
             data: Folders of data sets by the name that configurations use.
+            others: Inputs and folders of further cells of this configuration, which the same
+                process computes (see `beside`).
         """
         flags = {k: v for k, v in config.items() if k != PROCESSES}
         if "data" in flags:
             flags["data"] = data.get(str(flags["data"]), flags["data"])
         flags |= {flag: str(path) for flag, path in inputs.items()}
         flags |= self.outputs(folder)
+        if others and self.beside is not None:
+            flag, about = self.beside
+            flags[flag] = [f"{paths[about]}={place}" for paths, place in others]
         return [sys.executable, *self.script, *_flags(flags), *self._launch(config)]
 
     def _launch(self, config: Mapping[str, Any]) -> list[str]:
@@ -144,6 +153,7 @@ STAGES: dict[str, Stage] = {
             outputs=lambda folder: {"root": str(folder), "id": "cell"},
             record="record.json",
             parser=_parser_of("attack.cli.command"),
+            beside=("beside", "checkpoint"),
             imports=("torchvision", "attack.cli.running"),
         ),
         Stage(

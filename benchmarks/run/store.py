@@ -17,12 +17,13 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.run.cells import Cell
+from benchmarks.run.committed import Committed
 from core.errors import InputError
 from core.reading import read_json_object
 from core.storage import write_json, write_record
@@ -34,9 +35,11 @@ class Store:
 
     Attributes:
         root: Folder of the store; made when something is written.
+        committed: Finished cells of a committed table, whose results count as well.
     """
 
     root: Path
+    committed: Committed = field(default_factory=Committed)
 
     def folder(self, cell: Cell) -> Path:
         """Where a cell keeps everything."""
@@ -55,9 +58,24 @@ class Store:
         return _read(self.folder(cell) / "record.json")
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
-        """What a finished cell's command recorded, else None."""
+        """What a finished cell's command recorded, here or where it was committed; else None."""
         record = self.record(cell)
-        return None if record is None else _result(record, self.folder(cell))
+        if record is None:
+            return self.committed.result(cell)
+        return _result(record, self.folder(cell))
+
+    def still_wanted(self, chains: Iterable[Sequence[Cell]]) -> list[Cell]:
+        """The cells of all chains but those whose last cell's result is committed.
+
+        Args:
+            chains: Cells, each of which needs those before it.
+        """
+        return [
+            cell
+            for chain in chains
+            if self.is_finished(chain[-1]) or self.committed.result(chain[-1]) is None
+            for cell in chain
+        ]
 
     def failure(self, cell: Cell) -> dict[str, Any] | None:
         """The error of a failed cell, else None."""

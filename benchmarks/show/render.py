@@ -7,18 +7,21 @@ import dataclasses
 import io
 import re
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.declare.columns import View
 from benchmarks.declare.tables import Table
+from benchmarks.run.cells import Cell
+from benchmarks.run.committed import compact_records
 from benchmarks.show.results import Line, RowResult, ShownColumn, TableResult
 from benchmarks.show.statistics import Summary
 from core.escaping import in_csv, in_markdown, in_one_line
 
 DASH = "–"
 PUBLISHED = "published"
+BEATEN = "does not beat the best guess that knows nothing of the gradient, on the same images"
 
 
 @dataclass
@@ -62,6 +65,8 @@ def to_text_table(result: TableResult) -> TextTable:
     """Write every number of a result the way people read it."""
     notes = _Footnotes()
     columns, lines = result.shown_columns(), result.lines()
+    if result.table.budget:
+        lines = _begun(lines, notes)
     published = any(line.first.row.published for line in lines)
     header = [*result.shown_axes, *(c.header for c in columns), *[PUBLISHED] * published]
     return TextTable(
@@ -72,6 +77,14 @@ def to_text_table(result: TableResult) -> TextTable:
         footnotes=notes.listed(),
         n_labels=len(result.shown_axes),
     )
+
+
+def _begun(lines: list[Line], notes: _Footnotes) -> list[Line]:
+    """The rows of which something is computed: a run within a budget leaves the others."""
+    begun = [line for line in lines if any(row.has_begun for row in line.rows.values())]
+    if len(begun) < len(lines):
+        notes.mark(f"{len(lines) - len(begun)} of {len(lines)} rows are not computed yet")
+    return begun
 
 
 def _title(table: Table) -> str:
@@ -94,12 +107,26 @@ def _line_texts(
 def _entry(row: RowResult, view: View, notes: _Footnotes) -> str:
     if view.column.name in row.texts:
         return row.texts[view.column.name]
+    if view.part == "change":
+        return format_change(row.changes.get(view.column.name), view)
     summary = row.summaries[view.column.name]
     if summary is not None:
-        return format_summary(summary, view)
+        guess = row.beaten_by.get(view.column.name) if view.part == "mean" else None
+        mark = "" if guess is None else f" [{notes.mark(BEATEN)}]"
+        return format_summary(summary, view) + mark
     if row.errors:
         return "failed"
     return f"{DASH} [{notes.mark(f'{view.column.header}: {row.notes[view.column.name]}')}]"
+
+
+def format_change(change: Summary | None, view: View) -> str:
+    """A paired difference and its 95 % interval; a dash where there is no pair."""
+    if change is None:
+        return DASH
+    mean = f"{change.mean:+.{view.column.digits or 2}f}"
+    if change.low is None or change.high is None:
+        return mean
+    return f"{mean} ({view.number(change.low)} to {view.number(change.high)})"
 
 
 def format_summary(summary: Summary, view: View) -> str:
@@ -234,11 +261,21 @@ def to_json(result: TableResult) -> dict[str, Any]:
         "preset": result.table.preset,
         "data": result.table.data,
         "rows": [_row_json(row) for row in result.rows],
+        "records": compact_records(_finished(result)),
         "baselines": {
             name: {metric: dataclasses.asdict(s) for metric, s in metrics.items()}
             for name, metrics in result.baselines.items()
         },
     }
+
+
+def _finished(result: TableResult) -> Iterator[tuple[Cell, Mapping[str, Any]]]:
+    """Every finished cell with what it recorded."""
+    for row in result.rows:
+        for cells, run in zip(row.row.repeats, row.runs, strict=True):
+            for stage, cell in cells.items():
+                if stage in run.records:
+                    yield cell, run.records[stage]
 
 
 def _row_json(row: RowResult) -> dict[str, Any]:
@@ -249,7 +286,15 @@ def _row_json(row: RowResult) -> dict[str, Any]:
         },
         "texts": dict(row.texts),
         "notes": dict(row.notes),
+        **_compared_json(row),
         "errors": list(row.errors),
         "published": [dataclasses.asdict(p) for p in row.row.published],
         "cells": [{stage: c.key for stage, c in run.items()} for run in row.row.repeats],
     }
+
+
+def _compared_json(row: RowResult) -> dict[str, Any]:
+    """What a table that compares its rows adds."""
+    changes = {n: dataclasses.asdict(s) for n, s in row.changes.items() if s is not None}
+    compared = {"changes": changes, "beaten by": dict(row.beaten_by)}
+    return {name: values for name, values in compared.items() if values}

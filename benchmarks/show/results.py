@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,9 @@ class RowResult:
         notes: By column name, why there is none.
         errors: What failed, one sentence per cell.
         texts: By column name, what a column of words says.
+        changes: By column name, the paired difference from the row of the same attack that the
+            table compares with; None where there is no pair.
+        beaten_by: By column name, the guess that leaked no less; absent where the row beats all.
     """
 
     row: Row
@@ -39,6 +43,14 @@ class RowResult:
     notes: Mapping[str, str] = field(default_factory=dict)
     errors: tuple[str, ...] = ()
     texts: Mapping[str, str] = field(default_factory=dict)
+    changes: Mapping[str, Summary | None] = field(default_factory=dict)
+    beaten_by: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the last stage of some repeat is finished, or something has failed."""
+        ends = zip(self.row.repeats, self.runs, strict=True)
+        return bool(self.errors) or any([*cells][-1] in run.records for cells, run in ends)
 
 
 @dataclass(frozen=True)
@@ -133,6 +145,8 @@ def collect(table: Table, store: Store) -> TableResult:
     """Read a table's results from the store; cells that are missing leave gaps."""
     views = tuple(find_view(str(name)) for name in table.columns)
     rows = tuple(_row(row, views, store) for row in table.rows)
+    if table.compare:
+        rows = tuple(_compared(row, rows, views, *table.compare) for row in rows)
     return TableResult(table, views, rows, _baselines(rows))
 
 
@@ -146,6 +160,44 @@ def _row(row: Row, views: Iterable[View], store: Store) -> RowResult:
             notes[column.name] = _why_missing(column, runs)
     errors = dict.fromkeys(e for cells in row.repeats for e in _errors(cells, store))
     return RowResult(row, runs, summaries, notes, tuple(errors), _texts(runs, views))
+
+
+def _compared(
+    row: RowResult, rows: Iterable[RowResult], views: Iterable[View], axis: str, value: str
+) -> RowResult:
+    """The row with its changes from its like that has another value of an axis."""
+    wanted = {**row.row.labels, axis: value}
+    like = next((other for other in rows if other.row.labels == wanted), None)
+    columns = {view.column.name: view.column for view in views if view.column.text is None}
+    changes = {
+        name: None if like is None or like is row else _change(column, row, like)
+        for name, column in columns.items()
+    }
+    guessed = {name: _better_guess(column, row) for name, column in columns.items()}
+    beaten = {name: guess for name, guess in guessed.items() if guess is not None}
+    return dataclasses.replace(row, changes=changes, beaten_by=beaten)
+
+
+def _change(column: Column, row: RowResult, like: RowResult) -> Summary | None:
+    """Differences between two rows, image by image, over the repeats that both have."""
+    differences: list[float] = []
+    for mine, other in zip(row.runs, like.runs, strict=True):
+        pair = column.values(mine), column.values(other)
+        if len(pair[0]) == len(pair[1]):
+            differences += [a - b for a, b in zip(*pair, strict=True)]
+    return summarize(differences)
+
+
+def _better_guess(column: Column, row: RowResult) -> str | None:
+    """The best of the guesses that know nothing of the gradient, if the row does not beat it."""
+    mine = row.summaries[column.name]
+    guesses = _baselines([row])
+    known = {name: m[column.name].mean for name, m in guesses.items() if column.name in m}
+    if mine is None or column.leak is None or not known:
+        return None
+    sign = 1 if column.leak == "high" else -1
+    best = max(known, key=lambda name: sign * known[name])
+    return best if sign * known[best] >= sign * mine.mean else None
 
 
 def _texts(runs: Iterable[Run], views: Iterable[View]) -> dict[str, str]:

@@ -36,7 +36,7 @@ from benchmarks.show.report import to_html
 from benchmarks.show.results import TableResult, collect
 from benchmarks.show.statistics import bootstrap_interval, summarize
 from tests.browser import Page, find_browser
-from tests.example_results import TABLE, example, fill, load
+from tests.example_results import TABLE, attack_record, example, fill, load
 
 
 @pytest.fixture
@@ -79,6 +79,52 @@ def test_text_table(result: TableResult) -> None:
     sentences = dict(table.footnotes)
     assert sentences["a"] == "LPIPS: no weights"
     assert "extract failed: exit status 1: error: out of <memory>" in sentences.values()
+
+
+@pytest.fixture
+def compared(tmp_path: Path) -> TableResult:
+    text = TABLE.replace("interval psnr", "change psnr") + "compare: {defense: none}\n"
+    table, store = load(tmp_path, text), Store(tmp_path / "store")
+    fill(table, store)
+    return collect(table, store)
+
+
+def test_changes_are_paired_image_by_image(compared: TableResult) -> None:
+    reference, noise = compared.rows[0], compared.rows[2]
+    assert noise.row.labels == {"defense": "noise", "batch size": "1"}
+    # The noise costs every image 5 dB, whatever the images differ by.
+    change = noise.changes["psnr"]
+    assert change is not None
+    assert (change.n, change.mean, change.low, change.high) == (4, -5.0, -5.0, -5.0)
+    assert reference.changes["psnr"] is None
+    table = to_text_table(compared)
+    at = table.header.index("PSNR change")
+    assert [row[at] for row in table.rows[:3]] == ["–", "–", "-5.00 (-5.00 to -5.00)"]
+    assert to_json(compared)["rows"][2]["changes"]["psnr"]["mean"] == -5.0
+
+
+def test_a_cell_that_does_not_beat_the_guesses_is_marked(tmp_path: Path) -> None:
+    text = TABLE.replace("sigma: 0.1", "sigma: 0.2") + "compare: {defense: none}\n"
+    table, store = load(tmp_path, text), Store(tmp_path / "store")
+    fill(table, store)
+    result = collect(table, store)
+    # 11 dB and a flat colour's 12.5.
+    assert result.rows[2].beaten_by == {"psnr": "flat colour"}
+    assert result.rows[0].beaten_by == {}
+    text_table = to_text_table(result)
+    marks = {sentence: mark for mark, sentence in text_table.footnotes}
+    mark = next(mark for sentence, mark in marks.items() if "does not beat" in sentence)
+    assert text_table.rows[2][2] == f"11.00 ± 0.82 [{mark}]"
+    assert f"[{mark}]" not in text_table.rows[0][2]
+
+
+def test_rows_that_a_budget_has_left_are_counted_and_not_shown(tmp_path: Path) -> None:
+    table, store = load(tmp_path, TABLE + "budget: 30m\n"), Store(tmp_path / "store")
+    for cell in table.rows[0].repeats[0].values():
+        store.finish(cell, attack_record(20.0) if cell.stage == "attack" else {})
+    shown = to_text_table(collect(table, store))
+    assert [row[0] for row in shown.rows] == ["none"]
+    assert "5 of 6 rows are not computed yet" in dict(shown.footnotes).values()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 from torch.utils import backend_registration
 
 from tests.attack_targets import CASES
-from tests.on_pretended_device import ENGINE, SHARED, TRAINED
+from tests.on_pretended_device import ENGINE, MANY_TARGETS, SHARED, TRAINED
 
 pytestmark = pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
@@ -45,6 +45,7 @@ def test_all_is_tried(cases: dict[str, Any]) -> None:
     kinds = [name.split(":")[0] for name in cases]
     assert kinds.count("refused") == kinds.count("allowed") == 5
     assert kinds.count("engine") == len(ENGINE)
+    assert kinds.count("many targets") == len(MANY_TARGETS)
     assert kinds.count("attack") == len(CASES)
     assert kinds.count("stages 2 and 3") == len(SHARED)
     assert kinds.count("stage 1") == len(TRAINED)
@@ -53,7 +54,9 @@ def test_all_is_tried(cases: dict[str, Any]) -> None:
 def test_branches_for_a_gpu_give_the_same_images(cases: dict[str, Any]) -> None:
     compared = {name: case.get("difference") for name, case in cases.items()}
     compared = {name: d for name, d in compared.items() if d is not None}
-    assert len(compared) == len(ENGINE) + len(["ssim", "full", "full", "bn", "published"])
+    assert len(compared) == len(ENGINE) + len(MANY_TARGETS) + len(
+        ["ssim", "full", "full", "bn", "published"]
+    )
     # The federated inversion is in float32, where iterations magnify rounding.
     bounds = {name: 1e-3 if name.startswith("federated") else 1e-5 for name in compared}
     assert all(d < bounds[name] for name, d in compared.items()), compared

@@ -1,0 +1,157 @@
+"""One attack on many targets in one process: at once where that is possible, else in turn."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from attack.attacks.base import Attack
+from attack.attacks.optimisation import OptimizationAttack
+from attack.loop.many_targets import ManyInversions, OneByOneError
+
+if TYPE_CHECKING:
+    from attack.loop.inversion import Inversion, Snapshot
+    from attack.reconstruction import Reconstruction
+    from core.target import Target
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Begun:
+    """One target among several, and what an attack on it is given.
+
+    Attributes:
+        target: What was shared.
+        labels: N labels; None where the attack recovers them itself.
+        on_snapshot: Who is shown the best images on the way.
+        snapshot_every: Iterations between two snapshots; 0: none.
+        state_file: Where the state is kept.
+        prior: Images to start from.
+    """
+
+    target: Target
+    labels: torch.Tensor | None
+    on_snapshot: Snapshot
+    snapshot_every: int = 0
+    state_file: Path | None = None
+    prior: torch.Tensor | None = None
+
+
+def reconstruct_many(
+    attack: Attack,
+    targets: Sequence[Begun],
+    *,
+    device: torch.device,
+    seed: int,
+    at_once: int = 0,
+    print_every: int = 10,
+    save_every: int = 500,
+) -> list[Reconstruction]:
+    """What `attack.reconstruct` gives for each target, up to rounding.
+
+    Args:
+        attack: The attack.
+        targets: What was shared, and what belongs to it.
+        device: Device that runs the computation.
+        seed: Of every target's random numbers.
+        at_once: Targets per batched run; 0: all, 1: each alone.
+        print_every: Iterations between two entries of a trace.
+        save_every: Iterations between two saves of the state.
+
+    Returns:
+        One reconstruction per target.
+    """
+    found: dict[int, Reconstruction] = {}
+    size = at_once or len(targets)
+    for group in _groups(attack, targets, device, seed):
+        for first in range(0, len(group), size):
+            part = group[first : first + size]
+            chosen = [targets[index] for index in part]
+            found |= zip(
+                part,
+                _run(attack, chosen, device, seed, print_every, save_every),
+                strict=True,
+            )
+    return [found[index] for index in range(len(targets))]
+
+
+def _groups(
+    attack: Attack, targets: Sequence[Begun], device: torch.device, seed: int
+) -> list[list[int]]:
+    """Targets whose settings are the same, told defenses included."""
+    if not isinstance(attack, OptimizationAttack):
+        return [[index] for index in range(len(targets))]
+    groups: list[tuple[Inversion, list[int]]] = []
+    for index, each in enumerate(targets):
+        mine = _inversion(attack, each, device, seed)
+        for first, members in groups:
+            alike = first.problem.shape == mine.problem.shape
+            if alike and first.problem.config == mine.problem.config:
+                members.append(index)
+                break
+        else:
+            groups.append((mine, [index]))
+    return [members for _, members in groups]
+
+
+def _inversion(
+    attack: OptimizationAttack, each: Begun, device: torch.device, seed: int
+) -> Inversion:
+    # Attacks that recover labels themselves have no such inversion.
+    assert each.labels is not None
+    return attack.inversion(
+        each.target, labels=each.labels, device=device, seed=seed, prior=each.prior
+    )
+
+
+def _run(
+    attack: Attack,
+    targets: Sequence[Begun],
+    device: torch.device,
+    seed: int,
+    print_every: int,
+    save_every: int,
+) -> list[Reconstruction]:
+    if isinstance(attack, OptimizationAttack) and len(targets) > 1:
+        try:
+            inversions = [_inversion(attack, each, device, seed) for each in targets]
+            return ManyInversions(inversions).run(
+                print_every=print_every,
+                on_snapshots=[each.on_snapshot for each in targets],
+                snapshot_every=targets[0].snapshot_every,
+                state_files=[each.state_file for each in targets if each.state_file is not None],
+                save_every=save_every,
+            )
+        except OneByOneError as reason:
+            logger.warning("%d targets one by one: %s", len(targets), reason)
+    return [_alone(attack, each, device, seed, print_every, save_every) for each in targets]
+
+
+def _alone(
+    attack: Attack,
+    each: Begun,
+    device: torch.device,
+    seed: int,
+    print_every: int,
+    save_every: int,
+) -> Reconstruction:
+    start = {} if each.prior is None else {"prior": each.prior}
+    reconstruct: Callable[..., Reconstruction] = attack.reconstruct
+    return reconstruct(
+        each.target,
+        labels=each.labels,
+        device=device,
+        seed=seed,
+        **start,
+        print_every=print_every,
+        on_snapshot=each.on_snapshot,
+        snapshot_every=each.snapshot_every,
+        state_file=each.state_file,
+        save_every=save_every,
+    )

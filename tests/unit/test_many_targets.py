@@ -1,0 +1,190 @@
+"""Many targets of one model at once: each ends where it would have ended alone."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from attack.loop.inversion import Inversion
+from attack.loop.many_targets import ManyInversions, OneByOneError, reason_for_one_by_one
+from attack.settings import InversionConfig
+from core.models.building import ModelSpec
+from core.target import Target
+from tests.targets import make_target, share_model
+
+CPU = torch.device("cpu")
+PLAIN = InversionConfig(iterations=12, tv=0.01, double=True, hvp="exact", signed=False)
+NETWORKS = {
+    "lenet": (ModelSpec("lenet", 10, 16, width=4), False),
+    "cnn, train mode": (ModelSpec("cnn", 10, 16, width=4), True),
+    "cnn, eval mode": (ModelSpec("cnn", 10, 16, width=4), False),
+    "convnet": (ModelSpec("convnet", 10, 16, width=4), False),
+    "mlp": (ModelSpec("mlp", 10, 8, width=16), False),
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "difference": {"hvp": "difference"},
+    "auto": {"hvp": "auto"},
+    "L2": {"objective": "L2", "lr": 0.01},
+    "layer norms": {"objective": "layer-L2", "layers": "linear"},
+    "layer cosines": {"objective": "layer-sim"},
+    "signed": {"signed": True, "schedule": "step"},
+    "soft signs": {"soft_sign": True, "warmup": 3, "start": "pattern"},
+    "balance": {
+        "balance": 0.5,
+        "balance_end": 0.05,
+        "tv_kind": "double-opponents",
+        "coordinates": "dct",
+    },
+    "statistics": {"bn": 0.1, "exact_bn": True, "tv": 0.0},
+    "statistics, difference": {"bn": 0.1, "exact_bn": True, "hvp": "difference"},
+    "statistics beside a balance": {"bn": 0.1, "exact_bn": True, "balance": 0.5},
+    "features": {"features": 0.1},
+    "group": {"restarts": 3, "group": 0.1, "registration": True, "input_noise": 0.1},
+    "fusion": {"restarts": 2, "combine": True, "combine_every": 2, "input_noise": 0.1},
+    "halving": {"restarts": 4, "halving": True, "iterations": 17},
+    "labels": {"joint_labels": True, "objective": "L2", "tv": 0.0},
+    "last iterate": {"smallest_loss": False, "input_norm": 0.01, "tv_kind": "norm"},
+    "polish": {"polish": 2},
+}
+
+
+def begun(targets: list[tuple[Target, torch.Tensor]], config: InversionConfig) -> list[Inversion]:
+    return [Inversion(t, labels, config, device=CPU, seed=5) for t, labels in targets]
+
+
+def check_alike(targets: list[tuple[Target, torch.Tensor]], config: InversionConfig) -> None:
+    # A difference of passes has noise of its own, which rounding draws anew.
+    noise = 1.0 if config.matching.hvp == "exact" else 1e4
+    together, alone = begun(targets, config), begun(targets, config)
+    found = ManyInversions(together).run(print_every=4)
+    for mine, own, side, single in zip(
+        found, [each.run(print_every=4) for each in alone], together, alone, strict=True
+    ):
+        assert (mine.iterations, mine.status) == (own.iterations, own.status)
+        assert mine.objective == pytest.approx(own.objective, rel=1e-9 * noise)
+        assert torch.equal(mine.labels, own.labels)
+        for a, b in zip(side.restarts, single.restarts, strict=True):
+            assert a.index == b.index
+            assert (a.variable - b.variable).abs().max() < 1e-8 * noise
+        assert len(mine.trace) == len(own.trace)
+        for entry, expected in zip(mine.trace, own.trace, strict=True):
+            del entry["seconds"], expected["seconds"]
+            assert entry == pytest.approx(expected, rel=1e-8 * noise)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("hvp", ["exact", "difference"])
+def test_each_network_ends_where_it_would_alone(network: str, hvp: str) -> None:
+    spec, train_mode = NETWORKS[network]
+    check_alike(share_model(spec, 3, 2, train_mode=train_mode), PLAIN.changed(hvp=hvp))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_each_setting_ends_where_it_would_alone(name: str) -> None:
+    spec, _ = NETWORKS["cnn, eval mode"]
+    train_mode = "statistics" in name
+    check_alike(share_model(spec, 2, 2, train_mode=train_mode), PLAIN.changed(**SETTINGS[name]))
+
+
+def test_a_target_that_ends_early_leaves_the_others_as_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    targets = share_model(NETWORKS["lenet"][0], 3, 1)
+
+    def ending() -> list[Inversion]:
+        """The second one ends after seven iterations."""
+        inversions = begun(targets, PLAIN)
+        progress = inversions[1].progress
+
+        def status(restarts: object) -> str:
+            return "patience" if progress.iteration >= 7 else "finished"
+
+        monkeypatch.setattr(inversions[1].stopping, "status", status)
+        return inversions
+
+    found = ManyInversions(ending()).run()
+    alone = [inversion.run() for inversion in ending()]
+    assert [r.iterations for r in found] == [r.iterations for r in alone] == [12, 7, 12]
+    for mine, own in zip(found, alone, strict=True):
+        assert mine.objective == pytest.approx(own.objective, rel=1e-9)
+        assert mine.status == own.status
+        assert mine.details["targets_at_once"] == 3
+
+
+def test_a_killed_run_goes_on_from_its_states(tmp_path: Path) -> None:
+    spec, _ = NETWORKS["lenet"]
+    targets = share_model(spec, 2, 1)
+    config = PLAIN.changed(restarts=2, input_noise=0.1)
+    files = [tmp_path / f"{number}.pt" for number in range(2)]
+    whole = ManyInversions(begun(targets, config)).run()
+    killed = ManyInversions(begun(targets, config))
+    stops = iter([False] * 7)
+
+    def stop(iteration: int, images: torch.Tensor) -> None:
+        if next(stops, True):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        killed.run(on_snapshots=[stop] * 2, snapshot_every=2, state_files=files, save_every=3)
+    resumed = ManyInversions(begun(targets, config)).run(state_files=files)
+    for mine, own in zip(resumed, whole, strict=True):
+        assert mine.iterations == own.iterations == 12
+        assert mine.objective == pytest.approx(own.objective, rel=1e-12)
+    # One of them can as well go on alone.
+    assert begun(targets, config)[0].run(state_file=files[0]).objective == pytest.approx(
+        whole[0].objective, rel=1e-9
+    )
+
+
+def test_what_cannot_run_at_once_says_why() -> None:
+    lenet = share_model(NETWORKS["lenet"][0], 2, 1)
+    other, truth = make_target(NETWORKS["lenet"][0], 1, seed=9)
+    several = reason_for_one_by_one
+    assert several(begun(lenet, PLAIN)) is None
+    assert "LBFGS" in str(several(begun(lenet, PLAIN.changed(optimizer="LBFGS"))))
+    mixed = [lenet[0], (other, truth.labels)]
+    assert several(begun(mixed, PLAIN)) == "they do not come from one model"
+    with pytest.raises(OneByOneError, match="one model"):
+        ManyInversions(begun(mixed, PLAIN))
+
+
+def test_a_model_that_draws_random_numbers_runs_one_by_one() -> None:
+    (target, labels), (other, _) = share_model(NETWORKS["mlp"][0], 2, 1)
+    inversions = begun([(target, labels), (other, labels)], PLAIN)
+    for inversion in inversions:
+        for model in (inversion.replica.model, inversion.matcher._perturbed):
+            model.append(torch.nn.Dropout(0.5))
+            model.train()
+    with pytest.raises(OneByOneError, match="batched"):
+        ManyInversions(inversions).run()
+
+
+def test_a_diverged_row_goes_back_and_the_others_go_on() -> None:
+    targets = share_model(NETWORKS["lenet"][0], 2, 1)
+    inversions = begun(targets, PLAIN)
+    with torch.no_grad():
+        inversions[1].restarts[0].variable[:] = math.nan
+    found = ManyInversions(inversions).run()
+    alone = begun(targets, PLAIN)[0].run()
+    assert found[0].objective == pytest.approx(alone.objective, rel=1e-9)
+    assert found[1].details["events"]
+    assert math.isfinite(found[1].objective)
+    assert inversions[1].restarts[0].shrink == 0.5
+
+
+@pytest.mark.parametrize("schedule", ["constant", "step", "cosine"])
+def test_patience_is_a_share_once_the_rate_has_fallen(schedule: str) -> None:
+    (target, labels), *_ = share_model(NETWORKS["lenet"][0], 1, 1)
+    config = PLAIN.changed(
+        iterations=80, lr=1e-9, lr_min=0.0, schedule=schedule, patience_share=0.05,
+        min_improvement=0.01,
+    )  # fmt: skip
+    found = Inversion(target, labels, config, device=CPU, seed=0).run()
+    assert found.status == "patience"
+    first = {"constant": 5, "step": 70, "cosine": 64}[schedule]
+    assert first <= found.iterations <= first + 2
