@@ -27,6 +27,7 @@ from core.models.architecture import Architecture, GivenModel
 from core.models.building import counts_batches, load_parameters
 from core.models.state_files import State, fit
 from core.models.unchanged import unchanged
+from core.records import check_types
 from core.target import Target, Truth
 from gradients.client import has_active_dropout
 from gradients.shared_update import SharedUpdate, Source, read_update
@@ -68,6 +69,11 @@ class AuditSettings:
     keep_images: Path | None = None
 
     def __post_init__(self) -> None:
+        # A job's file holds what it likes, and True would be one iteration.
+        try:
+            check_types(self)
+        except InputError as error:
+            raise InputError(f"settings of the audit: {error}") from None
         if self.attack != AUTO and self.attack not in attack_names():
             raise InputError(
                 f"--attack {self.attack}: unknown; the nearest is "
@@ -75,8 +81,10 @@ class AuditSettings:
             )
         if not 0 < self.alpha < 1:
             raise InputError(f"--alpha {self.alpha}: must lie between 0 and 1")
-        if not self.budget > 0:
-            raise InputError(f"--budget {self.budget}: must be positive")
+        if not 0 < self.budget < float("inf"):
+            raise InputError(f"--budget {self.budget}: must be positive and finite")
+        if self.seed < 0:
+            raise InputError(f"--seed {self.seed}: must be at least 0")
         for name in ("iterations", "plants"):
             value = getattr(self, name)
             if value is not None and value < 1:
