@@ -37,7 +37,7 @@ class Representatives:
     """One image per class.
 
     Attributes:
-        classes: Their numbers.
+        classes: Numbers of the classes, in order.
         images: K x C x ..., in [0, 1] where inputs have bounds.
         confidences: The model's probability of its class, per image.
     """
@@ -62,9 +62,9 @@ def invert_model(
     Args:
         client: Says what the model, its inputs and its loss are.
         state: Of the model that is inverted.
-        classes: Their numbers.
+        classes: Numbers of the classes, in order.
         restarts: Starts per class.
-        iterations: Of each.
+        iterations: How many each start gets.
         seed: Of the starts.
         device: Where the model runs.
     """
@@ -138,7 +138,7 @@ def class_representatives(
         members: Images in [0, 1] that were trained on, and their classes or findings.
         non_members: Likewise, of images that were not.
         restarts: Starts per class; the protocol has 50.
-        iterations: Of each.
+        iterations: How many each start gets.
         seed: Of starts and of the reference noise.
         device: Where the model runs.
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from benchmarks.models.record import GROUPS, Record
 from core.errors import InputError, exit_status
+from core.launch_arguments import CommandParser
 
 
 class _Case(NamedTuple):
@@ -29,9 +30,9 @@ class _Case(NamedTuple):
     n_classes: int
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m benchmarks.models",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
