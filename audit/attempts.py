@@ -55,7 +55,7 @@ class Attempt:
     Attributes:
         attack: Its registered name.
         images: M x C x ..., at the attack's scale; None where it did not run.
-        iterations: Done.
+        iterations: Number of iterations that were done.
         seconds: Wall-clock time.
         loss: Cosine distance of the images' update and the one that was sent.
         objectives: Per image, see `unexplained`.

@@ -37,7 +37,7 @@ class Representatives:
     """Images of classes, one per restart.
 
     Attributes:
-        classes: Their numbers, K.
+        classes: Numbers of the classes, in order, K.
         images: Restarts x K x C x ..., in [0, 1] where inputs have bounds; of each class the one
             that the model is surest of first.
         confidences: The model's probability of the class, per class, at that one.
@@ -63,9 +63,9 @@ def invert_model(
     Args:
         client: Says what the model, its inputs and its loss are.
         state: Of the model that is inverted.
-        classes: Their numbers.
+        classes: Numbers of the classes, in order.
         restarts: Starts per class.
-        iterations: Of each.
+        iterations: How many each start gets.
         seed: Of the starts.
         device: Where the model runs.
     """
@@ -140,7 +140,7 @@ def class_representatives(
         members: Images in [0, 1] that were trained on, and their classes or findings.
         non_members: Likewise, of images that were not.
         restarts: Starts per class; the protocol has 50.
-        iterations: Of each.
+        iterations: How many each start gets.
         compared: Images of each kind and class at most, drawn by chance; 0: all.
         seed: Of starts and of the reference noise.
         device: Where the model runs.

@@ -5,6 +5,9 @@ They are only ever opened for reading.
 
 from __future__ import annotations
 
+import gzip
+import io
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,14 +16,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from core.array_files import read_array
+from core.array_files import MAX_ARRAY_BYTES, MAX_RATIO, read_array
 from core.data.data_sets import ClientSamples, take_samples
 from core.data.given import GivenData, given_data, given_data_sets
 from core.data.image_files import IMAGE_SUFFIXES, read_image
+from core.data.list_files import MAX_CLASSES
 from core.data.specs import DataSpec, per_channel
 from core.errors import InputError, first_line
 from core.losses import Loss, Targets
 from core.named_objects import called, is_object_name, named_object
+from core.reading import read_bytes
 from core.target import Truth
 
 FLAG = "--data"
@@ -29,6 +34,8 @@ NIFTI_SUFFIXES = (".nii", ".nii.gz")
 SUFFIXES = (*IMAGE_SUFFIXES, ".npy", *NIFTI_SUFFIXES)
 # An array of three axes has channels first where there are at most so many.
 _MOST_CHANNELS = 4
+# A gzipped volume may inflate to so many bytes, however small the file.
+_SMALL = 2**24
 
 
 @dataclass(frozen=True)
@@ -223,7 +230,11 @@ def _class_numbers(found: Sequence[str], class_names: tuple[str, ...]) -> dict[s
             raise InputError(f"{FLAG}: the class folder {unknown} is not among --classes")
         return {name: class_names.index(name) for name in found}
     if all(name.isdecimal() for name in found):
-        return {name: int(name) for name in found}
+        numbers = {name: int(name) for name in found}
+        largest = max(numbers, key=numbers.__getitem__)
+        if numbers[largest] >= MAX_CLASSES:
+            raise InputError(f"{FLAG}: the class folder {largest} is no class below {MAX_CLASSES}")
+        return numbers
     return {name: number for number, name in enumerate(found)}
 
 
@@ -241,9 +252,12 @@ def _read(path: Path, size: int | None) -> torch.Tensor:
 
 
 def _with_channels(values: np.ndarray, path: Path) -> torch.Tensor:
+    if values.dtype.kind not in "fiu":
+        raise InputError(f"{FLAG}: {path} holds {values.dtype}, not real numbers")
     if values.dtype == np.uint8:
         values = values / 255
-    found = torch.from_numpy(np.asarray(values, dtype=np.float32))
+    with np.errstate(over="ignore"):
+        found = torch.from_numpy(np.asarray(values, dtype=np.float32))
     if found.dim() == 2 or (found.dim() == 3 and len(found) > _MOST_CHANNELS):
         found = found[None]
     if not found.dim() or not found.numel() or not found.isfinite().all():
@@ -257,7 +271,29 @@ def _nifti(path: Path) -> np.ndarray:
         import nibabel
     except ImportError:
         raise InputError(f"{FLAG}: reading {path} needs nibabel: pip install nibabel") from None
+    content = read_bytes(path, FLAG, "NIfTI volume", MAX_ARRAY_BYTES)
     try:
-        return np.asarray(nibabel.load(path).get_fdata(dtype=np.float32))
+        if path.suffix == ".gz":
+            content = _inflated(content)
+        second = nibabel.Nifti2Header.may_contain_header(content)
+        volume = (nibabel.Nifti2Image if second else nibabel.Nifti1Image).from_bytes(content)
+        claimed = math.prod(volume.shape) * volume.get_data_dtype().itemsize
+        if claimed > len(content):
+            raise ValueError(f"it claims {claimed} bytes of values")
+        return np.asarray(volume.get_fdata(dtype=np.float32))
     except Exception as error:  # Its readers raise whatever a broken file leads them to.
         raise InputError(f"{FLAG}: {path} is no NIfTI volume ({first_line(error)})") from None
+
+
+def _inflated(content: bytes) -> bytes:
+    """The bytes of a gzipped file.
+
+    Raises:
+        ValueError: They are many times as many.
+    """
+    limit = min(MAX_ARRAY_BYTES, max(MAX_RATIO * len(content), _SMALL))
+    with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
+        inflated = file.read(limit + 1)
+    if len(inflated) > limit:
+        raise ValueError(f"it inflates to more than {limit / 2**20:.0f} MiB")
+    return inflated

@@ -54,7 +54,7 @@ class Power:
     Attributes:
         setting: Of the plants, in words such as "batch 8, one step".
         found: Plants that were found.
-        of: All plants.
+        of: How many plants there were.
     """
 
     setting: str

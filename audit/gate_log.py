@@ -9,7 +9,6 @@ python -m audit.gate_log PATH    checks a log
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import InputError, exit_status
+from core.launch_arguments import CommandParser
 from core.reading import check_regular, open_regular, parse_json
 
 LOG_NAME = "gate_log.jsonl"
@@ -33,7 +33,7 @@ def append(folder: str | Path, entry: Mapping[str, Any]) -> str:
 
     Args:
         folder: Where the log is.
-        entry: Plain values.
+        entry: What the line says, as plain values.
 
     Returns:
         The line's seal.
@@ -112,9 +112,9 @@ def _seal(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m audit.gate_log", description="Check the chain of a site's gate log."
     )
     parser.add_argument("path", help="the log, or the folder that holds it")

@@ -202,7 +202,7 @@ def _fitted(
     Args:
         candidate: All but the learning rate.
         told: Whether the rate is known.
-        client: Simulates.
+        client: Simulates the local training.
         members: What it trains on.
         change: theta_0 - theta_K that was sent.
     """

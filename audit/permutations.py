@@ -40,7 +40,7 @@ def permutation_p_value(
     a leak.
 
     Args:
-        statistic: Of memberships.
+        statistic: Computes the statistic of each of N memberships.
         members: Per image, whether it is one.
         classes: Per image; each class keeps its number of members.
         permutations: How many are drawn.
@@ -116,9 +116,9 @@ def p_values_per_image(scores: np.ndarray, members: np.ndarray, classes: np.ndar
     """Each member's share of non-members of its class that score as high, itself counted in.
 
     Args:
-        scores: Per image.
+        scores: How much speaks for each image, the higher the more.
         members: Per image, whether it is one.
-        classes: Per image.
+        classes: The class of each image.
 
     Returns:
         One per member, in order, uncorrected.

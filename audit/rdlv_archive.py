@@ -7,7 +7,6 @@ keys are its, the code is not.
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from core.array_files import read_arrays
 from core.errors import InputError
+from core.records import BROKEN
 from core.storage import atomic_file
 
 Values = np.ndarray | torch.Tensor | Sequence[Any]
@@ -87,18 +88,18 @@ def read_archive(path: str | Path) -> RdlvArchive:
     Raises:
         InputError: It is none, or is damaged.
     """
+    arrays = read_arrays(path)
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return _parsed({key: arrays[key] for key in arrays.files})
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"the leakage archive {path} is broken ({error!r})") from None
+        return _parsed(arrays)
+    except BROKEN as error:
+        raise InputError(f"the leakage archive {path} is broken ({error!r:.200})") from None
 
 
 def _parsed(arrays: Mapping[str, np.ndarray]) -> RdlvArchive:
     missing = [key for key in KEYS if key not in arrays]
     if missing:
         raise ValueError(f"no {', '.join(missing)}")
-    reduced = np.asarray(arrays["img_recon_sim_reduced"], dtype=float)
+    reduced = _numbers(arrays, "img_recon_sim_reduced")
     if reduced.ndim == 1:
         reduced = reduced[:, None]
     if reduced.ndim < 2 or not reduced.shape[-1]:
@@ -111,10 +112,16 @@ def _parsed(arrays: Mapping[str, np.ndarray]) -> RdlvArchive:
         round_number=int(arrays["round"].item()),
         # What was not reduced keeps one row per image and reconstruction.
         reduced=reduced.reshape(-1, reduced.shape[-1]),
-        values=np.asarray(arrays["img_recon_sim"], dtype=float),
+        values=_numbers(arrays, "img_recon_sim"),
         closest=arrays["closest_idx"] if arrays["has_closest_idx"].item() else None,
         matches=matches,
     )
+
+
+def _numbers(arrays: Mapping[str, np.ndarray], key: str) -> np.ndarray:
+    if arrays[key].dtype.kind not in "fiu":
+        raise ValueError(f"{key} holds {arrays[key].dtype}")
+    return arrays[key].astype(float)
 
 
 def _array(values: Values) -> np.ndarray:

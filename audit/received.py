@@ -14,6 +14,7 @@ from core.errors import InputError
 from core.local_training import LocalTraining
 from core.losses import Loss
 from core.models.architecture import Architecture, GivenModel, copied
+from core.models.kinds import Dropout
 from core.models.state_files import State, renamed
 from core.target import Target
 from gradients.shared_update import SharedUpdate
@@ -38,7 +39,7 @@ def without_masks(module: nn.Module) -> nn.Module:
     """A copy whose dropout drops nothing: nobody who reads an update knows the masks."""
     found = copied(module, {})
     for layer in found.modules():
-        if isinstance(layer, nn.modules.dropout._DropoutNd):
+        if isinstance(layer, Dropout):
             layer.p = 0.0
     return found
 

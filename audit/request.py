@@ -27,6 +27,7 @@ from core.models.architecture import Architecture, GivenModel
 from core.models.building import counts_batches, load_parameters
 from core.models.state_files import State, fit
 from core.models.unchanged import unchanged
+from core.records import check_types
 from core.target import Target, Truth
 from gradients.client import has_active_dropout
 from gradients.shared_update import SharedUpdate, Source, read_update
@@ -72,6 +73,11 @@ class AuditSettings:
     round_number: int | None = None
 
     def __post_init__(self) -> None:
+        # A job's file holds what it likes, and True would be one iteration.
+        try:
+            check_types(self)
+        except InputError as error:
+            raise InputError(f"settings of the audit: {error}") from None
         if self.attack != AUTO and self.attack not in attack_names():
             raise InputError(
                 f"--attack {self.attack}: unknown; the nearest is "
@@ -79,8 +85,10 @@ class AuditSettings:
             )
         if not 0 < self.alpha < 1:
             raise InputError(f"--alpha {self.alpha}: must lie between 0 and 1")
-        if not self.budget > 0:
-            raise InputError(f"--budget {self.budget}: must be positive")
+        if not 0 < self.budget < float("inf"):
+            raise InputError(f"--budget {self.budget}: must be positive and finite")
+        if self.seed < 0:
+            raise InputError(f"--seed {self.seed}: must be at least 0")
         if self.round_number is not None and self.round_number < 0:
             raise InputError(f"--round {self.round_number}: must not be negative")
         for name in ("iterations", "plants", "restarts"):

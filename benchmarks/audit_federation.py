@@ -30,6 +30,7 @@ from audit.class_representatives import class_representatives
 from audit.membership import measure_membership
 from audit.record import AuditRecord, ClassSection, RateSection
 from core.errors import exit_status
+from core.launch_arguments import CommandParser
 from core.local_training import LocalTraining
 from core.models.building import ModelSpec, load_parameters
 from core.reading import read_json_object
@@ -216,9 +217,9 @@ def plain(value: Any) -> Any:
     return dataclasses.asdict(value) if is_section else value
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m benchmarks.audit_federation",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -31,7 +31,8 @@ from audit.decision import Verdict
 from audit.planning import plan_for
 from audit.request import AuditRequest, AuditSettings, make_request
 from core.data.specs import DataSpec
-from core.errors import exit_status
+from core.errors import InputError, exit_status
+from core.launch_arguments import CommandParser
 from core.reading import CHECKSUM, read_json_object
 from core.storage import write_record
 from core.target import Truth
@@ -144,9 +145,9 @@ def run(setting: Setting, number: int, iterations: int, seed: int) -> dict[str, 
     return {"p": decision.p_value, "leaks": decision.verdict is Verdict.LEAKS, "ncc": best}
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m benchmarks.audit_power",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -185,9 +186,18 @@ def _record(path: Path, iterations: int, seed: int) -> dict[str, Any]:
     }
     if path.exists():
         found = read_json_object(path)
+        if not all(map(_is_row, found.get("rows") or ())):
+            raise InputError(f"{path}: a row is not the runs of a setting")
         if {key: found.get(key) for key in head} == head:
             return {key: value for key, value in found.items() if key != CHECKSUM}
     return {**head, "rows": []}
+
+
+def _is_row(row: object) -> bool:
+    kept = isinstance(row, dict) and all(
+        isinstance(row.get(k), list) for k in ("p", "leaks", "ncc")
+    )
+    return kept and "setting" in row
 
 
 def _row(record: dict[str, Any], setting: Setting) -> dict[str, list[Any]]:

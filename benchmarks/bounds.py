@@ -13,11 +13,11 @@ error, by bootstrap over images, lies below the bound.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +30,8 @@ from attack.bounds.jacobian import gradient_jacobian
 from attack.bounds.private import identification, mean_reconstruction_error, reconstruction
 from benchmarks.show.statistics import bootstrap_interval
 from core.errors import exit_status
+from core.launch_arguments import CommandParser
+from core.records import read_record
 from core.storage import write_record
 
 SIDE, CLASSES = 8, 4
@@ -156,9 +158,9 @@ def private_rows() -> list[dict[str, float]]:
     ]
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m benchmarks.bounds",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -192,7 +194,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def page_of(folder: Path) -> str:
     """The page of the documents that shows the record in a folder, in Markdown."""
-    stored = json.loads((folder / "bounds.json").read_text(encoding="utf-8"))
+    return read_record(folder / "bounds.json", "bounds", _page)
+
+
+def _page(stored: Mapping[str, Any]) -> str:
     rows = [Row(**row) for row in stored["rows"]]
     return _PAGE.format(
         images=stored["images"],

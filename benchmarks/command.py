@@ -26,6 +26,8 @@ from benchmarks.show.output import write_outputs
 from benchmarks.show.render import to_terminal, to_text_table
 from benchmarks.show.results import DEFAULT_STORE, TableResult, collect
 from core.errors import InputError, exit_status
+from core.escaping import in_one_line, printable
+from core.launch_arguments import CommandParser
 
 if TYPE_CHECKING:
     from benchmarks.submission import Defended
@@ -34,9 +36,9 @@ if TYPE_CHECKING:
 INCOMPLETE = 1
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The command line of `python -m benchmarks`."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m benchmarks",
         description="Compute tables of results and render them; finished cells are reused.",
         epilog="Further commands: python -m benchmarks leaderboard, submit, vendor_defaults.",
@@ -84,9 +86,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def build_leaderboard_parser() -> argparse.ArgumentParser:
+def build_leaderboard_parser() -> CommandParser:
     """The two commands of the leaderboard."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks")
+    parser = CommandParser(prog="python -m benchmarks")
     commands = parser.add_subparsers(dest="command", required=True)
     ranks = commands.add_parser("leaderboard", help="render the entries to Markdown and HTML")
     ranks.add_argument("--entries", type=Path, default=FOLDER, help="folder of JSON files")
@@ -196,7 +198,8 @@ def _say_commands(tables: Sequence[Table], store: Store) -> None:
         state = "finished" if store.is_finished(cell) else "to do"
         inputs = {f: store.files(i.cell) / i.pattern for f, i in cell.inputs.items()}
         command = STAGES[cell.stage].command(cell.config, inputs, store.files(cell), folders)
-        print(f"# {labels.get(cell.key, cell.stage)} ({state})\n{shlex.join(command)}")
+        label = in_one_line(labels.get(cell.key, cell.stage))
+        print(f"# {label} ({state})\n{printable(shlex.join(command))}")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -232,7 +235,9 @@ def _list_tables() -> None:
     for name, path in table_files().items():
         table = load_table(path)
         cells = len(in_order(table.cells()))
-        print(f"{name:24} {table.title} ({len(table.rows)} rows, {cells} cells embedded)")
+        print(
+            f"{name:24} {in_one_line(table.title)} ({len(table.rows)} rows, {cells} cells embedded)"
+        )
 
 
 def _folder_name(table: Table) -> str:

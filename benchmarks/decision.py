@@ -26,6 +26,7 @@ import numpy as np
 from audit.membership_statistics import STATISTICS
 from audit.permutations import permutation_p_value
 from core.errors import exit_status
+from core.launch_arguments import CommandParser
 from core.storage import write_record
 
 ALPHA = 0.05
@@ -170,9 +171,9 @@ def measure(setting: Setting, trials: int, permutations: int, seed: int) -> Row:
     return Row(setting, trials, found)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m benchmarks.decision",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -27,6 +27,8 @@ from attack.metrics import evaluate
 from attack.metrics.records import comparison
 from core.data.records import Table, load_table
 from core.errors import InputError, exit_status
+from core.escaping import printable
+from core.launch_arguments import CommandParser
 from core.models.architecture import GivenModel
 from core.processes.distributed import Process
 from core.records import provenance
@@ -85,9 +87,9 @@ class Row:
         return {name: value for name, value in told.items() if value is not None} | plain
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m benchmarks.tabular",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -133,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "arguments": {k: str(v) for k, v in vars(args).items()},
     }
     write_record(args.results / "record.json", record)
-    print(shown)
+    print(printable(shown))
 
 
 def _measured(row: Row, train: Table, public: Table, number: int) -> dict[str, Any]:

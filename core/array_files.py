@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import struct
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -21,6 +22,12 @@ MAX_RATIO = 32
 MAX_ARRAY_BYTES = 2**30
 # Numbers and text; objects would be pickled.
 _KINDS = "biufcUS"
+# What a broken or hostile header leads numpy's reader to; it looks at old ones token by token.
+_BROKEN = (
+    ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError,
+    SyntaxError, TypeError, ValueError, struct.error, tokenize.TokenError, zipfile.BadZipFile,
+    zlib.error,
+)  # fmt: skip
 
 
 def read_arrays(path: str | Path, flag: str = "") -> dict[str, np.ndarray]:
@@ -49,11 +56,7 @@ def read_arrays(path: str | Path, flag: str = "") -> dict[str, np.ndarray]:
             return {m.filename.removesuffix(".npy"): _array(archive, m) for m in members}
         except InputError as error:
             raise InputError(f"{prefix_of(flag)}{path}: {error}") from None
-        except (
-            ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError,
-            RuntimeError, SyntaxError, TypeError, ValueError, struct.error, zipfile.BadZipFile,
-            zlib.error,
-        ) as error:  # fmt: skip
+        except _BROKEN as error:
             raise InputError(
                 f"{prefix_of(flag)}{path} is no whole archive of numpy arrays ({error!s:.200})"
             ) from None
@@ -82,10 +85,7 @@ def read_array(path: str | Path, flag: str = "") -> np.ndarray:
         return _array_in(content, "it")
     except InputError as error:
         raise InputError(f"{prefix_of(flag)}{path}: {error}") from None
-    except (
-        ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, SyntaxError,
-        TypeError, ValueError, struct.error,
-    ) as error:  # fmt: skip
+    except _BROKEN as error:
         raise InputError(
             f"{prefix_of(flag)}{path} is no whole numpy array ({error!s:.200})"
         ) from None

@@ -6,6 +6,7 @@ HTML is `html.escape`'s.
 
 from __future__ import annotations
 
+import logging
 import re
 
 # Control characters, and those that turn the direction of a line: a terminal obeys them.
@@ -27,6 +28,26 @@ def printable(text: str) -> str:
 def in_one_line(text: str) -> str:
     """A text for one line of a terminal or one cell of a table."""
     return printable(re.sub(r"[\r\n\t\x0b\x0c\u2028\u2029]+", " ", text))
+
+
+class PrintableFormatter(logging.Formatter):
+    """Lines of a log for a terminal: names of files and labels are among them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See `printable`."""
+        return printable(super().format(record))
+
+
+def log_to_terminal(level: int, form: str = logging.BASIC_FORMAT) -> None:
+    """Show the log on standard error, unless somebody has set up one already.
+
+    Args:
+        level: From which on lines are shown.
+        form: Of a line, see `logging.Formatter`.
+    """
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter(form))
+    logging.basicConfig(level=level, handlers=[handler])
 
 
 def _shown(match: re.Match[str]) -> str:

@@ -22,7 +22,47 @@ _OF_ONE_PROCESS = frozenset(
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser that reads -1e-6 as a number on every version of Python."""
+    """A parser that reads -1e-6 as a number on every version of Python, and knows its flags.
+
+    Attributes:
+        declared: What was added, in order, by the title of its group; "" is outside of any.
+        commands: The parsers of its commands, by name.
+    """
+
+    def __init__(self, *words: Any, **options: Any) -> None:
+        self.declared: dict[str, list[argparse.Action]] = {}
+        self.commands: Mapping[str, CommandParser] = {}
+        super().__init__(*words, **options)
+
+    def add_argument(self, *words: Any, **options: Any) -> argparse.Action:
+        """As argparse does it, and take note."""
+        action = super().add_argument(*words, **options)
+        self.declared.setdefault("", []).append(action)
+        return action
+
+    def add_argument_group(self, *words: Any, **options: Any) -> Any:
+        """As argparse does it; the group takes note of its flags here."""
+        group = super().add_argument_group(*words, **options)
+        declared = self.declared.setdefault(group.title or "", [])
+        add = group.add_argument
+
+        def add_argument(*words: Any, **options: Any) -> argparse.Action:
+            declared.append(add(*words, **options))
+            return declared[-1]
+
+        group.add_argument = add_argument  # type: ignore[method-assign]
+        return group
+
+    def add_subparsers(self, **options: Any) -> Any:
+        """As argparse does it, and take note."""
+        action = super().add_subparsers(**options)
+        self.commands = action.choices
+        return action
+
+    @property
+    def actions(self) -> list[argparse.Action]:
+        """What was added in all groups."""
+        return [action for actions in self.declared.values() for action in actions]
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does it, but for negative numbers with an exponent."""

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -222,6 +223,23 @@ def remove_left_behind(folder: Path) -> list[Path]:
             with contextlib.suppress(OSError):
                 path.unlink()
                 found.append(path)
+    return found
+
+
+def remove_folders_left_behind(folder: Path, name: str) -> list[Path]:
+    """Remove the temporary folders of processes of this machine that have ended.
+
+    Args:
+        folder: Where they lie.
+        name: What they begin with, as given to `temporary_prefix`.
+
+    Returns:
+        What was removed.
+    """
+    found = [path for path in sorted(folder.glob(f"{name}*")) if _is_left_behind(path.name)]
+    found = [path for path in found if path.is_dir() and not path.is_symlink()]
+    for path in found:
+        shutil.rmtree(path, ignore_errors=True)
     return found
 
 

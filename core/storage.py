@@ -6,6 +6,7 @@ Torch is imported where checkpoints are: commands that write text only start wit
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import tempfile
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from core.errors import InputError
-from core.locks import temporary_prefix
+from core.locks import remove_left_behind, temporary_prefix
 from core.reading import sealed
 
 
@@ -32,6 +33,7 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _clear(path.parent.resolve())
     encoding = None if "b" in mode else "utf-8"
     prefix = temporary_prefix(f".{path.name}.")
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=prefix)
@@ -50,6 +52,12 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
             # A write on an open file, of a full disk above all, does not say which.
             error.filename = str(path)
         raise
+
+
+@functools.cache
+def _clear(folder: Path) -> None:
+    """Remove what killed runs left half written, once for every folder that is written to."""
+    remove_left_behind(folder)
 
 
 def sync_folder(folder: Path) -> None:

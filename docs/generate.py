@@ -19,7 +19,10 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from core.launch_arguments import CommandParser
 
 ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
@@ -407,7 +410,7 @@ def _label(result: Result, what: str) -> Iterator[str]:
 # --- flags ----------------------------------------------------------------------
 
 
-def parser_of(command: str) -> argparse.ArgumentParser:
+def parser_of(command: str) -> CommandParser:
     """The parser of a published command."""
     place, *names = COMMANDS[command].split(":")
     if place == "stage":
@@ -419,21 +422,13 @@ def parser_of(command: str) -> argparse.ArgumentParser:
     home = importlib.import_module(place)
     if names:
         builder, command_name = names
-        return subcommands(getattr(home, builder)())[command_name]
+        whole: CommandParser = getattr(home, builder)()
+        return whole.commands[command_name]
     if not hasattr(home, "build_parser"):
         # A published path, which imports its `main` from where the command is.
         home = importlib.import_module(home.main.__module__)
-    parser: argparse.ArgumentParser = home.build_parser()
+    parser: CommandParser = home.build_parser()
     return parser
-
-
-def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """The parsers of a parser's commands, by name."""
-    found: dict[str, argparse.ArgumentParser] = {}
-    for action in parser._actions:  # argparse has no public way to read a parser.
-        if isinstance(action, argparse._SubParsersAction):
-            found |= action.choices
-    return found
 
 
 def flags_page() -> str:
@@ -446,14 +441,15 @@ def flags_page() -> str:
     return page("Flags of all commands", "the parsers", parts)
 
 
-def _groups(parser: argparse.ArgumentParser) -> Iterator[str]:
-    for group in parser._action_groups:
-        actions = [a for a in group._group_actions if not isinstance(a, argparse._HelpAction)]
+def _groups(parser: CommandParser) -> Iterator[str]:
+    general = [action for action in parser.declared[""] if action.dest != "help"]
+    words = [action for action in general if not action.option_strings]
+    flags = [action for action in general if action.option_strings]
+    titled = [(title, actions) for title, actions in parser.declared.items() if title]
+    for title, actions in [("", words), ("", flags), *titled]:
         if actions:
-            general = group.title in ("positional arguments", "options", "optional arguments")
-            rows = [_flag(action) for action in actions]
-            shown = table(["flag", "value", "default", "meaning"], rows)
-            yield shown if general else f"*{group.title}*\n\n{shown}"
+            shown = table(["flag", "value", "default", "meaning"], [*map(_flag, actions)])
+            yield f"*{title}*\n\n{shown}" if title else shown
 
 
 def _flag(action: argparse.Action) -> list[str]:

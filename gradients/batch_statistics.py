@@ -8,13 +8,13 @@ from functools import partial
 import torch
 from torch import nn
 
+from core.models.kinds import BatchNorm
 from core.target import BatchStatistics
 
 
 def batch_norm_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every BatchNorm layer of `model` by module name, in the order of definition."""
-    kind = nn.modules.batchnorm._BatchNorm
-    return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, BatchNorm)}
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ from core.losses import (
 )
 from core.models.architecture import Architecture, GivenModel
 from core.models.building import ModelSpec, default_stem
+from core.models.kinds import BatchNorm
 from core.named_objects import is_object_name
 from core.processes.distributed import shard_sizes
 from core.records import BROKEN, check_types, fits
@@ -584,8 +585,9 @@ def _defenses(raw: Mapping[str, Any]) -> tuple[str, ...]:
 def _bn_statistics(
     raw: Mapping[str, Any], skeleton: torch.nn.Module, n_parts: int
 ) -> tuple[BatchStatistics, ...] | None:
-    kind = torch.nn.modules.batchnorm._BatchNorm
-    norms = {name: m.num_features for name, m in skeleton.named_modules() if isinstance(m, kind)}
+    norms = {
+        name: m.num_features for name, m in skeleton.named_modules() if isinstance(m, BatchNorm)
+    }
     parts = raw.get("bn_statistics") or _published_statistics(raw, list(norms))
     if not parts:
         return None

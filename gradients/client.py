@@ -20,6 +20,7 @@ from core.losses import DEFAULT_LOSS, Loss
 from core.models.architecture import Architecture, GivenModel
 from core.models.batch_norm import convert_batch_norm, explain_single_values
 from core.models.checkpointed_blocks import refuse_reentrant_blocks
+from core.models.kinds import Dropout
 from core.models.unchanged import unchanged
 from core.processes.distributed import Process, shard_sizes
 from core.target import (
@@ -318,7 +319,7 @@ def has_active_dropout(model: nn.Module) -> bool:
     """Whether random masks (dropout, stochastic depth) are drawn in the model's mode."""
     from torchvision.ops import StochasticDepth
 
-    kinds = (nn.modules.dropout._DropoutNd, StochasticDepth)
+    kinds = (Dropout, StochasticDepth)
     return any(isinstance(m, kinds) and m.p > 0 and m.training for m in model.modules())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,15 +9,16 @@ from typing import TYPE_CHECKING
 
 from core.errors import exit_status
 from core.escaping import printable
+from core.launch_arguments import CommandParser
 
 if TYPE_CHECKING:
     from core.models.architecture import Description
     from core.target import Target, Truth
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m gradients.inspect", description=__doc__)
+    parser = CommandParser(prog="python -m gradients.inspect", description=__doc__)
     parser.add_argument("file", metavar="FILE", help="gradient checkpoint (.tar)")
     parser.add_argument(
         "--strip-truth", metavar="OUT", help="write a copy without the true images and labels"

@@ -41,7 +41,7 @@ class Optimiser(Protocol):
         """The direction of a step, and what is remembered after it.
 
         Args:
-            parameter: theta_k.
+            parameter: Its value before the step, theta_k.
             gradient: Of the loss at theta_k.
             memory: What the step before returned; `Memory()` at first.
         """

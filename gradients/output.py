@@ -12,6 +12,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from core.clipping import PER_SAMPLE, noise_sentence
+from core.escaping import printable
 from core.locks import locked, remove_left_behind
 from core.pictures import save_images
 from core.records import provenance
@@ -83,7 +84,7 @@ def write_results(
         save_target(path, target, truth, settings.arguments)
         write_record(record, folder / f"{stem}.json")
     _print_summary(record)
-    print(f"gradient checkpoint: {path}")
+    print(printable(f"gradient checkpoint: {path}"))
     return path
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from core.clipping import BATCH, PER_SAMPLE
 from core.errors import InputError
 from core.losses import DEFAULT_LOSS, Loss
+from core.models.kinds import BatchNorm
 from core.target import LocalTraining
 from gradients.local_update import (
     ONE_PROCESS,
@@ -73,8 +74,7 @@ class PrivacySettings:
 
 def mixes_samples(model: nn.Module) -> bool:
     """Whether a layer in train mode makes one image's output depend on the others."""
-    kind = nn.modules.batchnorm._BatchNorm
-    return any(isinstance(m, kind) and m.training for m in model.modules())
+    return any(isinstance(m, BatchNorm) and m.training for m in model.modules())
 
 
 def private_gradient(

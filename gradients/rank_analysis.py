@@ -146,7 +146,9 @@ def _has_shortcut(module: nn.Module) -> bool | None:
 
 
 def _residual_weights(block: nn.Module) -> int:
-    shortcut = next((s for s in map(block._modules.get, _SHORTCUTS) if s is not None), None)
+    shortcut = next(
+        (s for s in map(dict(block.named_children()).get, _SHORTCUTS) if s is not None), None
+    )
     inside_shortcut = set() if shortcut is None else set(shortcut.modules())
     main = [
         m

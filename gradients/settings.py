@@ -87,7 +87,7 @@ class ExtractSettings:
 
     Attributes:
         folder: Where results are written.
-        data: Which images.
+        data: The data set that the images are taken from.
         batch: Which of them are the client's.
         model: What is said of the model.
         client: What the client does with its batch.

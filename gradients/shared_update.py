@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from core.errors import InputError, nearest
+from core.escaping import in_one_line
 from core.models.state_files import State, States, named, read_state, renamed
 from core.target import RUNNING_STATISTICS
 from gradients.update_findings import processing, statistics
@@ -161,7 +162,7 @@ class SharedUpdate:
             f"sent as {self.looks_like}{doubt}, number format {formats or 'none'}",
         ]
         if self.unknown:
-            lines.append(f"not in the state before: {', '.join(self.unknown[:3])}"
+            lines.append(f"not in the state before: {', '.join(map(in_one_line, self.unknown[:3]))}"
                          f"{', ...' if len(self.unknown) > 3 else ''}")  # fmt: skip
         return "\n".join(lines)
 
@@ -173,7 +174,14 @@ class SharedUpdate:
         for e in self.entries:
             shape = "x".join(map(str, e.shape)) or "scalar"
             table.add_row(
-                [e.name, e.kind, shape, e.number_format, _number(e.norm), _number(e.relative)]
+                [
+                    in_one_line(e.name),
+                    e.kind,
+                    shape,
+                    e.number_format,
+                    _number(e.norm),
+                    _number(e.relative),
+                ]
             )
         return "\n".join([f"{self!r}\n{table}", *map(str, self.findings)])
 
@@ -214,6 +222,10 @@ def read_update(before: Source, after: Source, *, kind: str | None = None) -> Sh
     _check_numbers(received, sent)
     stated, certain = (kind, True) if kind else _told_apart(received, sent, common)
     change = {n: _change(received[n], sent[n], stated) for n in common}
+    endless = next((name for name, value in change.items() if not value.isfinite().all()), None)
+    if endless is not None:
+        # One is infinite and the other is not, or float32 cannot hold their difference.
+        raise InputError(f"before: {endless} has no finite difference to what was sent")
     parameters = None if module is None else {name for name, _ in module.named_parameters()}
     entries = tuple(_entry(n, v, sent.get(n), change.get(n), parameters)
                     for n, v in received.items())  # fmt: skip
@@ -249,7 +261,19 @@ def _common(received: State, sent: State) -> list[str]:
 
 
 def _check_numbers(received: State, sent: State) -> None:
-    """Refuse NaN and infinity; only masks of attention hold infinities, before and after."""
+    """Refuse what are no real numbers, NaN, and infinity.
+
+    Only masks of attention hold infinities, before and after.
+    """
+    for argument, state in (("before", received), ("after", sent)):
+        for name, value in state.items():
+            if value.is_complex() or value.is_quantized or value.is_meta:
+                raise InputError(f"{argument}: {name} holds {value.dtype}, not real numbers")
+            if value.is_floating_point() and value.element_size() == 1:
+                raise InputError(f"{argument}: {name} holds {value.dtype}; give it in more bits")
+    for name, value in received.items():
+        if name in sent and value.is_floating_point() and not sent[name].is_floating_point():
+            raise InputError(f"after: {name} holds {sent[name].dtype} in place of {value.dtype}")
     for name, value in received.items():
         if value.isnan().any():
             raise InputError(f"before: {name} holds NaN")

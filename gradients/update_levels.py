@@ -27,8 +27,8 @@ class Grid:
     """A tensor whose elements are multiples of one number.
 
     Attributes:
-        name: The tensor.
-        step: That number.
+        name: Of the tensor, in the state.
+        step: Distance of two neighbouring levels.
         most: The largest multiple.
         used: How many different multiples there are, zero left out.
     """

@@ -41,8 +41,8 @@ class Floor:
     """The noise under one matrix.
 
     Attributes:
-        name: The tensor.
-        std: Standard deviation.
+        name: Of the tensor, in the state.
+        std: Standard deviation of the noise.
         rank: How many singular values stand above the noise.
         kurtosis: Of what is left without them.
         size: Elements behind the estimate.

@@ -17,7 +17,7 @@ def load_received(model: nn.Module, update: SharedUpdate) -> None:
     """Give the model the parameters that the client received, in their precision.
 
     Args:
-        model: Changed.
+        model: Gets the parameters that were received, in place.
         update: See `gradients.shared_update.read_update`.
 
     Raises:

@@ -19,19 +19,28 @@ from attack.loop.inversion import Inversion
 from attack.record import AttackRecord
 from attack.record import read_record as read_attack
 from attack.settings import InversionConfig
+from audit.data import open_data
 from audit.gate_log import append, verify
 from audit.leakage import LeakageRecord, read_leakage
+from audit.rdlv_archive import read_archive, write_archive
 from audit.settings import load_inversion_settings
 from audit.show.store import read_audit, write_audit
 from benchmarks.declare.tables import load_table
+from benchmarks.models.measure import Agreement
+from benchmarks.models.record import Record
 from benchmarks.run.cells import Cell
 from benchmarks.run.store import Store
 from benchmarks.show.leaderboard import load_entry
+from benchmarks.speed.equal_time import recorded_rows
+from core.array_files import read_array
+from core.data import records as tables_of_records
+from core.data import text as texts
 from core.data.data_sets import DataSets
 from core.data.image_files import load_image
 from core.data.list_files import Sample, load_datalist, open_datalist, write_datalist
 from core.data.specs import DataSpec
 from core.models.building import ModelSpec, build_model
+from core.models.state_files import read_state as read_model_state
 from core.pictures import read_image
 from core.processes.distributed import Process
 from core.storage import save_checkpoint, write_json, write_record
@@ -187,6 +196,71 @@ def read_best_matches(path: Path) -> object:
     return LeakageRecord("a", 0, "pass", "", None, [], {}, path.with_name("x.json")).best_matches()
 
 
+def write_state_archive(path: Path) -> None:
+    state = build_model(MODEL).state_dict()
+    np.savez(path, **{name: value.numpy() for name, value in state.items()})  # type: ignore[arg-type]
+
+
+def write_safetensors(path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(build_model(MODEL).state_dict(), path)
+
+
+def write_records(path: Path) -> None:
+    rows = [f"{i / 7:.3f},{'abc'[i % 3]},{'yn'[i % 2]}" for i in range(20)]
+    path.write_text("\n".join(["age,ward,ill", *rows]))
+
+
+def write_description(path: Path) -> None:
+    write_records(path.with_name("table.csv"))
+    write_json(path, {"target": "ill", "columns": {"age": "continuous"}})
+
+
+def write_text_file(path: Path) -> None:
+    path.write_text(" ".join(f"The number {i} is a number of many numbers." for i in range(40)))
+
+
+def read_text_file(path: Path) -> object:
+    texts._corpus.cache_clear()
+    texts._vocabulary.cache_clear()
+    return texts.text_data(str(path), length=4).train
+
+
+def write_rdlv_archive(path: Path) -> None:
+    write_archive(path, np.zeros((2, 1)), np.zeros((2, 3, 1)), np.zeros((2, 1)), "a", 0)
+
+
+def write_site_data(path: Path, write: Callable[[Path], object]) -> None:
+    """Three files of a folder for an audit, and the one in question: FOLDER/members/0/FILE."""
+    folder = path.parents[2]
+    for place in ("members/1", "non_members/0", "non_members/1", "members/0"):
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        write(folder / place / path.name)
+
+
+def write_array(path: Path) -> None:
+    np.save(path, np.zeros((3, 4, 4), np.float32))
+
+
+def read_site_data(path: Path) -> object:
+    return open_data(str(path.parents[2]))
+
+
+def models_record() -> dict[str, Any]:
+    row = dataclasses.asdict(Agreement("mlp", "eval", (3, 8, 8), 10, 1.0, 0.99))
+    return {"models": {"own": [row]}}
+
+
+def read_models(path: Path) -> object:
+    return Record.read(path.parent).rows
+
+
+def equal_time_record() -> dict[str, Any]:
+    row = {"checkpoint": "a", "attack": "dlg", "budget_seconds": 1.0, "seed": 0}
+    return {"rows": [row], "provenance": {}}
+
+
 def write_list(path: Path) -> None:
     samples = [Sample("a.png", 0), Sample("b.png", 1)]
     write_datalist(path, {"training": samples, "validation": samples})
@@ -268,12 +342,37 @@ JSON = {
         lambda p: write_json(p, {"iterations": 10, "lr": 0.1}),
         load_inversion_settings,
     ),
+    "description of columns": Reader(
+        "table.columns.json",
+        write_description,
+        lambda p: tables_of_records.load_table(p.with_name("table.csv")),
+    ),
+    "models of the benchmark": Reader("models.json", json_writer(models_record), read_models),
+    "attacks of equal time": Reader(
+        "record.json", json_writer(equal_time_record), lambda p: recorded_rows(p.parent)
+    ),
 }
 OTHER = {
     "table": Reader("table.yaml", lambda p: p.write_text(table_text()), load_table),
     "picture": Reader("picture.png", write_png, lambda p: load_image(p, 4)),
     "prior": Reader("picture.png", write_png, lambda p: read_image(p, (3, 4, 4), "--prior")),
     "arrays": Reader("rdvl_round0.npz", write_arrays, read_best_matches),
+    "archive of a state": Reader(
+        "state.npz", write_state_archive, lambda p: read_model_state(p, "--global")
+    ),
+    "safetensors": Reader(
+        "state.safetensors", write_safetensors, lambda p: read_model_state(p, "--global")
+    ),
+    "array": Reader("array.npy", write_array, read_array),
+    "table of records": Reader("table.csv", write_records, tables_of_records.load_table),
+    "text": Reader("text.txt", write_text_file, read_text_file),
+    "archive of leakage": Reader("rdvl_round0.npz", write_rdlv_archive, read_archive),
+    "array of a site": Reader(
+        "members/0/array.npy", lambda p: write_site_data(p, write_array), read_site_data
+    ),
+    "picture of a site": Reader(
+        "members/0/picture.png", lambda p: write_site_data(p, write_png), read_site_data
+    ),
     "gate log": Reader("gate_log.jsonl", write_log, verify),
 }
 READERS = {**TORCH, **JSON, **OTHER}

@@ -23,6 +23,7 @@ from torch import nn
 
 from core.errors import InputError
 from core.losses import DEFAULT_LOSS, Loss, main_output
+from core.models.kinds import BatchNorm
 from core.processes.distributed import all_reduce, derived_seed
 
 NOISE = 2  # domain of derived seeds
@@ -253,7 +254,7 @@ def check_mixes_no_samples(model: nn.Module) -> None:
     Raises:
         InputError: With the fix.
     """
-    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+    if any(isinstance(m, BatchNorm) for m in model.modules()):
         raise InputError(
             "per-sample clipping needs a model without BatchNorm, which mixes the samples of a "
             "batch: use --norm group, or --dp-clipping batch (which gives no guarantee)"

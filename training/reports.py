@@ -5,7 +5,6 @@ python -m training.reports results/training/* --output comparison.png
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import math
@@ -17,6 +16,7 @@ from typing import Any
 
 from core.errors import exit_status
 from core.figures import blank_figure, save_figure
+from core.launch_arguments import CommandParser
 from core.storage import write_text
 from training.record import EpochResult, TrainRecord, read_record
 
@@ -129,9 +129,9 @@ class ScalarLog:
             self._writer.close()
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The command line of the comparison picture."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m training.reports", description="Compare the curves of training runs."
     )
     parser.add_argument("runs", nargs="+", metavar="DIR", help="result folders of training runs")

@@ -13,6 +13,7 @@ from core.client import check_fits, loss_named, named_data, refuse_own_data
 from core.clipping import noise_sentence
 from core.data.data_sets import DataSets, load_data
 from core.errors import InputError
+from core.escaping import log_to_terminal
 from core.locks import LOCK_NAME, check_unlocked, locked, remove_left_behind
 from core.losses import Loss
 from core.models.architecture import GivenModel
@@ -46,9 +47,7 @@ def run_training(process: Process, settings: RunSettings) -> None:
         InputError: Something that was asked for cannot be done.
     """
     import_plugin(settings.plugin)
-    logging.basicConfig(
-        level=logging.INFO if process.is_main else logging.ERROR, format="%(message)s"
-    )
+    log_to_terminal(logging.INFO if process.is_main else logging.ERROR, "%(message)s")
     lock = contextlib.nullcontext() if settings.evaluate else _root_of_one_run(process, settings)
     with _product_precision(tf32=settings.tf32), lock:
         _train(process, settings)

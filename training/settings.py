@@ -126,6 +126,12 @@ class TrainingConfig:
         return TrainingConfig(**known)
 
     @property
+    def called(self) -> str:
+        """What a line of progress calls the training: its scheme, where it has one."""
+        unnamed = "DP-SGD" if self.dp else "training"
+        return unnamed if self.scheme == "None" else self.scheme
+
+    @property
     def per_sample(self) -> bool:
         """Whether this is DP-SGD (differentially private SGD) proper."""
         return self.dp and self.dp_clipping == PER_SAMPLE

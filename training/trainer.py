@@ -338,7 +338,7 @@ class Trainer:
         return iter(
             tqdm(
                 loader,
-                desc=f"{self.config.scheme} epoch {epoch + 1}/{self.config.epochs}",
+                desc=f"{self.config.called} epoch {epoch + 1}/{self.config.epochs}",
                 disable=None if self.process.is_main else True,
                 leave=False,
                 miniters=self.print_freq,
@@ -452,7 +452,7 @@ class Trainer:
     def _line(self, result: EpochResult) -> str:
         budget = "" if result.epsilon is None else f" epsilon {result.epsilon:.3g}"
         return (
-            f"{self.config.scheme} epoch {result.epoch}/{self.config.epochs} "
+            f"{self.config.called} epoch {result.epoch}/{self.config.epochs} "
             f"lr {result.lr:.2g} train loss {result.train_loss:.3f}{_accuracy(result.train_acc1)} "
             f"val loss {result.val_loss:.3f}{_accuracy(result.val_acc1)}{budget} "
             f"({result.images_per_second:.0f} images/s, {result.seconds:.1f} s)"

@@ -17,6 +17,7 @@ from attack.reconstruction import Reconstruction
 from core.errors import InputError
 from core.losses import Targets
 from core.models.building import last_linear
+from core.models.kinds import BatchNorm
 from core.models.malicious import malice_of, parse_malice
 from core.target import Target
 
@@ -155,8 +156,7 @@ def _fishing_model(target: Target, attack: str) -> nn.Module:
             "server changes it in stage 2 with --malicious fishing:CLASS"
         )
     model = target.build_model()
-    batch_norm = nn.modules.batchnorm._BatchNorm
-    if target.train_mode and any(isinstance(m, batch_norm) for m in model.modules()):
+    if target.train_mode and any(isinstance(m, BatchNorm) for m in model.modules()):
         raise InputError(
             f"--attack {attack}: train-mode BatchNorm mixes the fished image with the others; "
             "take the gradient with --model-eval, or a model with --norm group"

@@ -6,6 +6,7 @@ import torch
 from tqdm import tqdm
 
 from core.errors import InputError
+from core.models.kinds import Dropout
 from core.target import Target, Truth
 
 # Entries of the matrix, 2 GiB in float64: what is larger is no small network.
@@ -70,6 +71,5 @@ def _check(target: Target, n: int, m: int) -> None:
 
 
 def _has_dropout(target: Target) -> bool:
-    kinds = (torch.nn.modules.dropout._DropoutNd,)
     modules = target.build_model().modules()
-    return any(isinstance(module, kinds) and module.p > 0 for module in modules)
+    return any(isinstance(module, Dropout) and module.p > 0 for module in modules)

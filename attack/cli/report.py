@@ -211,7 +211,7 @@ def _write(output: Output, record: RunRecord) -> None:
     write_record(path, record.to_json())
     if not output.run.showing.quiet:
         print(printable("\n\n".join(record.tables)))
-        print(f"wrote {path}")
+        print(printable(f"wrote {path}"))
 
 
 def _evaluated(output: Output, found: Reconstruction, truth: Truth, guesses: bool) -> Evaluation:

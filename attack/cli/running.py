@@ -29,7 +29,7 @@ from attack.reconstruction import Reconstruction
 from attack.record import AttackRecord, LabelRecord, read_record
 from attack.settings import InversionConfig
 from core.errors import InputError
-from core.escaping import printable
+from core.escaping import PrintableFormatter, log_to_terminal, printable
 from core.locks import LOCK_NAME, locked, remove_left_behind
 from core.losses import Targets
 from core.pictures import save_images
@@ -58,7 +58,7 @@ def run_attack(
     """
     import_plugin(run.plugin)
     keep_freed_memory()
-    logging.basicConfig(level=logging.INFO if process.is_main else logging.ERROR)
+    log_to_terminal(logging.INFO if process.is_main else logging.ERROR)
     output = output_of(process, run, opened or open_checkpoint(run))
     # State files tell by their names whose they are; only rank 0 writes beside them.
     lock: AbstractContextManager[None] = contextlib.nullcontext()
@@ -130,7 +130,7 @@ def run_log(folder: Path | None) -> Iterator[None]:
         # Each iteration's losses are for the file.
         shown.setLevel(max(shown.level, logging.INFO))
     file = logging.FileHandler(folder / LOG, encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+    file.setFormatter(PrintableFormatter("%(asctime)s %(name)s: %(message)s"))
     rooms.addHandler(file)
     rooms.setLevel(logging.DEBUG)
     try:

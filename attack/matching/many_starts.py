@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from core.errors import InputError
+from core.models.kinds import BatchNorm, Dropout
 from core.target import Target
 from gradients.local_update import images_of_steps
 
@@ -92,7 +93,7 @@ def _check(target: Target, model: nn.Module) -> None:
         raise InputError("many starts at once need a client that runs plain SGD")
     if local.schedule != "constant" or not target.loss.batchable:
         raise InputError("many starts at once need a constant rate and a loss of this package")
-    random = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+    random = (BatchNorm, Dropout)
     if target.train_mode and any(isinstance(m, random) for m in model.modules()):
         raise InputError(
             "many starts at once need a model in eval mode, or without BatchNorm and dropout"

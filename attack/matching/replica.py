@@ -12,6 +12,7 @@ from attack.matching.held_state import hold_buffers
 from attack.matching.shared_parameters import check_update
 from core.errors import InputError
 from core.losses import Outputs, Targets, main_output
+from core.models.kinds import BatchNorm
 from core.processes import distributed
 from core.target import Target, check_parts
 from gradients.local_update import Placement, dropout_masks, images_of_steps, unrolled_update
@@ -71,7 +72,7 @@ class Replica:
         self.share = distributed.shard_slice(self.sizes, distributed.rank())
         self.model = _convert_batch_norm(target, self.groups).to(device, dtype)
         for module in self.model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if isinstance(module, BatchNorm):
                 # Counting the attacker's passes means nothing, and transformed
                 # functions may not write to a counter.
                 module.num_batches_tracked = None

@@ -26,6 +26,7 @@ from attack.metrics.records import (
 from attack.metrics.similarity import cw_ssim, ssim
 from core.data.columns import Columns
 from core.errors import InputError
+from core.escaping import printable
 from core.target import Truth
 
 if TYPE_CHECKING:
@@ -284,7 +285,7 @@ class Evaluation:
         return "\n".join([self.to_table().get_string(), *self.footnotes()])
 
     def __repr__(self) -> str:
-        return self.render()
+        return printable(self.render())
 
     def _repr_html_(self) -> str:
         """The table and its footnotes, as a notebook shows them."""

@@ -14,7 +14,7 @@ def known_flags(stage: Stage) -> dict[str, argparse.Action]:
         return {}
     parser = stage.parser()
     processes = argparse.ArgumentParser().add_argument(f"--{PROCESSES}", type=_process_count)
-    actions = [processes, *parser._actions]
+    actions = [processes, *parser.actions]
     return {o[2:]: a for a in actions for o in a.option_strings if o.startswith("--")}
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.models.measure import BATCH, ENOUGH, Agreement
+from core.records import check_types, read_record
 from core.storage import write_json
 
 # Groups of models, and what the page calls them.
@@ -50,10 +50,9 @@ class Record:
     def read(folder: Path) -> Record:
         """The record in a folder; an empty one where there is none."""
         path = folder / FILE
-        if not path.is_file():
+        if not path.exists():
             return Record(path, {})
-        stored = json.loads(path.read_text(encoding="utf-8"))["models"]
-        return Record(path, {group: [_row(row) for row in stored[group]] for group in stored})
+        return read_record(path, "models", lambda values: Record(path, _rows(values["models"])))
 
     def holds(self, group: str, model: str) -> bool:
         """Whether a model was measured."""
@@ -101,11 +100,14 @@ the shared one is then below float32's rounding. `python -m benchmarks.models` m
 missing here, one model after the other."""
 
 
+def _rows(stored: Mapping[str, Sequence[Mapping[str, object]]]) -> dict[str, list[Agreement]]:
+    return {group: [_row(row) for row in stored[group]] for group in stored}
+
+
 def _row(stored: Mapping[str, object]) -> Agreement:
-    values = dict(stored)
-    shape = values.pop("shape")
-    assert isinstance(shape, list)
-    return Agreement(shape=tuple(shape), **values)  # type: ignore[arg-type]
+    row = Agreement(**stored)  # type: ignore[arg-type]
+    check_types(row)
+    return dataclasses.replace(row, shape=tuple(row.shape))
 
 
 def _by_model(rows: Sequence[Agreement]) -> Iterator[tuple[Agreement, Agreement]]:

@@ -119,6 +119,10 @@ class FreshCommand:
             self.process.wait(seconds)
 
 
+# What multiprocessing says of a process whose server was killed.
+_SERVER_LOST = 255
+
+
 @dataclass(frozen=True)
 class WarmCommand:
     """A command in a process that has imported torch before (`core.processes.warm`)."""
@@ -133,7 +137,12 @@ class WarmCommand:
 
     def status(self) -> int | None:
         """See `Running`."""
-        return self.process.exitcode
+        status = self.process.exitcode
+        if status == _SERVER_LOST:
+            # Nobody tells how the command ends: it must not write beside its next run.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
+        return status
 
     def wait(self, seconds: float | None = None) -> None:
         """See `Running`."""

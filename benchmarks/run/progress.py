@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from benchmarks.run.cells import Cell
 from benchmarks.run.executor import Job, last_words
+from core.escaping import in_one_line, printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,14 +77,14 @@ class Progress:
             self._lines.append(tqdm(position=position, bar_format="{desc}", leave=False))
         padded = [*texts, *[""] * (len(self._lines) - len(texts))]
         for line, text in zip(self._lines, padded, strict=True):
-            line.set_description_str(text)
+            line.set_description_str(in_one_line(text))
 
     def _label(self, cell: Cell) -> str:
         return self._labels.get(cell.key, f"{cell.stage} {cell.key}")
 
     def _say(self, text: str, important: bool = False) -> None:
         if important or not self._quiet:
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(printable(text), file=sys.stderr)
 
 
 def _shorten(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.run.cells import Cell, code_version
+from core.launch_arguments import CommandParser
 from core.reading import read_json_object
 
 # Not a flag of the commands: how many processes share the work of the cell.
@@ -42,7 +42,7 @@ class Stage:
     rooms: tuple[str, ...]
     outputs: Callable[[Path], dict[str, Any]]
     record: str
-    parser: Callable[[], argparse.ArgumentParser] | None = None
+    parser: Callable[[], CommandParser] | None = None
     distributed: bool = True
     beside: tuple[str, str] | None = None
     imports: tuple[str, ...] | None = None
@@ -111,11 +111,11 @@ def _flags(values: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def _parser_of(module: str) -> Callable[[], argparse.ArgumentParser]:
+def _parser_of(module: str) -> Callable[[], CommandParser]:
     """The parser of a command, imported when flags are checked and not before."""
 
-    def parser() -> argparse.ArgumentParser:
-        built: argparse.ArgumentParser = importlib.import_module(module).build_parser()
+    def parser() -> CommandParser:
+        built: CommandParser = importlib.import_module(module).build_parser()
         return built
 
     return parser

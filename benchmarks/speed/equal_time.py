@@ -12,10 +12,8 @@ their published settings.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +27,8 @@ from attack.metrics import evaluate
 from benchmarks.speed.equal_time_report import draw, reconstruction_file, render, render_summary
 from benchmarks.speed.references import as_breaching
 from core.errors import InputError
-from core.records import provenance
+from core.launch_arguments import CommandParser
+from core.records import provenance, read_record
 from core.storage import save_checkpoint, write_json, write_text
 from core.target import Target, Truth
 from gradients.checkpoint import load_target
@@ -63,9 +62,9 @@ class TargetGrid:
     train_mode: bool = False
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.equal_time", description=__doc__)
+    parser = CommandParser(prog="python -m benchmarks.equal_time", description=__doc__)
     parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT")
     parser.add_argument("--attacks", default=DEFAULT_ATTACKS, help="comma-separated names")
     parser.add_argument("--seconds", type=float, default=20.0, help="processor time per attack")
@@ -122,11 +121,21 @@ def main(argv: list[str] | None = None) -> None:
 def recorded_rows(folder: Path) -> list[dict[str, Any]]:
     """What an earlier run has finished."""
     path = folder / RECORD
-    return list(json.loads(path.read_text())["rows"]) if path.exists() else []
+    if not path.exists():
+        return []
+    rows = read_record(path, "attacks of equal time", lambda values: list(values["rows"]))
+    if any(not isinstance(row, dict) or any(key not in row for key in _KEYS) for row in rows):
+        raise InputError(f"{path}: a row lacks one of {', '.join(_KEYS)}")
+    return rows
+
+
+# What tells the rows apart.
+_KEYS = ("checkpoint", "attack", "budget_seconds", "seed")
 
 
 def _key(row: dict[str, Any]) -> tuple[str, str, float, int]:
-    return row["checkpoint"], row["attack"], row["budget_seconds"], row["seed"]
+    checkpoint, attack, budget, seed = (row[key] for key in _KEYS)
+    return checkpoint, attack, budget, seed
 
 
 def make_targets(grid: TargetGrid, folder: Path) -> list[str]:

@@ -5,13 +5,13 @@ python -m benchmarks.speed.pages
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from core.errors import InputError, exit_status
+from core.launch_arguments import CommandParser
+from core.reading import read_json_object
 
 Record = dict[str, Any]
 # What the page on speed shows of the table.
@@ -27,9 +27,9 @@ SHOWN = (
 )
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m benchmarks.speed.pages", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--records", default="results/speed", metavar="DIR")
@@ -58,7 +58,7 @@ def read_records(folder: Path) -> dict[str, Record]:
     files = sorted(folder.glob("*.json"))
     if not files:
         raise InputError(f"--records {folder}: there are no records; run `-m benchmarks.speed`")
-    return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    return {file.stem: read_json_object(file, "--records", "record of speed") for file in files}
 
 
 def readme_blocks(records: dict[str, Record]) -> dict[str, str]:

@@ -5,7 +5,6 @@ python -m benchmarks.speed.scaling
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import InputError, exit_status
+from core.launch_arguments import CommandParser
 
 Row = dict[str, Any]
 # A difference of first-order passes: forward 1, backward 2, forward 1, backward in x 1.
@@ -148,9 +148,9 @@ MODELS = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m benchmarks.speed.scaling", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--records", default="results/speed", metavar="DIR")

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from core.errors import InputError
+from core.escaping import in_one_line
 
 if TYPE_CHECKING:
     import pandas
@@ -143,7 +144,7 @@ class Columns:
         return len(self.columns)
 
     def __str__(self) -> str:
-        return "\n".join(f"{c.name}: {_described(c)}" for c in self.columns)
+        return "\n".join(f"{in_one_line(c.name)}: {_described(c)}" for c in self.columns)
 
     @property
     def width(self) -> int:
@@ -166,7 +167,7 @@ class Columns:
         missing = [c.name for c in self.columns if c.name not in frame.columns]
         if missing:
             raise InputError(f"the table has no column {missing[0]}")
-        return torch.cat([c.encode(frame[c.name]) for c in self.columns], 1).float()
+        return torch.cat([c.encode(frame[c.name]).float() for c in self.columns], 1)
 
     def decode(self, features: torch.Tensor) -> pandas.DataFrame:
         """N x width features as records; see `Column.decode`."""
@@ -251,7 +252,8 @@ def _described(column: Column) -> str:
         low, high = float(column.values[0]), float(column.values[-1])
         return f"{column.kind}, {low:g} to {high:g}, standard deviation {column.scale:.3g}"
     shown = ", ".join(
-        value if isinstance(value, str) else f"{value:g}" for value in column.values[:8]
+        in_one_line(value) if isinstance(value, str) else f"{value:g}"
+        for value in column.values[:8]
     )
     more = f" and {len(column.values) - 8} more" if len(column.values) > 8 else ""
     return f"{column.kind}, {len(column.values)} values: {shown}{more}"
@@ -263,13 +265,16 @@ def _column(name: str, cells: pandas.Series, kind: str | None) -> Column:
             f"column {name}: {int(cells.isna().sum())} cells are empty; fill them or leave such "
             "records out"
         )
-    kind = kind or _kind_of(cells)
+    kind = _kind_of(cells) if kind is None else kind
     if kind not in KINDS:
         raise InputError(f"column {name}: {kind!r:.40} is no kind; known are {', '.join(KINDS)}")
     if kind == CATEGORICAL:
         return _categorical(name, cells)
     numbers = _numbers(name, cells)
-    center, scale = float(numbers.mean()), float(numbers.std()) or 1.0
+    with np.errstate(over="ignore", invalid="ignore"):
+        center, scale = float(numbers.mean()), float(numbers.std()) or 1.0
+    if not (math.isfinite(center) and math.isfinite(scale)):
+        raise InputError(f"column {name}: its numbers are too large to be scaled")
     if kind == ORDINAL:
         levels, counts = np.unique(numbers, return_counts=True)
         if len(levels) > MAX_LEVELS:

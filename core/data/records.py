@@ -10,9 +10,11 @@ the others are its inputs (see `core.data.columns`).
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import importlib.util
 import io
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ from core.data.data_sets import DataSets
 from core.data.given import GivenSamples
 from core.data.specs import DataSpec
 from core.errors import InputError, first_line
+from core.escaping import in_one_line
 from core.processes.distributed import derived_seed
 from core.reading import check_regular, read_bytes, read_json_object
 
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
 MAX_CSV_BYTES = 256 * 2**20
 # A model's first layer has a row of weights of so many numbers.
 MAX_FEATURES = 20_000
+# Features of all records together: half a gigabyte of them.
+MAX_NUMBERS = 2**27
 # A target of more values than this is no class.
 MAX_CLASSES = 100
 VALIDATION_SHARE = 0.2
@@ -65,8 +70,9 @@ class Table:
 
     def __repr__(self) -> str:
         return (
-            f"Table {self.name}: {len(self)} records of {len(self.columns)} columns "
-            f"({self.columns.width} features), classes {', '.join(self.class_names)}\n"
+            f"Table {in_one_line(self.name)}: {len(self)} records of {len(self.columns)} columns "
+            f"({self.columns.width} features), classes "
+            f"{in_one_line(', '.join(self.class_names))}\n"
             f"{self.columns}"
         )
 
@@ -178,26 +184,34 @@ def _table(described: _Described) -> Table:
     columns = Columns.infer(described.frame, described.kinds)
     if not 1 <= columns.width <= MAX_FEATURES:
         raise InputError(f"its columns make {columns.width} features; 1 to {MAX_FEATURES} are read")
-    names, targets = np.unique(np.asarray(described.classes, dtype=str), return_inverse=True)
+    numbers = columns.width * len(described.frame)
+    if numbers > MAX_NUMBERS:
+        raise InputError(
+            f"{len(described.frame)} records of {columns.width} features are {numbers} numbers; up "
+            f"to {MAX_NUMBERS} are read, so leave out columns of many categories"
+        )
+    names = sorted(set(described.classes))
     if not 2 <= len(names) <= MAX_CLASSES:
         raise InputError(
             f"the column to predict has {len(names)} values; 2 to {MAX_CLASSES} are classes"
         )
     inputs = columns.encode(described.frame)
-    return Table(
-        described.name, columns, inputs, torch.from_numpy(targets).long(), tuple(names.tolist())
-    )
+    places = {name: place for place, name in enumerate(names)}
+    targets = torch.tensor([places[word] for word in described.classes])
+    return Table(described.name, columns, inputs, targets, tuple(names))
 
 
 # --- files ----------------------------------------------------------------------
 
 
 def _csv(path: Path, flag: str) -> _Described:
+    _check_width(path, flag)
     frame = _frame(path, flag)
     beside = path.with_name(path.stem + DESCRIPTION)
     said = read_json_object(beside, flag, "column description") if beside.exists() else {}
     target, kinds = said.get("target", frame.columns[-1]), said.get("columns", {})
-    if target not in frame.columns or not isinstance(kinds, dict):
+    named = isinstance(target, str) and target in frame.columns
+    if not named or not isinstance(kinds, dict):
         raise InputError(
             f'{flag}: {beside} must be {{"target": a column, "columns": {{column: kind}}}}'
         )
@@ -207,6 +221,29 @@ def _csv(path: Path, flag: str) -> _Described:
         )
     classes = frame[target].map(str).tolist()
     return _Described(path.stem, frame.drop(columns=target), classes, kinds)
+
+
+def _check_width(path: Path, flag: str) -> None:
+    """Refuse what would be read for minutes, or with cells moved to other columns.
+
+    Raises:
+        InputError: There are too many columns, or the first record has more cells than those.
+    """
+    content = read_bytes(path, flag, "CSV file", MAX_CSV_BYTES)
+    # A mark of the byte order belongs to no name; other bytes are judged later.
+    rows = csv.reader(io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", errors="replace"))
+    try:
+        widths = [len(row) for row in itertools.islice(filter(None, rows), 2)]
+    except csv.Error as error:
+        raise InputError(f"{flag}: {path} cannot be read as CSV ({error})") from None
+    if max(widths, default=0) > MAX_FEATURES + 1:
+        raise InputError(
+            f"{flag}: {path} has {max(widths)} columns; up to {MAX_FEATURES} features are read"
+        )
+    if len(widths) == 2 and widths[1] > widths[0]:
+        raise InputError(
+            f"{flag}: {path} names {widths[0]} columns and its first record has {widths[1]} cells"
+        )
 
 
 def _frame(path: Path, flag: str, **options: object) -> pandas.DataFrame:

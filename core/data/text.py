@@ -17,6 +17,7 @@ import torch
 from core.data.given import GivenData
 from core.errors import InputError
 from core.losses import Targets
+from core.reading import read_bytes
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -28,6 +29,9 @@ LENGTH = 16
 # The longest texts are the classes of a classifier.
 CLASSES = 8
 _ENDINGS = (".txt", ".md", ".rst")
+MAX_BYTES = 64 * 2**20
+# What is longer is no word; a vocabulary of one of 300,000 characters takes minutes.
+MAX_WORD = 200
 # Of every so many sentences one is for validation.
 _VALIDATED = 10
 
@@ -103,9 +107,9 @@ def text_data(
 
 
 def split_sentences(text: str) -> list[str]:
-    """Sentences, each in one line."""
-    parts = re.split(r"(?<=[.!?:])\s+|\n\s*\n", text)
-    return [" ".join(part.split()) for part in parts if part.strip()]
+    """Sentences, each in one line; those with endless words are none."""
+    parts = [part.split() for part in re.split(r"(?<=[.!?:])\s+|\n\s*\n", text)]
+    return [" ".join(words) for words in parts if words and max(map(len, words)) <= MAX_WORD]
 
 
 def train_vocabulary(sentences: list[str], size: int = VOCABULARY) -> Tokenizer:
@@ -159,7 +163,9 @@ def _files(folder: Path) -> list[Path]:
 def _read(path: Path) -> dict[str, str]:
     """Texts by file name, of a file or of a folder."""
     files = _files(path) if path.is_dir() else [path]
-    try:
-        return {file.name: file.read_text(encoding="utf-8", errors="replace") for file in files}
-    except OSError as error:
-        raise InputError(f"--data {path}: cannot be read ({error.strerror})") from None
+    return {file.name: _text(file) for file in files}
+
+
+def _text(file: Path) -> str:
+    text = read_bytes(file, "--data", "text", MAX_BYTES).decode("utf-8", errors="replace")
+    return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from core.errors import InputError
+from core.models.kinds import BatchNorm
 from core.processes.distributed import all_reduce, shard_sizes, world_size
 
 
@@ -71,7 +71,7 @@ def differentiable_all_reduce(tensor: torch.Tensor, group: Any = None) -> torch.
     return _AllReduceSum.apply(tensor, group)
 
 
-class _SharedBatchNorm(_BatchNorm):
+class _SharedBatchNorm(BatchNorm):
     """What both kinds have in common: shapes, evaluation mode, running statistics."""
 
     def _check_input_dim(self, input: torch.Tensor) -> None:
@@ -382,7 +382,7 @@ def group_sizes(groups: int | Sequence[int], batch_size: int) -> list[int]:
     return [size for size in groups if size]
 
 
-Build = Callable[[_BatchNorm, dict[str, Any]], _BatchNorm]
+Build = Callable[[BatchNorm, dict[str, Any]], BatchNorm]
 
 
 class OneProcessBatchNorm(_SharedBatchNorm):
@@ -433,7 +433,7 @@ def convert_batch_norm(
     raise ValueError(f"unknown kind of BatchNorm {kind!r}")
 
 
-def _replace(module: nn.Module, build: Build, kind: type[_BatchNorm] = _BatchNorm) -> nn.Module:
+def _replace(module: nn.Module, build: Build, kind: type[BatchNorm] = BatchNorm) -> nn.Module:
     if isinstance(module, kind):
         return _with_state_of(module, build)
     for name, child in module.named_children():
@@ -441,7 +441,7 @@ def _replace(module: nn.Module, build: Build, kind: type[_BatchNorm] = _BatchNor
     return module
 
 
-def _with_state_of(old: _BatchNorm, build: Build) -> _BatchNorm:
+def _with_state_of(old: BatchNorm, build: Build) -> BatchNorm:
     """A new layer that shares the old one's parameters and buffers."""
     options = {
         "eps": old.eps,
@@ -469,7 +469,7 @@ def average_running_statistics(model: nn.Module) -> None:
     buffers = [
         buffer
         for module in model.modules()
-        if isinstance(module, _BatchNorm)
+        if isinstance(module, BatchNorm)
         for buffer in (module.running_mean, module.running_var)
         if buffer is not None
     ]

@@ -17,6 +17,7 @@ from torch import nn
 
 from core.errors import InputError
 from core.models.architecture import Description
+from core.models.kinds import BatchNorm
 
 DEFAULT_POOL_KERNEL = 3  # Of torchvision's ResNets.
 # Side of torchvision's feature map in front of the pooling layer at 224 px, for
@@ -375,7 +376,7 @@ def replace_batch_norm_by_group_norm(model: nn.Module, max_groups: int = 32) -> 
     Returns:
         The model (a new module where the model itself is a BatchNorm).
     """
-    if isinstance(model, nn.modules.batchnorm._BatchNorm):
+    if isinstance(model, BatchNorm):
         channels = model.num_features
         most = max(1, min(max_groups, channels // 4))
         groups = next(g for g in range(most, 0, -1) if channels % g == 0)

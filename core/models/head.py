@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.autograd.graph import Node
-from torch.nn.modules.conv import _ConvNd
 
 from core.data.specs import DataSpec
 from core.errors import InputError
 from core.losses import main_output
+from core.models.kinds import Convolution
 from core.models.unchanged import refused_inputs, unchanged
 
 # Any value but zero: some layers divide by what they read.
@@ -35,7 +35,7 @@ class Head(NamedTuple):
     """
 
     name: str
-    layer: nn.Linear | _ConvNd
+    layer: nn.Linear | Convolution
 
 
 def find_head(model: nn.Module, example: torch.Tensor) -> Head:
@@ -51,7 +51,7 @@ def find_head(model: nn.Module, example: torch.Tensor) -> Head:
     Raises:
         InputError: The output is not that of one such layer, or the model refuses the example.
     """
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | _ConvNd)}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Convolution)}
     cuts = {name: _Cut() for name in layers}
     handles = [layers[name].register_forward_hook(cuts[name]) for name in layers]
     try:
@@ -145,7 +145,7 @@ def _gives(layer: nn.Module, output: torch.Tensor) -> bool:
     n_outputs = output.shape[1] if output.dim() > 1 else 1
     if isinstance(layer, nn.Linear):
         return layer.out_features in (n_outputs, output.shape[-1])
-    assert isinstance(layer, _ConvNd)
+    assert isinstance(layer, Convolution)
     return layer.out_channels == n_outputs and all(side == 1 for side in layer.kernel_size)
 
 

@@ -9,20 +9,29 @@ every process is a new interpreter.
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.util
 import os
 import runpy
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
 
+from core.locks import remove_folders_left_behind, temporary_prefix
+
 # torch keeps its stack traces of lost peers to itself.
 _QUIET = {"TORCH_CPP_LOG_LEVEL": "FATAL"}
+# Of the server's socket; its whole path may have 107 bytes, of which ours are some 85.
+_FOLDER = "gradinvbench-server."
+_LONGEST_PLACE = 20
 # The server must own no thread: threads are not inherited, and what they held stays held.
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 THREADS = "OMP_NUM_THREADS"
@@ -55,6 +64,7 @@ def start(
         with _environment(_QUIET):
             process.start()
         return process
+    _name_folder(os.getpid())
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*imports])
     own = dict(os.environ)
@@ -63,6 +73,30 @@ def start(
     with _environment({**_QUIET, **SLEEPING, **_ONE_THREAD, **path}):
         process.start()
     return process
+
+
+@functools.cache
+def _name_folder(_of_process: int) -> None:
+    """Give the server's socket a folder that says whose it is.
+
+    Python's own says nothing, and stays for ever when this process is killed.
+    """
+    place = Path(tempfile.gettempdir())
+    if len(str(place)) > _LONGEST_PLACE:
+        return
+    remove_folders_left_behind(place, _FOLDER)
+    mine = tempfile.mkdtemp(prefix=temporary_prefix(_FOLDER))
+    before, tempfile.tempdir = tempfile.tempdir, mine
+    try:
+        used = multiprocessing.util.get_temp_dir()
+    finally:
+        tempfile.tempdir = before
+    if Path(used).parent != Path(mine):
+        # The process has one already.
+        os.rmdir(mine)
+        return
+    # After Python's own, whose priority is -100.
+    multiprocessing.util.Finalize(None, shutil.rmtree, args=(mine, True), exitpriority=-101)
 
 
 def start_command(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable
@@ -20,6 +20,7 @@ from federated.gate.allowed import (
     NotAllowedError,
     add_to_digest,
     allowed_name,
+    check_names,
     is_round,
     mapping,
     score,
@@ -52,7 +53,10 @@ def cleared(shareable: Shareable, shapes: Mapping[str, int] | None = None) -> Sh
     Raises:
         NotAllowedError: Its data are of a kind, a form or a size that is not allowed.
     """
-    found = cleared_dxo(from_shareable(shareable), shapes).to_shareable()
+    dxo = cleared_dxo(from_shareable(shareable), shapes)
+    # Counted over all parts of a collection: many small ones could hold anything.
+    check_names(list(_names_in(dxo)), "scores and parts")
+    found = dxo.to_shareable()
     for header in _ROUND_HEADERS:
         value = shareable.get_header(header)
         if is_round(value):
@@ -77,6 +81,17 @@ def cleared_dxo(dxo: DXO, shapes: Mapping[str, int] | None = None) -> DXO:
     else:
         raise NotAllowedError(f"data of kind {dxo.data_kind} cannot be checked")
     return DXO(dxo.data_kind, data, _meta(dxo.meta))
+
+
+def _names_in(dxo: DXO) -> Iterator[str]:
+    """The names of parts and scores in a result, those of parts of parts included."""
+    if dxo.data_kind not in UPDATE_KINDS:
+        yield from dxo.data
+    initial = dxo.get_meta_prop(MetaKey.INITIAL_METRICS)
+    yield from initial if isinstance(initial, Mapping) else ()
+    if dxo.data_kind == DataKind.COLLECTION:
+        for part in dxo.data.values():
+            yield from _names_in(part)
 
 
 def left_out(shareable: Shareable, sent: Shareable) -> list[str]:

@@ -33,7 +33,14 @@ from federated.flare.allowed import (
     failed_reply,
     left_out,
 )
-from federated.gate.allowed import NotAllowedError, array_of, is_name, is_round
+from federated.gate.allowed import (
+    NotAllowedError,
+    allowed_name,
+    array_of,
+    check_names,
+    is_name,
+    is_round,
+)
 from federated.gate.passage import Passage, Rounds, WithheldError, reason_of
 
 # In the site's own context: what later components may want to know.
@@ -264,6 +271,7 @@ def withheld_update(dxo: DXO, fl_ctx: FLContext) -> DXO:
     if is_round(number):
         meta[AppConstants.CURRENT_ROUND] = int(number)
     if dxo.data_kind == DataKind.COLLECTION:
+        check_names([allowed_name(name) for name in dxo.data], "parts")
         parts = {name: withheld_update(part, fl_ctx) for name, part in dxo.data.items()}
         return DXO(DataKind.COLLECTION, parts, meta)
     if dxo.data_kind == DataKind.WEIGHTS:
@@ -271,7 +279,9 @@ def withheld_update(dxo: DXO, fl_ctx: FLContext) -> DXO:
         return DXO(dxo.data_kind, {name: known[name] for name in dxo.data}, meta)
     if dxo.data_kind == DataKind.WEIGHT_DIFF:
         # A name is text as well, and text can say anything.
-        zeros = {name: _zeros(value) for name, value in dxo.data.items() if is_name(name)}
+        known = fl_ctx.get_prop(GLOBAL_WEIGHTS) or dxo.data
+        names = [name for name in known if name in dxo.data and is_name(name)]
+        zeros = {name: _zeros(known[name], dxo.data[name]) for name in names}
         return DXO(dxo.data_kind, zeros, meta)
     raise WithheldError(f"no replacement for data of kind {dxo.data_kind}")
 
@@ -284,8 +294,10 @@ def diverged_meta(reason: str) -> dict[str, Any]:
     return {MetaKey.NUM_STEPS_CURRENT_ROUND: VANISHING_WEIGHT, DIVERGED: reason}
 
 
-def _zeros(value: Any) -> Any:
-    return torch.zeros_like(value) if isinstance(value, torch.Tensor) else np.zeros_like(value)
+def _zeros(like: Any, sent: Any) -> Any:
+    """Zeros of one variable's shape, as a tensor where such was sent."""
+    zeros = np.zeros_like(array_of(like))
+    return torch.from_numpy(zeros) if isinstance(sent, torch.Tensor) else zeros
 
 
 def _leaves(dxo: DXO) -> Iterator[DXO]:

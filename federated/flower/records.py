@@ -15,10 +15,10 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from federated.gate.allowed import (
-    MAX_METRICS,
     NotAllowedError,
     add_to_digest,
     allowed_name,
+    check_names,
     is_name,
     score,
     scores,
@@ -69,9 +69,8 @@ def cleared(content: RecordDict, known: Arrays | None) -> RecordDict:
             sent[name] = ConfigRecord(_numbers(record))
         elif name in _STATUS:
             sent[name] = ConfigRecord({"code": 0, "message": ""})
-    n_scores = sum(len(record) for record in sent.values() if not isinstance(record, ArrayRecord))
-    if n_scores > MAX_METRICS:
-        raise NotAllowedError(f"{n_scores} metrics are more than {MAX_METRICS}")
+    scored = (record for record in sent.values() if not isinstance(record, ArrayRecord))
+    check_names([*sent, *(name for record in scored for name in record)], "records and metrics")
     return sent
 
 

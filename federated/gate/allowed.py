@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ import torch
 # Names and scores of a METRICS result: as many as an evaluation has, too few to hold an image.
 MAX_METRICS = 64
 MAX_NAME = 128
+# Characters of the names of a result's scores and parts, all together: a line or two per score.
+MAX_TEXT = 2048
 MAX_INTEGER = 2**63 - 1
 _NAME = re.compile(r"[\w .:/@-]+")
 
@@ -88,6 +90,8 @@ def allowed_name(name: Any) -> str:
 def variables(data: Any, shapes: Mapping[str, int] | None) -> dict[str, Any]:
     """The variables of an update: arrays of real numbers by the names of the global model.
 
+    They come in its order where it is known: an order could say something, too.
+
     Args:
         data: What should be variables by name.
         shapes: Number of values of each variable of the global model; None where unknown.
@@ -95,7 +99,8 @@ def variables(data: Any, shapes: Mapping[str, int] | None) -> dict[str, Any]:
     Raises:
         NotAllowedError: They are none, or none of the global model's.
     """
-    return {allowed_name(k): _variable(k, value, shapes) for k, value in mapping(data).items()}
+    found = {allowed_name(k): _variable(k, value, shapes) for k, value in mapping(data).items()}
+    return {name: found[name] for name in (shapes or found) if name in found}
 
 
 def _variable(name: str, value: Any, shapes: Mapping[str, int] | None) -> Any:
@@ -123,9 +128,24 @@ def scores(values: Any, what: str) -> dict[str, float | int | None]:
         NotAllowedError: They are too many, or one is no number.
     """
     values = mapping(values)
-    if len(values) > MAX_METRICS:
-        raise NotAllowedError(f"{len(values)} {what} are more than {MAX_METRICS}")
+    check_names(list(values), what)
     return {allowed_name(name): score(value, f"{what}: {name}") for name, value in values.items()}
+
+
+def check_names(names: Sequence[Any], what: str) -> None:
+    """Refuse more scores or parts than a result has, and names that could be a message.
+
+    Args:
+        names: Of all of them in one result; one may come several times.
+        what: What they are called, for messages.
+
+    Raises:
+        NotAllowedError: They are too many, or together too long.
+    """
+    if len(names) > MAX_METRICS:
+        raise NotAllowedError(f"{len(names)} {what} are more than {MAX_METRICS}")
+    if sum(len(str(name)) for name in names) > MAX_TEXT:
+        raise NotAllowedError(f"the names of the {what} have more than {MAX_TEXT} characters")
 
 
 def score(value: Any, what: str) -> float | int | None:

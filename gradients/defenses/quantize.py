@@ -25,7 +25,7 @@ class Quantize(Defense):
     |g| sign(g_i) (l + 1) / s, where l = floor(s |g_i| / |g|), so that the mean is g_i.
 
     Args:
-        levels: s.
+        levels: Number s of levels between zero and the norm.
 
     Source: Alistarh et al., "QSGD", equation 2, https://arxiv.org/abs/1610.02132.
     """

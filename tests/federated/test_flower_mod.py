@@ -235,6 +235,8 @@ PLANTED: dict[str, Answer] = {
     "many metrics": with_record("more", MetricRecord({f"m{i}": float(v) for i, v in
                                                       enumerate(SECRET)})),
     "a record's name": with_record("0.125\n" * 40, MetricRecord({"a": 1})),
+    "many names": answering(RecordDict({f"{i} 0.125 " * 10: MetricRecord({}) for i in range(64)})),
+    "empty records": answering(RecordDict({f"{i} 0.125": MetricRecord({}) for i in range(999)})),
     "a metric's name": with_record("more", MetricRecord({"0.125 " * 40: 1})),
     "more arrays": with_record("more", record_of({"x": SECRET})),
     "another variable": with_record("more", MetricRecord({}), renamed("x")),

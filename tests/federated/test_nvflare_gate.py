@@ -120,6 +120,37 @@ PLANTED: dict[str, Any] = {
     "collection": lambda: result(
         DataKind.COLLECTION, {"a": DXO(DataKind.WEIGHT_DIFF, weights(), {"extra": SECRET})}
     ),
+    "small metrics of many parts": lambda: result(
+        DataKind.COLLECTION,
+        {f"p{i}": DXO(DataKind.METRICS, {"x": float(v)}) for i, v in enumerate(np.tile(SECRET, 2))},
+    ),
+    "parts of parts": lambda: result(
+        DataKind.COLLECTION,
+        {
+            f"p{i}": DXO(
+                DataKind.COLLECTION,
+                {f"q{j}": DXO(DataKind.METRICS, {"x": float(v)}) for j, v in enumerate(SECRET[:9])},
+            )
+            for i in range(9)
+        },
+    ),
+    "initial metrics of many parts": lambda: result(
+        DataKind.COLLECTION,
+        {
+            f"p{i}": DXO(DataKind.WEIGHT_DIFF, weights(), {MetaKey.INITIAL_METRICS: {"x": 0.125}})
+            for i in range(40)
+        },
+    ),
+    "names of parts": lambda: result(
+        DataKind.COLLECTION,
+        {f"{i} 0.125 " * 10: DXO(DataKind.METRICS, {}) for i in range(64)},
+    ),
+    "names of metrics": lambda: result(
+        DataKind.METRICS, {f"{i} 0.125 " * 10: 1.0 for i in range(64)}
+    ),
+    "the name of a part that is withheld": lambda: result(
+        DataKind.COLLECTION, {"0.125\n" * 99: DXO(DataKind.WEIGHT_DIFF, weights())}
+    ),
     "collection of metrics": lambda: result(
         DataKind.COLLECTION, {"a": DXO(DataKind.METRICS, {"x": SECRET})}
     ),
@@ -130,6 +161,26 @@ PLANTED: dict[str, Any] = {
 def test_what_is_planted_stays(tmp_path: Path, planted: str) -> None:
     sent = GaussianPrivacy(0).process(PLANTED[planted](), Site(tmp_path).context)
     assert not leaks(sent)
+
+
+def test_an_order_of_variables_says_nothing(tmp_path: Path) -> None:
+    turned = dict(reversed(weights().items()))
+    site = Site(tmp_path).context
+    site.set_prop(GLOBAL_WEIGHTS, weights(), private=True, sticky=True)
+    sent = [GaussianPrivacy(0).process(result(data=d), site) for d in (weights(), turned)]
+    first, second = (list(from_shareable(each).data) for each in sent)
+    assert first == second
+
+
+def test_names_of_no_variable_stay_where_an_update_is_withheld(tmp_path: Path) -> None:
+    site = Site(tmp_path).context
+    site.set_prop(GLOBAL_WEIGHTS, weights(), private=True, sticky=True)
+    planted = {f"0.125 {i}": np.ones((1, 125, 0)) for i in range(99)}
+    sent = GaussianPrivacy(0).process(result(data={**weights(), **planted}), site)
+    assert not leaks(sent)
+    zeros = from_shareable(sent).data
+    assert {name: value.shape for name, value in zeros.items()} == {"w": (3, 4), "b": (3,)}
+    assert not any(value.any() for value in zeros.values())
 
 
 def test_what_aggregation_needs_leaves(tmp_path: Path) -> None:

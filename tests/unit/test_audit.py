@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -437,3 +438,19 @@ def test_takes_the_local_flag_for_both() -> None:
 
 def test_a_local_training_of_python_counts_as_told() -> None:
     assert told_training(LocalTraining(lr=0.2), 4).estimated == ()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"budget": True}, {"budget": float("inf")}, {"budget": float("nan")}, {"budget": "9"},
+        {"iterations": True}, {"iterations": 1.5}, {"iterations": "9"}, {"iterations": 0},
+        {"plants": True}, {"plants": 1.5}, {"plants": -1}, {"alpha": "x"}, {"alpha": True},
+        {"attack": None}, {"attack": 5}, {"attack": "none"}, {"seed": -1}, {"seed": 1.5},
+        {"seed": True}, {"membership": 1}, {"remedies": None}, {"keep_images": "folder"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_of_another_kind(setting: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=next(iter(setting))):
+        AuditSettings(**setting)

@@ -5,14 +5,20 @@ from __future__ import annotations
 import csv
 import errno
 import io
+import logging
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks.command import main
 from benchmarks.show.render import TextTable, to_latex, to_markdown, to_terminal
+from core.data.records import load_table
 from core.errors import InputError, exit_status, write_failure
-from core.escaping import in_csv, in_markdown, in_one_line, printable
+from core.escaping import PrintableFormatter, in_csv, in_markdown, in_one_line, printable
 from core.storage import atomic_file
+from gradients.shared_update import read_update
+from tests.reader_files import ROOT
 
 EVIL = {
     "clear the screen": "\x1b[2Jname",
@@ -122,3 +128,35 @@ def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
         f"cannot write {tmp_path / 'record.json'}: No space left on device"
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_a_log_on_a_terminal_is_shown_and_not_told() -> None:
+    message = logging.LogRecord("x", logging.INFO, "f", 1, "read %s", ("\x1b[2Jname",), None)
+    assert PrintableFormatter("%(message)s").format(message) == "read \\x1b[2Jname"
+
+
+def test_columns_and_classes_of_a_table_of_records(tmp_path: Path) -> None:
+    path = tmp_path / "table\x9b.csv"
+    path.write_text("a\x1b[2J,b\n\x1b]0;x\x07,x\x1b[3A\nw,y\nw,y\n")
+    shown = repr(load_table(path))
+    assert all(c.isprintable() or c == "\n" for c in shown), repr(shown)
+    assert "\\x1b[2J" in shown
+    assert "\\x1b[3A" in shown
+
+
+def test_names_in_an_update() -> None:
+    state = {"w\x1b[2J": torch.ones(2)}
+    update = read_update(state, {**state, "more\x9b": torch.ones(1)}, kind="weights")
+    assert all(c.isprintable() or c == "\n" for c in str(update)), str(update)
+
+
+def test_the_commands_of_a_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / "benchmarks/tables/batch_size.yaml").read_text()
+    text = text.replace("    initial:", '    "initial\\e[2J":')
+    (tmp_path / "table.yaml").write_text(text)
+    main([str(tmp_path / "table.yaml"), "--dry-run", "--store", str(tmp_path / "store")])
+    shown = capsys.readouterr().out
+    assert "\\x1b[2J" in shown
+    assert "\x1b" not in shown

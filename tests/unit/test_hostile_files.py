@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import gzip
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import pickle
 import struct
 import subprocess
 import sys
+import tracemalloc
 import warnings
 import zipfile
 from argparse import Namespace
@@ -77,8 +79,18 @@ def test_what_is_no_such_file(kind: str, replace: Callable[[Path], object], fold
         # Where no file is, no pictures were kept.
         assert READERS[kind].read(path) is None
         return
+    if kind.endswith("of a site") and path.is_dir():
+        # It is looked into, and has no files.
+        READERS[kind].read(path)
+        return
     with pytest.raises(InputError):
         READERS[kind].read(path)
+
+
+# Half of it may be a whole one, or is shown as it is.
+READ_IN_PART = (
+    "table", "gate log", "picture", "prior", "picture of a site", "table of records", "text",
+)  # fmt: skip
 
 
 # A bit in every part of a file; half a file, and all but its last byte.
@@ -98,7 +110,7 @@ def test_a_damaged_file_is_refused_or_reads_the_same(kind: str, folder: Path) ->
         assert not summed or same(read, reference), f"byte {place} is changed, and nobody notices"
     for length in (0, len(whole) // 2, len(whole) - 60):
         path.write_bytes(whole[:length])
-        if kind not in ("table", "gate log", "picture", "prior") and length:
+        if kind not in READ_IN_PART and length:
             with pytest.raises(InputError):
                 READERS[kind].read(path)
 
@@ -698,6 +710,138 @@ def test_arrays_that_inflate_without_end(folder: Path) -> None:
     )
     with pytest.raises(InputError, match="inflate"):
         READERS["arrays"].read(folder / "rdvl_round0.npz")
+
+
+@pytest.mark.parametrize("kind", ["arrays", "array", "archive of leakage", "archive of a state"])
+def test_a_header_of_the_old_kind(kind: str, folder: Path) -> None:
+    """numpy looks at one that it cannot read token by token."""
+    path = whole_file(kind, folder)
+    content = _header("(1, ") + b"x" * 8
+    if path.suffix == ".npz":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("best_match_recons.npy", content)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match="no whole"):
+        READERS[kind].read(path)
+
+
+def test_an_archive_of_leakage_inflates_no_further(folder: Path) -> None:
+    path = whole_file("archive of leakage", folder)
+    with np.load(path) as read:
+        arrays = dict(read)
+    np.savez_compressed(path, **{**arrays, "img_recon_sim": np.zeros((2, 500_000, 1))})
+    with pytest.raises(InputError, match="inflate"):
+        READERS["archive of leakage"].read(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"round": np.inf}, {"site": np.array(["a", "b"])}, {"img_recon_sim": np.ones((2, 3, 1)) * 1j}],
+    ids=["endless round", "two sites", "complex values"],
+)
+def test_values_of_an_archive_of_leakage(change: dict[str, Any], folder: Path) -> None:
+    path = whole_file("archive of leakage", folder)
+    with np.load(path) as read:
+        arrays = dict(read)
+    np.savez(path, **{**arrays, **change})
+    with pytest.raises(InputError, match="broken"):
+        READERS["archive of leakage"].read(path)
+
+
+@pytest.mark.parametrize(
+    "values", [np.ones((3, 4, 4)) * 1j, np.ones((3, 4, 4), bool), np.array("a"), np.array(1e300)]
+)
+def test_arrays_of_a_site_are_real_and_finite(values: np.ndarray, folder: Path) -> None:
+    path = whole_file("array of a site", folder)
+    np.save(path, values)
+    with pytest.raises(InputError, match=r"not real numbers|not finite"):
+        READERS["array of a site"].read(path)
+
+
+@pytest.mark.parametrize("name", ["99999999999", "9" * 200])
+def test_a_class_folder_that_would_make_a_huge_model(name: str, folder: Path) -> None:
+    path = whole_file("array of a site", folder)
+    path.parent.rename(path.parents[1] / name)
+    with pytest.raises(InputError, match="no class below 100000"):
+        READERS["array of a site"].read(path.parents[1] / name / path.name)
+
+
+@pytest.mark.parametrize("claim", ["claims 16 GB", "inflates"])
+def test_volumes_that_are_not_as_large_as_they_claim(claim: str, folder: Path) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    path = whole_file("array of a site", folder).with_name("volume.nii.gz")
+    volume = nibabel.Nifti1Image(np.zeros((4, 5, 6), np.float32), np.eye(4)).to_bytes()
+    if claim == "inflates":
+        volume += b"\0" * 2**25
+    else:
+        volume = volume[:40] + struct.pack("<8h", 3, 2000, 2000, 1000, 1, 1, 1, 1) + volume[56:]
+    path.write_bytes(gzip.compress(volume))
+    with pytest.raises(InputError, match=r"it claims 16000000000 bytes|it inflates to more than"):
+        READERS["array of a site"].read(path)
+
+
+# -- Tables of records and text ------------------------------------------------------------
+
+_MANY = ",".join("abcdefgh") + "\n"
+RECORDS: dict[str, tuple[str, str]] = {
+    "two million columns": ("," * 2_000_000 + "\n" + "," * 2_000_000, "2000001 columns"),
+    "a record longer than the names": ("a,b\n1,2,3\n1,2\n", "its first record has 3 cells"),
+    "an open quote": ('a,b\n1,"2\n1,2\n', "cannot be read as CSV"),
+    "numbers too large to be scaled": ("a,b\n1e308,x\n-1e308,y\n1e307,x\n", "too large"),
+    "an endless number": ("a,b\ninf,x\n2,y\n3,y\n", "not finite"),
+    "an empty class": ("a,b\n1,\n2,y\n", "empty cells"),
+    "features without end": (
+        _MANY + "".join(",".join([f"w{i % 900}"] * 7) + f",{i % 2}\n" for i in range(30_000)),
+        "30000 records of 6300 features",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", RECORDS)
+def test_hostile_tables_of_records(what: str, folder: Path) -> None:
+    text, message = RECORDS[what]
+    (folder / "table.csv").write_text(text)
+    with pytest.raises(InputError, match=message):
+        READERS["table of records"].read(folder / "table.csv")
+
+
+def test_a_long_word_among_the_classes_costs_no_memory(folder: Path) -> None:
+    (folder / "table.csv").write_text("a,b\n" + "1,x\n" * 5000 + "2," + "y" * 100_000)
+    tracemalloc.start()
+    READERS["table of records"].read(folder / "table.csv")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 64 * 2**20
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"target": []}, {"target": {}}, {"target": None}, {"target": 1}, {"columns": []},
+        {"columns": {"age": []}}, {"columns": {"age": 0}}, {"columns": {"none": "ordinal"}},
+    ],
+)  # fmt: skip
+def test_descriptions_of_no_columns(said: dict[str, Any], folder: Path) -> None:
+    path = whole_file("description of columns", folder)
+    path.write_text(json.dumps(said))
+    with pytest.raises(InputError, match=r"table\.(columns\.json|csv)"):
+        READERS["description of columns"].read(path)
+
+
+def test_endless_words_are_no_text(folder: Path) -> None:
+    path = whole_file("text", folder)
+    sentences = path.read_text()
+    reference = READERS["text"].read(path)
+    path.write_text(f"{sentences} {'x' * 1_000_000}.")
+    assert same(READERS["text"].read(path), reference)
+
+
+def test_a_folder_of_texts_with_a_pipe(folder: Path) -> None:
+    whole_file("text", folder)
+    os.mkfifo(folder / "pipe.txt")
+    with pytest.raises(InputError, match="is a pipe"):
+        READERS["text"].read(folder)
 
 
 # -- Names ---------------------------------------------------------------------------------

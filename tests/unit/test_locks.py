@@ -6,6 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -122,7 +123,10 @@ def test_what_the_dead_left_goes_and_what_the_living_write_stays(tmp_path: Path)
     kept = [tmp_path / f"{temporary_prefix('.record.json.')}abc", tmp_path / ".record.json.abcd"]
     for path in kept:
         path.write_text("x")
+    # The next run need not know of it.
     with atomic_file(tmp_path / "other.json", "w") as file:
+        assert not half.exists()
+        half.write_text("x")
         assert remove_left_behind(tmp_path) == [half]
         file.write("whole")
     assert sorted(tmp_path.iterdir()) == sorted([*kept, tmp_path / "other.json"])
@@ -153,3 +157,23 @@ def test_hidden_files_do_not_travel(tmp_path: Path) -> None:
     ray_worker.unpack(ray_worker.pack(tmp_path / "from"), tmp_path / "to")
     files = [str(p.relative_to(tmp_path / "to")) for p in (tmp_path / "to").rglob("*")]
     assert sorted(files) == ["a", "a/record.json"]
+
+
+def test_a_new_name_is_on_the_disk_before_anybody_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    sync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        done.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        sync(descriptor)
+
+    def replaced(source: str, target: Path) -> None:
+        done.append("name")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    write_text(tmp_path / "x", "whole")
+    assert done == ["file", "name", "folder"]

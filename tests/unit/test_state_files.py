@@ -258,3 +258,29 @@ def test_arrays_in_a_file_of_torch_are_a_state(tmp_path: Path) -> None:
     read = read_state(tmp_path / "update.pt", "--x")
     assert list(read) == ["a", "b"]
     assert all(np.array_equal(read[name].numpy(), state[name]) for name in state)
+
+
+def _with(value: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"w": value, "v": torch.ones(2)}
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.ones(3) + 1j, torch.ones(3, device="meta"), torch.ones(3).to(torch.float8_e4m3fn),
+        torch.tensor([1, float("nan"), 1]), torch.tensor([1, float("-inf"), 1]),
+    ],
+    ids=["complex", "without values", "float8", "NaN", "infinite"],
+)  # fmt: skip
+def test_what_are_no_numbers_of_a_model(value: torch.Tensor, where: str) -> None:
+    good = _with(torch.ones(3) * 1.1)
+    states = (_with(value), good) if where == "before" else (good, _with(value))
+    with pytest.raises(InputError, match=rf"{where}: w "):
+        gib.read_update(*states, kind="weights")
+
+
+@pytest.mark.parametrize("value", [torch.ones(3) > 0, torch.ones(3, dtype=torch.int64)])
+def test_truths_and_whole_numbers_are_no_weights(value: torch.Tensor) -> None:
+    with pytest.raises(InputError, match=r"after: w holds torch\.\w+ in place of torch\.float32"):
+        gib.read_update(_with(torch.ones(3)), _with(value), kind="weights")

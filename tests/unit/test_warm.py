@@ -8,13 +8,17 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.run.cells import ROOT
+from benchmarks.run.executor import WarmCommand
+from core.locks import remove_folders_left_behind
 from core.processes import warm
 
 pytestmark = pytest.mark.skipif(not warm.can_be_warm(gpu=False), reason="forks")
@@ -129,3 +133,61 @@ def test_a_lock_stays_with_the_command(tmp_path: Path) -> None:
     assert process.exitcode == -9
     fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(other)
+
+
+def test_a_command_does_not_outlive_its_killed_server_unseen(tmp_path: Path) -> None:
+    (tmp_path / "wait.py").write_text("import time\ntime.sleep(60)\n")
+    with (tmp_path / "log").open("wb") as output:
+        command = WarmCommand(
+            warm.start_command(
+                [str(tmp_path / "wait.py")], folder=tmp_path, environment=dict(os.environ),
+                output=output.fileno(),
+            )
+        )  # fmt: skip
+    time.sleep(0.5)
+    server = forkserver._forkserver._forkserver_pid
+    os.kill(server, signal.SIGKILL)
+    command.wait(30)
+    assert command.status() == 255
+    until = time.monotonic() + 30
+    while is_running(command.pid) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not is_running(command.pid)
+    (tmp_path / "next.py").write_text("print('said')\n")
+    assert warm_command([str(tmp_path / "next.py")], tmp_path, tmp_path / "log") == 0
+
+
+def is_running(pid: int) -> bool:
+    """Nobody reaps a process whose parent was killed, in a container without an init."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from core.processes import warm
+if __name__ == "__main__":
+    process = warm.start(print, imports=["json"])
+    print(*Path(sys.argv[1]).glob(f"gradinvbench-server.*-{os.getpid()}-*"), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_folder_of_a_killed_run_goes_with_the_next(tmp_path: Path) -> None:
+    place = Path(tempfile.gettempdir())
+    if len(str(place)) > warm._LONGEST_PLACE:
+        pytest.skip("the folder for temporary files has too long a name for a socket in it")
+    (tmp_path / "killed.py").write_text(KILLED)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "killed.py"), str(place)], stdout=subprocess.PIPE,
+        text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL
+    left = Path(done.stdout.split()[0])
+    assert list(left.rglob("listener-*"))
+    assert left in remove_folders_left_behind(place, warm._FOLDER)
+    assert not left.exists()

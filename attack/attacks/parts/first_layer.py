@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from core.errors import InputError
+from core.models.kinds import BatchNorm
 from core.target import Target
 
 
@@ -135,8 +136,7 @@ def _view_of_image(
     features = f"its layer {call.name} sees features, not the image"
     if call.inputs.shape != probes.flatten(1).shape:
         raise _unsuitable(target, attack, features)
-    batch_norm = nn.modules.batchnorm._BatchNorm
-    if target.train_mode and any(isinstance(c.module, batch_norm) for c in before):
+    if target.train_mode and any(isinstance(c.module, BatchNorm) for c in before):
         raise _unsuitable(target, attack, "train-mode BatchNorm in front mixes the images")
     offset = call.inputs[0]
     scale = call.inputs[1] - offset

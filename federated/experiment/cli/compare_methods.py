@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core.errors import exit_status
+from core.launch_arguments import CommandParser
 from federated.experiment.method_comparison import METHODS, compare_all
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The command's flags."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m federated.compare_methods",
         description="Compare inversion methods on the same updates of real local training.",
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from core.errors import exit_status
 from core.escaping import printable
-from core.launch_arguments import given_flags
+from core.launch_arguments import CommandParser, given_flags
 from federated.experiment.cli.job_flags import add_job_flags, federation_settings
 from federated.experiment.job_folder import TEMPLATE, create_job
 
@@ -23,9 +23,9 @@ WITHHOLDING = (
 )
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The command's flags."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m federated.create_job_config",
         description="Fill the template app in for a number of clients.",
         allow_abbrev=False,

@@ -9,11 +9,12 @@ import argparse
 from collections.abc import Sequence
 
 from core.errors import exit_status
+from core.launch_arguments import CommandParser
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The command's flags."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m federated.make_phantoms",
         description="Draw procedural chest radiographs of two classes for nine sites.",
     )

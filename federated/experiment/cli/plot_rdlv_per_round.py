@@ -11,11 +11,12 @@ from pathlib import Path
 
 from core.errors import exit_status
 from core.escaping import printable
+from core.launch_arguments import CommandParser
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The command's flags."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m federated.plot_rdlv_per_round",
         description="Draw RDLV per federated round, a line per site, from a run's workspace.",
     )

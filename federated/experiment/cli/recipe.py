@@ -15,14 +15,15 @@ from pathlib import Path
 
 from core.errors import exit_status
 from core.escaping import printable
+from core.launch_arguments import CommandParser
 from federated.experiment.cli.job_flags import add_job_flags, federation_settings
 from federated.experiment.recipe import run_experiments
 from federated.experiment.simulator import WORKSPACES
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The command's flags."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m federated.recipe",
         description="Run a federation for every noise level and record what it leaks.",
         allow_abbrev=False,

@@ -16,13 +16,14 @@ from pathlib import Path
 
 from core.errors import InputError, exit_status
 from core.escaping import printable
+from core.launch_arguments import CommandParser
 from federated.experiment.run_results import missing_results, print_results, write_run
 from federated.experiment.simulator import WORKSPACES, read_job, require_nvflare, simulate
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The command's flags."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m federated.simulate",
         description="Run a job folder in NVFlare's simulator, every client in its own process.",
     )
