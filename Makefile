@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 FLOWER := .venv-flower
 FLOWER_STAMP := $(FLOWER)/.stamp
-EXTRAS := embedded,tabular,text,audit,privacy,search,bench,federated,docs,test,lint
+EXTRAS := embedded,tabular,text,audit,medical,privacy,search,bench,federated,docs,test,lint
 
 # Matplotlib would write its font cache to the home folder.
 export MPLCONFIGDIR := $(CURDIR)/$(VENV)/.matplotlib

@@ -14,7 +14,6 @@ from audit.decision import Decision, Power, decide
 from audit.labels import in_no_order
 from audit.record import AttackSection, PowerSection, SimilaritySection, TestSection
 from audit.references import (
-    NCC,
     at_scale,
     metrics_of,
     similarities,
@@ -89,6 +88,8 @@ def _keep_images(request: AuditRequest, best: Attempt) -> None:
         return
     with atomic_file(folder / "reconstructions.npy") as file:
         np.save(file, best.images.numpy())
+    if best.images.dim() < 3:  # Sentences and records are no pictures.
+        return
     save_gallery(folder / "reconstructions.png", {best.attack: list(best.images)})
 
 
@@ -103,8 +104,15 @@ def _section(request: AuditRequest, attempt: Attempt, compared: int) -> AttackSe
             for part in (request.data.members, request.data.non_members)
         )
         similar = tuple(
-            similarity_section(metric, attempt.images, members, others, seed=request.settings.seed)
-            for metric in metrics_of(shape)
+            similarity_section(
+                metric,
+                attempt.images,
+                members,
+                others,
+                seed=request.settings.seed,
+                data=request.data.spec,
+            )
+            for metric in metrics_of(request.data.spec)
         )
     return AttackSection(
         attack=attempt.attack,
@@ -119,10 +127,11 @@ def _section(request: AuditRequest, attempt: Attempt, compared: int) -> AttackSe
 
 
 def similarity_to_all(request: AuditRequest, attempt: Attempt) -> np.ndarray:
-    """NCC of reconstructions x all images of the site."""
+    """The similarity that decides, of reconstructions x all images of the site."""
     assert attempt.images is not None
-    size = tuple(attempt.images.shape[2:])
-    return similarities(NCC, attempt.images, at_scale(request.data.everyone.images, size))
+    size, spec = tuple(attempt.images.shape[2:]), request.data.spec
+    images = at_scale(request.data.everyone.images, size)
+    return similarities(metrics_of(spec)[0], attempt.images, images, spec.columns)
 
 
 def decided_by(

@@ -28,9 +28,10 @@ from attack.priors.coordinates import Coordinates, Cosines
 from attack.settings import ONE_STEP, UNROLL, InversionConfig, Value
 from audit.references import at_scale
 from core.errors import InputError, first_line
+from core.losses import Targets
 from core.target import Target
 
-INVERSION = "spectral"
+INVERSION, OF_TEXT = "spectral", "tag"
 # An update that a closed form explains to this cosine distance needs no other attack.
 EXACT = 1e-4
 # Steps that are simulated one by one; of more, the update is matched as one step's gradient.
@@ -123,14 +124,22 @@ def plan_of(
         optimises = issubclass(get_attack(attack), OptimizationAttack)
         closed = () if optimises else (attack,)
         return dataclasses.replace(plan, closed=closed, inversion=attack if optimises else None)
+    is_text = bool(target.data.n_tokens)
     kinds = [get_attack(name) for name in attack_names()]
+    # Attacks on text read labels with the tokens; of images those that do know no labels.
     closed_forms = tuple(
         kind.name
         for kind in kinds
-        if kind.published is None and not kind.recovers_labels and kind.requires <= GRANTED
-        and target.loss.targets in kind.fits
+        if kind.published is None and kind.reads_tokens == is_text
+        and (is_text or not kind.recovers_labels)
+        and kind.requires <= GRANTED and target.loss.targets in kind.fits
     )  # fmt: skip
-    return dataclasses.replace(plan, closed=closed_forms, inversion=INVERSION)
+    return dataclasses.replace(plan, closed=closed_forms, inversion=inversion_for(target))
+
+
+def inversion_for(target: Target) -> str:
+    """The inversion that an audit chooses."""
+    return OF_TEXT if target.data.n_tokens else INVERSION
 
 
 def attempts(
@@ -142,7 +151,9 @@ def attempts(
         yield found
         if found.loss <= EXACT:
             return
-    if plan.inversion is not None:
+    if plan.inversion is not None and target.data.n_tokens:
+        yield _closed_form(plan.inversion, plan, target, labels, seed, device)
+    elif plan.inversion is not None:
         yield from _inversions(plan, plan.inversion, target, labels, seed, device)
 
 
@@ -159,9 +170,13 @@ def _closed_form(
     name: str, plan: Plan, target: Target, labels: torch.Tensor, seed: int, device: torch.device
 ) -> Attempt:
     given = {"time_budget": plan.seconds, "granted": GRANTED, "adaptive": False}
+    if name == plan.inversion:
+        given = {"iterations": plan.iterations}
     attack, began = get_attack(name).configured(given), time.perf_counter()
+    # What a language model is trained to say is the text itself.
+    told = None if target.loss.targets is Targets.TOKENS else labels
     try:
-        found = attack.reconstruct(target, labels=labels, device=device, seed=seed)
+        found = attack.reconstruct(target, labels=told, device=device, seed=seed)  # type: ignore[arg-type]
     except InputError as error:
         return Attempt(name, None, note=_said(error))
     except (RuntimeError, ValueError, ArithmeticError, LookupError) as error:
@@ -263,6 +278,11 @@ def iterate(
     name: str, target: Target, labels: torch.Tensor, iterations: int, device: torch.device
 ) -> None:
     """Go through so many iterations of an inversion, to see what they take."""
+    if target.data.n_tokens:
+        told = None if target.loss.targets is Targets.TOKENS else labels
+        attack = get_attack(name).configured({"iterations": iterations})
+        attack.reconstruct(target, labels=told, device=device, seed=0)  # type: ignore[arg-type]
+        return
     config = inversion_config(name, target, iterations)
     Inversion(target, labels, config, device=device, seed=0).run()
 
@@ -324,7 +344,7 @@ def _judged(
     """The attempt with the distances that its images leave."""
     replica = Replica(target, device, torch.float64)
     objective = Adaptation.none(target, InversionConfig()).objective(Cosine())
-    inputs = target.data.normalize(images.double()).to(device)
+    inputs = target.data.placed(target.data.normalize(images), replica.parameters[0])
     loss = float(GradientMatcher(replica, objective, "exact").value(inputs, labels.to(device)))
     return dataclasses.replace(
         attempt,
@@ -352,7 +372,7 @@ def unexplained(target: Target, images: torch.Tensor, labels: torch.Tensor) -> t
     model = target.build_model().double()
     named = dict(model.named_parameters())
     parameters = [named[name].requires_grad_() for name in target.gradient]
-    outputs = model(target.data.normalize(images.double()))
+    outputs = model(target.data.normalize(target.data.placed(images, parameters[0])))
     if not isinstance(outputs, torch.Tensor) or not target.loss.mean_over_samples:
         return (0.0,) * len(images)
     wanted = labels.double() if labels.is_floating_point() else labels

@@ -147,7 +147,7 @@ def class_representatives(
 
     Returns:
         A section for every class of which there are members and non-members; empty where the
-        client has neither classes nor findings.
+        client has neither classes nor findings, and of text.
     """
     classes = classes_of(client, members, non_members)
     if not classes:
@@ -167,8 +167,9 @@ def class_representatives(
                     some_of(members.images[_of_class(members, c)], compared, seed),
                     some_of(non_members.images[_of_class(non_members, c)], compared, seed),
                     seed=seed,
+                    data=client.data,
                 )
-                for metric in metrics_of(client.data.shape)
+                for metric in metrics_of(client.data)
             ),
         )
         for c, images, sure in zip(
@@ -179,7 +180,8 @@ def class_representatives(
 
 def classes_of(client: Target, members: Truth, non_members: Truth) -> tuple[int, ...]:
     """The classes, or findings, that there are members and non-members of."""
-    if client.loss.targets not in (Targets.CLASSES, Targets.LABELS):
+    # Nothing climbs from token to token.
+    if client.loss.targets not in (Targets.CLASSES, Targets.LABELS) or client.data.n_tokens:
         return ()
     return tuple(
         c

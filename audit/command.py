@@ -84,9 +84,15 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--data", metavar="DIR|MODULE:NAME", required=True,
         help="folder with members/ and non_members/, each with a folder per class of pictures, "
-        ".npy arrays or NIfTI volumes; or an object of yours that gives both",
+        ".npy arrays or NIfTI volumes; or with members.csv and non_members.csv; or with "
+        "members.txt, non_members.txt and tokenizer.json; or an object of yours that gives both",
     )  # fmt: skip
-    group.add_argument("--size", type=int, metavar="N", help="side that pictures are resized to")
+    group.add_argument(
+        "--size",
+        type=int,
+        metavar="N",
+        help="side that pictures are resized to, or tokens of a sentence",
+    )
     group.add_argument(
         "--classes", default="", metavar="A,B", help="class folders in the order of the outputs"
     )

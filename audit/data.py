@@ -16,6 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from audit.sentences_and_records import (
+    MEMBERS,
+    NON_MEMBERS,
+    is_such,
+    read_records,
+    read_sentences,
+)
 from core.array_files import MAX_ARRAY_BYTES, MAX_RATIO, read_array
 from core.data.data_sets import ClientSamples, take_samples
 from core.data.given import GivenData, given_data, given_data_sets
@@ -29,7 +36,6 @@ from core.reading import read_bytes
 from core.target import Truth
 
 FLAG = "--data"
-MEMBERS, NON_MEMBERS = "members", "non_members"
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 SUFFIXES = (*IMAGE_SUFFIXES, ".npy", *NIFTI_SUFFIXES)
 # An array of three axes has channels first where there are at most so many.
@@ -132,8 +138,10 @@ def open_data(
     Args:
         text: `module:name`, an object or a function without arguments that gives what
             `site_data` takes; or a folder with `members/` and `non_members/`, each with a folder
-            of files per class: pictures, `.npy` arrays, or NIfTI volumes.
-        size: Side in pixels that pictures are resized to; None: as they are.
+            of files per class: pictures, `.npy` arrays, or NIfTI volumes; or a folder with
+            sentences or records, see `audit.sentences_and_records`.
+        size: Side in pixels that pictures are resized to, or tokens of a sentence; None: as they
+            are, or 16.
         class_names: Folders in the order of the model's outputs; default: numbers where all
             names are numbers, else in alphabetical order.
         mean: Of the normalisation that the model expects, of a folder's files.
@@ -145,6 +153,10 @@ def open_data(
     """
     if is_object_name(text):
         return site_data(_object(text), seed, f"{FLAG} {text}")
+    if is_such(Path(text), ".csv"):
+        return SiteData(*read_records(Path(text), FLAG))
+    if is_such(Path(text), ".txt"):
+        return SiteData(*read_sentences(Path(text), size, FLAG))
     given = _from_folder(Path(text), size, tuple(class_names))
     channels = int(given[0].images.shape[1])
     spec = DataSpec(
@@ -270,19 +282,28 @@ def _nifti(path: Path) -> np.ndarray:
     try:
         import nibabel
     except ImportError:
-        raise InputError(f"{FLAG}: reading {path} needs nibabel: pip install nibabel") from None
+        raise InputError(
+            f"{FLAG}: reading {path} needs nibabel: pip install 'gradinvbench[medical]'"
+        ) from None
     content = read_bytes(path, FLAG, "NIfTI volume", MAX_ARRAY_BYTES)
     try:
         if path.suffix == ".gz":
             content = _inflated(content)
+        # One file of a stated format; nibabel's `load` would guess, and look for files beside it.
         second = nibabel.Nifti2Header.may_contain_header(content)
         volume = (nibabel.Nifti2Image if second else nibabel.Nifti1Image).from_bytes(content)
         claimed = math.prod(volume.shape) * volume.get_data_dtype().itemsize
-        if claimed > len(content):
+        if not 0 < claimed <= len(content):
             raise ValueError(f"it claims {claimed} bytes of values")
-        return np.asarray(volume.get_fdata(dtype=np.float32))
+        values = np.asarray(volume.dataobj, dtype=np.float32)
     except Exception as error:  # Its readers raise whatever a broken file leads them to.
         raise InputError(f"{FLAG}: {path} is no NIfTI volume ({first_line(error)})") from None
+    # A header may state a fourth axis of one volume.
+    while values.ndim > 3 and values.shape[-1] == 1:
+        values = values[..., 0]
+    if values.ndim != 3:
+        raise InputError(f"{FLAG}: {path} is no single volume (axes: {values.shape})")
+    return values
 
 
 def _inflated(content: bytes) -> bytes:

@@ -34,6 +34,8 @@ class KnownLabels:
 def known_labels(request: AuditRequest) -> KnownLabels:
     """Which classes the update betrays; what it does not is granted to the attack."""
     target, truth = request.target, request.data.members.labels
+    if target.loss.targets is Targets.TOKENS:
+        return KnownLabels(None, False)
     if target.loss.targets is not Targets.CLASSES or truth.dim() != 1:
         return KnownLabels(None, True)
     true_counts = torch.bincount(truth, minlength=target.data.n_classes)

@@ -163,7 +163,7 @@ def losses_under(
 def sample_losses(model: nn.Module, data: DataSpec, loss: Loss, images: Truth) -> list[float]:
     """The loss of every image alone, in eval mode; the model stays as it is."""
     parameter = next(model.parameters())
-    inputs = data.normalize(images.inputs.to(parameter.device, parameter.dtype))
+    inputs = data.normalize(data.placed(images.inputs, parameter))
     targets = images.targets.to(parameter.device)
     with unchanged(model):
         model.eval()

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 
 from attack.attacks import OptimizationAttack, get_attack
-from audit.attempts import INVERSION, Plan, iterate, plan_of, scales_of, stand_ins
+from audit.attempts import Plan, inversion_for, iterate, plan_of, scales_of, stand_ins
 from audit.class_representatives import ITERATIONS, classes_of
 from audit.labels import in_no_order
 from audit.planting import PlantSetting, plant_settings
-from audit.references import NCC, NOISE_IMAGES, metrics_of, similarities
+from audit.references import NOISE_IMAGES, metrics_of, similarities
 from audit.request import AUTO, AuditRequest
 from core.losses import main_output
 from core.target import Target
@@ -46,7 +46,7 @@ class Costs:
         image: Of one of its images.
         gradient: Of an image's way through the model and back.
         pair: Of comparing two images by every metric.
-        quick_pair: Of comparing two images by NCC alone.
+        quick_pair: Of comparing two images by the one that decides.
     """
 
     call: float
@@ -66,7 +66,7 @@ def plan_for(request: AuditRequest) -> Plan:
     name = None if settings.attack == AUTO else settings.attack
     budget = settings.budget
     if settings.iterations is not None or not issubclass(
-        get_attack(name or INVERSION), OptimizationAttack
+        get_attack(name or inversion_for(request.target)), OptimizationAttack
     ):
         n = settings.iterations or 1
         return plan_of(
@@ -108,7 +108,7 @@ def _inversion_of(request: AuditRequest) -> str:
     """Name of the inversion that is asked for, or of the audit's own."""
     name = request.settings.attack
     optimises = name != AUTO and issubclass(get_attack(name), OptimizationAttack)
-    return name if optimises else INVERSION
+    return name if optimises else inversion_for(request.target)
 
 
 def _most_iterations(request: AuditRequest) -> int:
@@ -260,13 +260,15 @@ def measured_costs(request: AuditRequest) -> Costs:
     second = first if more == few else _iteration_seconds(request, more)
     image = max((second - first) / max(more - few, 1), second / more / 5)
     shown = request.data.everyone.images[:4]
-    metrics, pairs = metrics_of(request.data.spec.shape), len(shown) ** 2
+    spec = request.data.spec
+    metrics, pairs = metrics_of(spec), len(shown) ** 2
     return Costs(
         call=max(0.0, first - few * image),
         image=image,
         gradient=_gradient_seconds(request, more) / more,
-        pair=_seconds(lambda: [similarities(m, shown, shown) for m in metrics]) / pairs,
-        quick_pair=_seconds(lambda: similarities(NCC, shown, shown)) / pairs,
+        pair=_seconds(lambda: [similarities(m, shown, shown, spec.columns) for m in metrics])
+        / pairs,
+        quick_pair=_seconds(lambda: similarities(metrics[0], shown, shown, spec.columns)) / pairs,
     )
 
 

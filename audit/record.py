@@ -88,7 +88,7 @@ class SimilaritySection:
     """One similarity of reconstructions and images, beside its three references.
 
     Attributes:
-        metric: "ncc" or "ssim".
+        metric: "ncc" or "ssim"; of sentences "tokens" and "places", of a table's records "cells".
         best_member: Per reconstruction, similarity of its best match among members.
         best_non_member: Per reconstruction, of its best match among non-members.
         noise: Best match among members of each of the noise images.
@@ -168,7 +168,7 @@ class PowerSection:
         steps: Its local steps.
         found: Plants that the test called a leak.
         of: All plants.
-        best_similarity: Mean over plants of the best match's NCC.
+        best_similarity: Mean over plants of the best match, by the first similarity.
     """
 
     attack: str

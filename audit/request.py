@@ -296,7 +296,8 @@ def _loss(model: nn.Module, data: SiteData, loss: Loss) -> float:
     labels = data.members.labels
     labels = labels.to(dtype) if labels.is_floating_point() else labels
     with unchanged(model):
-        return float(loss(model(data.spec.normalize(data.members.images.to(dtype))), labels))
+        inputs = data.spec.placed(data.members.images, next(model.parameters()))
+        return float(loss(model(data.spec.normalize(inputs)), labels))
 
 
 def _named(flag: str, state: State, model: nn.Module) -> State:

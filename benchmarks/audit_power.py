@@ -16,7 +16,7 @@ import copy
 import dataclasses
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,6 +145,25 @@ def run(setting: Setting, number: int, iterations: int, seed: int) -> dict[str, 
     return {"p": decision.p_value, "leaks": decision.verdict is Verdict.LEAKS, "ncc": best}
 
 
+def table(record: Mapping[str, Any]) -> list[str]:
+    """How often a leak is found by batch size and local steps, with exact 95 % intervals."""
+    from scipy.stats import binomtest
+
+    cells = {}
+    for row in record["rows"]:
+        found = Setting(**row["setting"])
+        if found.purpose == POWER and row["leaks"]:
+            leaks, of = sum(row["leaks"]), len(row["leaks"])
+            low, high = binomtest(leaks, of).proportion_ci()
+            cells[found.batch, found.steps] = f"{leaks} of {of} ({low:.0%} to {high:.0%})"
+    steps = [f"{n} step{'s' if n > 1 else ''}" for n in STEPS]
+    rows = [
+        [str(batch), *(cells.get((batch, n), "not run") for n in STEPS)] for batch in BATCHES
+    ]  # fmt: skip
+    lines = [["batch size", *steps], ["---"] * (1 + len(STEPS)), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
 def build_parser() -> CommandParser:
     """The command line."""
     parser = CommandParser(
@@ -174,6 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 row[key].append(value if key == "leaks" else round(value, 4))
             write_record(path, record)
         print(f"{setting}: leaks in {sum(row['leaks'][:count])} of {count}", flush=True)
+    print("\n".join(table(record)))
 
 
 def _record(path: Path, iterations: int, seed: int) -> dict[str, Any]:

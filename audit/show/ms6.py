@@ -87,8 +87,8 @@ def _membership(record: AuditRecord) -> Iterator[str]:
     yield (
         f"AUROC with a 1,000-sample bootstrap 95 % interval; chance is {CHANCE:g}, and an interval "
         "that excludes it is a finding. The trajectory is fitted on half of the cases and measured "
-        "on the other half, mean of five random halves. Balanced accuracy: at the threshold that is "
-        "best for the cases that it is measured on, as the protocol has it, which flatters the "
+        "on the other half, mean of five random halves. Balanced accuracy: at the threshold that "
+        "is best for the cases that it is measured on, as the protocol has it, which flatters the "
         "attack; and at the best one of one half, applied to the other half."
     )
     yield ""
@@ -141,9 +141,9 @@ def _reconstruction(record: AuditRecord) -> Iterator[str]:
         str(record.round_number)
     )  # fmt: skip
     yield (
-        f"Round used: {used}. A leak is a reconstruction whose best match exceeds the 99th percentile "
-        "of the noise baseline (100 Gaussian-noise volumes); the audit's own verdict is stricter, "
-        "see the end."
+        f"Round used: {used}. A leak is a reconstruction whose best match exceeds the 99th "
+        "percentile of the noise baseline (100 Gaussian-noise volumes); the audit's own verdict is "
+        "stricter, see the end."
     )
     for attack in record.attacks:
         yield ""

@@ -34,7 +34,7 @@ VARIABLES = {
 }  # fmt: skip
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 # Points of a cloud and rows of a figure; of more, evenly spaced ones are shown.
-MOST_POINTS, MOST_ROWS = 200, 24
+MOST_POINTS, MOST_ROWS, MOST_RATES = 200, 24, 12
 SMALLEST_P = 1e-5
 WIDTH, MOST_LETTERS = 6.4, 40
 
@@ -172,7 +172,10 @@ def _power(record: AuditRecord) -> Iterator[Plot]:
 
 def _membership(record: AuditRecord) -> Iterator[Plot]:
     """Areas under the ROC curve with their intervals."""
-    rates = sorted(record.membership, key=lambda rate: rate.of_class is not None)[:MOST_ROWS]
+    # Classes one by one are in the table; many of them would be a long figure.
+    rates = sorted(record.membership, key=lambda rate: rate.of_class is not None)
+    rates = rates if len(rates) <= MOST_RATES else [r for r in rates if r.of_class is None]
+    rates = rates[:MOST_ROWS]
     if not rates:
         return
     figure, axes = subplots(1, 1, WIDTH, 0.9 + 0.3 * len(rates))

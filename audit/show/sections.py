@@ -46,6 +46,11 @@ GLOSSARY = (
      "audits of updates that give nothing away, at most the share of the level says \"leaks\"."),
     (r"\b(NCC|SSIM)\b", "NCC (normalised cross-correlation) and SSIM (structural similarity) say "
      "how alike two pictures are: 1: the same; 0: nothing in common."),
+    (r"\b(TOKENS|PLACES)\b", "TOKENS: the share of a sentence's tokens that the other has, in any "
+     "order; PLACES: that are the same in their places. Where this page says image, it means a "
+     "sentence."),
+    (r"\bCELLS\b", "CELLS: the share of a record's cells that are right, a number within 0.319 "
+     "standard deviations. Where this page says image, it means a record."),
     (r"\bRDLV\b", "RDLV (relative data leakage value): how much higher the best SSIM is than that "
      "of what is public, relative to the latter. 0 or less: no better than what is public."),
     (r"\bAUROC\b", "AUROC: how often a member is ranked before a non-member. 0.5: guessing; "
@@ -96,16 +101,16 @@ class Section:
 
 
 def sections_of(record: AuditRecord) -> tuple[Section, ...]:
-    """Everything that is told of an audit, the verdict first."""
+    """Everything that is told of an audit: the verdict, what to do, and then the evidence."""
     told = (
         _verdict(record),
-        _update(record.update, record.local),
-        _labels(record.labels),
+        _remedies(record),
         _attacks(record),
         _power(record),
+        _labels(record.labels),
         _membership(record.membership),
         _classes(record),
-        _remedies(record),
+        _update(record.update, record.local),
         _limits(record),
     )
     return tuple(_explained(told))
@@ -300,7 +305,7 @@ def _power(record: AuditRecord) -> Section:
          f"{p.best_similarity:.2f}")
         for p in record.power
     )  # fmt: skip
-    header = ("attack", "batch size", "local steps", "found", "NCC of best match")
+    header = ("attack", "batch size", "local steps", "found", "best match")
     return Section("power", title, (said,), Table(header, rows))
 
 
@@ -420,8 +425,8 @@ def _left_untried(untried: Sequence[UntriedSection]) -> Iterator[str]:
 def _advice(verdict: str) -> str:
     if verdict == Verdict.LEAKS.value:
         return (
-            "No defense was tried on it. Do not send the update as it is: try noise, clipping, larger "
-            "batches or fewer shared layers, and audit again."
+            "No defense was tried on it. Do not send the update as it is: try noise, clipping, "
+            "larger batches or fewer shared layers, and audit again."
         )
     if verdict == Verdict.CANNOT_TELL.value:
         return "Audit again with more non-members, or with more time, until it can be told."
@@ -458,7 +463,8 @@ def _limits(record: AuditRecord) -> Section:
     sentences = (
         *map(sentence, record.warnings),
         *([granted] if record.granted else []),
-        f"It is one update of one round{of_round}, against the attacks of today; it is no guarantee.",
+        f"It is one update of one round{of_round}, against the attacks of today; it is no "
+        "guarantee.",
         f"Made by GradInvBench {version} in {duration(record.seconds)}, seed {record.seed}, record "
         f"version {record.schema_version}.",
     )

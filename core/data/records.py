@@ -146,6 +146,36 @@ def load_table(data: str | Path, root: str | Path | None = None, flag: str = "--
         raise InputError(f"{flag} {data}: {error}") from None
 
 
+def load_tables(paths: Sequence[Path], flag: str = "--data") -> list[Table]:
+    """Read parts of one table from CSV files: columns and classes are those of all together.
+
+    Args:
+        paths: Files with the same header; a description beside the first holds for all.
+        flag: The flag that the user gave them with, for messages.
+
+    Raises:
+        InputError: They cannot be read as parts of one table.
+    """
+    import pandas
+
+    parts = [_csv(path, flag) for path in paths]
+    for path, part in zip(paths, parts, strict=True):
+        if list(part.frame.columns) != list(parts[0].frame.columns):
+            raise InputError(f"{flag}: {path} has other columns than {paths[0]}")
+    together = _Described(
+        paths[0].stem,
+        pandas.concat([part.frame for part in parts], ignore_index=True),
+        [word for part in parts for word in part.classes],
+        parts[0].kinds,
+    )
+    try:
+        table = _table(together)
+    except InputError as error:
+        raise InputError(f"{flag}: {error}") from None
+    ends = [0, *itertools.accumulate(len(part.classes) for part in parts)]
+    return [table.take(range(first, last)) for first, last in itertools.pairwise(ends)]
+
+
 def table_data_sets(table: Table, seed: int, split_seed: int) -> DataSets:
     """A table as training and extraction read it.
 

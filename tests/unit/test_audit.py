@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from audit.planning import plan_for
 from audit.planting import plant, plant_settings
 from audit.record import AuditRecord
 from audit.request import AuditRequest, AuditSettings, make_request
+from benchmarks import audit_power
 from core.errors import InputError
 from core.local_training import LocalTraining
 from core.named_objects import named_object
@@ -341,6 +343,10 @@ def test_the_record_keeps_to_its_level_and_finds_what_is_planted() -> None:
     assert len(leaks["no leak"]) == 200
     assert sum(leaks["no leak"]) <= 0.05 * 200
     assert leaks["planted"] == [True] * 20
+    # What the document says of it is what the record says.
+    page = (Path(__file__).parents[2] / "docs/audit-my-update.md").read_text()
+    assert "\n".join(audit_power.table(record)) in page
+    assert f"it says `leaks` in {sum(leaks['no leak'])} (" in page
 
 
 def test_says_what_it_would_have_found() -> None:
@@ -403,11 +409,17 @@ def test_audits_from_the_command_line(
     )
     named_object("auditedmodel:build", "--model")
     words = ["--local", "W.pt", "--local", "sgd lr=0.05", "--data", "scans", "--report", "out"]
-    quick = ["--iterations", "60", "--plants", "1", "--no-membership", "--no-remedies"]
+    quick = ["--iterations", "60", "--plants", "1", "--no-remedies", "--protocol", "ms6"]
+    quick += ["--rounds", "G.pt", "--final", "W.pt", "--single-site", "W.pt", "--round", "7"]
     model_words = ["--global", "G.pt", "--model", "auditedmodel:build", "--device", "cpu"]
     assert main(["audit", *model_words, *words, *quick]) == 0
     assert "VERDICT" in capsys.readouterr().out
     written = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert written["round_number"] == 7
+    report = (tmp_path / "out" / "ms6.md").read_text()
+    assert "Round used: 7." in report
+    # Only the single site's trajectory takes more than the models that were given.
+    assert re.findall(r"not measured: (?!the attack starts)[^|\n]*", report) == []
     assert written["verdict"] in {verdict.value for verdict in gib.Verdict}
     assert (tmp_path / "out" / "audit.html").exists()
     after = {path for path in tmp_path.rglob("*") if path.is_file()} - set(before)
@@ -415,6 +427,55 @@ def test_audits_from_the_command_line(
     assert outside == []
     for path in (tmp_path / "out").iterdir():
         assert not any(word in path.read_text() for word in ("case", "scans", "W.pt"))
+
+
+def test_keeps_reconstructions_only_where_the_site_says(tmp_path: Path) -> None:
+    data, _ = site(2)
+    model, kept = network(), tmp_path / "kept"
+    for folder in (None, kept):
+        found = gib.audit(
+            model, trained(model, data.members, 2), model=model, members=_pair(data.members),
+            non_members=_pair(data.non_members), local="sgd lr=0.05", iterations=5, plants=1,
+            membership=False, remedies=False, progress=False, keep_images=folder,
+        )  # fmt: skip
+        found.save(tmp_path / "out")
+        assert kept.exists() == (folder is not None)
+    images = np.load(kept / "reconstructions.npy")
+    assert images.shape == (2, 1, SIDE, SIDE)
+    assert Image.open(kept / "reconstructions.png").width > SIDE
+    # What may leave is the same with and without them, and holds none of their numbers.
+    written = {path.name: path.read_text() for path in (tmp_path / "out").iterdir()}
+    assert set(written) == {"audit.json", "audit.html"}
+    pixels = {f"{value:.6f}" for value in images.flatten().tolist()}
+    assert not any(pixel in text for pixel in pixels for text in written.values())
+
+
+def test_models_of_other_rounds_are_read_once_each() -> None:
+    """The trajectory is of the global models in order, the final one last."""
+    data, _ = site(4)
+    model = network()
+    sent = trained(model, data.members, 4)
+    states = [{k: v + i for k, v in model.state_dict().items()} for i in range(4)]
+
+    def trajectory(**given: object) -> list[float]:
+        request = make_request(
+            model, sent, model=model, data=data, local="sgd lr=0.05", **given
+        )  # fmt: skip
+        shift = request.target.state_dict["6.bias"]
+        return [round(float((s["6.bias"] - shift).mean())) for s in request.trajectory]
+
+    assert trajectory() == [0]
+    assert trajectory(rounds=states[1:3]) == [1, 2, 0]
+    # The model that the site received is one of the rounds.
+    assert trajectory(rounds=states[:3]) == [0, 1, 2]
+    assert trajectory(rounds=states[:3], final=states[3]) == [0, 1, 2, 3]
+    assert trajectory(rounds=states[:3], final=states[2]) == [0, 1, 2]
+    assert trajectory(final=states[3]) == [3]
+    other = {"a": torch.zeros(1)}
+    for flag, given in (("--rounds", {"rounds": [other]}), ("--final", {"final": other}),
+                        ("--single-site", {"single_site": [other]})):  # fmt: skip
+        with pytest.raises(InputError, match=f"{flag}: a model is not of the same kind"):
+            trajectory(**given)
 
 
 def open_grey(folder: Path) -> SiteData:

@@ -24,8 +24,8 @@ from core.data.specs import DataSpec
 from core.target import Truth
 
 SIDE, MEMBERS, OTHERS = 6, 300, 320
-# Seconds that an image takes on its way through the network.
-EACH = 1e-3
+# Seconds that an image takes on its way through the network, and images that a pass costs more.
+EACH, PASS = 4e-3, 40
 
 
 class Counted(nn.Module):
@@ -39,7 +39,7 @@ class Counted(nn.Module):
         self.layers = nn.Sequential(nn.Linear(SIDE**2, 6), nn.Tanh(), nn.Linear(6, 2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        Counted.seen += len(x)
+        Counted.seen += PASS + len(x)
         return self.layers(x.flatten(1))
 
 
@@ -87,28 +87,23 @@ def audited(request: AuditRequest) -> tuple[AuditRecord, float, float]:
     return record, plan.forecast, EACH * (Counted.seen - began)
 
 
-@pytest.mark.parametrize("budget", [60.0, 120.0, 600.0])
-def test_keeps_what_it_foretells_within_a_factor_of_two(budget: float, clock: None) -> None:
-    """300 images: without cuts 50 iterations of the attack and of two plants are 45 seconds."""
+@pytest.mark.parametrize("budget", [120.0, 300.0])
+def test_keeps_to_a_budget_and_to_what_it_foretells(budget: float, clock: None) -> None:
+    """Of 300 images 50 iterations of the attack and of two plants alone are 204 seconds."""
     record, foretold, took = audited(asked(budget))
     assert foretold / 2 < took < 2 * foretold
     assert took < budget
-    assert record.attacks[-1].iterations >= 50
     assert [power.of >= 2 for power in record.power] == [True, True]
-    (single, own) = record.power
-    assert (single.batch_size, own.batch_size) == (1, MEMBERS)
-
-
-def test_says_what_a_small_budget_cuts(clock: None) -> None:
-    request = asked(60.0)
-    record, *_ = audited(request)
+    assert [power.batch_size for power in record.power] == [1, MEMBERS]
+    # What was cut is said.
     made = record.attacks[-1]
     images = len(made.objectives)
     assert FEWEST_IMAGES <= images < MEMBERS
     assert len(made.similarities[0].best_member) == images
     (said,) = [w for w in record.warnings if "reconstructed, each standing" in w]
-    assert f"--budget (60 s) is small for {MEMBERS} images: {images} are reconstructed" in said
+    assert f"({budget:.0f} s) is small for {MEMBERS} images: {images} are reconstructed" in said
     assert f"in {made.iterations} iterations" in said
+    assert made.iterations >= 50
     # The test that decides is of everybody.
     assert made.test is not None
     assert (made.test.members, made.test.non_members) == (MEMBERS, OTHERS)
@@ -122,7 +117,7 @@ def test_cuts_nothing_where_there_is_time_or_iterations_are_stated(clock: None) 
 
 
 def test_cuts_restarts_and_comparisons_and_says_so(clock: None) -> None:
-    request = asked(60.0, restarts=50)
+    request = asked(120.0, restarts=50)
     plan = dataclasses.replace(plan_for(request), compared=40)
     assert 1 <= plan.restarts < 50
     said = " ".join(cuts_of(request, plan))

@@ -325,8 +325,9 @@ def test_the_protocol_asks_for_numbers_and_all_are_there() -> None:
     assert "300 iterations, 31.9 s" in report
     assert "1 restart for each of 3 classes" in report
     assert "Round used: 20." in report
-    assert ["- A: 3.5 s.", "- C: 61 s."] == [
-        line for line in report.splitlines() if line.startswith(("- A: ", "- C: "))
+    assert [line for line in report.splitlines() if line.startswith(("- A: ", "- C: "))] == [
+        "- A: 3.5 s.",
+        "- C: 61 s.",
     ]
     assert NOT_MEASURED not in report.replace(f"{NOT_MEASURED}: the attack starts from none", "")
 
