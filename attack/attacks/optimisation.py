@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from attack.attacks.base import Attack, get_attack
+from attack.attacks.parts.likeliest import likeliest
 from attack.loop.inversion import Inversion
 from attack.settings import InversionConfig
 
@@ -54,8 +55,9 @@ class OptimizationAttack(Attack):
         **run: Any,
     ) -> Reconstruction:
         """See `Attack.reconstruct`; `prior` and `first_restart` are those of `Inversion`."""
+        found = likeliest(target, labels, self.config, device=device, seed=seed)
         inversion = Inversion(
-            target,
+            found,
             labels,
             self.config,
             device=device,

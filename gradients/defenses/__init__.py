@@ -11,6 +11,7 @@ from gradients.defenses.base import (
     apply_defenses,
     defense_class,
     defense_names,
+    encode_batch,
     parse_defenses,
     register_defense,
 )
@@ -22,6 +23,7 @@ from gradients.defenses.gaussian import Gaussian
 from gradients.defenses.graddefense import GradDefense
 from gradients.defenses.laplace import Laplace
 from gradients.defenses.layerdrop import LayerDrop
+from gradients.defenses.mixup import MixUp
 from gradients.defenses.outpost import Outpost
 from gradients.defenses.percentile import Percentile
 from gradients.defenses.prune import Prune
@@ -43,6 +45,7 @@ __all__ = [
     "Gradient",
     "Laplace",
     "LayerDrop",
+    "MixUp",
     "Outpost",
     "Percentile",
     "Prune",
@@ -54,6 +57,7 @@ __all__ = [
     "apply_defenses",
     "defense_class",
     "defense_names",
+    "encode_batch",
     "parse_defenses",
     "register_defense",
 ]
