@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +36,7 @@ from gradients.batch_statistics import (
     collect_batch_statistics,
     merge_batch_statistics,
 )
-from gradients.defenses import ClientView, Defense, apply_defenses
+from gradients.defenses import ClientView, Defense, apply_defenses, encode_batch
 from gradients.local_update import (
     Gradients,
     Parameters,
@@ -134,13 +135,15 @@ def share_update(
     labels = labels.to(process.device, precision if labels.is_floating_point() else None)
     if isinstance(architecture, GivenModel):
         refuse_reentrant_blocks(model, inputs)
+    numbers = generator(settings.seed, _DEFENSES)
+    view = ClientView(model, inputs, labels, numbers, settings.loss, settings.local)
+    inputs, labels = encode_batch(settings.defenses, view)
     run = _Run(model, inputs, labels, settings, process)
     update = run.update()
     statistics = run.statistics()
     if not process.is_main:
         return None
-    numbers = generator(settings.seed, _DEFENSES)
-    view = ClientView(model, inputs, labels, numbers, settings.loss, settings.local)
+    view = dataclasses.replace(view, images=inputs, labels=labels)
     shared = apply_defenses(settings.defenses, update, view)
     if measured is not None and settings.privacy is None:
         measured["update_cosine"] = update_cosine(shared, update)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from attack.attacks.base import Attack, get_attack
+from attack.attacks.parts.likeliest import likeliest
 from attack.loop.inversion import Inversion
 from attack.settings import InversionConfig
 
@@ -53,8 +54,9 @@ class OptimizationAttack(Attack):
         first_restart: int = 0,
     ) -> Inversion:
         """The inversion of one target, not yet begun; arguments as of `Inversion`."""
+        found = likeliest(target, labels, self.config, device=device, seed=seed)
         return Inversion(
-            target,
+            found,
             labels,
             self.config,
             device=device,

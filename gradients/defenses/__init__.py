@@ -12,6 +12,7 @@ from gradients.defenses.base import (
     current_name,
     defense_class,
     defense_names,
+    encode_batch,
     parse_defenses,
     register_defense,
 )
@@ -23,8 +24,9 @@ from gradients.defenses.gaussian import Gaussian
 from gradients.defenses.graddefense import GradDefense
 from gradients.defenses.laplace import Laplace
 from gradients.defenses.layerdrop import LayerDrop
+from gradients.defenses.mixup import MixUp
 from gradients.defenses.outpost import Outpost
-from gradients.defenses.percentile import Percentile
+from gradients.defenses.percentile_noise import Percentile
 from gradients.defenses.pipeline import Pipeline, as_transform
 from gradients.defenses.prune import Prune
 from gradients.defenses.quantize import Quantize
@@ -45,6 +47,7 @@ __all__ = [
     "Gradient",
     "Laplace",
     "LayerDrop",
+    "MixUp",
     "Outpost",
     "Percentile",
     "Pipeline",
@@ -59,6 +62,7 @@ __all__ = [
     "current_name",
     "defense_class",
     "defense_names",
+    "encode_batch",
     "parse_defenses",
     "register_defense",
 ]

@@ -31,6 +31,17 @@ class Defense(abc.ABC):
     def prepare(self, model: nn.Module) -> None:  # noqa: B027 (a hook that may stay empty)
         """Change the model before local training (freezing does)."""
 
+    def encode(self, client: ClientView) -> tuple[torch.Tensor, torch.Tensor]:
+        """The images and labels to train on instead of the client's, which stay as they are.
+
+        Args:
+            client: Its model before local training, and its batch.
+
+        Returns:
+            N x ... each; labels may be probabilities.
+        """
+        return client.images, client.labels
+
     @abc.abstractmethod
     def apply(self, gradient: Gradient, client: ClientView) -> Gradient:
         """The gradient to share instead of `gradient`, which is left unchanged."""
@@ -175,6 +186,21 @@ def apply_defenses(defenses: Sequence[Defense], gradient: Gradient, client: Clie
     for defense in defenses:
         gradient = defense.apply(gradient, client)
     return gradient
+
+
+def encode_batch(
+    defenses: Sequence[Defense], client: ClientView
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a client trains on after several defenses, one after the other.
+
+    Args:
+        defenses: The defenses in the order in which they are applied.
+        client: Its model before local training, and its batch.
+    """
+    for defense in defenses:
+        images, labels = defense.encode(client)
+        client = dataclasses.replace(client, images=images, labels=labels)
+    return client.images, client.labels
 
 
 def normal_like(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from core.losses import DEFAULT_LOSS, Loss
+from core.errors import InputError
+from core.losses import DEFAULT_LOSS, Loss, Targets, main_output
 from core.models.unchanged import modes_held
 from gradients.defenses.base import (
     ClientView,
@@ -59,7 +60,15 @@ class GradDefense(Defense):
         require(self.scale >= 0, "the scale must not be negative")
 
     def apply(self, gradient: Gradient, client: ClientView) -> Gradient:
-        """Perturb some slices."""
+        """Perturb some slices.
+
+        Raises:
+            InputError: The client's model is no classifier of images or numbers.
+        """
+        if client.loss.targets is not Targets.CLASSES or not client.images.is_floating_point():
+            raise InputError(
+                f"--defense {self.word}: is for classifiers of inputs that are numbers"
+            )
         shape = tuple(client.images.shape[1:])
         cuts = slice_bounds(client.model, shape, list(gradient), self.slices, client.loss)
         order = torch.randperm(self.slices, generator=client.generator)
@@ -121,7 +130,7 @@ def tensor_sensitivity(
         wanted = {n: held[n].detach().requires_grad_() for n in names}
         state = {**buffers, **{n: p.detach() for n, p in held.items()}, **wanted}
         outputs = torch.func.functional_call(model.eval(), state, (images,))
-        labels = torch.arange(ROOT_IMAGES, device=first.device) % outputs.shape[-1]
+        labels = torch.arange(ROOT_IMAGES, device=first.device) % main_output(outputs).shape[-1]
         value = loss(outputs, labels)
         gradient = torch.autograd.grad(value, list(wanted.values()), create_graph=True)
         rows = [_norm_of_rows(g.sum(), images) for g in gradient]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -13,15 +14,29 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from attack.attacks.spectral import Spectral
 from attack.knowledge.answers.censor import NormAndOrthogonality, SignsOf, gradient_behind
 from attack.knowledge.answers.graddefense import is_noised
+from attack.knowledge.answers.mixup import mixing_target
 from attack.knowledge.answers.outpost import noised_places
 from attack.knowledge.answers.svdefense import Tangent, kept_vectors
+from attack.matching.matcher import GradientMatcher
+from attack.matching.objectives import Cosine
+from attack.matching.replica import Replica
+from attack.metrics import assign, psnr
+from attack.reconstruction import Reconstruction
 from core.errors import InputError
+from core.losses import MeanSquaredError
+from core.models.building import ModelSpec, build_model
+from core.target import Target, Truth
+from gradients.client import ClientSettings, generator, share_update
 from gradients.defenses import ClientView, Gradient, parse_defenses
 from gradients.defenses.censor import Censor
 from gradients.defenses.graddefense import slice_bounds, tensor_sensitivity
 from gradients.defenses.outpost import parameter_risk
+from tests.targets import data_spec, smooth_images
+
+CPU = torch.device("cpu")
 
 
 def client(batch: int = 2, seed: int = 0) -> ClientView:
@@ -337,3 +352,95 @@ def test_zeros_tell_where_outpost_put_noise() -> None:
         # A place whose outputs all survived pruning passes for a noised one.
         assert torch.equal(told | noised, told)
         assert float((told != noised).double().mean()) < 0.05
+
+
+# -- MixUp -------------------------------------------------------------------------
+
+LENET = ModelSpec("lenet", 10, 8, width=8)
+
+
+@functools.cache
+def mixed_up(seed: int = 0) -> tuple[Target, Truth]:
+    """What is shared of two images under MixUp."""
+    torch.manual_seed(0)
+    truth = Truth(smooth_images(2, 8), torch.tensor([3, 7]))
+    settings = ClientSettings(defenses=parse_defenses("mixup"), seed=seed)
+    target = share_update(
+        build_model(LENET), LENET, data_spec(8), truth.images, truth.labels, settings
+    )
+    assert target is not None
+    return target, truth
+
+
+def share_of(seed: int) -> float:
+    """The larger share that such a client draws; 1 where its order mixes nothing."""
+    view = client()
+    view = dataclasses.replace(view, generator=generator(seed, 2))
+    return float(parse_defenses("mixup")[0].encode(view)[1].max())
+
+
+@functools.cache
+def mixing_seed() -> int:
+    """Of a client that mixes, clearly and not by halves."""
+    return next(seed for seed in itertools.count() if 0.65 < share_of(seed) < 0.85)
+
+
+def test_mixup_mixes_images_and_labels_alike() -> None:
+    view = dataclasses.replace(client(batch=3), labels=torch.tensor([2, 0, 1]))
+    (defense,) = parse_defenses("mixup")
+    images, labels = defense.encode(view)
+    assert labels.shape == (3, 3)
+    torch.testing.assert_close(labels.sum(1), torch.ones(3))
+    # The labels say which images are in a mixture, and how much of them.
+    expected = sum(
+        labels[:, c].view(3, 1, 1, 1) * view.images[int((view.labels == c).nonzero()[0])]
+        for c in range(3)
+    )
+    torch.testing.assert_close(images, expected)
+    torch.testing.assert_close(labels.sum(0), torch.ones(3))
+
+
+def test_shares_of_mixup_have_the_stated_distribution() -> None:
+    view = dataclasses.replace(client(), labels=torch.tensor([0, 2]))
+    (defense,) = parse_defenses("mixup:0.5")
+    shares = [float(defense.encode(view)[1][0, 0]) for _ in range(400)]
+    unmixed = sum(share == 1 for share in shares) / 400
+    assert unmixed == pytest.approx(0.5, abs=4 * 0.025)
+    found = np.array([share for share in shares if share < 1])
+    # Beta(1/2, 1/2) has variance 1/8.
+    assert found.var() == pytest.approx(0.125, rel=0.2)
+    assert (abs(found - 0.5) > 0.4).mean() == pytest.approx(0.41, abs=0.15)
+
+
+def test_labels_that_are_no_classes_are_not_mixed() -> None:
+    view = dataclasses.replace(client(), loss=MeanSquaredError())
+    (defense,) = parse_defenses("mixup")
+    with pytest.raises(InputError, match="mixes classes"):
+        defense.encode(view)
+
+
+def test_private_images_explain_the_gradient_of_their_mixture() -> None:
+    target, truth = mixed_up(mixing_seed())
+    replica = Replica(mixing_target(target, share_of(mixing_seed())), CPU, torch.float64)
+    inputs = target.data.normalize(truth.images.double())
+    matcher = GradientMatcher(replica, Cosine(), "exact")
+    assert float(matcher.value(inputs, truth.labels)) < 1e-6
+    unmixed = GradientMatcher(Replica(target, CPU, torch.float64), Cosine(), "exact")
+    assert float(unmixed.value(inputs, truth.labels)) > 1e-4
+
+
+def test_the_attacker_of_mixup_finds_the_share_and_the_images() -> None:
+    target, truth = mixed_up(mixing_seed())
+
+    def attack(adaptive: bool) -> Reconstruction:
+        config = Spectral.published.changed(iterations=200, race=0, adaptive=adaptive)
+        return Spectral(config).reconstruct(target, labels=truth.labels, device=CPU, seed=0)
+
+    untold, told = attack(False), attack(True)
+    (note,) = told.details["adaptations"]
+    assert float(note.split()[-1]) == pytest.approx(share_of(mixing_seed()), abs=0.04)
+    values = [
+        float(psnr(f.images[assign(f.images, truth.images)], truth.images).mean())
+        for f in (untold, told)
+    ]
+    assert values[1] > values[0] + 3

@@ -8,8 +8,9 @@ from attack.knowledge.answers import (
     censor,
     graddefense,
     hidden_layers,
+    mixup,
     outpost,
     svdefense,
 )
 
-__all__ = ["censor", "graddefense", "hidden_layers", "outpost", "svdefense"]
+__all__ = ["censor", "graddefense", "hidden_layers", "mixup", "outpost", "svdefense"]

@@ -28,7 +28,7 @@ def _outpost(adaptation: Adaptation, target: Target, values: list[float]) -> Non
     for name, shared in target.gradient.items():
         scale = defense.noise * risks[name]
         noised = noised_places(shared) if scale > 0 else torch.zeros_like(shared, dtype=torch.bool)
-        places += int(noised[0].sum())
+        places += int(noised.sum()) // max(1, shared.numel() // places_of(shared))
         clean = shared[~noised & (shared != 0)].abs()
         kept.append(noised | (shared != 0))
         bounds.append(float(clean.min()) if clean.numel() else math.inf)
@@ -36,13 +36,19 @@ def _outpost(adaptation: Adaptation, target: Target, values: list[float]) -> Non
         weights.append(torch.where(noised, share, 1.0).to(shared.dtype))
     adaptation.through = ThroughPruning(kept, bounds)
     adaptation.weights = [w * own for w, own in zip(adaptation.weights, weights, strict=True)]
-    total = sum(g[0].numel() for g in target.gradient.values())
+    total = sum(map(places_of, target.gradient.values()))
     adaptation.notes.append(
         f"outpost: {places} of {total} places are noised and count by the share of signal in "
         "them; elsewhere kept elements are compared and pruned ones bounded"
     )
 
 
+def places_of(shared: torch.Tensor) -> int:
+    """Elements of one output: those that have a Fisher information of their own."""
+    return shared[0].numel() if shared.dim() else 1
+
+
 def noised_places(shared: torch.Tensor) -> torch.Tensor:
     """Which elements belong to a place that is nonzero in all outputs (the first dimension)."""
-    return (shared != 0).all(0).expand_as(shared)
+    nonzero = shared != 0
+    return nonzero.all(0).expand_as(shared) if shared.dim() else nonzero
