@@ -10,7 +10,7 @@ defense at all, so the p-value stands beside it, and a strength above the smalle
 - clip: the update is scaled down to a norm. An attack on its direction does not notice, at any
   norm, and one strength says so.
 - shared-layers: only the last layers are shared, and no running statistics.
-- noise: Gaussian, in units of the 95th percentile of the update's magnitudes (`percentile`).
+- noise: Gaussian, in units of the 95th percentile of the update's magnitudes (`percentile-noise`).
 - batch-size: larger batches and so fewer local steps over the same images; needs training.
 - dp-sgd: every image's gradient clipped and noised in training, with its epsilon.
 """

@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Compute tables of results and render them; finished cells are reused.",
-        epilog="Further commands: python -m benchmarks leaderboard, python -m benchmarks submit.",
+        epilog="Further commands: python -m benchmarks leaderboard, submit, vendor_defaults.",
     )
     parser.add_argument("table", nargs="*", help="name of a table, a YAML file of your own, or all")
     parser.add_argument("--list", action="store_true", help="list the tables and end")
@@ -125,6 +125,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[:1] in (["leaderboard"], ["submit"]):
         args = build_leaderboard_parser().parse_args(words)
         return exit_status(lambda: (_rank if args.command == "leaderboard" else _submit)(args))
+    if words[:1] == ["vendor_defaults"]:
+        from benchmarks.vendor_defaults import main as vendor_defaults
+
+        return exit_status(lambda: vendor_defaults(words[1:]))
     args = build_parser().parse_args(words)
     failed: list[bool] = []
     status = exit_status(lambda: failed.append(_run(args)))

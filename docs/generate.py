@@ -44,6 +44,8 @@ COMMANDS = {
     "python main_run.py": "stage:attack",
     "python -m benchmarks leaderboard": "benchmarks.command:build_leaderboard_parser:leaderboard",
     "python -m benchmarks submit": "benchmarks.command:build_leaderboard_parser:submit",
+    "python -m benchmarks vendor_defaults": "benchmarks.vendor_defaults",
+    "python -m benchmarks.utility": "benchmarks.utility",
     "python -m benchmarks": "benchmarks.command",
     "python -m federated.create_job_config": "federated.create_job_config",
     "./start_fl_sim.sh": "federated.simulate",
@@ -117,6 +119,7 @@ def audit_record_page() -> str:
 
 def pages() -> dict[str, str]:
     """Every generated page, by its name below `docs/generated`."""
+    import federated.vendors  # noqa: F401 (registers the frameworks' classes)
     from attack.attacks import attack_names, get_attack
     from gradients.defenses import defense_names, parse_defenses
 
@@ -135,7 +138,7 @@ def pages() -> dict[str, str]:
 
 def ours(kind: type) -> bool:
     """Whether a class is this repository's, and not a plugin's."""
-    return kind.__module__.startswith(("attack.", "gradients."))
+    return kind.__module__.startswith(("attack.", "gradients.", "federated."))
 
 
 # --- docstrings -----------------------------------------------------------------
@@ -232,6 +235,7 @@ def defense_card(name: str, kind: type[Any], results: Sequence[Result]) -> str:
     ]
     mine = [r for r in results if r.defense.split(":")[0] == name]
     word = ":".join([name, *(str(f.default) for f in dataclasses.fields(kind))])
+    plugin = "--plugin federated.vendors " if kind.__module__.startswith("federated.") else ""
     return page(
         f"Defense {name}",
         f"the docstring of {kind.__module__}.{kind.__name__}",
@@ -241,7 +245,7 @@ def defense_card(name: str, kind: type[Any], results: Sequence[Result]) -> str:
             ("Published value", linked(said.get("Published", ""))),
             ("Parameters", table(["parameter", "default", "meaning"], fields) if fields else ""),
             ("Example", f"    python training/get_gradients.py --data photo-patches -b 4 \\\n"
-             f"        --defense {word}"),
+             f"        {plugin}--defense {word}"),
             ("Our values", _values(strongest(mine), "defense")),
         ],
     )  # fmt: skip

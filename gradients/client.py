@@ -136,7 +136,8 @@ def share_update(
     statistics = run.statistics()
     if not process.is_main:
         return None
-    view = ClientView(model, inputs, labels, generator(settings.seed, _DEFENSES))
+    numbers = generator(settings.seed, _DEFENSES)
+    view = ClientView(model, inputs, labels, numbers, settings.loss, settings.local)
     shared = apply_defenses(settings.defenses, update, view)
     if measured is not None and settings.privacy is None:
         measured["update_cosine"] = update_cosine(shared, update)

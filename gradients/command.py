@@ -165,7 +165,7 @@ def _add_defense_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME:PARAM,...",
         help="in order of application, e.g. clip:1,gaussian:0.01; names: clip (norm), freeze "
         "(free layers: their number, or names joined by +), gaussian (std), laplace (scale), "
-        "percentile (sigma0, percentile), prune (fraction), quantize (levels), sign, "
+        "percentile-noise (sigma0, percentile), prune (fraction), quantize (levels), sign, "
         "soteria (fraction), topk (share)",
     )
 

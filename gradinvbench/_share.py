@@ -17,7 +17,7 @@ from core.models.architecture import Architecture, GivenModel
 from core.processes.distributed import Process
 from core.target import LocalTraining, Target, Truth
 from gradients.client import ClientSettings, share_update
-from gradients.defenses import Defense, defense_names, parse_defenses
+from gradients.defenses import Defense, current_name, defense_names, parse_defenses
 from gradinvbench._clients import data_spec, is_bounded, local_training, token_spec
 from gradinvbench._names import check_name
 
@@ -194,7 +194,7 @@ def _defenses(given: str | Defense | Sequence[str | Defense]) -> tuple[Defense, 
 
 def _parsed(words: str) -> tuple[Defense, ...]:
     for word in filter(None, map(str.strip, words.split(","))):
-        check_name("defense", word.partition(":")[0], defense_names())
+        check_name("defense", current_name(word.partition(":")[0]), defense_names())
     return parse_defenses(words)
 
 

@@ -58,7 +58,7 @@ ENGINE: dict[str, dict[str, Any]] = {
     "channels last": {"hvp": "difference", "channels_last": True, "double": False},
 }
 DEFENSES = (
-    "clip:1", "freeze:1", "gaussian:0.001", "laplace:0.001", "percentile:10", "prune:0.5",
+    "clip:1", "freeze:1", "gaussian:0.001", "laplace:0.001", "percentile-noise:10", "prune:0.5",
     "quantize:8", "sign", "topk:0.1", "soteria:0.5",
 )  # fmt: skip
 SHARED = {

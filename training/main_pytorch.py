@@ -28,7 +28,7 @@ from core.launch_arguments import (
 from core.plugins import import_plugin
 
 if TYPE_CHECKING:
-    from training.settings import RunSettings, TrainingConfig
+    from training.settings import Federation, RunSettings, TrainingConfig
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_own_client_arguments(parser)
     _add_training_arguments(parser)
     _add_privacy_arguments(parser)
+    _add_federation_arguments(parser)
     _add_speed_arguments(parser)
     add_launch_arguments(parser)
     return parser
@@ -153,6 +154,42 @@ def _add_privacy_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_federation_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("federation")
+    group.add_argument(
+        "--clients",
+        type=int,
+        default=None,
+        metavar="K",
+        help="train K clients in rounds; the server averages their updates. -b is the images of "
+        "all clients together in one local step; default: all images in one place",
+    )
+    group.add_argument(
+        "--defense",
+        default="",
+        metavar="NAME:PARAM[,...]",
+        help="what every client does to its update, as --defense of training/get_gradients.py",
+    )
+    group.add_argument(
+        "--local-steps", type=int, default=1, metavar="N", help="between two rounds; 1 is FedSGD"
+    )
+    group.add_argument(
+        "--rounds-per-epoch",
+        type=int,
+        default=None,
+        metavar="N",
+        help="default: until the clients have gone through as many images as there are",
+    )
+    group.add_argument("--split", default="iid", metavar="{iid,dirichlet:ALPHA}")
+    group.add_argument(
+        "--error-feedback",
+        default=None,
+        choices=["ef-sgd", "dgc"],
+        help="what a defense drops is added to the client's next update; ef-sgd: Karimireddy et "
+        "al., dgc: momentum at the clients, Lin et al. (Deep Gradient Compression)",
+    )
+
+
 def _add_speed_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("speed")
     group.add_argument("--amp", choices=["bf16", "fp16"], default=None)
@@ -188,6 +225,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError(f"--arch {args.arch}: unknown architecture (see torchvision.models)")
     minima = {"epochs": 0, "batch_size": 1, "workers": 0, "accumulate": 1, "save_every": 1}
     minima |= {"lr_step": 1, "warmup_epochs": 0, "kernel_size_of_maxpool": 1, "start_epoch": 0}
+    minima |= {"clients": 1, "local_steps": 1, "rounds_per_epoch": 1}
     minima |= {"width": 1, "bn_groups": 1, "momentum": 0, "weight_decay": 0, "sigma": 0}
     for name, least in minima.items():
         value = getattr(args, name)
@@ -201,6 +239,39 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError("--delta must lie between 0 and 1")
     if args.enable_dp and args.dp_clipping == PER_SAMPLE and (args.compile or args.amp):
         raise InputError("--compile and --amp cannot be combined with per-sample clipping")
+    _check_federation(args)
+
+
+def _check_federation(args: argparse.Namespace) -> None:
+    """Refuse what only clients have where there are none, and what clients cannot do."""
+    if args.clients is None:
+        given = {
+            "--defense": args.defense,
+            "--local-steps": args.local_steps != 1,
+            "--rounds-per-epoch": args.rounds_per_epoch,
+            "--split": args.split != "iid",
+            "--error-feedback": args.error_feedback,
+        }
+        for flag in (flag for flag, value in given.items() if value):
+            raise InputError(f"{flag} needs --clients: it says what each of several clients does")
+        return
+    from training.transforms import transform_of
+
+    transform_of(args.defense)
+    _federation(args).check()
+    if args.batch_size < args.clients:
+        raise InputError(
+            f"--batch-size {args.batch_size}: is of all clients together, and there are "
+            f"{args.clients}"
+        )
+    for flag, value in (
+        ("--amp", args.amp),
+        ("--compile", args.compile),
+        ("--accumulate", args.accumulate > 1),
+        ("--dp-clipping batch", args.enable_dp and args.dp_clipping != PER_SAMPLE),
+    ):
+        if value:
+            raise InputError(f"{flag} cannot be combined with --clients")
 
 
 def _check_parts(args: argparse.Namespace, processes: int) -> None:
@@ -208,6 +279,10 @@ def _check_parts(args: argparse.Namespace, processes: int) -> None:
 
     The number of images, which decides for batches that are not full, is not known yet.
     """
+    if args.clients is not None:
+        if args.clients < processes:
+            raise InputError(f"--clients {args.clients}: fewer than the {processes} processes")
+        return
     parts = processes * args.accumulate
     per_sample = args.enable_dp and args.dp_clipping == PER_SAMPLE
     if args.batch_size < parts and not per_sample:
@@ -283,12 +358,27 @@ def _training_config(args: argparse.Namespace) -> TrainingConfig:
         noise_multiplier=args.sigma,
         max_norm=args.max_per_sample_grad_norm,
         delta=args.delta,
-        synchronized=args.syncbn,
+        # A client normalises by its own batch, whatever process it is on.
+        synchronized=args.syncbn and args.clients is None,
         amp=args.amp,
         channels_last=args.channels_last,
         compile=args.compile,
         save_every=args.save_every,
         tensorboard=not args.no_tensorboard,
+        federation=None if args.clients is None else _federation(args),
+    )
+
+
+def _federation(args: argparse.Namespace) -> Federation:
+    from training.settings import Federation
+
+    return Federation(
+        clients=args.clients,
+        local_steps=args.local_steps,
+        rounds_per_epoch=args.rounds_per_epoch,
+        split=args.split,
+        defense=args.defense,
+        error_feedback=args.error_feedback,
     )
 
 

@@ -88,6 +88,34 @@ class PrivacySpent:
 
 
 @dataclass(frozen=True)
+class FederationRecord:
+    """What the clients of a federation did.
+
+    Attributes:
+        clients: How many.
+        images: Of every client.
+        local_steps: Batches between two rounds.
+        rounds: Rounds so far.
+        split: How the images are spread over the clients.
+        defense: Words of what every client does to its update; empty for nothing.
+        error_feedback: What the clients do with what the defense drops; None: nothing.
+        epsilon: Budget that the defense has spent, of all that a client holds; None where it
+            promises nothing.
+        delta: Of that promise.
+    """
+
+    clients: int
+    images: tuple[int, ...]
+    local_steps: int
+    rounds: int
+    split: str
+    defense: str
+    error_feedback: str | None
+    epsilon: float | None
+    delta: float
+
+
+@dataclass(frozen=True)
 class CheckpointNames:
     """The checkpoints in the run's folder.
 
@@ -122,6 +150,7 @@ class TrainRecord:
         final_val_acc1: Of the latest epoch, in percent.
         final_train_acc1: Of the latest epoch, in percent.
         privacy: What differential privacy promises; None where it is not used.
+        federation: What the clients of a federation did; None where there are none.
         images_per_second: Median over epochs.
         seconds_per_epoch: Median over epochs.
         seconds: Of all epochs.
@@ -151,6 +180,7 @@ class TrainRecord:
     history: tuple[EpochResult, ...]
     checkpoints: CheckpointNames
     loss: str = "cross-entropy"
+    federation: FederationRecord | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
@@ -163,6 +193,7 @@ class TrainRecord:
             "model": dict(self.model),
             "data": self.data.to_dict(),
             "privacy": None if self.privacy is None else dataclasses.asdict(self.privacy),
+            "federation": self.federation and dataclasses.asdict(self.federation),
             "history": [dataclasses.asdict(result) for result in self.history],
             "checkpoints": dataclasses.asdict(self.checkpoints),
             "provenance": dict(self.provenance),
@@ -176,12 +207,13 @@ class TrainRecord:
             InputError: It is no record of a training, or one of a later version.
         """
         check_version(values, SCHEMA_VERSION, "the training")
-        privacy = values.get("privacy")
+        privacy, federation = values.get("privacy"), values.get("federation")
         read = {
             "config": TrainingConfig.from_dict(values["config"]),
             "model": _model(values["model"]),
             "data": DataSpec.from_dict(values["data"]),
             "privacy": None if privacy is None else PrivacySpent.from_dict(privacy),
+            "federation": None if federation is None else FederationRecord(**federation),
             "history": tuple(EpochResult(**result) for result in values["history"]),
             "checkpoints": CheckpointNames(**values["checkpoints"]),
             "schema_version": SCHEMA_VERSION,

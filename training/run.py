@@ -27,6 +27,7 @@ from training.checkpoints import (
     remove_unfinished,
     usable_checkpoint,
 )
+from training.federated_rounds import FederatedTrainer
 from training.initial_model import build_client_model, load_pretrained, model_spec
 from training.settings import DataSettings, RunSettings
 from training.trainer import Trainer
@@ -113,7 +114,8 @@ def _make_trainer(process: Process, settings: RunSettings) -> Trainer:
     model = build_client_model(model_settings, config, architecture, process)
     if model_settings.pretrained:
         load_pretrained(model, model_settings.pretrained, architecture.name)
-    return Trainer(
+    kind = Trainer if config.federation is None else FederatedTrainer
+    return kind(
         model,
         architecture,
         data,
@@ -192,7 +194,7 @@ def _announce(settings: RunSettings, trainer: Trainer) -> None:
     if config.dp and not config.per_sample:
         logger.warning("--dp-clipping batch clips the mean gradient: it gives no privacy guarantee")
     if trainer.accountant is not None:
-        planned = trainer.accountant.planned(config.epochs * len(trainer.batches))
+        planned = trainer.accountant.planned(config.epochs * trainer.steps_per_epoch)
         logger.info("after all epochs: %s", planned.sentence(config.noise_multiplier))
     if trainer.epoch:
         logger.info("continuing after epoch %d", trainer.epoch)

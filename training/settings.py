@@ -10,7 +10,52 @@ from pathlib import Path
 from typing import Any
 
 from core.clipping import PER_SAMPLE, clipping_word
+from core.errors import InputError
 from core.models.building import DEFAULT_POOL_KERNEL
+
+IID, DIRICHLET = "iid", "dirichlet"
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Clients that train together, and what each does to its update.
+
+    Attributes:
+        clients: How many.
+        local_steps: Batches that a client trains on between two rounds; 1 is FedSGD.
+        rounds_per_epoch: Rounds that count as an epoch; None: until the clients have gone
+            through as many images as there are.
+        split: "iid", or "dirichlet:ALPHA".
+        defense: Words of transformations of every update, as `--defense` of stage 2 takes them.
+        error_feedback: Name of what the clients do with what a defense drops; None: nothing.
+    """
+
+    clients: int
+    local_steps: int = 1
+    rounds_per_epoch: int | None = None
+    split: str = IID
+    defense: str = ""
+    error_feedback: str | None = None
+
+    @property
+    def alpha(self) -> float | None:
+        """Parameter of a Dirichlet split; None: every client's images are alike."""
+        kind, _, value = self.split.partition(":")
+        return float(value) if kind == DIRICHLET else None
+
+    def check(self) -> None:
+        """Refuse a split that does not exist.
+
+        Raises:
+            InputError: Names the flag.
+        """
+        kind, _, value = self.split.partition(":")
+        try:
+            right = self.split == IID or (kind == DIRICHLET and 0 < float(value) < math.inf)
+        except ValueError:
+            right = False
+        if not right:
+            raise InputError(f"--split {self.split}: must be iid or dirichlet:ALPHA, ALPHA > 0")
 
 
 @dataclass(frozen=True)
@@ -41,6 +86,7 @@ class TrainingConfig:
         compile: Whether the model is compiled.
         save_every: Epochs between checkpoints that are kept; the latest always is.
         tensorboard: Whether scalars are written for TensorBoard, if it is installed.
+        federation: The clients that train together; None: all images in one place.
     """
 
     scheme: str = "None"
@@ -66,6 +112,7 @@ class TrainingConfig:
     compile: bool = False
     save_every: int = 10
     tensorboard: bool = True
+    federation: Federation | None = None
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> TrainingConfig:
@@ -74,6 +121,8 @@ class TrainingConfig:
         known = {name: value for name, value in values.items() if name in names}
         if "dp_clipping" in known:
             known["dp_clipping"] = clipping_word(known["dp_clipping"])
+        if known.get("federation") is not None:
+            known["federation"] = Federation(**known["federation"])
         return TrainingConfig(**known)
 
     @property

@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Sampler
 
 from core.data.data_sets import DataSets
-from core.data.loaders import ShardedBatches, ValidationShard, check_batches, make_loader
+from core.data.loaders import Key, ShardedBatches, ValidationShard, check_batches, make_loader
 from core.errors import InputError
 from core.losses import DEFAULT_LOSS, Loss, share_right
 from core.models.architecture import Architecture
@@ -56,6 +57,7 @@ from training.record import (
     RUNNING,
     CheckpointNames,
     EpochResult,
+    FederationRecord,
     PrivacySpent,
     TrainRecord,
     write_record,
@@ -156,16 +158,14 @@ class Trainer:
         self.history: list[EpochResult] = []
         self.scalars = ScalarLog(root / "tensorboard", process.is_main and config.tensorboard)
         self.n = len(data.train)
-        check_batches(
-            self.n, config.batch_size, process.world_size * config.accumulate, config.per_sample
-        )
-        self._check_loss()
+        self._check_batches()
         self._prepare_loaders()
         self._prepare_optimizer()
 
-    def _check_loss(self) -> None:
-        """Refuse to sum a loss over parts that is not the sum of its parts."""
+    def _check_batches(self) -> None:
+        """Refuse batches that cannot be divided, and losses that are no sum over the parts."""
         parts = self.process.world_size * self.config.accumulate
+        check_batches(self.n, self.config.batch_size, parts, self.config.per_sample)
         if not self.loss.mean_over_samples and (parts > 1 or self.config.per_sample):
             raise InputError(
                 f"--loss {self.loss.name}: is no mean over samples, so that a batch can neither be "
@@ -174,12 +174,30 @@ class Trainer:
 
     def _prepare_loaders(self) -> None:
         config, process, shape = self.config, self.process, self.data.spec.shape
-        self.batches = ShardedBatches(
-            self.n, config.batch_size, process, config.seed, poisson=config.per_sample
-        )
-        self.loader = make_loader(self.data.train, self.batches, shape, process, config.workers)
+        self.loader = make_loader(self.data.train, self._plan(), shape, process, config.workers)
         shard = ValidationShard(len(self.data.val), config.batch_size, process)
         self.val_loader = make_loader(self.data.val, shard, shape, process, config.workers)
+
+    def _plan(self) -> Sampler[list[Key]]:
+        """Which images this process trains on at every step of an epoch."""
+        config = self.config
+        self.batches = ShardedBatches(
+            self.n, config.batch_size, self.process, config.seed, poisson=config.per_sample
+        )
+        return self.batches
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """How often an epoch uses an image that its batches take."""
+        return len(self.batches)
+
+    def _sampling(self) -> tuple[float, int]:
+        """The probability of an image to be in a batch, and the images of one."""
+        return min(1.0, self.config.batch_size / self.n), self.batches.batch_size
+
+    def _images_of_epoch(self) -> int:
+        """How many images the epoch that is planned goes through."""
+        return sum(len(batch) for batch in self.batches.batches)
 
     def _prepare_optimizer(self) -> None:
         config = self.config
@@ -194,13 +212,13 @@ class Trainer:
         self.accountant: Accountant | None = None
         self.clipping: PerSampleClipping | None = None
         if config.per_sample:
-            rate = min(1.0, config.batch_size / self.n)
+            rate, expected = self._sampling()
             self.accountant = Accountant(config.noise_multiplier, rate, config.delta)
             self.clipping = PerSampleClipping(
                 self.model,
                 max_norm=config.max_norm,
                 noise_multiplier=config.noise_multiplier,
-                expected_batch_size=self.batches.batch_size,
+                expected_batch_size=expected,
                 client_loss=self.loss,
             )
         self.forward = self._wrapped_model()
@@ -272,8 +290,7 @@ class Trainer:
         if not self.config.synchronized:
             average_running_statistics(self.model)
         val_loss, val_acc1, val_acc5 = self.validate()
-        budget = self.accountant.epsilon().value if self.accountant else None
-        images = sum(len(batch) for batch in self.batches.batches)
+        images = self._images_of_epoch()
         return EpochResult(
             epoch=epoch + 1,
             lr=lr,
@@ -281,11 +298,15 @@ class Trainer:
             train_acc1=train_acc1,
             val_loss=val_loss,
             val_acc1=val_acc1,
-            epsilon=budget,
+            epsilon=self._budget(epoch),
             images_per_second=images / trained,
             seconds=time.perf_counter() - start,
             val_acc5=val_acc5,
         )
+
+    def _budget(self, epoch: int) -> float | None:
+        """The epsilon spent by the end of an epoch."""
+        return self.accountant.epsilon().value if self.accountant else None
 
     def train_epoch(self, epoch: int) -> tuple[float, float | None]:
         """One pass over the training images.
@@ -579,6 +600,7 @@ class Trainer:
             final_val_acc1=last.val_acc1 if last else None,
             final_train_acc1=last.train_acc1 if last else None,
             privacy=self._privacy_spent(),
+            federation=self._federation(),
             images_per_second=_median([r.images_per_second for r in self.history]),
             seconds_per_epoch=_median([r.seconds for r in self.history]),
             seconds=sum(r.seconds for r in self.history),
@@ -588,6 +610,10 @@ class Trainer:
             ),
             provenance=provenance(self.process.device, self.config.seed),
         )
+
+    def _federation(self) -> FederationRecord | None:
+        """What the clients did, where there are several."""
+        return None
 
     def _privacy_spent(self) -> PrivacySpent | None:
         config = self.config

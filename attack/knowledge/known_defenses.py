@@ -222,7 +222,8 @@ def _laplace(adaptation: Adaptation, target: Target, values: list[float]) -> Non
     _white_noise(adaptation, target, math.sqrt(2) * values[0], "laplace")
 
 
-@register_adaptation("percentile")
+@register_adaptation("percentile-noise")
+@register_adaptation("percentile")  # Its name in older files.
 def _percentile(adaptation: Adaptation, target: Target, values: list[float]) -> None:
     """The noise follows from the shared values, whose percentile it has widened."""
     sigma0, percentile = values
@@ -231,7 +232,7 @@ def _percentile(adaptation: Adaptation, target: Target, values: list[float]) -> 
     quantile = float(torch.distributions.Normal(0, 1).icdf(torch.tensor(0.5 + percentile / 200)))
     widened = math.sqrt(1 + (quantile * sigma0) ** 2)
     std = sigma0 * float(flat.kthvalue(rank).values) / widened
-    _white_noise(adaptation, target, std, "percentile")
+    _white_noise(adaptation, target, std, "percentile-noise")
 
 
 @register_adaptation("dp-sgd")

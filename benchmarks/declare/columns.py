@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from benchmarks.declare.measured_utility import committed_utility
 from benchmarks.declare.names import unknown
 from benchmarks.declare.records import Entry, Run, example_paths, is_recorded
 from core.errors import InputError
@@ -95,6 +96,20 @@ def _validation_accuracy(run: Run) -> list[float]:
     return run.numbers(f"train.{'initial' if run.is_untrained else 'best'}_val_acc1")
 
 
+def _defended_accuracy(run: Run) -> list[float]:
+    """Of clients that trained under the defenses of the update, from the record of utility."""
+    found = committed_utility(tuple(run.value("extract.defenses") or ()))
+    return [] if found is None else [found]
+
+
+def _kept(run: Run) -> str | None:
+    """How much of the update's direction is left."""
+    cosines = run.numbers("extract.update_cosine")
+    if not cosines or not run.value("extract.defenses"):
+        return None
+    return f"update cosine {cosines[0]:.3f}"
+
+
 def _accuracy_note(run: Run) -> str | None:
     return "the model is untrained and guesses" if run.is_untrained else None
 
@@ -121,6 +136,14 @@ _ALL = [
     Column("test accuracy", "test acc. %", _test_accuracy, 1),
     Column("RA index", "RA index", _path("extract.rank_analysis.maximum"), 0),
     Column("trained accuracy", "trained acc. %", _path("train.best_val_acc1"), 1),
+    Column(
+        "defended accuracy",
+        "defended acc. %",
+        _defended_accuracy,
+        1,
+        missing="not measured; python -m benchmarks.utility --defense NAME:PARAM does",
+        note=_kept,
+    ),
     Column(
         "update cosine",
         "update kept",

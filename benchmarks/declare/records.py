@@ -40,6 +40,8 @@ _WRITTEN: dict[str, dict[str, str]] = {
         "model": _MODEL,
         "data": _DATA,
         "privacy": f"{_PRIVACY} epsilon_rdp accountant sample_rate steps note",
+        "federation": "clients images local_steps rounds split defense error_feedback epsilon "
+        "delta",
         "history": "epoch lr train_loss train_acc1 val_loss val_acc1 epsilon images_per_second "
         "seconds val_acc5",
         "checkpoints": "initial best last",

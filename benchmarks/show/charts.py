@@ -20,7 +20,7 @@ from benchmarks.show.statistics import Summary, summarize
 from core.figures import subplots
 
 LEAKAGE = "ssim"
-UTILITY = "validation accuracy"
+UTILITY, DEFENDED = "validation accuracy", "defended accuracy"
 
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -87,10 +87,12 @@ def _name(row: RowResult) -> str:
 
 
 def tradeoff(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]:
-    """What was leaked against what the model is worth, a point per row."""
-    points = [
-        (row, look, _mean(row, UTILITY), _mean(row, LEAKAGE)) for row, look in _styled(result)
-    ]
+    """What was leaked against what the model is worth, a point per row.
+
+    Of a table with the column "defended accuracy" that one counts.
+    """
+    worth = DEFENDED if DEFENDED in result.table.columns else UTILITY
+    points = [(row, look, _mean(row, worth), _mean(row, LEAKAGE)) for row, look in _styled(result)]
     points = [p for p in points if not math.isnan(p[2]) and not math.isnan(p[3])]
     if not points:
         return
@@ -101,7 +103,7 @@ def tradeoff(result: TableResult, store: Store, folder: Path) -> Iterator[Pictur
             utility, leakage, yerr=_whiskers(row, leakage), fmt=look.marker, color=look.colour,
             capsize=2, label=_name(row),
         )  # fmt: skip
-    ax.set(xlabel=f"{UTILITY} (%)", ylabel="SSIM of reconstructions (higher: more leaked)")
+    ax.set(xlabel=f"{worth} (%)", ylabel="SSIM of reconstructions (higher: more leaked)")
     ax.set_xlim(left=0)
     figure.legend(fontsize=7, loc="outside right upper")
     yield save_picture(

@@ -9,6 +9,7 @@ from gradients.defenses.base import (
     Defense,
     Gradient,
     apply_defenses,
+    current_name,
     defense_class,
     defense_names,
     parse_defenses,
@@ -19,6 +20,7 @@ from gradients.defenses.freeze import Freeze
 from gradients.defenses.gaussian import Gaussian
 from gradients.defenses.laplace import Laplace
 from gradients.defenses.percentile import Percentile
+from gradients.defenses.pipeline import Pipeline, as_transform
 from gradients.defenses.prune import Prune
 from gradients.defenses.quantize import Quantize
 from gradients.defenses.sign import Sign
@@ -34,12 +36,15 @@ __all__ = [
     "Gradient",
     "Laplace",
     "Percentile",
+    "Pipeline",
     "Prune",
     "Quantize",
     "Sign",
     "Soteria",
     "TopK",
     "apply_defenses",
+    "as_transform",
+    "current_name",
     "defense_class",
     "defense_names",
     "parse_defenses",

@@ -4,35 +4,19 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
 
 from core.errors import InputError
+from training.transforms import ClientView
 
+logger = logging.getLogger(__name__)
 Gradient = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class ClientView:
-    """What a client knows when it defends its update.
-
-    Attributes:
-        model: theta_0, in the mode the client used.
-        images: N x C x H x W, normalised.
-        labels: N class indices.
-        generator: Source of the defense's random numbers, on the CPU, so that a
-            seed gives the same noise on every device.
-    """
-
-    model: nn.Module
-    images: torch.Tensor
-    labels: torch.Tensor
-    generator: torch.Generator
 
 
 class Defense(abc.ABC):
@@ -51,6 +35,25 @@ class Defense(abc.ABC):
     def apply(self, gradient: Gradient, client: ClientView) -> Gradient:
         """The gradient to share instead of `gradient`, which is left unchanged."""
 
+    def largest_norm(self, norm: float) -> float:
+        """The norm that no shared update exceeds, if none exceeds `norm` before."""
+        return math.inf
+
+    def epsilon(self, norm: float, rounds: int, delta: float) -> float | None:
+        """The client's privacy budget after so many uses, if no update exceeds `norm`.
+
+        Neighbours are any two updates of one client: what is hidden is all that it holds.
+
+        Args:
+            norm: L2 norm of the updates, before this defense; may be infinite.
+            rounds: How often the client shares.
+            delta: Probability that the bound fails.
+
+        Returns:
+            None where nothing is promised.
+        """
+        return None
+
     @property
     def word(self) -> str:
         """Name and parameters, as stored in a checkpoint and read by `parse_defenses`."""
@@ -63,13 +66,16 @@ def _plain(value: Any) -> str:
 
 
 _DEFENSES: dict[str, type[Defense]] = {}
+# Names that defenses had before, which old files and scripts hold.
+_FORMER: dict[str, str] = {}
 
 
-def register_defense(name: str) -> Callable[[type[Defense]], type[Defense]]:
+def register_defense(name: str, *former: str) -> Callable[[type[Defense]], type[Defense]]:
     """Make `--defense name:...` create the decorated class.
 
     Args:
         name: Must not be taken.
+        former: Names that it had before; still understood, with a sentence.
 
     Raises:
         ValueError: The name is registered already.
@@ -78,6 +84,7 @@ def register_defense(name: str) -> Callable[[type[Defense]], type[Defense]]:
     def register(kind: type[Defense]) -> type[Defense]:
         if name in _DEFENSES:
             raise ValueError(f"defense {name} is registered already")
+        _FORMER.update(dict.fromkeys(former, name))
         kind.name = name
         _DEFENSES[name] = kind
         return kind
@@ -88,6 +95,11 @@ def register_defense(name: str) -> Callable[[type[Defense]], type[Defense]]:
 def defense_names() -> list[str]:
     """Every name that `--defense` knows."""
     return sorted(_DEFENSES)
+
+
+def current_name(name: str) -> str:
+    """The name of today of a defense that may be called by a former one."""
+    return _FORMER.get(name, name)
 
 
 def defense_class(name: str) -> type[Defense]:
@@ -123,6 +135,9 @@ def _type_name(field: dataclasses.Field[Any]) -> str:
 
 def _create(word: str) -> Defense:
     name, *values = word.split(":")
+    if name != current_name(name):
+        logger.warning("--defense %s: %s is called %s now", word, name, current_name(name))
+        name = current_name(name)
     if name not in _DEFENSES:
         raise InputError(
             f"--defense {word}: unknown defense; known are {', '.join(defense_names())}"

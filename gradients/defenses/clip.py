@@ -34,6 +34,10 @@ class Clip(Defense):
         factor = min(1.0, self.max_norm / max(float(global_norm(gradient)), 1e-30))
         return {name: g * factor for name, g in gradient.items()}
 
+    def largest_norm(self, norm: float) -> float:
+        """The clipping norm."""
+        return min(norm, self.max_norm)
+
 
 def global_norm(gradient: Gradient) -> torch.Tensor:
     """L2 norm over all parameters, in float64."""

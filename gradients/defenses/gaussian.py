@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from gradients.defenses.base import (
@@ -12,6 +13,7 @@ from gradients.defenses.base import (
     register_defense,
     require,
 )
+from gradients.private_gradient import gaussian_epsilon
 
 
 @register_defense("gaussian")
@@ -35,3 +37,9 @@ class Gaussian(Defense):
         """Add the noise."""
         rng = client.generator
         return {name: g + self.std * normal_like(g, rng) for name, g in gradient.items()}
+
+    def epsilon(self, norm: float, rounds: int, delta: float) -> float | None:
+        """That of the Gaussian mechanism: two updates lie at most twice the norm apart."""
+        if math.isinf(norm) or self.std == 0:
+            return None
+        return gaussian_epsilon(self.std / (2 * norm), delta, rounds)

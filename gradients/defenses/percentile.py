@@ -16,12 +16,14 @@ from gradients.defenses.base import (
 )
 
 
-@register_defense("percentile")
+@register_defense("percentile-noise", "percentile")
 @dataclass(frozen=True)
 class Percentile(Defense):
     """Add Gaussian noise scaled by a percentile of the update's own magnitudes.
 
-    sigma = sigma0 x (percentile of the nonzero |g_i| over the whole update).
+    sigma = sigma0 x (percentile of the nonzero |g_i| over the whole update). It is what the
+    published federation's `GaussianPrivacy` does. NVFlare's `PercentilePrivacy` is another
+    filter, which drops and truncates values and adds no noise.
 
     Args:
         sigma0: Noise relative to that percentile.

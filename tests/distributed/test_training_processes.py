@@ -65,6 +65,19 @@ VARIANTS = {
     "synchronized": ["--syncbn", "-b", "5"],
     "accumulated": ["--norm", "group", "--accumulate", "2"],
     "dp-sgd": ["--enable-dp", "--sigma", "0.5", "-c", "0.5", "-b", "3"],
+    "clients": [
+        "--clients",
+        "4",
+        "--local-steps",
+        "2",
+        "-b",
+        "8",
+        "--error-feedback",
+        "ef-sgd",
+        "--defense",
+        "topk:0.2,gaussian:0.01",
+    ],
+    "private clients": ["--clients", "3", "--enable-dp", "--sigma", "0.5", "-b", "6"],
     "dp-batch": ["--enable-dp", "--sigma", "0.05", "--dp-clipping", "batch", "--syncbn"],
 }
 

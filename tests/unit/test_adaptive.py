@@ -71,7 +71,14 @@ def test_differences_are_of_no_use_after_clipping() -> None:
 
 @pytest.mark.parametrize(
     "words",
-    ["clip:1", "gaussian:0.01", "laplace:0.01", "percentile:0.5:95", "freeze:2", "quantize:16"],
+    [
+        "clip:1",
+        "gaussian:0.01",
+        "laplace:0.01",
+        "percentile-noise:0.5:95",
+        "freeze:2",
+        "quantize:16",
+    ],
 )
 def test_where_nothing_helps_nothing_changes(words: str) -> None:
     target, _ = defended(words)

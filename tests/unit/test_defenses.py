@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import gradinvbench as gib
 from core.errors import InputError
 from gradients.defenses import (
     ClientView,
@@ -57,7 +58,7 @@ WORDS = [
     "topk:0.1",
     "sign",
     "quantize:4",
-    "percentile:0.1:95",
+    "percentile-noise:0.1:95",
 ]
 
 
@@ -75,7 +76,9 @@ def test_a_defense_is_seeded_and_leaves_its_input_alone(words: str) -> None:
         assert not torch.equal(first[name], g)
 
 
-@pytest.mark.parametrize("words", ["gaussian:0.1", "laplace:0.1", "quantize:4", "percentile:0.1"])
+@pytest.mark.parametrize(
+    "words", ["gaussian:0.1", "laplace:0.1", "quantize:4", "percentile-noise:0.1"]
+)
 def test_noise_depends_on_the_seed(words: str) -> None:
     assert not torch.equal(_apply(words, seed=0)["a"], _apply(words, seed=1)["a"])
 
@@ -149,7 +152,7 @@ def test_percentile_noise_follows_the_nonzero_magnitudes() -> None:
     gradient = {"a": torch.linspace(-1, 1, 20_001), "b": torch.zeros(50_000)}
     nonzero = gradient["a"][gradient["a"] != 0].abs().numpy()
     expected = 0.5 * np.percentile(nonzero, 90)
-    noisy = _apply("percentile:0.5:90", gradient)
+    noisy = _apply("percentile-noise:0.5:90", gradient)
     # Noise goes on every variable, also on those that are zero.
     assert float(noisy["b"].std()) == pytest.approx(expected, rel=0.02)
     assert float((noisy["a"] - gradient["a"]).std()) == pytest.approx(expected, rel=0.02)
@@ -229,7 +232,7 @@ def test_defenses_apply_in_the_order_given() -> None:
 
 
 def test_words_name_defenses_and_parameters() -> None:
-    words = "clip:4,gaussian:0.001,percentile:0.1:90,freeze:layer4+fc,quantize:8,sign"
+    words = "clip:4,gaussian:0.001,percentile-noise:0.1:90,freeze:layer4+fc,quantize:8,sign"
     assert ",".join(d.word for d in parse_defenses(words)) == words
     assert [d.word for d in parse_defenses("soteria, prune")] == ["soteria:0.8", "prune:0.9"]
     assert parse_defenses("") == ()
@@ -247,7 +250,7 @@ def test_words_name_defenses_and_parameters() -> None:
         ("prune:1", r"must lie in \[0, 1\)"),
         ("topk:0", r"must lie in \(0, 1\]"),
         ("quantize:0", "at least one level"),
-        ("percentile:1:101", r"must lie in \(0, 100\]"),
+        ("percentile-noise:1:101", r"must lie in \(0, 100\]"),
         ("soteria:2", r"must lie in \[0, 1\)"),
         ("sign:1", "takes at most 0 parameters"),
     ],
@@ -265,3 +268,13 @@ def test_a_defense_can_be_registered_once() -> None:
     assert "clip" in defense_names()
     with pytest.raises(ValueError, match="registered already"):
         register_defense("clip")(Zero)
+
+
+def test_a_former_name_is_understood_with_a_sentence(caplog: pytest.LogCaptureFixture) -> None:
+    (noise,) = parse_defenses("percentile:0.2:90")
+    assert noise.word == "percentile-noise:0.2:90"
+    assert "is called percentile-noise now" in caplog.text
+    assert "percentile" not in defense_names()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    target, _ = gib.share(model, torch.rand(1, 3, 2, 2), [1], defense="percentile:0.2:90")
+    assert target.defenses == ("percentile-noise:0.2:90",)

@@ -61,7 +61,7 @@ def test_what_is_written_reads_back_and_keeps_its_keys(tmp_path: Path) -> None:
     assert read_record(tmp_path) == record
     content = json.loads((tmp_path / FILE).read_text())
     assert content["schema_version"] == SCHEMA_VERSION
-    assert set(content) == {*FIRST_VERSION, "schema_version", "checksum", "loss"}
+    assert set(content) == {*FIRST_VERSION, "schema_version", "checksum", "loss", "federation"}
     assert set(content["privacy"]) == set(FIRST_VERSION["privacy"])
 
 
