@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -30,7 +30,7 @@ from core.escaping import in_one_line, printable
 from core.launch_arguments import CommandParser
 
 if TYPE_CHECKING:
-    from benchmarks.submission import Defended
+    from benchmarks.submission import Defended, Desk, Measurement
 
 # Some cells failed; the table shows which.
 INCOMPLETE = 1
@@ -94,32 +94,52 @@ def build_leaderboard_parser() -> CommandParser:
     ranks.add_argument("--entries", type=Path, default=FOLDER, help="folder of JSON files")
     ranks.add_argument("--output", type=Path, help="default: the folder of the entries")
     ranks.add_argument("--min-utility", type=float, help="only defenses of this accuracy (percent)")
-    submit = commands.add_parser("submit", help="attack a defense with everything; write its entry")
-    submit.add_argument("table", nargs="?", help="a computed table that measured the defense")
+    _add_submit(
+        commands.add_parser("submit", help="measure a defense by the protocol; write its entry")
+    )
+    return parser
+
+
+def _add_submit(submit: argparse.ArgumentParser) -> None:
+    submit.add_argument("table", nargs="?", help="a computed table: an unranked entry of its rows")
     submit.add_argument(
         "--apply",
         metavar="NAME:PARAM,...",
-        help="run --attack auto on this defense (none: without)",
+        help="measure this defense by the protocol (none: without)",
     )
-    submit.add_argument("--threat", default="honest-server", help="with --apply: the threat model")
-    submit.add_argument("--plugin", metavar="MODULE", help="with --apply: registers the defense")
-    submit.add_argument("--budget", type=int, help="with --apply: gradient evaluations per run")
-    submit.add_argument("--jobs", type=int, default=1, help="with --apply: cells at a time")
-    submit.add_argument("--quiet", action="store_true", help="with --apply: no progress")
+    submit.add_argument("--sigma", type=float, help="with --apply: DP-SGD's noise multiplier")
     submit.add_argument(
-        "--utility", type=float, help="accuracy in percent of a model trained under the defense"
+        "--all", action="store_true", help="measure the project's own entries that are missing"
     )
-    submit.add_argument("--preset", default="embedded")
-    submit.add_argument("--data", help="as the table was computed with")
-    submit.add_argument("--store", type=Path, default=DEFAULT_STORE)
-    submit.add_argument("--defense", required=True, help="its name on the leaderboard")
+    submit.add_argument("--defense", help="its name on the leaderboard")
     submit.add_argument("--description", default="", help="one sentence")
     submit.add_argument("--reference", help="paper or address")
+    submit.add_argument("--threat", help="with --apply: the threat model, by name or letter")
+    submit.add_argument("--plugin", metavar="MODULE", help="with --apply: registers the defense")
     submit.add_argument(
+        "--jobs", type=int, help="with --apply: cells at a time (default: one per core)"
+    )
+    submit.add_argument("--quiet", action="store_true", help="with --apply: no progress")
+    submit.add_argument("--store", type=Path, default=DEFAULT_STORE)
+    submit.add_argument("--entries", type=Path, default=FOLDER)
+    _add_unranked(submit.add_argument_group("entries without a rank"))
+
+
+def _add_unranked(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--unranked",
+        action="store_true",
+        help="with --apply: all attacks on the defense, by the table ensemble",
+    )
+    group.add_argument("--budget", type=int, help="with --unranked: gradient evaluations per run")
+    group.add_argument(
+        "--utility", type=float, help="accuracy in percent of a model trained under the defense"
+    )
+    group.add_argument("--preset", default="embedded")
+    group.add_argument("--data", help="as the table was computed with")
+    group.add_argument(
         "--where", action="append", default=[], metavar="AXIS=VALUE", help="the rows that count"
     )
-    submit.add_argument("--entries", type=Path, default=FOLDER)
-    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -249,11 +269,59 @@ def _rank(args: argparse.Namespace) -> None:
 
 
 def _submit(args: argparse.Namespace) -> None:
+    from benchmarks.submission import submit_measured, submit_own
+
+    if args.jobs is not None and args.jobs < 1:
+        raise InputError("--jobs must be at least 1")
+    signal.signal(signal.SIGTERM, _interrupt)
+    if args.all:
+        written = submit_own(_desk(args))
+        print("\n".join(map(str, written)) or "nothing is missing")
+    elif args.apply is not None and not args.unranked:
+        path = submit_measured(_measurement(args), _desk(args))
+        print(f"{path}\nwhere it stands: python -m benchmarks leaderboard")
+    else:
+        _submit_unranked(args)
+
+
+def _desk(args: argparse.Namespace) -> Desk:
+    from benchmarks.submission import Desk
+
+    return Desk(args.store, args.entries, args.jobs, args.quiet)
+
+
+def _measurement(args: argparse.Namespace) -> Measurement:
+    """What is to be measured; refuses what would change the protocol."""
+    from benchmarks.leaderboard.measure import About
+    from benchmarks.submission import Measurement
+
+    fixed = {
+        "--budget": args.budget,
+        "--utility": args.utility,
+        "--data": args.data,
+        "--where": args.where,
+        "--preset": args.preset != "embedded",
+    }
+    for flag in (flag for flag, value in fixed.items() if value):
+        raise InputError(
+            f"{flag}: the protocol decides that; for an entry without rank: --unranked"
+        )
+    about = About(_named(args), args.description, args.reference)
+    return Measurement(about, args.apply, args.threat, args.plugin, args.sigma)
+
+
+def _named(args: argparse.Namespace) -> str:
+    if not args.defense:
+        raise InputError("submit: give --defense, its name on the leaderboard")
+    return str(args.defense)
+
+
+def _submit_unranked(args: argparse.Namespace) -> None:
     from benchmarks.submission import Submission, submit
 
     path = submit(
         Submission(
-            defense=args.defense,
+            defense=_named(args),
             source=_source(args),
             where=tuple(args.where),
             description=args.description,
@@ -266,18 +334,20 @@ def _submit(args: argparse.Namespace) -> None:
         )
     )
     entry = load_entry(path)
+    assert isinstance(entry, Mapping)
     print(f"{path}: worst SSIM {entry['leakage']['ssim']['worst']:.3f}, {entry['threat_model']}")
 
 
 def _source(args: argparse.Namespace) -> Defended | str:
-    """Where the numbers of a submission come from."""
+    """Where the numbers of an unranked entry come from."""
     from benchmarks.submission import Defended
 
     if args.apply is not None:
-        return Defended(args.apply, args.threat, args.plugin, args.budget, args.jobs, args.quiet)
+        threat = args.threat or "honest-server"
+        return Defended(args.apply, threat, args.plugin, args.budget, args.jobs, args.quiet)
     if args.table is not None:
         return str(args.table)
-    raise InputError("submit: give --apply NAME:PARAM, or a computed table")
+    raise InputError("submit: give --apply NAME:PARAM, --all, or a computed table")
 
 
 def _print_table(

@@ -1,9 +1,9 @@
-"""A defense's entry on the leaderboard: computed here by all attacks, or from a table."""
+"""An entry on the leaderboard: measured by the protocol, or, unranked, from a table's rows."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,170 @@ from typing import Any
 from attack.knowledge.threat_models import find_threat
 from benchmarks.compute import Workers, compute
 from benchmarks.declare.tables import Table, find_table, load_table
+from benchmarks.declare.yaml_lines import read_yaml
+from benchmarks.leaderboard import estimate, measure
+from benchmarks.leaderboard.entry import BoardEntry, read_entry
+from benchmarks.leaderboard.measure import About
+from benchmarks.leaderboard.plan import Candidate, Plan
+from benchmarks.leaderboard.protocol import Protocol, read_protocol
+from benchmarks.run.executor import usable_cores
 from benchmarks.run.store import Store
-from benchmarks.show.leaderboard import FOLDER, check_entry, make_entry
+from benchmarks.show.leaderboard import FOLDER
 from benchmarks.show.results import DEFAULT_STORE, RowResult, TableResult, collect
+from benchmarks.show.table_entries import check_entry, make_entry
 from core.errors import InputError
 from core.plugins import import_plugin
 from core.storage import write_json
 from gradients.defenses import parse_defenses
+from gradients.private_gradient import PrivacySettings
 
 NO_DEFENSE = "none"
+OWN_ENTRIES = Path(__file__).resolve().parent / "leaderboard" / "entries.yaml"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A defense that the protocol is to be run on.
+
+    Attributes:
+        about: Its name, and what else an entry says of it in words.
+        apply: "NAME:PARAM,..." as `--defense` takes it; "none" for no defense.
+        threat: Name or letter of the attacker; None for the protocol's first.
+        plugin: Module that registers the defense.
+        sigma: Noise multiplier of DP-SGD beside it; None: no DP-SGD.
+    """
+
+    about: About
+    apply: str
+    threat: str | None = None
+    plugin: str | None = None
+    sigma: float | None = None
+
+    def plan(self, protocol: Protocol) -> Plan:
+        """What is computed for it.
+
+        Raises:
+            InputError: No such defense, attacker or plugin, or a name that is none.
+        """
+        import_plugin(self.plugin)
+        words = "" if self.apply == NO_DEFENSE else self.apply
+        parse_defenses(words)
+        file_stem(self.about.defense)
+        if self.sigma is not None:
+            PrivacySettings(noise_multiplier=self.sigma)
+        threat = protocol.chosen_threat(self.threat)
+        return Plan(protocol, Candidate(words, threat, self.plugin, self.sigma))
+
+
+@dataclass(frozen=True)
+class Desk:
+    """Where entries are computed and kept.
+
+    Attributes:
+        store: Folder of the cells.
+        entries: Folder of the entries.
+        jobs: Cells at a time; None: one per core.
+        quiet: Whether only errors are said.
+        protocol: By which entries are measured.
+        say: Receives what is said before and after.
+    """
+
+    store: Path = DEFAULT_STORE
+    entries: Path = FOLDER
+    jobs: int | None = None
+    quiet: bool = False
+    protocol: Protocol | None = None
+    say: Callable[[str], None] = print
+
+    def chosen(self) -> Protocol:
+        """The protocol; that of the repository where none is given."""
+        return self.protocol or read_protocol()
+
+    def tell(self, sentence: str) -> None:
+        """Say something, unless nothing is to be said."""
+        if not self.quiet:
+            self.say(sentence)
+
+
+def submit_measured(measurement: Measurement, desk: Desk) -> Path:
+    """Measure a defense by the protocol and write its entry.
+
+    What was computed before, by an interrupted run too, is not computed again.
+
+    Returns:
+        The entry's file.
+
+    Raises:
+        InputError: The defense cannot be measured.
+    """
+    plan = measurement.plan(desk.chosen())
+    store = Store(desk.store.resolve())
+    missing = measure.unfinished(plan, store)
+    jobs = desk.jobs or len(usable_cores())
+    if missing:
+        seconds = estimate.seconds_of(plan, missing)
+        desk.tell(
+            f"{plan.protocol.name}, {measurement.about.defense}: {len(missing)} parts to compute, "
+            f"{estimate.in_words(seconds, jobs)}; interrupted, the same command goes on"
+        )
+    measure.compute(plan, store, Workers(jobs=jobs), quiet=desk.quiet)
+    entry = measure.make_entry(plan, store, measurement.about)
+    path = _place(desk.entries, entry, plan.protocol)
+    measure.write_entry(entry, path)
+    return path
+
+
+def submit_own(desk: Desk) -> list[Path]:
+    """Measure every entry of the project's own list that is missing, one after the other.
+
+    Returns:
+        The new files.
+    """
+    protocol = desk.chosen()
+    listed = own_entries()
+    for measurement in listed:
+        measurement.plan(protocol)
+    missing = [m for m in listed if not _is_measured(m, desk, protocol)]
+    desk.tell(f"{len(listed) - len(missing)} of {len(listed)} entries are there")
+    return [submit_measured(measurement, desk) for measurement in missing]
+
+
+def own_entries(file: Path = OWN_ENTRIES) -> list[Measurement]:
+    """The project's own list of defenses.
+
+    Raises:
+        InputError: The file is no such list.
+    """
+    document = read_yaml(file)
+    try:
+        return [
+            Measurement(
+                About(entry["name"], entry["description"], entry.get("reference")),
+                entry["apply"],
+                sigma=entry.get("sigma"),
+            )
+            for entry in document.value
+        ]
+    except (KeyError, TypeError) as error:
+        raise document.error(f"no list of entries: {error}") from None
+
+
+def _is_measured(measurement: Measurement, desk: Desk, protocol: Protocol) -> bool:
+    path = desk.entries / f"{file_stem(measurement.about.defense)}.json"
+    if not path.exists():
+        return False
+    try:
+        return read_entry(path).fingerprint == protocol.fingerprint
+    except InputError:
+        # Of an older form.
+        return False
+
+
+def _place(folder: Path, entry: BoardEntry, protocol: Protocol) -> Path:
+    """The file of an entry; those of another attacker than the default say so."""
+    stem = file_stem(entry.defense)
+    default = entry.threat == protocol.threats[0]
+    return folder / f"{stem if default else f'{stem}-{entry.threat}'}.json"
 
 
 @dataclass(frozen=True)
@@ -31,7 +186,7 @@ class Defended:
         threat: Name of the threat model.
         plugin: Module that registers the defense.
         budget: Gradient evaluations per run; None for the table's own.
-        jobs: Cells at a time.
+        jobs: Cells at a time; None: one per core.
         quiet: Whether no progress is said.
     """
 
@@ -39,13 +194,13 @@ class Defended:
     threat: str = "honest-server"
     plugin: str | None = None
     budget: int | None = None
-    jobs: int = 1
+    jobs: int | None = 1
     quiet: bool = False
 
 
 @dataclass(frozen=True)
 class Submission:
-    """What is to be entered.
+    """What is to be entered without a rank: rows of a table.
 
     Attributes:
         defense: Name of the defense on the leaderboard.
@@ -74,7 +229,7 @@ class Submission:
 
 
 def submit(submission: Submission) -> Path:
-    """Write the entry of a defense.
+    """Write the unranked entry of a defense.
 
     Returns:
         The entry's file.
@@ -88,7 +243,7 @@ def submit(submission: Submission) -> Path:
     if submission.utility is not None:
         entry["utility"] = submission.utility
         check_entry(entry, "--utility")
-    path = submission.entries / f"{_stem(submission.defense)}.json"
+    path = submission.entries / f"{file_stem(submission.defense)}.json"
     write_json(path, entry)
     return path
 
@@ -103,7 +258,12 @@ def _rows(submission: Submission, store: Store) -> list[RowResult]:
     return _chosen_rows(collect(table, store), submission.where)
 
 
-def _stem(defense: str) -> str:
+def file_stem(defense: str) -> str:
+    """The name of an entry's file, without its ending.
+
+    Raises:
+        InputError: Nothing is left of the defense's name.
+    """
     stem = re.sub(r"[^a-z0-9]+", "-", defense.lower()).strip("-")
     if not stem:
         raise InputError(f"--defense {defense}: a file name needs a Latin letter or digit")

@@ -42,8 +42,8 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         metavar="NAME",
         help="what the attacker is given: honest-server, honest-server-with-bn, "
-        "eavesdropper-no-labels, malicious-server, worst-case, ... (default: custom, as the "
-        "flags say)",
+        "eavesdropper-no-labels, malicious-server, worst-case, ..., or a letter from A to H "
+        "(default: custom, as the flags say)",
     )
     parser.add_argument(
         "--model",

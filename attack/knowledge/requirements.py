@@ -74,8 +74,9 @@ class Knowledge:
 
     def to_record(self) -> dict[str, Any]:
         """The threat model as plain values."""
+        threat = find_threat(self.threat)
         return {
-            "name": self.threat or CUSTOM,
+            "name": CUSTOM if threat is None else threat.name,
             "granted": sorted(capability.value for capability in self.granted),
             "adaptive": self.adapts and Capability.DEFENSE in self.granted,
         }

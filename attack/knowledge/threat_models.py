@@ -3,6 +3,10 @@
 A threat model is a named set of capabilities. An attack, a way to get labels and the
 settings of a run state what they require; what the threat model withholds is refused
 before any work is done, and hidden from the attack besides.
+
+The letters A to H are those of Carletti, Foggia, Mazzocca, Parrella and Vento, "SoK: Gradient
+Inversion Attacks in Federated Learning", USENIX Security 2025 (table of threat models at
+https://github.com/gparrella12/sok_gias_fl); each stands for the model that grants the same.
 """
 
 from __future__ import annotations
@@ -68,6 +72,21 @@ CUSTOM = "custom"
 
 _MODELS: dict[str, ThreatModel] = {}
 
+# By the letter of the systematization: what it calls "basic knowledge" is the size of the batch
+# and what the model itself shows, "training details" are local training and defense, "surrogate
+# data" are public images, and "client data distribution" are the statistics of the batch.
+LETTERS = {
+    "A": "eavesdropper",
+    "B": "eavesdropper-no-labels",
+    "C": "honest-server",
+    "D": "honest-server-with-public-data",
+    "E": "honest-server-with-data",
+    "F": "malicious-server-no-data",
+    "G": "malicious-server-no-statistics",
+    # It also chooses the clients, so as to see the update of one alone. Here every attack does.
+    "H": "malicious-server-no-statistics",
+}
+
 
 def register_threat_model(name: str, grants: Iterable[Capability], description: str) -> ThreatModel:
     """Make `--threat name` known.
@@ -82,26 +101,38 @@ def register_threat_model(name: str, grants: Iterable[Capability], description: 
 
 
 def threat_names() -> list[str]:
-    """Every name that `--threat` knows."""
+    """Every name that `--threat` knows; the letters in `LETTERS` are further names of some."""
     return [CUSTOM, *_MODELS]
 
 
 def find_threat(name: str | None) -> ThreatModel | None:
-    """The threat model of that name; None for `custom` and where none is given.
+    """The threat model of that name or letter; None for `custom` and where none is given.
 
     Raises:
         InputError: There is none.
     """
     if name is None or name == CUSTOM:
         return None
-    if name not in _MODELS:
-        raise InputError(f"--threat {name}: unknown; known are {', '.join(threat_names())}")
-    return _MODELS[name]
+    model = _MODELS.get(LETTERS.get(name, name))
+    if model is None:
+        known = ", ".join(threat_names())
+        raise InputError(f"--threat {name}: unknown; known are {known}, and the letters A to H")
+    return model
+
+
+def letters_of(threat: str) -> str:
+    """The letters that stand for a threat model, such as "G, H"; empty where none does."""
+    return ", ".join(letter for letter, name in LETTERS.items() if name == threat)
 
 
 _EAVESDROPPER = (Capability.BATCH_SIZE, Capability.RUNNING_STATISTICS)
 _SERVER = (*_EAVESDROPPER, Capability.LOCAL_TRAINING, Capability.DEFENSE)
 
+register_threat_model(
+    "eavesdropper",
+    (),
+    "Reads the model that is sent and the update that comes back, and knows nothing else.",
+)
 register_threat_model(
     "eavesdropper-no-labels",
     _EAVESDROPPER,
@@ -133,9 +164,24 @@ register_threat_model(
     "are recovered from how well labels are.",
 )
 register_threat_model(
+    "honest-server-with-public-data",
+    (*_SERVER, Capability.PRIOR_DATA),
+    "As honest-server, with public images that resemble the client's.",
+)
+register_threat_model(
     "honest-server-with-data",
     (*_SERVER, Capability.BATCH_STATISTICS, Capability.PRIOR_DATA),
     "As honest-server-with-bn, with public images that resemble the client's.",
+)
+register_threat_model(
+    "malicious-server-no-data",
+    (*_SERVER, Capability.MALICIOUS_SERVER),
+    "As honest-server, and may send a model that was made to leak.",
+)
+register_threat_model(
+    "malicious-server-no-statistics",
+    (*_SERVER, Capability.PRIOR_DATA, Capability.MALICIOUS_SERVER),
+    "As malicious-server-no-data, with public images that resemble the client's.",
 )
 register_threat_model(
     "malicious-server",

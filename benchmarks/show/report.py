@@ -158,6 +158,16 @@ def _whole(picture: Picture) -> str:
     )
 
 
+def embedded(picture: Picture) -> str:
+    """A figure as part of a page without anything to click."""
+    data = base64.b64encode(picture.file.read_bytes()).decode()
+    caption = escape(picture.caption)
+    return (
+        f'<figure><img src="data:image/png;base64,{data}" alt="{caption}">'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
+
+
 def _small(picture: Picture, folder: Path) -> str:
     """A small copy that leads to the file."""
     from PIL import Image

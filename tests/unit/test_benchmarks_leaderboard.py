@@ -1,9 +1,10 @@
-"""The leaderboard ranks by the worst, per threat model, and refuses broken entries."""
+"""The leaderboard: what is ranked, what is shown apart, and how an entry comes about."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,36 @@ import pytest
 from benchmarks.command import main
 from benchmarks.declare.columns import find_column
 from benchmarks.declare.records import Run
+from benchmarks.leaderboard.entry import read_entry
+from benchmarks.leaderboard.measure import About
+from benchmarks.leaderboard.plan import Plan
+from benchmarks.leaderboard.protocol import read_protocol
+from benchmarks.run.store import Store
 from benchmarks.show.leaderboard import (
     FOLDER,
     HEADER,
-    check_entry,
-    load_entries,
-    make_entry,
-    rank,
+    NO_BETTER,
+    UNRANKED_HEADER,
+    load_board,
+    load_entry,
+    other_tables,
     show,
-    threat_model,
 )
-from benchmarks.submission import Defended, ensemble_table
+from benchmarks.show.table_entries import check_entry, make_entry, threat_model
+from benchmarks.submission import (
+    Defended,
+    Desk,
+    Measurement,
+    ensemble_table,
+    own_entries,
+    submit_measured,
+    submit_own,
+)
 from core.errors import InputError
 from core.storage import write_json
+from gradients.defenses import defense_names
+from tests.board_entries import SMALL, leak, spread
+from tests.board_entries import entry as measured
 from tests.example_results import example
 
 
@@ -54,16 +72,22 @@ def test_unfinished_rows_make_no_entry(tmp_path: Path) -> None:
         make_entry(result.rows[4:], "Broken")
 
 
-def test_entries_are_ranked_by_worst_leakage_and_then_by_utility(entry: dict[str, Any]) -> None:
+def test_table_entries_are_listed_by_worst_leakage_without_a_rank(
+    entry: dict[str, Any], tmp_path: Path
+) -> None:
     entries = [
         with_leakage(entry, "leaky", 0.9),
         with_leakage(entry, "useless", 0.2, utility=10.0),
         with_leakage(entry, "useful", 0.2, utility=90.0),
         with_leakage(entry, "other rules", 0.1, threat_model="labels known"),
     ]
-    first, second = rank(entries)
-    assert [row[:2] for row in first.rows] == [["1", "useful"], ["2", "useless"], ["3", "leaky"]]
-    assert [row[1] for row in second.rows] == ["other rules"]
+    for number, each in enumerate(entries):
+        write_json(tmp_path / f"{number}.json", each)
+    first, second = other_tables(load_board(tmp_path, SMALL))
+    assert [row[0] for row in first.rows] == ["useful", "useless", "leaky"]
+    assert [row[0] for row in second.rows] == ["other rules"]
+    assert first.title.startswith("Unranked")
+    assert "rank" not in first.header
 
 
 @pytest.mark.parametrize(
@@ -105,21 +129,65 @@ def test_threat_model_says_what_is_granted() -> None:
     assert "labels unknown; batch statistics known" in threat_model({"exact-bn": True})
 
 
-def test_the_command_renders_markdown_and_html(
-    tmp_path: Path, entry: dict[str, Any], capsys: pytest.CaptureFixture[str]
+def test_the_command_renders_markdown_html_and_a_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr("benchmarks.show.leaderboard.read_protocol", lambda: SMALL)
     entries = tmp_path / "entries"
-    entries.mkdir()
-    (entries / "a.json").write_text(json.dumps(with_leakage(entry, "A <b>", 0.5, utility=50.0)))
-    (entries / "b.json").write_text(json.dumps(with_leakage(entry, "B", 0.4, utility=80.0)))
+    measured("A <b>", spread(0.8), accuracies=(50.0, 50.0)).write(entries / "a.json")
+    measured("B", spread(0.4), accuracies=(80.0, 80.0)).write(entries / "b.json")
     assert main(["leaderboard", "--entries", str(entries), "--min-utility", "60"]) == 0
     assert "A <b>" not in capsys.readouterr().out
     assert main(["leaderboard", "--entries", str(entries)]) == 0
+    assert "2 entries" in capsys.readouterr().out
     markdown = (entries / "leaderboard.md").read_text()
     assert markdown.index("| 1 | B |") < markdown.index("| 2 | A &lt;b> |")
+    assert "(leaderboard.png)" in markdown
+    assert (entries / "leaderboard.png").read_bytes().startswith(b"\x89PNG")
     html = (entries / "leaderboard.html").read_text()
     assert "A &lt;b&gt;" in html
     assert "A <b>" not in html
+    assert "data:image/png" in html
+
+
+def test_only_entries_of_one_protocol_and_attacker_are_ranked_together(
+    entry: dict[str, Any], tmp_path: Path
+) -> None:
+    measured("mine", spread(0.4)).write(tmp_path / "a.json")
+    measured("other attacker", spread(0.1), threat="eavesdropper-no-labels").write(
+        tmp_path / "b.json"
+    )
+    measured("old", spread(0.1), protocol=dataclasses.replace(SMALL, name="Small-v0")).write(
+        tmp_path / "c.json"
+    )
+    write_json(tmp_path / "d.json", entry)
+    board = load_board(tmp_path, SMALL)
+    assert {t: [e.defense for e in found] for t, found in board.measured.items()} == {
+        "eavesdropper-no-labels": ["other attacker"],
+        "honest-server": ["mine"],
+    }
+    assert [e.defense for e in board.others["Small-v0"]] == ["old"]
+    assert board.size == 4
+    said = show(tmp_path, tmp_path / "out", protocol=SMALL)
+    assert "Small-v0: another protocol, not ranked" in said
+    assert "honest-server (C)" in said
+    assert (tmp_path / "out" / "leaderboard-eavesdropper-no-labels.png").exists()
+
+
+def test_an_entry_of_other_values_is_refused(tmp_path: Path) -> None:
+    other = dataclasses.replace(SMALL, evaluations=1)
+    measured("cheap", spread(0.1), protocol=other).write(tmp_path / "a.json")
+    with pytest.raises(InputError, match=r"a\.json: was measured by other values"):
+        load_board(tmp_path, SMALL)
+
+
+def test_settings_where_a_guess_does_as_well_are_marked(tmp_path: Path) -> None:
+    first, second = (setting.name for setting in SMALL.settings)
+    leaks = {first: leak([0.1] * 10), second: leak([0.9] * 10)}
+    measured("mixed", spread(0.5), leaks=leaks).write(tmp_path / "a.json")
+    show(tmp_path, tmp_path, protocol=SMALL)
+    markdown = (tmp_path / "leaderboard.md").read_text()
+    assert f"| mixed | 0.100{NO_BETTER} | 0.900 |" in markdown
 
 
 def test_an_empty_folder_is_an_error_of_the_user(
@@ -129,12 +197,87 @@ def test_an_empty_folder_is_an_error_of_the_user(
     assert "--entries: there are no .json files" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not any(FOLDER.glob("*.json")), reason="no entries are committed")
-def test_the_committed_entries_follow_the_schema() -> None:
-    assert load_entries(FOLDER)
+def test_the_committed_entries_were_measured_by_the_protocol() -> None:
+    board = load_board(FOLDER, read_protocol())
+    assert board.measured["honest-server"]
+    assert not board.unranked
+    listed = {m.about.defense for m in own_entries()}
+    assert {e.defense for e in board.measured["honest-server"]} <= listed
 
 
-def test_a_submission_runs_all_attacks_on_the_defense() -> None:
+def filled(plan: Plan, store: Store, ssim: float) -> None:
+    """Finish every cell of a plan with made-up numbers."""
+    for cell in plan.trainings:
+        accuracy = 60.0 + cell.config["seed"]
+        record = {"final_val_acc1": accuracy, "privacy": None, "federation": {"epsilon": 2.5}}
+        store.finish(cell, {**record, "seconds": 1.0, "provenance": {}})
+    image = {"psnr": 20.0, "ssim": ssim, "identified": True, "label": False, "strongest": "dlg"}
+    for cell in (cell for cells in plan.pieces.values() for cell in cells):
+        images = [image] * cell.config["count"]
+        store.finish(cell, {"images": images, "seconds": 2.0, "provenance": {"seed": 0}})
+    for cell in plan.victims.values():
+        store.finish(cell, {})
+
+
+def test_what_was_computed_before_makes_the_entry(tmp_path: Path) -> None:
+    said: list[str] = []
+    desk = Desk(tmp_path / "store", tmp_path / "entries", jobs=1, protocol=SMALL, say=said.append)
+    mine = Measurement(About("My noise", "Noise.", "here"), "gaussian:0.5", threat="C")
+    plan = mine.plan(SMALL)
+    filled(plan, Store((tmp_path / "store").resolve()), ssim=0.25)
+    path = submit_measured(mine, desk)
+    assert said == []
+    entry = read_entry(path)
+    assert path.name == "my-noise.json"
+    assert (entry.apply, entry.threat, entry.epsilon) == ("gaussian:0.5", "honest-server", 2.5)
+    assert [*entry.accuracies] == [60.0, 61.0]
+    assert [*entry.leaks["lenet, initial, batch 2"].ssim] == [0.25] * 10
+    # Two trainings of a second, and a piece of two seconds for each batch size.
+    assert entry.seconds == 6.0
+    assert path.parent == tmp_path / "entries"
+
+
+def test_a_plan_covers_every_image_of_every_setting_once() -> None:
+    plan = Measurement(About("x"), "none").plan(read_protocol())
+    for cells in plan.pieces.values():
+        places = [
+            i
+            for c in cells
+            for i in range(c.config["first"], c.config["first"] + c.config["count"])
+        ]
+        assert places == list(range(32))
+    assert all("defense" not in cell.config for cell in plan.cells())
+    # The networks that are attacked are the same for every entry.
+    other = Measurement(About("y"), "sign", sigma=1.0).plan(read_protocol())
+    assert plan.victims == other.victims
+    assert {c.config["defense"] for c in other.cells()} == {"sign"}
+    assert all(c.config["enable-dp"] for c in other.trainings)
+    assert not {c.key for c in plan.cells()} & {c.key for c in other.cells()}
+
+
+def test_own_entries_that_are_there_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = Desk(tmp_path / "store", tmp_path, jobs=1, quiet=True, protocol=SMALL)
+    listed = [Measurement(About(name), "none") for name in ("A", "B", "C")]
+    monkeypatch.setattr("benchmarks.submission.own_entries", lambda: listed)
+    measured("A", spread(0.5)).write(tmp_path / "a.json")
+    # Of another protocol: to be measured anew.
+    old = dataclasses.replace(SMALL, evaluations=1)
+    measured("B", spread(0.5), protocol=old).write(tmp_path / "b.json")
+    filled(listed[1].plan(SMALL), Store((tmp_path / "store").resolve()), ssim=0.25)
+    assert [path.name for path in submit_own(desk)] == ["b.json", "c.json"]
+
+
+def test_the_projects_own_list_can_be_measured() -> None:
+    plans = [measurement.plan(read_protocol()) for measurement in own_entries()]
+    assert len(plans) >= 15
+    assert len({plan.candidate for plan in plans}) == len(plans)
+    applied = {word.split(":")[0] for p in plans for word in p.candidate.defense.split(",")}
+    assert applied >= {*defense_names()}
+
+
+def test_a_submission_without_a_rank_runs_all_attacks_on_the_defense() -> None:
     (row,) = ensemble_table("Mine", Defended("clip:2", budget=50)).rows
     assert {run["extract"].config["defense"] for run in row.repeats} == {"clip:2"}
     attack = row.repeats[0]["attack"].config
@@ -149,7 +292,14 @@ def test_a_submission_runs_all_attacks_on_the_defense() -> None:
     [
         (["--apply", "nothing:1"], "unknown defense"),
         (["--apply", "clip:1", "--threat", "nobody"], "--threat nobody"),
-        ([], "give --apply NAME:PARAM, or a computed table"),
+        (["--apply", "clip:1", "--threat", "worst-case"], "GradInvBench-v1 has honest-server"),
+        (["--apply", "clip:1", "--budget", "9"], "--budget: the protocol decides that"),
+        (["--apply", "clip:1", "--utility", "9"], "--utility: the protocol decides that"),
+        (["--apply", "clip:1", "--data", "x"], "--data: the protocol decides that"),
+        (["--apply", "clip:1", "--sigma", "-1"], "--sigma must not be negative"),
+        (["--apply", "clip:1", "--jobs", "0"], "--jobs must be at least 1"),
+        (["--apply", "clip:1", "--plugin", "no_such_module"], "--plugin no_such_module"),
+        ([], "give --apply NAME:PARAM, --all, or a computed table"),
     ],
 )
 def test_a_submission_of_nothing_known_is_refused(
@@ -157,6 +307,13 @@ def test_a_submission_of_nothing_known_is_refused(
 ) -> None:
     assert main(["submit", "--defense", "Mine", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_an_entry_needs_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["submit", "--apply", "clip:1"]) == 2
+    assert "give --defense" in capsys.readouterr().err
+    assert main(["submit", "--apply", "clip:1", "--defense", "!"]) == 2
+    assert "a file name needs a Latin letter or digit" in capsys.readouterr().err
 
 
 def test_a_computed_table_is_submitted(
@@ -168,7 +325,8 @@ def test_a_computed_table_is_submitted(
     words += ["--defense", "My noise", "--utility", "70", "--where"]
     assert main([*words, "defense=noise"]) == 0
     assert "my-noise.json: worst SSIM" in capsys.readouterr().out
-    (entry,) = load_entries(tmp_path)
+    entry = load_entry(tmp_path / "my-noise.json")
+    assert isinstance(entry, Mapping)
     assert (entry["defense"], entry["utility"], entry["leakage"]["ssim"]["n"]) == (
         "My noise",
         70,
@@ -180,6 +338,7 @@ def test_a_computed_table_is_submitted(
 
 def test_a_named_threat_model_is_the_entrys() -> None:
     assert threat_model({"threat": "worst-case", "exact-bn": True}) == "worst-case"
+    assert threat_model({"threat": "C"}) == "honest-server"
 
 
 def test_columns_tell_the_choice_from_the_worst_case() -> None:
@@ -224,13 +383,15 @@ def test_impossible_leakage_is_refused(
 
 
 def test_what_others_wrote_in_an_entry_stays_text(entry: dict[str, Any], tmp_path: Path) -> None:
-    evil = "a|b\n<script>alert(1)</script> [x](javascript:alert(1)) \x1b[2J"
+    evil = "a|b\n$\\frac$ <script>alert(1)</script> [x](javascript:alert(1)) \x1b[2J"
     write_json(tmp_path / "evil.json", {**entry, "defense": evil, "reference": evil})
-    said = show(tmp_path, tmp_path)
+    measured(evil, spread(0.5), description=evil).write(tmp_path / "measured.json")
+    said = show(tmp_path, tmp_path, protocol=SMALL)
     assert "\x1b" not in said
     markdown = (tmp_path / "leaderboard.md").read_text()
-    (row,) = [line for line in markdown.splitlines() if line.startswith("| 1 ")]
-    assert len(re.findall(r"(?<!\\)\|", row)) == len(HEADER) + 1
+    rows = [line for line in markdown.splitlines() if line.startswith(("| 1 ", "| a\\|b"))]
+    sizes = [len(re.findall(r"(?<!\\)\|", row)) - 1 for row in rows]
+    assert sizes == [len(HEADER), 1 + len(SMALL.settings), len(UNRANKED_HEADER)]
     html = (tmp_path / "leaderboard.html").read_text()
     for text in (markdown, html):
         assert "<script" not in text

@@ -25,7 +25,7 @@ PARTS = {
     "benchmarks": {
         "run": set(),
         "declare": {"run"},
-        "show": {"run", "declare"},
+        "show": {"run", "declare", "leaderboard"},
         "speed": {"run"},
     },
 }

@@ -12,9 +12,11 @@ from attack.cli.command import build_parser, make_run
 from attack.cli.request import AttackRun
 from attack.knowledge.requirements import check_knowledge
 from attack.knowledge.threat_models import (
+    LETTERS,
     Capability,
     check_capabilities,
     find_threat,
+    letters_of,
     register_threat_model,
     threat_names,
 )
@@ -106,6 +108,41 @@ def test_each_server_is_granted_more() -> None:
     worst = find_threat("worst-case")
     assert worst is not None
     assert worst.grants == frozenset(Capability)
+
+
+def test_letters_stand_for_the_models_that_grant_the_same() -> None:
+    # Rows of the systematization's table of threat models: basic knowledge, training details,
+    # surrogate data, client data distribution, active manipulation.
+    columns = [
+        {Capability.BATCH_SIZE, Capability.RUNNING_STATISTICS},
+        {Capability.LOCAL_TRAINING, Capability.DEFENSE},
+        {Capability.PRIOR_DATA},
+        {Capability.BATCH_STATISTICS},
+        {Capability.MALICIOUS_SERVER},
+    ]
+    rows = {
+        "A": "-----", "B": "x----", "C": "xx---", "D": "xxx--",
+        "E": "xxxx-", "F": "xx--x", "G": "xxx-x", "H": "xxx-x",
+    }  # fmt: skip
+    assert rows.keys() == LETTERS.keys()
+    for letter, row in rows.items():
+        expected = {
+            c for mark, column in zip(row, columns, strict=True) if mark == "x" for c in column
+        }
+        threat = find_threat(letter)
+        assert threat is not None
+        assert threat.grants == expected, letter
+        assert letter in letters_of(threat.name)
+
+
+def test_a_letter_is_the_name_in_records() -> None:
+    assert run_of("--threat", "C").knowledge.to_record() == (
+        run_of("--threat", "honest-server").knowledge.to_record()
+    )
+    with pytest.raises(InputError, match="letters A to H"):
+        find_threat("I")
+    assert letters_of("malicious-server-no-statistics") == "G, H"
+    assert letters_of("worst-case") == ""
 
 
 def test_names_are_taken_once() -> None:
