@@ -150,9 +150,7 @@ def test_names_in_an_update() -> None:
     assert all(c.isprintable() or c == "\n" for c in str(update)), str(update)
 
 
-def test_the_commands_of_a_table(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_commands_of_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = (ROOT / "benchmarks/tables/batch_size.yaml").read_text()
     text = text.replace("    initial:", '    "initial\\e[2J":')
     (tmp_path / "table.yaml").write_text(text)
