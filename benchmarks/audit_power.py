@@ -214,10 +214,9 @@ def _record(path: Path, iterations: int, seed: int) -> dict[str, Any]:
 
 
 def _is_row(row: object) -> bool:
-    kept = isinstance(row, dict) and all(
-        isinstance(row.get(k), list) for k in ("p", "leaks", "ncc")
-    )
-    return kept and "setting" in row
+    if not isinstance(row, dict) or "setting" not in row:
+        return False
+    return all(isinstance(row.get(key), list) for key in ("p", "leaks", "ncc"))
 
 
 def _row(record: dict[str, Any], setting: Setting) -> dict[str, list[Any]]:

@@ -1,4 +1,4 @@
-"""Archives of numpy arrays (`.npz`), read without believing what their headers claim."""
+"""Files of arrays (`.npz`, `.npy`, IDX), read without believing what their headers claim."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ MAX_HEADER_BYTES = 4096
 MAX_RATIO = 32
 # Of one array: a volume of 512 x 512 x 512 numbers of 8 bytes.
 MAX_ARRAY_BYTES = 2**30
+_IDX_AXES = 4
 # Numbers and text; objects would be pickled.
 _KINDS = "biufcUS"
 # What a broken or hostile header leads numpy's reader to; it looks at old ones token by token.
@@ -89,6 +90,32 @@ def read_array(path: str | Path, flag: str = "") -> np.ndarray:
         raise InputError(
             f"{prefix_of(flag)}{path} is no whole numpy array ({error!s:.200})"
         ) from None
+
+
+def read_idx(path: str | Path, flag: str = "") -> np.ndarray:
+    """Read a file of bytes in the IDX format, as MNIST and its relatives have it.
+
+    Args:
+        path: The file.
+        flag: The flag it was given with, for messages.
+
+    Raises:
+        InputError: It cannot be read, holds other numbers than bytes, or another number of them
+            than it claims.
+
+    Source: http://yann.lecun.com/exdb/mnist/.
+    """
+    content = read_bytes(path, flag, "file of images or labels", MAX_ARRAY_BYTES)
+    kind, dims = content[2:3], content[3:4]
+    n_axes = dims[0] if dims else 0
+    start = 4 + 4 * n_axes
+    magic = content[:2] == b"\0\0" and kind == b"\x08" and 1 <= n_axes <= _IDX_AXES
+    if not magic or len(content) < start:
+        raise InputError(f"{prefix_of(flag)}{path} is no file of bytes in the IDX format")
+    shape = struct.unpack_from(f">{n_axes}I", content, 4)
+    if math.prod(shape) != len(content) - start:
+        raise InputError(f"{prefix_of(flag)}{path} has another size than it claims")
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy()
 
 
 def _array_in(content: bytes, name: str) -> np.ndarray:

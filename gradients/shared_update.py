@@ -267,7 +267,7 @@ def _check_numbers(received: State, sent: State) -> None:
     """
     for argument, state in (("before", received), ("after", sent)):
         for name, value in state.items():
-            if value.is_complex() or value.is_quantized or value.is_meta:
+            if value.is_complex() or value.is_quantized:
                 raise InputError(f"{argument}: {name} holds {value.dtype}, not real numbers")
             if value.is_floating_point() and value.element_size() == 1:
                 raise InputError(f"{argument}: {name} holds {value.dtype}; give it in more bits")

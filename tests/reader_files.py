@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from benchmarks.run.cells import Cell
 from benchmarks.run.store import Store
 from benchmarks.show.leaderboard import load_entry
 from benchmarks.speed.equal_time import recorded_rows
-from core.array_files import read_array
+from core.array_files import read_array, read_idx
 from core.data import records as tables_of_records
 from core.data import text as texts
 from core.data.data_sets import DataSets
@@ -207,6 +208,10 @@ def write_safetensors(path: Path) -> None:
     save_file(build_model(MODEL).state_dict(), path)
 
 
+def write_idx(path: Path) -> None:
+    path.write_bytes(struct.pack(">IIII", 0x0803, 5, 4, 4) + bytes(80))
+
+
 def write_records(path: Path) -> None:
     rows = [f"{i / 7:.3f},{'abc'[i % 3]},{'yn'[i % 2]}" for i in range(20)]
     path.write_text("\n".join(["age,ward,ill", *rows]))
@@ -362,6 +367,7 @@ OTHER = {
     "safetensors": Reader(
         "state.safetensors", write_safetensors, lambda p: read_model_state(p, "--global")
     ),
+    "IDX": Reader("images-idx3-ubyte", write_idx, read_idx),
     "array": Reader("array.npy", write_array, read_array),
     "table of records": Reader("table.csv", write_records, tables_of_records.load_table),
     "text": Reader("text.txt", write_text_file, read_text_file),

@@ -168,9 +168,9 @@ def _announce(settings: RunSettings, trainer: Trainer) -> None:
     if norm == "batch":
         norm = "synchronized BatchNorm" if config.synchronized else "asynchronous BatchNorm"
     logger.info(
-        "scheme %s: %s on %s (%d training, %d validation images of %d classes), %s, batch %d, "
+        "%s: %s on %s (%d training, %d validation images of %d classes), %s, batch %d, "
         "%d process(es) on %s",
-        config.scheme,
+        config.called,
         trainer.architecture.name,
         spec.name,
         trainer.n,
@@ -218,7 +218,7 @@ def _conclude(trainer: Trainer) -> None:
     if trainer.accountant is not None:
         spent = trainer.accountant.epsilon()
         print(spent.sentence(trainer.config.noise_multiplier))
-    print(f"{trainer.config.scheme}: {_reached(trainer)}, results in {trainer.root}")
+    print(f"{trainer.config.called}: {_reached(trainer)}, results in {trainer.root}")
 
 
 def _reached(trainer: Trainer) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from core.array_files import read_idx
 from core.data.image_files import IMAGE_SUFFIXES, read_image
 from core.data.list_files import DataList, open_datalist
 from core.errors import InputError
@@ -70,24 +71,6 @@ class FileSource:
     def image(self, index: int) -> Image.Image:
         """The decoded RGB image at `index`."""
         return read_image(self.paths[index], FLAG)
-
-
-@dataclass
-class TorchvisionSource:
-    """A torchvision data set whose items are (PIL image, label).
-
-    Attributes:
-        dataset: The data set, without transforms.
-        labels: One class index per image, known without decoding.
-    """
-
-    dataset: Any
-    labels: Sequence[int]
-    in_memory: bool = False
-
-    def image(self, index: int) -> Image.Image:
-        """The RGB image at `index`."""
-        return self.dataset[index][0].convert("RGB")
 
 
 @dataclass(frozen=True)
@@ -333,9 +316,16 @@ def _svhn(name: str, root: Path, train: bool) -> tuple[Source, tuple[str, ...]]:
 def _fashionmnist(name: str, root: Path, train: bool) -> tuple[Source, tuple[str, ...]]:
     import torchvision
 
-    data = torchvision.datasets.FashionMNIST(str(root), train=train, download=False)
-    images = data.data[:, None].expand(-1, 3, -1, -1)
-    return ArraySource(images, data.targets.tolist()), tuple(data.classes)
+    # Not through torchvision, which believes headers, and checks no digest of these files.
+    names = tuple(torchvision.datasets.FashionMNIST.classes)
+    folder, part = root / "FashionMNIST" / "raw", "train" if train else "t10k"
+    images = torch.from_numpy(read_idx(folder / f"{part}-images-idx3-ubyte"))
+    labels = torch.from_numpy(read_idx(folder / f"{part}-labels-idx1-ubyte"))
+    if images.dim() != 3 or labels.shape != images.shape[:1]:
+        raise InputError(f"{folder} holds no {part} images with as many labels")
+    if not len(labels) or int(labels.max()) >= len(names):
+        raise InputError(f"{folder} holds labels that are none of the {len(names)} classes")
+    return ArraySource(images[:, None].expand(-1, 3, -1, -1), labels.tolist()), names
 
 
 def _celeba(name: str, root: Path, train: bool) -> tuple[Source, tuple[str, ...]]:
@@ -345,7 +335,8 @@ def _celeba(name: str, root: Path, train: bool) -> tuple[Source, tuple[str, ...]
     split = "train" if train else "valid"
     data = torchvision.datasets.CelebA(str(root), split=split, target_type="attr", download=False)
     labels = data.attr[:, data.attr_names.index("Male")].tolist()
-    return TorchvisionSource(data, labels), ("female", "male")
+    folder = root / data.base_folder / "img_align_celeba"
+    return FileSource([folder / name for name in data.filename], labels), ("female", "male")
 
 
 _TORCHVISION: dict[str, Callable[[str, Path, bool], tuple[Source, tuple[str, ...]]]] = {
@@ -363,7 +354,7 @@ def _torchvision(name: str, root: Path | None) -> Sources:
     try:
         train, class_names = _TORCHVISION[name](name, root, True)
         val, _ = _TORCHVISION[name](name, root, False)
-    except (RuntimeError, OSError) as error:
+    except (InputError, RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
             f"--data {name}: {root} does not hold it in torchvision's format ({reason}); "

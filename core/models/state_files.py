@@ -144,6 +144,8 @@ def named(states: States, model_names: Sequence[str]) -> State:
 
 def _tensor(name: str, value: object) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
+        if value.is_meta:
+            raise InputError(f"{name} has no values: it lies on the device meta")
         return value.detach().cpu()
     array = np.asarray(value)
     if array.dtype.kind not in "fiub":

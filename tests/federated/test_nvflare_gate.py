@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from nvflare.app_common.app_constant import AppConstants
 from audit import gate_log
 from audit.similarity import ImageSimMetric
 from core.errors import InputError
+from federated.flare.audit_filter import AuditFilter
 from federated.flare.gaussian_privacy import GaussianPrivacy
 from federated.flare.inverter import Inverter
 from federated.flare.rdlv_filter import RelativeDataLeakageValueFilter
-from federated.flare.withholding import GLOBAL_WEIGHTS, VANISHING_WEIGHT
+from federated.flare.withholding import GLOBAL_WEIGHTS, VANISHING_WEIGHT, FailClosedFilter
 from federated.phantoms.data_set import LIST_PREFIX, make_phantoms
 from tests.federated.site_context import Site
 
@@ -157,10 +159,21 @@ PLANTED: dict[str, Any] = {
 }
 
 
+# One withholds what it cannot measure, the other lets it pass: without a tap neither can.
+GATES: dict[str, Callable[[], FailClosedFilter]] = {
+    "noise": lambda: GaussianPrivacy(0),
+    "audit": lambda: AuditFilter("no:model", "no:data"),
+    "audit that records": lambda: AuditFilter("no:model", "no:data", record_only=True),
+}
+
+
+@pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("planted", PLANTED)
-def test_what_is_planted_stays(tmp_path: Path, planted: str) -> None:
-    sent = GaussianPrivacy(0).process(PLANTED[planted](), Site(tmp_path).context)
+def test_what_is_planted_stays(tmp_path: Path, planted: str, gate: str) -> None:
+    sent = GATES[gate]().process(PLANTED[planted](), Site(tmp_path).context)
     assert not leaks(sent)
+    (line,) = gate_log.verify(tmp_path)
+    assert line["filter"] in ("GaussianPrivacy", "AuditFilter")
 
 
 def test_an_order_of_variables_says_nothing(tmp_path: Path) -> None:

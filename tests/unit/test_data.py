@@ -240,3 +240,21 @@ def test_more_mistakes(tmp_path: Path) -> None:
     (tmp_path / "class0" / "000.png").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"000\.png cannot be read"):
         load_data(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["label", "labels", "flat", "missing"])
+def test_a_damaged_torchvision_format(tmp_path: Path, damage: str) -> None:
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        header = struct.pack(">IIII", 2051, 4, 2, 2)
+        if damage == "flat":
+            header = struct.pack(">IIIII", 2052, 4, 2, 2, 1)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + bytes(16))
+        n = 3 if damage == "labels" else 4
+        labels = bytes([200 if damage == "label" else 1] * n)
+        if damage != "missing":
+            path = raw / f"{part}-labels-idx1-ubyte"
+            path.write_bytes(struct.pack(">II", 2049, n) + labels)
+    with pytest.raises(InputError, match=r"^--data fashionmnist: .*torchvision's format"):
+        load_data("fashionmnist", root=tmp_path)

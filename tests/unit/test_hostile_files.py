@@ -703,6 +703,25 @@ def test_arrays_that_are_not_as_large_as_they_claim(content: bytes, folder: Path
         READERS["arrays"].read(path)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        struct.pack(">IIII", 0x0803, 2**31, 2**31, 4) + bytes(80),
+        struct.pack(">IIII", 0x0D03, 5, 4, 4) + bytes(80),
+        struct.pack(">I", 0x0800),
+        struct.pack(">II", 0x08FF, 5),
+        struct.pack(">I200I", 0x08C8, *[1] * 200) + b"x",
+        b"\0\0",
+    ],
+    ids=["claims 16 EiB", "of floats", "no axes", "cut axes", "200 axes", "cut"],
+)
+def test_bytes_that_are_not_as_many_as_they_claim(content: bytes, folder: Path) -> None:
+    path = whole_file("IDX", folder)
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"IDX format|another size than it claims"):
+        READERS["IDX"].read(path)
+
+
 def test_arrays_that_inflate_without_end(folder: Path) -> None:
     zeros = np.zeros((1, 3, 2000, 2000), np.float32)
     np.savez_compressed(

@@ -53,3 +53,24 @@ def test_one_process_returns_what_it_was_told() -> None:
     assert launch(told, LaunchSettings(cpu=True), "a", "b") == (1, ("a", "b"))
     with pytest.raises(InputError, match="--rank 2"):
         launch(told, LaunchSettings(rank=2))
+
+
+def test_a_parser_knows_its_flags_by_group() -> None:
+    parser = CommandParser(prog="x")
+    parser.add_argument("word")
+    group = parser.add_argument_group("speed")
+    group.add_argument("--fast", action="store_true")
+    commands = parser.add_subparsers()
+    one = commands.add_parser("one")
+    one.add_argument("--deep")
+    assert {
+        title: [a.dest for a in found] for title, found in parser.declared.items() if found
+    } == {
+        "": ["help", "word"],
+        "speed": ["fast"],
+    }
+    assert [a.dest for a in parser.actions] == ["help", "word", "fast"]
+    assert [a.dest for a in parser.commands["one"].actions] == ["help", "deep"]
+    # As argparse itself counts them.
+    own = set(parser._option_string_actions)
+    assert {name for a in parser.actions for name in a.option_strings} == own

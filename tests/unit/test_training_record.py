@@ -88,3 +88,13 @@ def test_batch_clipping_without_an_accountant(tmp_path: Path) -> None:
 def test_other_files_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         read_record(written(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("fields", "called"),
+    [({}, "training"), ({"dp": True}, "DP-SGD"), ({"scheme": "GH"}, "GH")],
+)
+def test_a_training_without_a_scheme_has_a_name_in_its_progress(
+    fields: dict[str, Any], called: str
+) -> None:
+    assert TrainingConfig(**fields).called == called
