@@ -11,6 +11,7 @@ from attack.matching.held_state import hold_buffers
 from attack.matching.shared_parameters import check_update
 from core.errors import InputError
 from core.losses import Outputs, Targets, main_output
+from core.models.unchanged import unchanged
 from core.processes import distributed
 from core.target import Target, check_parts
 from gradients.local_update import Placement, images_of_steps, unrolled_update
@@ -79,6 +80,8 @@ class Replica:
         self.parameters: Tensors = [shared[name].requires_grad_() for name in self.names]
         direct = _convolves_faster_channels_last(self.model, device, dtype)
         self.lay_out(torch.channels_last if direct else torch.contiguous_format)
+        if direct and not _runs(self.model, target.data.shape, torch.channels_last):
+            self.lay_out(torch.contiguous_format)
 
     def lay_out(self, layout: torch.memory_format) -> None:
         """Lay out parameters and the shared gradient; images are to follow.
@@ -181,6 +184,18 @@ def _convolves_faster_channels_last(
     if device.type != "cpu" or dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return False
     return any(isinstance(module, nn.Conv2d) for module in model.modules())
+
+
+def _runs(model: nn.Module, shape: tuple[int, ...], layout: torch.memory_format) -> bool:
+    """Whether a model takes images of a layout; a `view` of its activations takes one alone."""
+    parameter = next(model.parameters())
+    images = torch.zeros((2, *shape), device=parameter.device, dtype=parameter.dtype)
+    try:
+        with torch.no_grad(), unchanged(model):
+            model.eval()(images.contiguous(memory_format=layout))
+    except RuntimeError:
+        return False
+    return True
 
 
 def check_shares(target: Target, n_processes: int) -> None:
