@@ -326,12 +326,26 @@ def _arranged(
     target: Target, labels: torch.Tensor, config: InversionConfig, seed: int, device: torch.device
 ) -> torch.Tensor:
     """The labels where they explain the update best, if it matters which step has which."""
-    if labels.dim() > 1 or labels.is_floating_point():
-        return labels
-    ways = arrangements(labels, parts_of(target), limit=_ARRANGEMENTS, seed=seed)
+    ways = _ways(target, labels, seed)
     first = max(1, round(_TRIAL * config.optimiser.iterations))
     trial = label_trial(target, config, device=device, seed=seed)
     return choose_labels(ways, trial, first_iterations=first)[0]
+
+
+def _ways(target: Target, labels: torch.Tensor, seed: int) -> list[torch.Tensor]:
+    """Labels spread over the steps that an attack simulates, in every way that is tried."""
+    one_step = target.local.batches > 1 and target.local.steps > _UNROLLED
+    if labels.dim() > 1 or labels.is_floating_point() or one_step:
+        return [labels]
+    return arrangements(labels, parts_of(target), limit=_ARRANGEMENTS, seed=seed)
+
+
+def trial_share(target: Target, labels: torch.Tensor, seed: int) -> float:
+    """Iterations that the choice among the ways takes, over those of the inversion."""
+    ways, each, share = len(_ways(target, labels, seed)), _TRIAL, 0.0
+    while ways > 1:
+        share, ways, each = share + ways * each, math.ceil(ways / 2), 2 * each
+    return share
 
 
 # --- How well it explains the update ------------------------------------------------------

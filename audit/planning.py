@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from attack.attacks import OptimizationAttack, get_attack
-from audit.attempts import Plan, inversion_for, iterate, plan_of, scales_of, stand_ins
+from audit.attempts import Plan, inversion_for, iterate, plan_of, scales_of, stand_ins, trial_share
 from audit.class_representatives import ITERATIONS, classes_of
 from audit.labels import in_no_order
 from audit.planting import PlantSetting, plant_settings
@@ -29,8 +29,9 @@ from core.target import Target
 # and of all remedies, of similarities and of class representatives.
 INVERSION_SHARE, CLOSED_FORM_SHARE, PLANTS_SHARE, REMEDIES_SHARE = 0.05, 0.01, 0.5, 0.3
 _SIMILARITY_SHARE, _CLASSES_SHARE = 0.05, 0.05
-# Iterations at least, images that are reconstructed at least, and planted images per setting.
-_FEWEST, FEWEST_IMAGES, FEWEST_PLANTS, MOST_PLANTS = 50, 16, 2, 5
+# Iterations that fewer images are taken for, and at least; images that are reconstructed at least,
+# and planted images per setting.
+_FEWEST, _LEAST, FEWEST_IMAGES, FEWEST_PLANTS, MOST_PLANTS = 50, 20, 16, 2, 5
 # Images of each kind that are compared at least.
 _FEWEST_COMPARED = 20
 # Iterations of the two inversions of which the difference is timed, and their images.
@@ -119,7 +120,7 @@ def _most_iterations(request: AuditRequest) -> int:
 
 def _affordable(request: AuditRequest, costs: Costs) -> tuple[int, int]:
     """Images that are reconstructed, and iterations: fewer images before too few iterations."""
-    share = INVERSION_SHARE * request.settings.budget / len(scales_of(request.data.spec.shape))
+    share = INVERSION_SHARE * request.settings.budget / _runs(request)
     images = n = request.target.batch_size
     fewest = min(n, max(FEWEST_IMAGES, request.target.local.batches))
     while (
@@ -128,7 +129,14 @@ def _affordable(request: AuditRequest, costs: Costs) -> tuple[int, int]:
     ):  # fmt: skip
         images = max(fewest, images * 3 // 4)
     left = (share - _judging(costs, images)) / costs.iteration(images)
-    return images, int(min(_most_iterations(request), max(_FEWEST, left)))
+    return images, int(min(_most_iterations(request), max(_LEAST, left)))
+
+
+def _runs(request: AuditRequest) -> float:
+    """Inversions of the site's own batch that one attack goes through: scales, and trials."""
+    target, labels = _fewer(request, max(FEWEST_IMAGES, request.target.local.batches))
+    scales = len(scales_of(request.data.spec.shape))
+    return scales + trial_share(target, labels, request.settings.seed)
 
 
 def _judging(costs: Costs, images: int) -> float:
@@ -176,6 +184,11 @@ def cuts_of(request: AuditRequest, plan: Plan) -> Iterator[str]:
             f"{n / plan.images:.1f} of them, in {plan.iterations} iterations; so are planted ones. "
             "All members and non-members are in the test that decides."
         )
+    if plan.inversion and request.settings.iterations is None and plan.iterations < _FEWEST:
+        yield (
+            f"{budget} is small for this model: the inversion has {plan.iterations} iterations, and "
+            "finds less than it would."
+        )
     if plan.compared and plan.compared < max(n, others):
         yield (
             f"{budget}: the table of similarities is of {min(plan.compared, n)} of {n} members and "
@@ -217,7 +230,8 @@ def _inversion_seconds(
     if plan.inversion is None:
         return 0.0
     scales = len(scales_of(request.data.spec.shape))
-    return scales * (iterations * costs.iteration(images) + _judging(costs, images))
+    runs = scales if images == 1 else _runs(request)
+    return runs * iterations * costs.iteration(images) + scales * _judging(costs, images)
 
 
 def _planting(request: AuditRequest, each: list[float]) -> float:

@@ -13,6 +13,7 @@ from attack.matching.shared_parameters import check_update
 from core.errors import InputError
 from core.losses import Outputs, Targets, main_output
 from core.models.kinds import BatchNorm
+from core.models.unchanged import unchanged
 from core.processes import distributed
 from core.target import Target, check_parts
 from gradients.local_update import Placement, dropout_masks, images_of_steps, unrolled_update
@@ -86,6 +87,8 @@ class Replica:
         # Masks are drawn in the order of memory: the client's was the plain one.
         direct = seed is None and _convolves_faster_channels_last(self.model, device, dtype)
         self.lay_out(torch.channels_last if direct else torch.contiguous_format)
+        if direct and not _runs(self.model, target.data.shape, torch.channels_last):
+            self.lay_out(torch.contiguous_format)
 
     def lay_out(self, layout: torch.memory_format) -> None:
         """Lay out parameters and the shared gradient; images are to follow.
@@ -201,6 +204,18 @@ def _convolves_faster_channels_last(
     if device.type != "cpu" or dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return False
     return any(isinstance(module, nn.Conv2d) for module in model.modules())
+
+
+def _runs(model: nn.Module, shape: tuple[int, ...], layout: torch.memory_format) -> bool:
+    """Whether a model takes images of a layout; a `view` of its activations takes one alone."""
+    parameter = next(model.parameters())
+    images = torch.zeros((2, *shape), device=parameter.device, dtype=parameter.dtype)
+    try:
+        with torch.no_grad(), unchanged(model):
+            model.eval()(images.contiguous(memory_format=layout))
+    except RuntimeError:
+        return False
+    return True
 
 
 def check_shares(target: Target, n_processes: int) -> None:

@@ -158,7 +158,7 @@ def load_tables(paths: Sequence[Path], flag: str = "--data") -> list[Table]:
     """
     import pandas
 
-    parts = [_csv(path, flag) for path in paths]
+    parts = [_csv(path, flag, fewest=1) for path in paths]
     for path, part in zip(paths, parts, strict=True):
         if list(part.frame.columns) != list(parts[0].frame.columns):
             raise InputError(f"{flag}: {path} has other columns than {paths[0]}")
@@ -234,9 +234,9 @@ def _table(described: _Described) -> Table:
 # --- files ----------------------------------------------------------------------
 
 
-def _csv(path: Path, flag: str) -> _Described:
+def _csv(path: Path, flag: str, fewest: int = 2) -> _Described:
     _check_width(path, flag)
-    frame = _frame(path, flag)
+    frame = _frame(path, flag, fewest)
     beside = path.with_name(path.stem + DESCRIPTION)
     said = read_json_object(beside, flag, "column description") if beside.exists() else {}
     target, kinds = said.get("target", frame.columns[-1]), said.get("columns", {})
@@ -276,7 +276,7 @@ def _check_width(path: Path, flag: str) -> None:
         )
 
 
-def _frame(path: Path, flag: str, **options: object) -> pandas.DataFrame:
+def _frame(path: Path, flag: str, fewest: int = 2, **options: object) -> pandas.DataFrame:
     """A CSV file, gzipped if its name says so.
 
     Raises:
@@ -294,7 +294,7 @@ def _frame(path: Path, flag: str, **options: object) -> pandas.DataFrame:
     except (ValueError, OSError, EOFError, MemoryError, OverflowError) as error:
         # A ValueError: what pandas raises of its own, and bytes that are no text.
         raise InputError(f"{flag}: {path} cannot be read as CSV ({first_line(error)})") from None
-    if len(frame) < 2 or len(frame.columns) < 2:
+    if len(frame) < fewest or len(frame.columns) < 2:
         raise InputError(
             f"{flag}: {path} has {len(frame)} records of {len(frame.columns)} columns; a table has "
             "at least two of each"

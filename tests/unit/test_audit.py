@@ -17,7 +17,7 @@ from torch import nn
 
 import gradinvbench as gib
 from attack.priors.coordinates import Cosines
-from audit import power, run
+from audit import command, power, run
 from audit.attacked import attack_update
 from audit.attempts import Coarse, unexplained
 from audit.command import local_parts, seconds
@@ -157,6 +157,31 @@ def test_doubts_members_that_were_not_in_the_training() -> None:
     ]
     doubted = ["may not have been in this training" in " ".join(r.warnings) for r in said]
     assert doubted == [False, True]
+
+
+class Viewed(nn.Module):
+    """As Flower's quickstart flattens: by a view, which takes one layout of memory only."""
+
+    def __init__(self, view: bool) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.conv, self.classes, self.view = nn.Conv2d(1, 4, 3), nn.Linear(4 * 36, 2), view
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.conv(x))
+        return self.classes(x.view(-1, 4 * 36) if self.view else x.flatten(1))
+
+
+def test_attacks_a_network_that_views_its_activations_as_one_that_flattens_them() -> None:
+    data, found = site(2)[0], []
+    for view in (True, False):
+        model = Viewed(view)
+        request = make_request(
+            model, trained(model, data.members, 2), model=model, data=data,
+            local="sgd lr=0.05", settings=dataclasses.replace(QUICK, attack="spectral"),
+        )  # fmt: skip
+        found.append(attack_update(request, plan_for(request)).sections[0].objectives)
+    assert found[0] == pytest.approx(found[1], abs=0.05)
 
 
 # --- Data ----------------------------------------------------------------------------------
@@ -408,6 +433,7 @@ def test_audits_from_the_command_line(
         "nn.Linear(12, 2))\n"
     )
     named_object("auditedmodel:build", "--model")
+    monkeypatch.setattr(command, "PROTOCOL_RESTARTS", 3)
     words = ["--local", "W.pt", "--local", "sgd lr=0.05", "--data", "scans", "--report", "out"]
     quick = ["--iterations", "60", "--plants", "1", "--no-remedies", "--protocol", "ms6"]
     quick += ["--rounds", "G.pt", "--final", "W.pt", "--single-site", "W.pt", "--round", "7"]
@@ -418,8 +444,14 @@ def test_audits_from_the_command_line(
     assert written["round_number"] == 7
     report = (tmp_path / "out" / "ms6.md").read_text()
     assert "Round used: 7." in report
-    # Only the single site's trajectory takes more than the models that were given.
-    assert re.findall(r"not measured: (?!the attack starts)[^|\n]*", report) == []
+    # Only the single site's trajectory takes more than the models that were given, and classes
+    # more images.
+    lacking = set(re.findall(r"not measured: ([^|\n]*[^|\n ])", report))
+    assert lacking == {
+        "the attack starts from none", "too few images of each, or no classes",
+        "not several models of it, one per round (--single-site)",
+    }  # fmt: skip
+    assert "3 restarts for each of 2 classes" in report
     assert written["verdict"] in {verdict.value for verdict in gib.Verdict}
     assert (tmp_path / "out" / "audit.html").exists()
     after = {path for path in tmp_path.rglob("*") if path.is_file()} - set(before)

@@ -89,7 +89,7 @@ def audited(request: AuditRequest) -> tuple[AuditRecord, float, float]:
 
 @pytest.mark.parametrize("budget", [120.0, 300.0])
 def test_keeps_to_a_budget_and_to_what_it_foretells(budget: float, clock: None) -> None:
-    """Of 300 images 50 iterations of the attack and of two plants alone are 204 seconds."""
+    """All of 300 images in 50 iterations, once and in two plants, would take 400 seconds."""
     record, foretold, took = audited(asked(budget))
     assert foretold / 2 < took < 2 * foretold
     assert took < budget
@@ -103,7 +103,9 @@ def test_keeps_to_a_budget_and_to_what_it_foretells(budget: float, clock: None) 
     (said,) = [w for w in record.warnings if "reconstructed, each standing" in w]
     assert f"({budget:.0f} s) is small for {MEMBERS} images: {images} are reconstructed" in said
     assert f"in {made.iterations} iterations" in said
-    assert made.iterations >= 50
+    assert made.iterations >= 20
+    short = any("finds less than it would" in warning for warning in record.warnings)
+    assert short == (made.iterations < 50) == (budget < 200)
     # The test that decides is of everybody.
     assert made.test is not None
     assert (made.test.members, made.test.non_members) == (MEMBERS, OTHERS)

@@ -68,3 +68,20 @@ def test_the_committed_record_is_of_this_command_and_can_be_read() -> None:
     audit = record_of(record["audit"])
     assert audit.local.steps == Federation().images // 8
     assert {rate["model"] for rate in record["membership"]} == {"global", "local", "single site"}
+    # What the document says of it is what the record says.
+    page = " ".join((path.parents[2] / "docs" / "audit-my-update.md").read_text().split())
+    (attack,) = [each for each in audit.attacks if each.test is not None]
+    assert attack.test is not None
+    assert f"says `{audit.verdict}`: p = {attack.test.p_value:.2f}" in page
+    alone, together = audit.power
+    found = f"alone ({alone.found} of {alone.of}) nor 64 together ({together.found} of"
+    assert found in page
+    above = attack.similarities[0].above_noise
+    assert f"Yet {above} of 64 reconstructions are above" in page
+    for rate in record["membership"]:
+        if (
+            rate["of_class"] is None
+            and rate["model"] in ("global", "single site")
+            and ("confidence" not in rate["method"])
+        ):
+            assert f"{rate['auroc']:.2f} ({rate['auroc_low']:.2f} to" in page
