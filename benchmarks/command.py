@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Compute tables of results and render them; finished cells are reused.",
-        epilog="Further commands: python -m benchmarks leaderboard, python -m benchmarks submit.",
+        epilog="Further commands: python -m benchmarks leaderboard, submit and fidelity.",
     )
     parser.add_argument("table", nargs="*", help="name of a table, a YAML file of your own, or all")
     parser.add_argument("--list", action="store_true", help="list the tables and end")
@@ -105,6 +105,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[:1] in (["leaderboard"], ["submit"]):
         args = build_leaderboard_parser().parse_args(words)
         return exit_status(lambda: (_rank if args.command == "leaderboard" else _submit)(args))
+    if words[:1] == ["fidelity"]:
+        from benchmarks.fidelity.command import main as compare
+
+        return exit_status(lambda: compare(words[1:]))
     args = build_parser().parse_args(words)
     failed: list[bool] = []
     status = exit_status(lambda: failed.append(_run(args)))
