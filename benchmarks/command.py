@@ -41,7 +41,7 @@ def build_parser() -> CommandParser:
     parser = CommandParser(
         prog="python -m benchmarks",
         description="Compute tables of results and render them; finished cells are reused.",
-        epilog="Further commands: python -m benchmarks leaderboard, submit, vendor_defaults.",
+        epilog="Further commands: python -m benchmarks leaderboard, submit, fidelity, vendor_defaults.",
     )
     parser.add_argument("table", nargs="*", help="name of a table, a YAML file of your own, or all")
     parser.add_argument("--list", action="store_true", help="list the tables and end")
@@ -152,6 +152,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from benchmarks.vendor_defaults import main as vendor_defaults
 
         return exit_status(lambda: vendor_defaults(words[1:]))
+    if words[:1] == ["fidelity"]:
+        from benchmarks.fidelity.command import main as compare
+
+        return exit_status(lambda: compare(words[1:]))
     args = build_parser().parse_args(words)
     failed: list[bool] = []
     status = exit_status(lambda: failed.append(_run(args)))

@@ -34,7 +34,8 @@ AUDIT_RECORD = ROOT / "docs" / "audit-record.md"
 REFERENCE = ROOT / "results" / "reference"
 NOTE = "<!-- Written by docs/generate.py. Change {source} instead. -->"
 SECTION = re.compile(
-    r"^(Source|Published|Args|Attributes|Shape|Example|Returns|Raises):[ \n]*", re.MULTILINE
+    r"^(Source|Published|Reproduced|Args|Attributes|Shape|Example|Returns|Raises):[ \n]*",
+    re.MULTILINE,
 )
 ADDRESS = re.compile(r"https?://[^\s<>]+[^\s<>.,;:)]")
 
@@ -49,6 +50,7 @@ COMMANDS = {
     "python -m benchmarks submit": "benchmarks.command:build_leaderboard_parser:submit",
     "python -m benchmarks vendor_defaults": "benchmarks.vendor_defaults",
     "python -m benchmarks.utility": "benchmarks.utility",
+    "python -m benchmarks fidelity": "benchmarks.fidelity.command",
     "python -m benchmarks": "benchmarks.command",
     "python -m federated.create_job_config": "federated.create_job_config",
     "./start_fl_sim.sh": "federated.simulate",
@@ -88,11 +90,17 @@ RECORDS = (
 RECORDED = {
     "models.md": ("benchmarks.models.record", "models"),
     "bounds.md": ("benchmarks.bounds", "bounds"),
+    "fidelity.md": ("benchmarks.fidelity.page", "fidelity"),
 }
 
 
 def main() -> None:
-    """Replace the folder of generated pages."""
+    """Replace the folder of generated pages, and what attacks' docstrings say of the record."""
+    from benchmarks.fidelity.docstrings import restate
+    from benchmarks.fidelity.record import Record
+
+    for path, text in restate(Record.read(ROOT / "results" / "fidelity")).items():
+        path.write_text(text, encoding="utf-8")
     written = pages()
     shutil.rmtree(GENERATED, ignore_errors=True)
     for name, text in recorded_pages().items():
@@ -220,12 +228,33 @@ def attack_card(name: str, kind: type[Any], results: Sequence[Result]) -> str:
             ("", linked(said[""])),
             ("Paper", linked(said.get("Source", ""))),
             ("Published value", linked(said.get("Published", ""))),
+            ("Reproduced", reproduced(name)),
             ("Setting", _setting(kind, said)),
             ("Needs", _needs(kind, said)),
             ("Example", _example(said.get("Example", ""))),
             ("Our values", _values(mine, "attack")),
         ],
     )
+
+
+def reproduced(attack: str) -> str:
+    """Our values at published settings, from the record of `benchmarks fidelity`."""
+    from benchmarks.fidelity.page import of_attack
+    from benchmarks.fidelity.record import Record
+
+    lines = of_attack(Record.read(ROOT / "results" / "fidelity"), attack)
+    rows = [
+        [
+            f"[{line.row.name}](../../fidelity.md#{line.row.name})",
+            line.published,
+            line.measured(line.ours),
+            line.date or "–",
+            cell(line.verdict),
+        ]
+        for line in lines
+    ]
+    header = ["setting", "published", "ours (95 % interval)", "date", "verdict"]
+    return table(header, rows) if rows else ""
 
 
 def defense_card(name: str, kind: type[Any], results: Sequence[Result]) -> str:

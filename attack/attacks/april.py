@@ -129,8 +129,10 @@ class April(_Embedding):
     z; the patches follow from the embedding, which is linear too.
 
     Exact where the attention reads the embedding itself and nothing else does, as in
-    `vit_april` (the paper's architecture A). Normalisation before the attention or a
-    shortcut around it, as in torchvision's, breaks the identity: use `patch-projection`.
+    `vit_april` (the paper's architecture A), and a patch has no more values than channels.
+    With more, the patch of smallest norm is taken, as published: what the embedding does not
+    see stays grey. Normalisation before the attention or a shortcut around it, as in
+    torchvision's, breaks the identity: use `patch-projection`.
 
     Source: Lu, Zhang, Zhao, He, Cheng, "APRIL: Finding the Achilles' Heel on Privacy for
         Vision Transformers", CVPR 2022, theorem 1, https://arxiv.org/abs/2112.14087.
@@ -151,8 +153,6 @@ class April(_Embedding):
                 "normalised tokens beside a shortcut, for which the closed form is not exact; "
                 "use --attack patch-projection, or --arch vit_april"
             )
-        if model.conv_proj.weight[0].numel() > model.conv_proj.out_channels:
-            raise InputError(f"--attack {self.name}: a patch has more pixels than channels")
 
     def needs(self, model: Any) -> set[str]:
         """Names of the parameters whose gradients are read."""

@@ -13,8 +13,9 @@ class DLG(OptimizationAttack):
     Source: Zhu, Liu, Han, "Deep Leakage from Gradients", NeurIPS 2019,
     https://arxiv.org/abs/1906.08935; https://github.com/mit-han-lab/dlg.
 
-    Published: 23.41 dB on one image of CIFAR-10 with a ConvNet, in the notebook of
-    https://github.com/JonasGeiping/breaching.
+    Published: 23.41 dB on one image of CIFAR-10 with a ConvNet of width 64, 1200 iterations from
+    one start, in the notebook of https://github.com/JonasGeiping/breaching; 46.25 dB (deviation
+    12.66) on 100 images with the LeNet, in table 1 of https://arxiv.org/abs/2003.14053.
 
     Needs a network with a second derivative (sigmoids; ReLU gives it little to follow) and
     gradients of a freshly initialised one. One iteration is one `step` of `torch.optim.LBFGS`

@@ -49,6 +49,9 @@ class Fishing(OptimizationAttack):
         Federated Learning via Gradient Magnification", ICML 2022,
         https://arxiv.org/abs/2202.00580.
 
+    Published: a registered PSNR of 20.23 dB of the best of 256 images of ImageNet with a trained
+        ResNet-18, in the notebook of https://github.com/JonasGeiping/breaching.
+
     Example:
         python training/get_gradients.py --data photo-patches --model-eval --malicious fishing:3
         python main_run.py --attack fishing --checkpoint CHECKPOINT --metric

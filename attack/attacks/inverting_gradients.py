@@ -15,7 +15,8 @@ class InvertingGradients(OptimizationAttack):
     falling tenfold at 3/8, 5/8 and 7/8.
 
     Published: 14.21 dB, LPIPS 0.42, on one image of ImageNet with a ResNet-18, in the notebook
-    of https://github.com/JonasGeiping/breaching.
+    of https://github.com/JonasGeiping/breaching; 18.00 dB (deviation 3.33) on 100 images of
+    CIFAR-10 with the untrained LeNet of DLG, in table 1 of the paper.
     """
 
     name = "inverting-gradients"
