@@ -20,7 +20,7 @@ SMALL = Protocol(
     members=("spectral",),
     evaluations=4,
     utility=UtilityRules(
-        "lenet", width=2, clients=2, epochs=1, batch_size=400, lr=0.01, seeds=(0, 1)
+        "lenet", width=2, clients=2, epochs=1, rounds=2, batch_size=40, lr=0.01, seeds=(0, 1)
     ),
     worst_share=0.1,
 )

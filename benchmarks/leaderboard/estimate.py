@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.leaderboard.piece import Piece, attack_piece, data_sets
 from benchmarks.leaderboard.plan import Plan
-from benchmarks.leaderboard.protocol import Setting, UtilityRules, Victim
+from benchmarks.leaderboard.protocol import Setting
 from benchmarks.run.cells import Cell
 from core.data.data_sets import take_samples
 from core.models.building import ModelSpec, build_model, default_stem
@@ -33,12 +33,16 @@ def seconds_of(plan: Plan, cells: Iterable[Cell]) -> float:
         images = sum(cell.config["count"] for cell in pieces if cell.key in wanted)
         if images:
             total += images // setting.batch_size * _seconds_of_batch(plan, setting)
-    rules: list[tuple[UtilityRules | Victim, Cell]] = []
-    rules += [(plan.protocol.utility, cell) for cell in plan.trainings]
-    rules += [*plan.victims.items()]
-    for rule, cell in rules:
+    rules = plan.protocol.utility
+    trained = [
+        (rules.arch, rules.width, rules.epochs, rules.rounds * rules.batch_size, cell)
+        for cell in plan.trainings
+    ]
+    images = len(data_sets(plan.protocol.data).train)
+    trained += [(v.arch, v.width, v.epochs, images, cell) for v, cell in plan.victims.items()]
+    for arch, width, epochs, size, cell in trained:
         if cell.key in wanted:
-            total += rule.epochs * _seconds_of_epoch(plan, _model(plan, rule.arch, rule.width))
+            total += epochs * _seconds_of_epoch(plan, _model(plan, arch, width), size)
     return total
 
 
@@ -69,7 +73,7 @@ def _trial(plan: Plan, setting: Setting, model: Pretrained, evaluations: int) ->
     return time.perf_counter() - began
 
 
-def _seconds_of_epoch(plan: Plan, described: Pretrained) -> float:
+def _seconds_of_epoch(plan: Plan, described: Pretrained, size: int) -> float:
     import torch
 
     data = data_sets(plan.protocol.data)
@@ -80,7 +84,7 @@ def _seconds_of_epoch(plan: Plan, described: Pretrained) -> float:
     images, labels = take_samples(data.train, range(count), data.spec)
     torch.nn.functional.cross_entropy(model(images), labels).backward()
     each = (time.perf_counter() - began) / count
-    return each * (len(data.train) + len(data.val))
+    return each * (size + len(data.val))
 
 
 def in_words(seconds: float, jobs: int) -> str:

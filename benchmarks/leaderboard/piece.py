@@ -25,7 +25,6 @@ from attack.knowledge.threat_models import Capability, ThreatModel, find_threat
 from attack.matching.freed_memory import keep_freed_memory
 from attack.metrics import evaluate
 from attack.metrics.worst_case import worst_case
-from attack.reconstruction import Reconstruction
 from core.data.data_sets import DataSets, derived_seed, load_data, take_samples
 from core.errors import InputError, exit_status
 from core.models.building import ModelSpec
@@ -45,6 +44,8 @@ METRICS = ("psnr", "ssim")
 CPU = torch.device("cpu")
 # Who a picture is said to be from where no attack applies.
 GUESS = "guess"
+# Images and their labels, in any order; None where no labels were recovered.
+Found = tuple[torch.Tensor, torch.Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ def shared(
 
 def _reconstructions(
     piece: Piece, threat: ThreatModel, target: Target, truth: Truth, seed: int
-) -> dict[str, Reconstruction | torch.Tensor]:
+) -> dict[str, Found]:
     """By member; the mean of images that are no client's where no attack applies."""
     granted = tuple(sorted(capability.name for capability in threat.grants))
     config = EnsembleConfig(piece.members, iterations=piece.evaluations, granted=granted)
@@ -230,12 +231,12 @@ def _reconstructions(
         # Labels that no rule recovers, or a defense that leaves nothing to compare.
         mean, _ = validation_guesses(data_sets(piece.data), truth.images)
         assert mean is not None
-        return {GUESS: mean.expand_as(truth.images)}
-    return dict(found.members)
+        return {GUESS: (mean.expand_as(truth.images), None)}
+    return {name: (member.images, member.labels) for name, member in found.members.items()}
 
 
 def _measured(
-    members: dict[str, Reconstruction | torch.Tensor],
+    members: dict[str, Found],
     truth: Truth,
     indices: Sequence[int],
     data: str,
@@ -243,9 +244,7 @@ def _measured(
     measured, identified = {}, torch.zeros(len(indices), dtype=torch.bool)
     right = torch.zeros(len(indices), dtype=torch.bool)
     for name, found in members.items():
-        plain = isinstance(found, torch.Tensor)
-        images = found if plain else found.images
-        labels = None if plain else found.labels
+        images, labels = found
         measured[name] = evaluate(images, labels, truth, metrics=METRICS)
         order = measured[name].order
         identified |= nearest_of_all(images[order], data) == torch.tensor(indices)

@@ -73,7 +73,8 @@ class Plan:
         """The federations that train under the defense, one per seed."""
         rules = self.protocol.utility
         flags = self._training_flags(rules.arch, rules.width, rules.epochs, rules.lr)
-        flags |= {"batch-size": rules.batch_size, "clients": rules.clients, **self.candidate.flags}
+        flags |= {"batch-size": rules.batch_size, "clients": rules.clients}
+        flags |= {"rounds-per-epoch": rules.rounds, **self.candidate.flags}
         if self.candidate.sigma is not None:
             flags["enable-dp"] = True
         return [make_cell(STAGES["train"], {**flags, "seed": seed}, {}) for seed in rules.seeds]

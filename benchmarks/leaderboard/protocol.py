@@ -51,7 +51,8 @@ class UtilityRules:
         arch: Name of the architecture.
         width: Channels of its first stage.
         clients: How many share the training images evenly.
-        epochs: Passes of all clients together over the data.
+        epochs: Steps of the learning rate's schedule.
+        rounds: In each of them.
         batch_size: Images of all clients together in a round.
         lr: Initial learning rate; it falls to 0 by a cosine.
         seeds: A training for each.
@@ -61,6 +62,7 @@ class UtilityRules:
     width: int
     clients: int
     epochs: int
+    rounds: int
     batch_size: int
     lr: float
     seeds: tuple[int, ...]
@@ -185,6 +187,6 @@ def _protocol(values: Mapping[str, Any]) -> Protocol:
     utility = dict(values["utility"])
     seeds = tuple(utility.pop("seeds"))
     victims = tuple(Victim(**victim) for victim in values["victims"])
-    plain = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    given = {"victims": victims, "utility": UtilityRules(**utility, seeds=seeds)}
-    return Protocol(**{**plain, **given})
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    given |= {"victims": victims, "utility": UtilityRules(**utility, seeds=seeds)}
+    return Protocol(**given)

@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.declare.flags import known_flags
 from benchmarks.leaderboard.entry import read_entry
 from benchmarks.leaderboard.measure import About
-from benchmarks.run.stages import STAGES
 from benchmarks.submission import Desk, Measurement, submit_measured
 from tests.board_entries import SMALL
 
@@ -24,9 +22,6 @@ TINY = dataclasses.replace(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    "clients" not in known_flags(STAGES["train"]), reason="stage 1 has no clients yet"
-)
 def test_an_entry_from_nothing(tmp_path: Path) -> None:
     said: list[str] = []
     desk = Desk(tmp_path / "store", tmp_path, jobs=1, protocol=TINY, say=said.append)

@@ -40,7 +40,7 @@ from benchmarks.submission import (
 )
 from core.errors import InputError
 from core.storage import write_json
-from gradients.defenses import defense_names
+from gradients.defenses.base import defense_class, defense_names
 from tests.board_entries import SMALL, leak, spread
 from tests.board_entries import entry as measured
 from tests.example_results import example
@@ -274,7 +274,9 @@ def test_the_projects_own_list_can_be_measured() -> None:
     assert len(plans) >= 15
     assert len({plan.candidate for plan in plans}) == len(plans)
     applied = {word.split(":")[0] for p in plans for word in p.candidate.defense.split(",")}
-    assert applied >= {*defense_names()}
+    # Those of plugins may be registered as well, where other tests were before.
+    own = {n for n in defense_names() if defense_class(n).__module__.startswith("gradients.")}
+    assert applied >= own
 
 
 def test_a_submission_without_a_rank_runs_all_attacks_on_the_defense() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import utility
 from benchmarks.leaderboard.entry import check_against, entry_from, read_entry
 from benchmarks.leaderboard.protocol import CURRENT, FILE, Protocol, read_protocol
 from core.errors import InputError
@@ -22,6 +23,24 @@ def test_the_protocol_is_the_one_that_the_documents_describe() -> None:
     assert protocol.states == ("initial", "trained")
     assert len(protocol.settings) == 8
     assert len({setting.name for setting in protocol.settings}) == 8
+
+
+def test_utility_is_what_the_table_of_utility_measures() -> None:
+    rules = read_protocol().utility
+    assert (
+        utility.Protocol(
+            data=read_protocol().data,
+            arch=rules.arch,
+            width=rules.width,
+            clients=rules.clients,
+            batch=rules.batch_size,
+            local_steps=1,
+            rounds=rules.epochs * rules.rounds,
+            lr=rules.lr,
+        )
+        == utility.PROTOCOL
+    )
+    assert (rules.epochs, rules.seeds) == (utility.EPOCHS, utility.SEEDS)
 
 
 def test_every_value_is_part_of_the_fingerprint() -> None:
