@@ -57,5 +57,5 @@ def likeliest(
     for word in target.defenses:
         search = SEARCHES.get(word.split(":")[0])
         if search is not None:
-            target = search(target, objective)
+            target = search(target, labels, objective)
     return target

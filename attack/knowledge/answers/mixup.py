@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import least_squares
+from scipy.special import softmax
 from torch import nn
 
 from attack.knowledge.known_defenses import Adaptation, register_adaptation
+from core.errors import InputError
 from core.losses import Loss, Outputs, main_output
 from core.models.architecture import Architecture, Description
 from core.target import Target
 from gradients.defenses.mixup import mixed, mixing
 
+# Singular values below this share of the largest are rounding.
+RANK = 1e-5
+# Mean error of probabilities from which on the equations are not solved.
+UNSOLVED = 1e-3
 # Shares that are tried first, and how far from the best one the next are.
 SHARES, FINER = (0.55, 0.65, 0.75, 0.85, 0.95, 1.0), (0.05, 0.025)
 
@@ -30,19 +39,26 @@ def _mixup(adaptation: Adaptation, target: Target, values: list[float]) -> None:
         adaptation.notes.append("mixup: the mixed images are matched, and not taken apart")
 
 
-def likeliest_mixture(target: Target, objective: Callable[[Target], float]) -> Target:
+def likeliest_mixture(
+    target: Target, labels: torch.Tensor, objective: Callable[[Target], float]
+) -> Target:
     """The target whose model mixes its inputs as the client did.
 
     Of two images there are two orders, of which one mixes nothing (a share of 1), and a share
-    below 1/2 says the same as its complement. More images have too many orders for a search:
+    below 1/2 says the same as its complement. The classifier's gradient says which share it
+    was; where it does not, short attacks tell. More images have too many orders for a search:
     the target stays as it is.
 
     Args:
         target: What was shared under MixUp.
+        labels: N classes of the private images.
         objective: How well a short attack explains what was shared.
     """
     if target.batch_size != 2 or len(target.shards) > 1:
         return target
+    share = share_from_head(target, labels)
+    if share is not None:
+        return mixing_target(target, share)
     found = {share: objective(mixing_target(target, share)) for share in SHARES}
     for step in FINER:
         best = min(found, key=found.__getitem__)
@@ -50,6 +66,69 @@ def likeliest_mixture(target: Target, objective: Callable[[Target], float]) -> T
         for share in sorted(s for s in near if 0.5 < s <= 1):
             found[share] = objective(mixing_target(target, share))
     return mixing_target(target, min(found, key=found.__getitem__))
+
+
+def share_from_head(target: Target, labels: torch.Tensor) -> float | None:
+    """The share that two images of different classes were mixed with, from the last layer.
+
+    Its weight's gradient is G = (u_1 f_1' + u_2 f_2') / 2 with features f and u_i = softmax(W
+    f_i + b) - y_i(s). G has rank 2 and is P Q; with an unknown 2 x 2 matrix A the features are
+    A Q and the u_i / 2 are P A^-1. That u and f belong together is 2 n equations in the five
+    unknowns A and s.
+
+    Args:
+        target: What was shared under MixUp.
+        labels: Two classes.
+
+    Returns:
+        In [1/2, 1]; None where there is no such layer, or the equations have no solution.
+    """
+    head = _head_of(target)
+    if head is None or labels.is_floating_point() or int(labels[0]) == int(labels[1]):
+        return None
+    gradient, weight, bias = head
+    left, singular, right = np.linalg.svd(gradient, full_matrices=False)
+    if len(singular) < 2 or singular[1] < RANK * singular[0]:
+        return None
+    p, q = left[:, :2] * singular[:2], right[:2]
+    classes = np.eye(len(bias))[labels.cpu().numpy()]
+    towards = q @ weight.T
+
+    def errors(unknown: np.ndarray) -> np.ndarray:
+        a, s = unknown[:4].reshape(2, 2), unknown[4]
+        given = softmax(a @ towards + bias, axis=1) - _mixed_classes(classes, s)
+        return (given - 2 * (p @ np.linalg.pinv(a)).T).ravel()
+
+    best, smallest = None, UNSOLVED * math.sqrt(classes.size)
+    for share in SHARES:
+        expected = softmax(bias) - _mixed_classes(classes, share)
+        start = np.linalg.pinv(np.linalg.lstsq(p, expected.T / 2, rcond=None)[0])
+        solved = least_squares(errors, [*start.ravel(), share], xtol=1e-14, ftol=1e-14)
+        error = float(np.linalg.norm(solved.fun))
+        if error < smallest:
+            best, smallest = float(solved.x[4]), error
+    return None if best is None else min(1.0, max(best, 1 - best))
+
+
+def _mixed_classes(classes: np.ndarray, share: float) -> np.ndarray:
+    mixture: np.ndarray = share * classes + (1 - share) * classes[::-1]
+    return mixture
+
+
+def _head_of(target: Target) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Gradient and value of the last layer's weight, and its bias; None where not shared."""
+    from core.models.head import head_for
+
+    try:
+        name, layer = head_for(target.build_model(), target.data)
+    except InputError:
+        return None
+    gradient = target.gradient.get(f"{name}.weight" if name else "weight")
+    if gradient is None or layer.bias is None:
+        return None
+    found = (gradient, layer.weight, layer.bias)
+    values, weight, bias = (t.detach().double().cpu().numpy() for t in found)
+    return values, weight, bias
 
 
 def mixing_target(target: Target, share: float) -> Target:
