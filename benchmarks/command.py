@@ -41,7 +41,8 @@ def build_parser() -> CommandParser:
     parser = CommandParser(
         prog="python -m benchmarks",
         description="Compute tables of results and render them; finished cells are reused.",
-        epilog="Further commands: python -m benchmarks leaderboard, submit, fidelity, vendor_defaults.",
+        epilog="Further commands: python -m benchmarks leaderboard, submit, fidelity and "
+        "vendor_defaults.",
     )
     parser.add_argument("table", nargs="*", help="name of a table, a YAML file of your own, or all")
     parser.add_argument("--list", action="store_true", help="list the tables and end")
