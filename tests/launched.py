@@ -31,15 +31,16 @@ class Command:
 
     Args:
         words: A script, or -m and a module, and their arguments.
+        folder: Where it stands.
         changes: To the environment.
     """
 
-    def __init__(self, *words: str, **changes: str) -> None:
+    def __init__(self, *words: str, folder: Path = ROOT, **changes: str) -> None:
         self._words = words
         self._said = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = warm.start_command(
             words,
-            folder=ROOT,
+            folder=folder,
             environment={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **changes},
             output=self._said.fileno(),
             imports=("torchvision", "training.run", "gradients.extract", "attack.cli.running"),
@@ -52,11 +53,20 @@ class Command:
         """Exit status, minus a signal's number; None while it runs."""
         return self._process.exitcode
 
-    def communicate(self, timeout: float = 120) -> tuple[str, None]:
-        """Wait for its end; what it has printed."""
+    def send_signal(self, number: int) -> None:
+        """Send it a signal."""
+        os.kill(self.pid, number)
+
+    def wait(self, timeout: float = 120) -> int:
+        """Wait for its end; its exit status, minus a signal's number."""
         self._process.join(timeout)
         if self._process.exitcode is None:
             raise subprocess.TimeoutExpired(self._words, timeout)
+        return self._process.exitcode
+
+    def communicate(self, timeout: float = 120) -> tuple[str, None]:
+        """Wait for its end; what it has printed."""
+        self.wait(timeout)
         self._said.seek(0)
         return self._said.read().decode(), None
 

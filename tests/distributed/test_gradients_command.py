@@ -14,6 +14,7 @@ from PIL import Image
 from core.target import Target
 from gradients.checkpoint import load_target
 from gradients.command import main
+from tests.launched import Command
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "training/get_gradients.py"
@@ -64,10 +65,11 @@ SPAWN += ["--dist-url", "tcp://127.0.0.1:0"]
 
 
 def test_spawned_processes_share_the_whole_batch(data: Path, tmp_path: Path) -> None:
-    done = _run([sys.executable], data, tmp_path / "two", "--syncbn", *SPAWN)
-    assert done.returncode == 0, done.stderr
+    process = Command(SCRIPT, *_arguments(data, tmp_path / "two", "--syncbn", *SPAWN))
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
     # Only the first process reports.
-    assert done.stdout.count("gradient checkpoint: ") == 1
+    assert said.count("gradient checkpoint: ") == 1
     _run_here(data, tmp_path / "one")
     two, one = _target(tmp_path / "two"), _target(tmp_path / "one")
     assert two.shards == (3, 2)
@@ -91,7 +93,8 @@ def test_torchrun_shares_asynchronous_groups(data: Path, tmp_path: Path) -> None
 
 
 def test_bad_input_ends_all_processes_with_one_sentence(data: Path, tmp_path: Path) -> None:
-    done = _run([sys.executable], data, tmp_path / "two", "--shards", "1,1,3", *SPAWN)
-    assert done.returncode == 2
-    assert "error: --shards 1,1,3: there are 2 processes" in done.stderr
+    process = Command(SCRIPT, *_arguments(data, tmp_path / "two", "--shards", "1,1,3", *SPAWN))
+    said, _ = process.communicate()
+    assert process.returncode == 2
+    assert "error: --shards 1,1,3: there are 2 processes" in said
     assert not (tmp_path / "two").exists()

@@ -19,7 +19,7 @@ from core.processes.distributed import Process, seed_everything
 from core.processes.launch import launch
 from core.storage import load_checkpoint
 from tests.image_folders import write_tree
-from tests.launched import alive, ranks_of, wait_for
+from tests.launched import Command, alive, ranks_of, wait_for
 from training.checkpoints import latest_checkpoint
 from training.main_pytorch import parse_args, run, run_settings
 from training.run import run_training
@@ -111,16 +111,19 @@ def test_several_processes_train_as_one(several: tuple[int, Path], name: str) ->
     assert_same_training(folder / f"{name}1", folder / f"{name}{n}", n)
 
 
-def start(
-    *arguments: str, launcher: tuple[str, ...] = (), path: Path | None = None
-) -> subprocess.Popen[str]:
+def start_warm(*arguments: str, path: Path | None = None) -> Command:
+    places = os.pathsep.join(map(str, filter(None, [ROOT, path])))
+    return Command("training/main_pytorch.py", *arguments, PYTHONPATH=places)
+
+
+def start(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, *launcher, "training/main_pytorch.py", *arguments],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(path or "")},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 
@@ -138,7 +141,7 @@ def test_a_killed_rank_ends_all_and_the_run_continues(data: Path, tmp_path: Path
     """kill -9 of a rank: its peers end, the error is shown, resuming is bitwise exact."""
     common = ["--syncbn", "--epochs", "12", "--resume", "auto", *processes(2)]
     root = tmp_path / "cut"
-    process = start(*flags(data, root, *common))
+    process = start_warm(*flags(data, root, *common))
     assert wait_for(lambda: latest_checkpoint(root) is not None, 60)
     ranks = ranks_of(process.pid)
     assert len(ranks) == 2
@@ -192,7 +195,7 @@ def test_a_failing_rank_shows_its_own_error(
         "trainer.Trainer.train_epoch = fail\n"
     )
     command = flags(data, tmp_path / "out", "--syncbn", "--plugin", "ill", *processes(2))
-    process = start(*command, path=tmp_path)
+    process = start_warm(*command, path=tmp_path)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == status, output
     assert output.count(message) >= 1

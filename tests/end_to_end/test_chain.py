@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks.run.cells import ROOT
 from benchmarks.show.results import load_results
+from tests.launched import Command
 
 TABLE = """
 title: A chain in miniature
@@ -30,20 +28,21 @@ figures: [reconstructions, tradeoff, bars, curves]
 """
 
 
-def run(folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks", str(folder / "tiny.yaml"),
-         "--store", str(folder / "store"), "--output", str(folder / "out")],
-        cwd=ROOT, capture_output=True, text=True, timeout=280, check=False,
+def run(folder: Path) -> tuple[int | None, str]:
+    process = Command(
+        "-m", "benchmarks", str(folder / "tiny.yaml"),
+        "--store", str(folder / "store"), "--output", str(folder / "out"),
     )  # fmt: skip
+    said, _ = process.communicate(timeout=280)
+    return process.returncode, said
 
 
 @pytest.mark.slow
 def test_chain_from_training_to_report(tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(TABLE)
-    first = run(tmp_path)
-    assert first.returncode == 0, first.stdout + first.stderr
-    assert "6 cells finished" in first.stdout
+    status, said = run(tmp_path)
+    assert status == 0, said
+    assert "6 cells finished" in said
 
     rows = json.loads((tmp_path / "out" / "tiny.json").read_text())["rows"]
     for row in rows:
@@ -58,7 +57,7 @@ def test_chain_from_training_to_report(tmp_path: Path) -> None:
     assert {"tradeoff.png", "bars.png", "curves.png", "tiny.md", "tiny.csv", "tiny.tex"} <= names
     assert len(load_results(tmp_path / "store")) == 6
 
-    second = run(tmp_path)
-    assert second.returncode == 0
-    assert "6 cells found" in second.stdout
+    status, said = run(tmp_path)
+    assert status == 0
+    assert "6 cells found" in said
     assert json.loads((tmp_path / "out" / "tiny.json").read_text())["rows"] == rows

@@ -6,12 +6,13 @@ import ast
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.launched import Command
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -41,13 +42,16 @@ LABELS = {
 }
 
 
-def run(words: list[str], folder: Path, *path: Path) -> subprocess.CompletedProcess[str]:
-    """Run Python in a folder, with further folders in front of what the tests import from."""
+def run(script: Path, folder: Path, *path: Path) -> tuple[int | None, str]:
+    """Run a script in a folder, with further folders in front of what the tests import from.
+
+    Returns:
+        Exit status, and what it printed.
+    """
     places = os.pathsep.join(map(str, [*path, ROOT, *sys.path]))
-    environment = {**os.environ, "PYTHONPATH": places, "MPLBACKEND": "agg"}
-    return subprocess.run(
-        [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True
-    )
+    process = Command(str(script), folder=folder, PYTHONPATH=places, MPLBACKEND="agg")
+    said, _ = process.communicate(timeout=280)
+    return process.returncode, said
 
 
 def cells(notebook: Path, kind: str) -> list[str]:
@@ -64,21 +68,20 @@ def test_there_are_examples() -> None:
 def test_an_example_runs(path: Path, tmp_path: Path) -> None:
     for module in ALSO_IMPORTED.get(path.stem, ()):
         pytest.importorskip(module, reason=f"this example needs {module}")
-    done = run([str(path)], tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout
+    status, said = run(path, tmp_path)
+    assert status == 0, said
+    assert said
     for number, least in NUMBERS.get(path.stem, []):
-        found = [float(text) for text in re.findall(number, done.stdout)]
-        assert found, done.stdout
-        assert min(found) > least, done.stdout
-    assert LABELS.get(path.stem, "") in done.stdout
+        found = [float(text) for text in re.findall(number, said)]
+        assert found, said
+        assert min(found) > least, said
+    assert LABELS.get(path.stem, "") in said
 
 
 def test_an_example_says_what_it_lacks(tmp_path: Path) -> None:
     (tmp_path / "transformers.py").write_text("raise ImportError\n", encoding="utf-8")
-    done = run([str(ROOT / "examples" / "hugging_face.py")], tmp_path, tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "This example needs transformers: pip install transformers\n"
+    found = run(ROOT / "examples" / "hugging_face.py", tmp_path, tmp_path)
+    assert found == (0, "This example needs transformers: pip install transformers\n")
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -98,8 +101,8 @@ def test_an_example_is_short_and_imports_nothing_from_inside(path: Path) -> None
 def test_a_notebook_runs(path: Path, tmp_path: Path) -> None:
     script = tmp_path / "cells.py"
     script.write_text("\n\n".join(cells(path, "code")), encoding="utf-8")
-    done = run([str(script)], tmp_path)
-    assert done.returncode == 0, done.stderr
+    status, said = run(script, tmp_path)
+    assert status == 0, said
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

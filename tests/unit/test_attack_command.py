@@ -21,6 +21,7 @@ from core.errors import exit_status
 from core.models.building import ModelSpec
 from core.target import Truth
 from gradients.checkpoint import load_target, save_target
+from tests.launched import Command
 from tests.targets import make_target
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,10 +55,14 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def start(*words: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+def start(
+    *words: str, launcher: tuple[str, ...] = (), path: str = ""
+) -> Command | subprocess.Popen[str]:
+    if not launcher:
+        return Command("main_run.py", *words, PYTHONPATH=f"{ROOT}{os.pathsep}{path}")
     return subprocess.Popen(
         [sys.executable, *launcher, "main_run.py", *words],
-        cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
 
@@ -154,7 +159,7 @@ def test_more_processes_than_images(files: Path, tmp_path: Path) -> None:
         "--multiprocessing-distributed", "--nproc-per-node", "3",
         "--dist-url", "tcp://127.0.0.1:0",
     )  # fmt: skip
-    _, said = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=120)
     assert process.returncode == 2
     assert "3 processes for a batch of 2" in said.strip().splitlines()[-1]
 
@@ -258,7 +263,7 @@ def test_processes_reconstruct_what_one_does(files: Path, tmp_path: Path) -> Non
             "--checkpoint", str(files / "cnn.tar"), "--root", str(tmp_path), "--id", name,
             *FLAGS, "--no-signed", "--hvp", "exact", *more, launcher=launcher,
         )  # fmt: skip
-        _, said = process.communicate(timeout=120)
+        said, _ = process.communicate(timeout=120)
         assert process.returncode == 0, said
         found[name] = images(tmp_path / name)
         record = json.loads((tmp_path / name / "record.json").read_text())
@@ -334,15 +339,13 @@ def test_the_record_keeps_the_doubt_about_a_label_rule(tmp_path: Path) -> None:
         "from torch import nn\n\n\ndef build():\n    return nn.Sequential(nn.Flatten(), "
         "nn.Linear(192, 9), nn.Tanh(), nn.Linear(9, 4))\n"
     )
-    environ = {**environment(), "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
     notes = {}
     for rule in ("idlg", "exact"):
         words = ["--checkpoint", str(path), "--model", "own_tanh:build", "--epochs", "2",
                  "--pseudo-label-init", rule, "--root", str(tmp_path / rule)]  # fmt: skip
-        subprocess.run(
-            [sys.executable, "main_run.py", *words], cwd=ROOT, env=environ, check=True,
-            capture_output=True,
-        )  # fmt: skip
+        process = start(*words, path=str(tmp_path))
+        said, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, said
         (record,) = (tmp_path / rule).rglob("record.json")
         notes[rule] = json.loads(record.read_text())["details"].get("label_warning")
     assert "assumes that no feature" in notes["idlg"]
