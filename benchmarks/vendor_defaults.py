@@ -387,6 +387,8 @@ def _accuracy(result: Result) -> str:
     if not result.accuracy:
         return "–"
     found = summary(Row(Entry(), accuracy=result.accuracy))
+    if found.n == 1:
+        return f"{found.mean:.1f} (one seed)"
     return f"{found.mean:.1f} ({found.low:.1f} to {found.high:.1f})"
 
 
