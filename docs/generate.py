@@ -59,6 +59,7 @@ COMMANDS = {
     "python -m training.reports": "training.reports",
     "python -m benchmarks.equal_time": "benchmarks.speed.equal_time",
     "python -m benchmarks.models": "benchmarks.models.__main__",
+    "python -m benchmarks.label_rules": "benchmarks.label_rules.__main__",
     "python -m benchmarks.decision": "benchmarks.decision",
     "python -m benchmarks.audit_power": "benchmarks.audit_power",
     "python -m benchmarks.tabular": "benchmarks.tabular",
@@ -83,6 +84,7 @@ RECORDS = (
 RECORDED = {
     "models.md": ("benchmarks.models.record", "models"),
     "bounds.md": ("benchmarks.bounds", "bounds"),
+    "label-rules.md": ("benchmarks.label_rules.record", "label_rules"),
 }
 
 

@@ -121,7 +121,7 @@ def _culprit(
     hooks = [m.register_forward_hook(note(n)) for n, m in named.items()]  # type: ignore[arg-type]
     state = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), random_numbers_held(inputs.device):
             torch.func.functional_call(model, state, (inputs.detach(),))
     finally:
         for hook in hooks:

@@ -21,7 +21,17 @@ from attack.matching.second_derivative import refuse_silent_gaps
 from attack.priors.regularizers import shared_features
 from attack.settings import SpeedSettings
 from benchmarks.models import published
-from benchmarks.models.measure import BATCH, CPU, ENOUGH, agreements
+from benchmarks.models.apart import _death, _within_memory
+from benchmarks.models.cases import Case
+from benchmarks.models.measure import (
+    BATCH,
+    CPU,
+    ENOUGH,
+    MODES,
+    Agreement,
+    agreement,
+    agreements,
+)
 from benchmarks.models.own_modules import CHANNELS, N_CLASSES, OWN_MODULES, SIDE
 from benchmarks.models.published import (
     Published,
@@ -366,4 +376,53 @@ def test_no_module_of_torch_is_said_to_lack_a_part() -> None:
     for name, build in OWN_MODULES.items():
         if name not in others:
             torch.manual_seed(0)
-            refuse_silent_gaps(build().float(), torch.rand(4, CHANNELS, SIDE, SIDE))
+            model, inputs = build().float(), torch.rand(4, CHANNELS, SIDE, SIDE)
+            numbers = RandomNumbers(CPU)
+            refuse_silent_gaps(model, inputs)
+            # Masks of the pass that follows are those that would have come without it.
+            assert not numbers.drawn
+
+
+def case(build: Any) -> Case:
+    return Case("own", "mine", build, SHAPE, N_CLASSES)
+
+
+def test_a_model_that_outgrows_the_memory_has_a_row_that_says_so() -> None:
+    def large() -> nn.Module:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
+
+    row = _within_memory(case(large), "train", 7)
+    assert row.refusal == "not measured: it takes more than 7 GiB of memory"
+    assert (row.model, row.mode) == ("mine", "train")
+
+    def broken() -> nn.Module:
+        raise RuntimeError("a fault of the model's own")
+
+    with pytest.raises(RuntimeError, match="a fault of the model's own"):
+        _within_memory(case(broken), "eval", 7)
+
+
+def test_a_row_says_how_its_process_ended() -> None:
+    assert _death(-11) == "not measured: the process ended with signal SIGSEGV"
+    assert _death(1) == "not measured: the process ended with status 1"
+
+
+def test_rows_that_were_not_measured_are_not_counted(tmp_path: Path) -> None:
+    record = Record.read(tmp_path)
+    rows = [agreement("a", OWN_MODULES["no special layer"], SHAPE, N_CLASSES, m) for m in MODES]
+    record.add("own", rows)
+    record.add("own", [Agreement("b", mode, SHAPE, refusal=_death(-9)) for mode in MODES])
+    record.write()
+    page = Record.read(tmp_path).page()
+    assert "\n1 measured so far." in page
+    assert "SIGKILL" in page
+
+
+def test_a_strided_convolution_of_few_channels_keeps_the_plain_layout() -> None:
+    # oneDNN writes outside of memory in its backward pass, see `attack.matching.replica`.
+    images = torch.rand(1, 3, 16, 16)
+    for kernel, plain in ((1, True), (3, False)):
+        layers = (nn.Conv2d(3, 8, kernel, 2), nn.Flatten(), nn.LazyLinear(5))
+        target, _ = gib.share(nn.Sequential(*layers), images, [0])
+        layout = Replica(target, CPU).layout
+        assert (layout == torch.contiguous_format) == plain
