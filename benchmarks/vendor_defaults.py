@@ -277,18 +277,19 @@ def compute(cases: Sequence[Case], folder: Path, plan: Plan) -> list[Result]:
     """
     results = _results_so_far(folder / RECORD, plan)
     data = load_data(plan.protocol.data)
+    wanted = []
     for case in cases:
-        if case.missing is not None:
+        if case.missing is None:
+            wanted.append(_result_of(case, results, plan, len(data.train)))
+        else:
             print(
                 f"{case.name}: left out, {case.missing} is not installed in this environment; run "
                 "the command again where it is",
                 flush=True,
             )
-            continue
-        result = _result_of(case, results, plan, len(data.train))
-        for _ in _parts(result, data, plan):
-            _write(results, folder, plan)
-        print(f"{case.name}: done", flush=True)
+    for done in _parts(wanted, data, plan):
+        _write(results, folder, plan)
+        print(done, flush=True)
     order = {case: number for number, case in enumerate(CASES)}
     results.sort(key=lambda result: order.get(result.case, len(order)))
     if results:
@@ -308,15 +309,17 @@ def _result_of(case: Case, results: list[Result], plan: Plan, n: int) -> Result:
     return results[-1]
 
 
-def _parts(result: Result, data: DataSets, plan: Plan) -> Iterator[None]:
-    """Compute what a result lacks; comes back after each part."""
+def _parts(results: Sequence[Result], data: DataSets, plan: Plan) -> Iterator[str]:
+    """Compute what results lack, one part of all before the next; says each that is done."""
     for steps in STEPS:
-        if str(steps) not in result.unaware:
-            leak(result, data, steps, plan)
-            yield
-    if not result.accuracy:
-        train(result, plan)
-        yield
+        for result in results:
+            if str(steps) not in result.unaware:
+                leak(result, data, steps, plan)
+                yield f"{result.case.name}: {steps} local step(s)"
+    for result in results:
+        if not result.accuracy:
+            train(result, plan)
+            yield f"{result.case.name}: accuracy"
 
 
 def _results_so_far(path: Path, plan: Plan) -> list[Result]:
