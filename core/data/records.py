@@ -17,7 +17,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -348,7 +348,7 @@ def _diabetes(root: Path | None) -> _Described:
     Source: Efron, Hastie, Johnstone, Tibshirani, Least Angle Regression, 2004; comes with
     scikit-learn.
     """
-    options = {"sep": r"\s+", "header": None}
+    options: dict[str, Any] = {"sep": r"\s+", "header": None}
     path = _packaged("sklearn", "data", "diabetes_data_raw.csv.gz")
     frame = _frame(path, "--data", names=_DIABETES, **options)
     progress = np.loadtxt(_packaged("sklearn", "data", "diabetes_target.csv.gz"))
@@ -383,7 +383,12 @@ def _adult(root: Path | None) -> _Described:
     """
     if root is None:
         raise InputError("--data adult: give the folder that holds adult.data with --data-root")
-    options = {"header": None, "names": _ADULT, "skipinitialspace": True, "na_values": "?"}
+    options: dict[str, Any] = {
+        "header": None,
+        "names": _ADULT,
+        "skipinitialspace": True,
+        "na_values": "?",
+    }
     frame = _frame(root / "adult.data", "--data-root", **options).dropna()
     numbers = [n for n in _ADULT if frame[n].dtype.kind in "iuf"]
     kinds = {n: CONTINUOUS if n in numbers else CATEGORICAL for n in _ADULT[:-1]}
