@@ -11,6 +11,8 @@ from core.escaping import in_one_line
 
 WIDTH = 98
 INDENT = "  "
+# Of a name that makes room for numbers.
+_SHORTEST_NAME = 12
 MORE = "… all of it is in audit.html"
 # Lines that a section may take, heading included: 96 together, with the lines between them.
 LINES = {
@@ -50,9 +52,13 @@ def _clipped(lines: list[str], most: int) -> list[str]:
 
 
 def _columns(table: Table) -> list[str]:
-    """The table in aligned columns, numbers to the right."""
+    """The table in aligned columns, numbers to the right; a long name makes room for them."""
     rows = [[in_one_line(cell) for cell in row] for row in (table.header, *table.rows)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    room = WIDTH - len(INDENT) - sum(width + 2 for width in widths[1:])
+    if room >= _SHORTEST_NAME:
+        widths[0] = min(widths[0], room)
+        rows = [[_cut(first, widths[0]), *others] for first, *others in rows]
     return [_cut(INDENT + "  ".join(_aligned(row, widths)), WIDTH) for row in rows]
 
 

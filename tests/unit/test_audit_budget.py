@@ -87,7 +87,7 @@ def audited(request: AuditRequest) -> tuple[AuditRecord, float, float]:
     return record, plan.forecast, EACH * (Counted.seen - began)
 
 
-@pytest.mark.parametrize("budget", [240.0, 1200.0])
+@pytest.mark.parametrize("budget", [240.0, pytest.param(1200.0, marks=pytest.mark.slow)])
 def test_keeps_to_a_budget_and_to_what_it_foretells(budget: float, clock: None) -> None:
     """All of 300 images in 50 iterations, once and in two plants, would take 400 seconds."""
     record, foretold, took = audited(asked(budget))
