@@ -56,6 +56,8 @@ class Record:
     def page(self) -> str:
         """The page of the documents that shows it, in Markdown."""
         parts = ["# How many labels each rule recovers", _INTRODUCTION]
+        if not self.cells:
+            parts.append("Nothing has been measured yet.")
         for state in STATES:
             cells = [cell for cell in self.cells.values() if cell.setting.state == state]
             if cells:
