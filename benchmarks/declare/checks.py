@@ -63,14 +63,17 @@ _TYPES: dict[str, type] = {
     "compare": dict, "axes": dict, "repeats": dict, "presets": dict, "pivot": dict, "plugin": str,
     "budget": str,
 }  # fmt: skip
-_KINDS: dict[type, str] = {list: "a list", dict: "a mapping", str: "a word"}
+_KINDS: dict[type, str] = {list: "a list", dict: "a mapping"}
+_WORDS = {"plugin": "the name of a module", "budget": "a time such as 30m"}
 
 
 def _check_types(document: Document, raw: dict[Any, Any], place: tuple[Any, ...]) -> None:
     for key, value in raw.items():
         wanted = dict if key in STAGES else _TYPES.get(key)
         if wanted is not None and not isinstance(value, wanted):
-            raise document.error(f"{key}: expected {_KINDS[wanted]}", *place, key)
+            raise document.error(
+                f"{key}: expected {_WORDS.get(key) or _KINDS[wanted]}", *place, key
+            )
     for kind in ("axes", "repeats"):
         for name, axis in raw.get(kind, {}).items():
             if not isinstance(axis, (dict, list)) or not axis:
