@@ -166,7 +166,7 @@ def as_exchanged(
         "buffers": list(model.buffers()),
         "metadata": metadata(target),
     }
-    shared = {
+    shared: dict[str, object] = {
         "gradients": [gradient.to(device) for gradient in target.gradient.values()],
         "buffers": None,
         "metadata": {

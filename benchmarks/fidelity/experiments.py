@@ -19,13 +19,14 @@ from attack.reconstruction import Reconstruction
 from benchmarks.fidelity.beside import Beside
 from benchmarks.fidelity.declare import Outcome, Trial
 from benchmarks.fidelity.networks import CIFAR10_MEAN, CIFAR10_STD
-from benchmarks.fidelity.samples import CIFAR10, TABLE, TEXT, Images
+from benchmarks.fidelity.samples import CIFAR10, IMAGENET, TABLE, TEXT, Images
 from core.data.records import load_table
-from core.data.specs import DataSpec
+from core.data.specs import IMAGENET_MEAN, IMAGENET_STD, DataSpec
 from core.errors import InputError
 from core.losses import as_loss
 from core.models.architecture import Architecture
 from core.models.building import ModelSpec
+from core.models.malicious import Imprinted
 from core.models.state_files import fit, load_fitting, read_state
 from core.processes.distributed import Process
 from core.target import LocalTraining, Target, Truth
@@ -41,6 +42,8 @@ Measure = Callable[["Case", Reconstruction], Outcome]
 PUBLIC = 2000
 # Of the images of label rules, in pixels.
 SIDE = 32
+# Mean and standard deviation of a kind of images.
+NORMALISATIONS = {CIFAR10: (CIFAR10_MEAN, CIFAR10_STD), IMAGENET: (IMAGENET_MEAN, IMAGENET_STD)}
 
 
 class Case(NamedTuple):
@@ -76,9 +79,9 @@ def alone_in_a_bin(case: Case, found: Reconstruction) -> Outcome:
     Which these are follows from the images and the thresholds, not from what was found.
     """
     model = case.target.build_model()
-    first = model.imprint[:2]  # type: ignore[index]
+    assert isinstance(model, Imprinted)
     with torch.no_grad():
-        bins = (first(case.target.data.normalize(case.truth.images)) > 0).sum(1)
+        bins = (model.imprint[:2](case.target.data.normalize(case.truth.images)) > 0).sum(1)
     alone = (bins[:, None] == bins[None]).sum(1) == 1
     rows = evaluate(found.images, found.labels, case.truth, metrics=("psnr",)).per_image
     values = [float(row["psnr"]) for row, single in zip(rows, alone, strict=True) if single]
@@ -109,8 +112,6 @@ class ImageAttack:
         double: Share the gradient in float64.
         measure: The published quantity of a reconstruction.
         kind: Of the images, see `Samples`.
-        mean: Of the normalisation.
-        std: Of the normalisation.
         weights: What the row calls a file of trained weights; empty: random ones.
         same: Beside an attack that runs on the same gradient; None: there is none.
     """
@@ -124,8 +125,6 @@ class ImageAttack:
     double: bool = False
     measure: Measure = mean_psnr
     kind: str = CIFAR10
-    mean: tuple[float, ...] = CIFAR10_MEAN
-    std: tuple[float, ...] = CIFAR10_STD
     weights: str = ""
     same: Beside | None = None
 
@@ -174,7 +173,7 @@ class ImageAttack:
             train_mode=False,
             seed=trial.number,
         )
-        spec = DataSpec(self.kind, (3, side, side), self.mean, self.std, batch.n_classes)
+        spec = DataSpec(self.kind, (3, side, side), *NORMALISATIONS[self.kind], batch.n_classes)
         if self.double:
             model = model.double()
         process = Process(device=trial.device)
@@ -195,7 +194,7 @@ class ImageAttack:
             return model, spec
         side = self.model.image_size
         public = trial.samples.public(self.kind, trial.number, self.batch, side, PUBLIC)
-        data = DataSpec(self.kind, (3, 1, 1), self.mean, self.std, batch.n_classes)
+        data = DataSpec(self.kind, (3, side, side), *NORMALISATIONS[self.kind], batch.n_classes)
         inputs = data.normalize(public.images)
         return tamper(model, spec, inputs, public.labels, self.batch), spec
 

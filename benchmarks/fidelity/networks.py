@@ -60,12 +60,12 @@ def lenet5(n_classes: int) -> nn.Module:
 
     Source: LeCun et al. 1998; as in https://github.com/BUAA-CST/iLRG, `models.py`.
     """
+    first, second = nn.Conv2d(3, 6, 5), nn.Conv2d(6, 16, 5)
     model = nn.Sequential(
-        nn.Conv2d(3, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(),
-        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84),
-        nn.ReLU(), nn.Linear(84, n_classes),
+        first, nn.ReLU(), nn.MaxPool2d(2), second, nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, n_classes),
     )  # fmt: skip
-    for layer in (model[0], model[3]):
+    for layer in (first, second):
         nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
     return model
 

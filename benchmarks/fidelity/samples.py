@@ -132,7 +132,9 @@ class _Sentences(dict[int, torch.Tensor]):
     def __missing__(self, length: int) -> torch.Tensor:
         from core.data.text import text_data
 
-        ids = text_data(length=length).train[0]
+        given = text_data(length=length).train
+        assert isinstance(given, tuple)
+        ids = given[0]
         drawn = np.random.default_rng(ORDER_SEED).permutation(len(ids))
         self[length] = ids[torch.from_numpy(drawn)]
         return self[length]

@@ -122,7 +122,8 @@ def test_embedded_photographs_stand_beside_the_images_asked_for(tmp_path: Path) 
     for job in jobs(request(row), record):
         run(job, record)
     assert len(record.entries) == 8
-    assert Line.of(row, record).verdict == "reproduced"
+    # 10, 11, 12 and 13 dB: the published 10 dB lies below their mean's interval.
+    assert Line.of(row, record).verdict == "above"
 
 
 def test_rows_that_need_a_gpu_or_weights_run_only_where_they_can(tmp_path: Path) -> None:
