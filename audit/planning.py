@@ -123,8 +123,10 @@ def _affordable(request: AuditRequest, costs: Costs) -> tuple[int, int]:
     share = INVERSION_SHARE * request.settings.budget / _runs(request)
     images = n = request.target.batch_size
     fewest = min(n, max(FEWEST_IMAGES, request.target.local.batches))
+    # Where an iteration's cost is not that of its images, fewer of them are no help.
     while (
         images > fewest
+        and images * costs.image > costs.call
         and _FEWEST * costs.iteration(images) + _judging(costs, images) > share
     ):  # fmt: skip
         images = max(fewest, images * 3 // 4)
@@ -186,8 +188,8 @@ def cuts_of(request: AuditRequest, plan: Plan) -> Iterator[str]:
         )
     if plan.inversion and request.settings.iterations is None and plan.iterations < _FEWEST:
         yield (
-            f"{budget} is small for this model: the inversion has {plan.iterations} iterations, and "
-            "finds less than it would."
+            f"{budget} is small for this model: the inversion has {plan.iterations} iterations, "
+            "and finds less than it would."
         )
     if plan.compared and plan.compared < max(n, others):
         yield (

@@ -115,8 +115,10 @@ def say_costs(table: Table, store: Store, workers: Workers, seconds: float | Non
         return "every cell is finished"
     total, unknown = Costs(store, table.cells()).total(to_do)
     jobs = workers.jobs or len(visible_gpus()) or len(usable_cores())
-    known = f"about {in_words(total / jobs)} on {jobs} processes by recorded costs"
+    parts = []
+    if unknown < len(to_do):
+        parts.append(f"about {in_words(total / jobs)} on {jobs} processes by recorded costs")
     if unknown:
-        known += f", and {unknown} cells whose costs nobody has recorded"
+        parts.append(f"nobody has recorded what {unknown} of them cost")
     limit = "" if seconds is None else f"; no cell begins after {in_words(seconds)} (--budget)"
-    return f"{len(to_do)} cells to compute: {known}{limit}"
+    return f"{len(to_do)} cells to compute: {', and '.join(parts)}{limit}"

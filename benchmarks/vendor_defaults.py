@@ -220,9 +220,12 @@ def _attacked(
         progress=False,
     )
     measured = gib.evaluate(found, truth)
+    psnr = measured.summary()["psnr"]["mean"]
     flat = measured.baselines["flat colour"]["psnr"]["mean"]
+    assert psnr is not None
+    assert flat is not None
     notes = found.details.get("adaptations", [])
-    return measured.summary()["psnr"]["mean"], flat, list(notes)
+    return psnr, flat, list(notes)
 
 
 def train(result: Result, plan: Plan) -> None:
@@ -384,6 +387,8 @@ def _accuracy(result: Result) -> str:
     if not result.accuracy:
         return "–"
     found = summary(Row(Entry(), accuracy=result.accuracy))
+    if found.n == 1:
+        return f"{found.mean:.1f} (one seed)"
     return f"{found.mean:.1f} ({found.low:.1f} to {found.high:.1f})"
 
 

@@ -24,7 +24,7 @@ from core.losses import (
     as_loss,
     main_output,
 )
-from core.models.unchanged import unchanged
+from core.models.unchanged import in_mode, unchanged
 from core.named_objects import called, is_object_name, named_object
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def outputs_of(model: nn.Module, data: DataSpec, inputs: torch.Tensor) -> Output
             with contextlib.suppress(*_REFUSALS):
                 return model(first)
         try:
-            return model.eval()(first)
+            return in_mode(model, False)(first)
         except _REFUSALS as error:
             raise InputError(
                 f"the model {type(model).__name__} does not take images of shape "

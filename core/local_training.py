@@ -18,6 +18,8 @@ SGD, ADAM, ADAMW = "sgd", "adam", "adamw"
 OPTIMIZERS = (SGD, ADAM, ADAMW)
 CONSTANT, STEP, COSINE = "constant", "step", "cosine"
 SCHEDULES = (CONSTANT, STEP, COSINE)
+# Whoever simulates a client allocates by them.
+MAX_LOCAL_STEPS = 100_000
 
 # The images of every local step.
 Order = tuple[tuple[int, ...], ...]
@@ -91,6 +93,7 @@ class LocalTraining:
         self._check_numbers()
         self._check_optimizer()
         self._check_schedule()
+        _check_steps(self.steps)
         if self.order is not None and len(self.order) != self.steps:
             raise InputError(
                 f"the order of the images has {len(self.order)} local steps, and {self.epochs} "
@@ -281,6 +284,9 @@ class LocalTraining:
             optimizer, words = SGD, [optimizer, *words]
         stated = _stated(words)
         derived = {name: stated.pop(name) for name in _DERIVED if name in stated}
+        # Before an order of so many epochs is drawn.
+        largest = max(stated.get("epochs", 1), stated.get("batches", 1), derived.get("steps", 1))
+        _check_steps(largest)
         _resolve(stated, derived, n_images)
         return LocalTraining(optimizer=optimizer.lower(), **stated)
 
@@ -296,6 +302,11 @@ _FIRST = (
     "bn_momentum",
     "order",
 )
+
+
+def _check_steps(steps: int) -> None:
+    if steps > MAX_LOCAL_STEPS:
+        raise InputError(f"local training: {steps} local steps are more than {MAX_LOCAL_STEPS}")
 
 
 def _is_number(value: object) -> bool:

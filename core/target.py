@@ -13,6 +13,7 @@ from core.local_training import LocalTraining as LocalTraining
 from core.losses import DEFAULT_LOSS, Loss, is_default
 from core.models.architecture import Architecture
 from core.models.building import load_parameters
+from core.models.unchanged import in_mode
 
 # How the names of BatchNorm's running statistics end.
 RUNNING_STATISTICS = ("running_mean", "running_var")
@@ -92,7 +93,7 @@ class Target:
                 f"the checkpoint's parameters do not fit {self.model.name} with "
                 f"{self.data.n_classes} classes: {str(error).splitlines()[-1].strip()}"
             ) from None
-        return model.train(self.train_mode)
+        return in_mode(model, self.train_mode)
 
 
 def check_parts(loss: Loss, parts: int) -> None:

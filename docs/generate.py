@@ -66,6 +66,7 @@ COMMANDS = {
     "python -m training.reports": "training.reports",
     "python -m benchmarks.equal_time": "benchmarks.speed.equal_time",
     "python -m benchmarks.models": "benchmarks.models.__main__",
+    "python -m benchmarks.label_rules": "benchmarks.label_rules.__main__",
     "python -m benchmarks.decision": "benchmarks.decision",
     "python -m benchmarks.audit_power": "benchmarks.audit_power",
     "python -m benchmarks.tabular": "benchmarks.tabular",
@@ -91,6 +92,7 @@ RECORDED = {
     "models.md": ("benchmarks.models.record", "models"),
     "bounds.md": ("benchmarks.bounds", "bounds"),
     "fidelity.md": ("benchmarks.fidelity.page", "fidelity"),
+    "label-rules.md": ("benchmarks.label_rules.record", "label_rules"),
 }
 
 

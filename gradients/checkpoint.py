@@ -19,6 +19,7 @@ import torch
 from core.clipping import BATCH
 from core.data.specs import DataSpec
 from core.errors import InputError
+from core.local_training import MAX_LOCAL_STEPS
 from core.losses import (
     DEFAULT_LOSS,
     GIVEN,
@@ -52,7 +53,6 @@ MAX_BATCH_SIZE = 100_000
 MAX_IMAGE_SIDE = 16384
 # Of a volume, a signal or a row of a table.
 MAX_SIDE = 1 << 20
-MAX_LOCAL_STEPS = 100_000
 MAX_POOL_KERNEL = 1024
 # Of the whole batch, where the file does not hold it: 1 GiB in float32.
 MAX_INPUT_VALUES = 2**28

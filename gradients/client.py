@@ -22,7 +22,7 @@ from core.models.architecture import Architecture, GivenModel
 from core.models.batch_norm import convert_batch_norm, explain_single_values
 from core.models.checkpointed_blocks import refuse_reentrant_blocks
 from core.models.kinds import Dropout
-from core.models.unchanged import unchanged
+from core.models.unchanged import in_mode, unchanged
 from core.processes.distributed import Process, shard_sizes
 from core.target import (
     RUNNING_STATISTICS,
@@ -128,7 +128,7 @@ def share_update(
     if not trainable_parameters(model):
         raise InputError("every parameter of the model is frozen: there is nothing to share")
     state = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    model = model.to(process.device).train(settings.train_mode)
+    model = in_mode(model.to(process.device), settings.train_mode)
     parameter = next(model.parameters())
     precision = parameter.dtype
     inputs = data_spec.normalize(data_spec.placed(images, parameter))

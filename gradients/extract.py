@@ -20,7 +20,7 @@ from core.client import (
     with_classes,
 )
 from core.clipping import PER_SAMPLE
-from core.data.data_sets import DataSets, load_data
+from core.data.data_sets import DataSets, load_data, take_samples
 from core.data.records import is_table, load_table, table_data_sets
 from core.data.specs import DataSpec
 from core.errors import InputError
@@ -28,7 +28,7 @@ from core.models.architecture import Architecture
 from core.models.building import DEFAULT_POOL_KERNEL, ModelSpec, default_stem, skeleton_of
 from core.models.malicious import parse_malice
 from core.models.own_model import own_architecture
-from core.models.state_files import fit, load_fitting
+from core.models.unchanged import in_mode
 from core.plugins import import_plugin
 from core.processes.distributed import Process
 from core.target import Target, Truth
@@ -44,7 +44,7 @@ from gradients.client_batch import (
 from gradients.malicious_server import tamper
 from gradients.output import peak_memory, write_results
 from gradients.rank_analysis import LayerRank, format_table, rank_analysis
-from gradients.received_model import Pretrained, build_received_model, read_pretrained
+from gradients.received_model import Pretrained, build_received_model, load_own, read_pretrained
 from gradients.record import Measured
 from gradients.settings import (
     DEFAULT_ARCH,
@@ -165,23 +165,27 @@ def _own(settings: ExtractSettings, pretrained: Pretrained | None) -> _Received:
             raise InputError(f"{flag} {value}: is for our architectures, and --model is your own")
     architecture = own_architecture(chosen.builder, settings.seed)
     assert architecture is not None
-    model = in_full_precision(architecture.build()).train(client.train_mode)
-    if pretrained is not None:
-        place = f"--pretrained {pretrained.path}"
-        found = fit(pretrained.state_dict, model)
-        if found.missing or found.other_shape:
-            raise InputError(f"{place}: does not fit {architecture.name}: {found.sentence()}")
-        load_fitting(model, found, place)
+    model = in_mode(in_full_precision(architecture.build()), client.train_mode)
     text = settings.data.data
     own = named_data(text, settings.data.tokens, model, client.loss, settings.seed)
+    data, spec = (
+        _load_data(settings.data, pretrained, settings.seed) if own is None else (own, own.spec)
+    )
+    if pretrained is not None:
+        load_own(model, pretrained, _first_input(data, spec, model))
     if own is not None:
-        return _Received(architecture, own, own.spec, client, lambda: model)
-    data, spec = _load_data(settings.data, pretrained, settings.seed)
+        return _Received(architecture, data, spec, client, lambda: model)
     outputs = check_fits(model, data, client.loss)
     # A site may have fewer classes than its model; then their names are not those of the outputs.
     unnamed = with_classes(dataclasses.replace(spec, class_names=()), client.loss, outputs)
     spec = spec if unnamed.n_classes == spec.n_classes else unnamed
     return _Received(architecture, data, spec, client, lambda: model)
+
+
+def _first_input(data: DataSets, spec: DataSpec, model: nn.Module) -> torch.Tensor:
+    """One sample as the model is given it."""
+    inputs, _ = take_samples(data.train_plain, range(1), spec)
+    return spec.normalize(spec.placed(inputs, next(model.parameters())))
 
 
 def _truth(data: DataSets, indices: list[int], workers: int, process: Process) -> Truth:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from core.errors import InputError
+from core.models.unchanged import in_mode
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
@@ -178,7 +179,9 @@ def _sizes(
         # One image in eval mode: train-mode BatchNorm would refuse it, and would
         # move its running statistics.
         with torch.no_grad():
-            model.eval()(torch.zeros(1, *shape, dtype=parameter.dtype, device=parameter.device))
+            in_mode(model, False)(
+                torch.zeros(1, *shape, dtype=parameter.dtype, device=parameter.device)
+            )
     finally:
         model.train(was_training)
         for hook in hooks:

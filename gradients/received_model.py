@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from core.data.specs import DataSpec
 from core.errors import InputError
 from core.models.building import ModelSpec, build_model, last_linear
 from core.models.state_files import Fit, fit, load_fitting, read_state, state_in
+from core.models.unchanged import in_mode, unchanged
 from core.storage import load_checkpoint
 
 log = logging.getLogger(__name__)
@@ -144,6 +145,63 @@ def _other_features(found: Fit, name: str) -> bool:
     """Whether the file's classifier reads other features, not only names other classes."""
     shapes = found.other_shape.get(f"{name}.weight")
     return shapes is not None and shapes[0][1:] != shapes[1][1:]
+
+
+def load_own(model: nn.Module, pretrained: Pretrained, example: torch.Tensor) -> None:
+    """Load a file into a module of the user's own, whose head may be missing in it.
+
+    What is missing has to come last in the computation: a backbone's file fits a model that has a
+    head more, or one for other classes. Other names in the file (another head) are left out.
+
+    Args:
+        model: Changed; run once for the order of its layers.
+        pretrained: The file's parameters.
+        example: Samples that the model takes.
+
+    Raises:
+        InputError: They do not fit; one sentence says what.
+    """
+    place = f"--pretrained {pretrained.path}"
+    found = fit(pretrained.state_dict, model)
+    absent = [*found.missing, *found.other_shape]
+    if absent:
+        # Which layers come last is asked where something is missing only.
+        order = _layers_in_order(model, example)
+        head = {name.rpartition(".")[0] for name in absent}
+        last = order[len(order) - len(head.intersection(order)) :]
+        others = [name for name in found.other_shape if name.rpartition(".")[0] != order[-1]]
+        differing = any(given[1:] != own[1:] for given, own in found.other_shape.values())
+        if not head.intersection(order) <= set(last) or others or differing:
+            raise InputError(f"{place}: does not fit {type(model).__name__}: {found.sentence()}")
+    anew = load_fitting(model, found, place)
+    if anew:
+        log.warning(
+            "%s: %d tensors of the head are initialised anew (%s)",
+            pretrained.path.name, len(anew), ", ".join(anew[:4]),
+        )  # fmt: skip
+    if found.unexpected:
+        log.warning(
+            "%s: %d tensors are not the model's and left out (%s, ...)",
+            pretrained.path.name, len(found.unexpected), found.unexpected[0],
+        )  # fmt: skip
+
+
+def _layers_in_order(model: nn.Module, example: torch.Tensor) -> list[str]:
+    """Names of the modules with parameters of their own, in the order in which they are done."""
+    order: dict[str, None] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda *_: order.update({name: None})
+
+    owners = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
+    handles = [model.get_submodule(name).register_forward_hook(note(name)) for name in owners]
+    try:
+        with torch.no_grad(), unchanged(model):
+            in_mode(model, False)(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(order)
 
 
 def _set_outlayer(model: nn.Module, state: str) -> None:

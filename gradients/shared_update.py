@@ -272,8 +272,12 @@ def _check_numbers(received: State, sent: State) -> None:
             if value.is_floating_point() and value.element_size() == 1:
                 raise InputError(f"{argument}: {name} holds {value.dtype}; give it in more bits")
     for name, value in received.items():
-        if name in sent and value.is_floating_point() and not sent[name].is_floating_point():
+        if name not in sent:
+            continue
+        if value.is_floating_point() and not sent[name].is_floating_point():
             raise InputError(f"after: {name} holds {sent[name].dtype} in place of {value.dtype}")
+        if value.dtype == torch.bool and sent[name].dtype != torch.bool:
+            raise InputError(f"before: {name} holds {value.dtype} in place of {sent[name].dtype}")
     for name, value in received.items():
         if value.isnan().any():
             raise InputError(f"before: {name} holds NaN")

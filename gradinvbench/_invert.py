@@ -14,6 +14,7 @@ from attack.reconstruction import Reconstruction
 from attack.settings import SETTINGS
 from core.errors import InputError
 from core.losses import Outputs, Targets
+from core.models.unchanged import in_mode
 from core.target import Target
 from gradinvbench._names import check_name
 
@@ -150,7 +151,7 @@ def _placeholder(attack: Attack, target: Target) -> torch.Tensor:
 
 def _outputs(target: Target) -> Outputs:
     """What the model gives for one sample of the mean colour."""
-    model = target.build_model().eval()
+    model = in_mode(target.build_model(), False)
     parameter = next(model.parameters())
     inputs = target.data.placed(torch.zeros((1, *target.data.shape), dtype=torch.long), parameter)
     with torch.no_grad():

@@ -256,7 +256,7 @@ class FederatedTrainer(Trainer):
         lr = self.optimizer.param_groups[0]["lr"]
         for name, parameter in self.model.named_parameters():
             if name in gradient:
-                parameter -= lr * gradient[name]
+                parameter.sub_(lr * gradient[name])
 
     def _shared(
         self,

@@ -19,6 +19,7 @@ from core.losses import Loss
 from core.models.architecture import GivenModel
 from core.models.building import DEFAULT_POOL_KERNEL
 from core.models.own_model import own_architecture
+from core.models.unchanged import in_mode
 from core.plugins import import_plugin
 from core.processes.distributed import Process, barrier, broadcast_object
 from core.reading import check_regular
@@ -132,7 +133,7 @@ def _load_data(settings: DataSettings, own: GivenModel | None, loss: Loss, seed:
     if own is None:
         refuse_own_data(settings.data)
     else:
-        found = named_data(settings.data, settings.tokens, own.build().train(), loss, seed)
+        found = named_data(settings.data, settings.tokens, in_mode(own.build(), True), loss, seed)
         if found is not None:
             return found
     data = load_data(
@@ -144,7 +145,7 @@ def _load_data(settings: DataSettings, own: GivenModel | None, loss: Loss, seed:
         split_seed=settings.split_seed,
     )
     if own is not None:
-        check_fits(own.build().train(), data, loss)
+        check_fits(in_mode(own.build(), True), data, loss)
     return data
 
 

@@ -76,7 +76,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="with --beside: targets per batched run (0: all, 1: one after the other)",
+        help="with --beside: targets per batched run (0: all, where that pays; 1: in turn)",
     )
     parser.add_argument("--state-every", type=int, default=500, help="iterations between saves")
 

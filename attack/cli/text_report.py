@@ -15,6 +15,7 @@ from attack.reconstruction import Reconstruction
 from attack.record import AttackRecord
 from core.data.specs import DataSpec
 from core.losses import Targets, main_output
+from core.models.unchanged import in_mode
 from core.storage import write_text
 from core.target import Target, Truth
 
@@ -52,7 +53,7 @@ def measure_text(
 
 def sample(target: Target, seed: int = 0) -> torch.Tensor:
     """Sentences (N x T) that the client's language model writes by itself, from random tokens."""
-    model = target.build_model().eval()
+    model = in_mode(target.build_model(), False)
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(target.data.n_tokens, (target.batch_size, 1), generator=generator)
     ids = first

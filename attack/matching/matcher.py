@@ -52,7 +52,11 @@ from attack.matching.objectives import (
     squared_norm,
 )
 from attack.matching.replica import Replica, laid_out_as
-from attack.matching.second_derivative import explain_missing_derivative, refuse_silent_gaps
+from attack.matching.second_derivative import (
+    explain_missing_derivative,
+    has_own_functions,
+    refuse_silent_gaps,
+)
 from attack.matching.switches import (
     RecordActivations,
     ReplayActivations,
@@ -249,7 +253,21 @@ class GradientMatcher:
     def _count_call(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
         if self.hvp == "auto" and self.calls % CHECK_EVERY == 0:
             self.calibrate(inputs, labels)
+        if self.hvp == "exact" and self.calls == 0:
+            self._refuse_silent_gaps(inputs)
         self.calls += 1
+
+    def _refuse_silent_gaps(self, inputs: torch.Tensor) -> None:
+        """Where no difference agrees with the second derivative, or none is taken.
+
+        Of torch's own operators it lacks nothing silently: a deep ReLU network has kinks enough for
+        a difference to disagree.
+        """
+        if distributed.world_size() > 1 or self.replica.groups is not None:
+            # BatchNorm over processes or groups is a function of our own.
+            return
+        if has_own_functions(self.replica.model, inputs):
+            refuse_silent_gaps(self.replica.model, inputs, self.replica.local.steps)
 
     def several(self, inputs: torch.Tensor, labels: torch.Tensor) -> list[Match]:
         """Evaluate several restarts in one batched call.
@@ -381,7 +399,7 @@ class GradientMatcher:
             best = self._best_step(exact, inputs, labels)
         self.factor = factor
         if best[0] < ACCEPTED_COSINE and self.calls == 0:
-            refuse_silent_gaps(self.replica.model, inputs)
+            self._refuse_silent_gaps(inputs)
         if len(inputs) != whole:
             return_freed_memory()
         self.agreement = best[0]

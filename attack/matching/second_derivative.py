@@ -8,16 +8,18 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attack.matching.switches import TwiceDifferentiable
 from core.errors import InputError, first_line
 from core.losses import main_output
-from core.models.unchanged import buffers_of, held, random_numbers_held
+from core.models.unchanged import buffers_of, held, in_mode, random_numbers_held, unchanged
 
-# What torch says where an operator cannot be differentiated twice.
 # Samples, step and relative error of a second derivative that is held against a difference.
 _SAMPLES, _STEP, _ERROR = 2, 1e-7, 0.05
+# What torch says where an operator cannot be differentiated twice.
 _WORDS = ("is not implemented", "once_differentiable", "double backward", "backward twice")
 
 
@@ -40,19 +42,47 @@ def explain_missing_derivative(
     except RuntimeError as error:
         if not any(word in str(error) for word in _WORDS):
             raise
-        advice = (
-            "set hvp='difference' (--hvp difference), which needs one derivative only"
-            if steps == 1
-            else "several local steps need it"
-        )
         culprit = _culprit(model, inputs, _has_two_derivatives)
         raise InputError(
             f"{culprit or f'the model {type(model).__name__}'} cannot be differentiated twice "
-            f"({first_line(error)}); {advice}"
+            f"({first_line(error)}); {_advice(steps)}"
         ) from None
 
 
-def refuse_silent_gaps(model: nn.Module, inputs: torch.Tensor) -> None:
+def _advice(steps: int) -> str:
+    if steps == 1:
+        return "set hvp='difference' (--hvp difference), which needs one derivative only"
+    return (
+        "several local steps need it; local_steps='one' (--local-steps one) takes the update for "
+        "one step's gradient"
+    )
+
+
+def has_own_functions(model: nn.Module, inputs: torch.Tensor) -> bool:
+    """Whether a pass calls an autograd function that somebody wrote in Python.
+
+    Torch's own operators refuse a second derivative that they lack; such a function may not.
+
+    Args:
+        model: Run once; nothing of it changes.
+        inputs: What it is given.
+    """
+    with torch.enable_grad(), unchanged(model):
+        output = main_output(model(inputs.detach()))
+    seen: set[Node] = set()
+    open_nodes = [output.grad_fn]
+    while open_nodes:
+        node = open_nodes.pop()
+        if node is None or node in seen:
+            continue
+        if isinstance(node, BackwardCFunction):
+            return True
+        seen.add(node)
+        open_nodes += [before for before, _ in node.next_functions]
+    return False
+
+
+def refuse_silent_gaps(model: nn.Module, inputs: torch.Tensor, steps: int = 1) -> None:
     """Refuse a module whose second derivative lacks a part without an error.
 
     So does a function of one's own whose backward pass detaches a tensor that it depends on. To
@@ -61,6 +91,7 @@ def refuse_silent_gaps(model: nn.Module, inputs: torch.Tensor) -> None:
     Args:
         model: The module in which two derivatives are taken.
         inputs: What it is given.
+        steps: Local steps that are differentiated.
 
     Raises:
         InputError: Names the module.
@@ -69,8 +100,7 @@ def refuse_silent_gaps(model: nn.Module, inputs: torch.Tensor) -> None:
     if culprit:
         raise InputError(
             f"{culprit} has a second derivative that lacks a part: its backward pass detaches "
-            "what it depends on; set hvp='difference' (--hvp difference), which needs one "
-            "derivative only"
+            f"what it depends on, or is differentiable once; {_advice(steps)}"
         )
 
 
@@ -91,7 +121,7 @@ def _culprit(
     hooks = [m.register_forward_hook(note(n)) for n, m in named.items()]  # type: ignore[arg-type]
     state = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), random_numbers_held(inputs.device):
             torch.func.functional_call(model, state, (inputs.detach(),))
     finally:
         for hook in hooks:
@@ -127,7 +157,7 @@ def _second_derivative_is_whole(module: nn.Module, given: torch.Tensor) -> bool:
     At random inputs, which do not lie on a kink as zeros do; in eval mode, where the
     statistics of two samples play no part.
     """
-    module = copy.deepcopy(module).double().eval()
+    module = in_mode(copy.deepcopy(module).double(), False)
     generator = torch.Generator().manual_seed(0)
     shape = given[:_SAMPLES].shape
     x, way = torch.randn((2, *shape), generator=generator, dtype=torch.float64).to(given.device)

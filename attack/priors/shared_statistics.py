@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 
 from attack.settings import setting_error
+from core.models.unchanged import in_mode
 from core.target import BatchStatistics, Target
 from gradients.batch_statistics import (
     batch_norm_layers,
@@ -94,5 +95,5 @@ def _statistics(target: Target, counts: dict[str, int] | None) -> BatchStatistic
 def _values_per_channel(target: Target) -> dict[str, int]:
     """Values behind each statistic of one local step, found without computing any."""
     images = target.batch_size if target.synchronized else target.shards[0]
-    model = target.model.skeleton().to("meta").eval()
+    model = in_mode(target.model.skeleton().to("meta"), False)
     return values_per_channel(model, torch.zeros((images, *target.data.shape), device="meta"))

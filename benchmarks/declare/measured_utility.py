@@ -102,8 +102,10 @@ def utility_of(
 def summary(row: Row) -> Utility:
     """A row's mean and interval."""
     values, n = np.asarray(row.accuracy), len(row.accuracy)
-    spread = STUDENT_T[n - 1] * float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
     mean = float(values.mean())
+    if n == 1:
+        return Utility(mean, math.nan, math.nan, n)
+    spread = STUDENT_T[n - 1] * float(values.std(ddof=1)) / math.sqrt(n)
     return Utility(mean, max(0.0, mean - spread), min(100.0, mean + spread), n)
 
 

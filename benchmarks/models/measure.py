@@ -18,6 +18,7 @@ from core.data.specs import DataSpec
 from core.errors import InputError
 from core.losses import main_output
 from core.models.architecture import GivenModel
+from core.models.unchanged import in_mode
 from core.target import Target
 from gradients.client import ClientSettings, share_update
 
@@ -98,7 +99,7 @@ def agreement(
     images = torch.rand(BATCH, *shape)
     labels = torch.arange(BATCH) % n_classes
     try:
-        target = _shared(build().train(mode == "train"), images, labels, n_classes)
+        target = _shared(in_mode(build(), mode == "train"), images, labels, n_classes)
         return _measured(blank, target, labels)
     except InputError as error:
         return dataclasses.replace(blank, refusal=str(error))

@@ -245,6 +245,22 @@ class Rearranged(nn.Module):
         return self.layers(x.reshape(len(x), *self.shape))
 
 
+class Forgetful(nn.Module):
+    """Its `train` does not return it, as those of some published modules."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        """Without a result."""
+        super().train(mode)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """N x 3 x 8 x 8 to N x 5."""
+        return self.inner(x)
+
+
 def _frozen() -> nn.Module:
     model = _around(nn.BatchNorm2d(WIDTH))
     model.get_parameter("0.weight").requires_grad_(False)
@@ -317,6 +333,7 @@ OWN_MODULES: dict[str, Callable[[], nn.Module]] = {
         _volume, nn.Conv3d(1, 4, 3), nn.ReLU(), nn.MaxPool3d((1, 2, 2))
     ),
     "lazy layers": _lazy,
+    "train() that returns nothing": lambda: Forgetful(_around(nn.BatchNorm2d(WIDTH))),
     "TorchScript": lambda: torch.jit.script(_around()),
     "DataParallel": lambda: nn.DataParallel(_around()),
     "float16 parameters": lambda: _around().half(),

@@ -13,7 +13,7 @@ N_CLASSES = 10
 SIDE = 64
 NARROW_SIDE = 32
 # Sides of those that take no images of 64 px: their pooling, patches or windows are too large.
-SIDES = {"inception_v3": 128, "vit_h_14": 56, "maxvit_t": 224}
+SIDES = {"inception_v3": 299, "vit_h_14": 56, "maxvit_t": 224}
 # One of each family of timm that torchvision has not.
 TIMM = (
     "mixer_s32_224",

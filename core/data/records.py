@@ -384,9 +384,8 @@ def _diabetes(root: Path | None) -> _Described:
     Source: Efron, Hastie, Johnstone, Tibshirani, Least Angle Regression, 2004; comes with
     scikit-learn.
     """
-    options = {"sep": r"\s+", "header": None}
     path = _packaged("sklearn", "data", "diabetes_data_raw.csv.gz")
-    frame = _frame(path, "--data", names=_DIABETES, **options)
+    frame = _frame(path, "--data", names=_DIABETES, sep=r"\s+", header=None)
     progress = np.loadtxt(_packaged("sklearn", "data", "diabetes_target.csv.gz"))
     kinds = dict.fromkeys(_DIABETES, CONTINUOUS) | {"sex": CATEGORICAL}
     above = ["above" if more else "below" for more in progress > np.median(progress)]
@@ -419,8 +418,11 @@ def _adult(root: Path | None) -> _Described:
     """
     if root is None:
         raise InputError("--data adult: give the folder that holds adult.data with --data-root")
-    options = {"header": None, "names": _ADULT, "skipinitialspace": True, "na_values": "?"}
-    frame = _frame(root / "adult.data", "--data-root", **options).dropna()
+    path = root / "adult.data"
+    spaced = _frame(
+        path, "--data-root", names=_ADULT, header=None, skipinitialspace=True, na_values="?"
+    )
+    frame = spaced.dropna()
     numbers = [n for n in _ADULT if frame[n].dtype.kind in "iuf"]
     kinds = {n: CONTINUOUS if n in numbers else CATEGORICAL for n in _ADULT[:-1]}
     return _Described("adult", frame.drop(columns="salary"), frame["salary"].tolist(), kinds)

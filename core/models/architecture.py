@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from core.errors import InputError
 from core.models.batch_norm import without_synchronization
-from core.models.unchanged import modes_held, refused_inputs
+from core.models.unchanged import in_mode, modes_held, refused_inputs
 
 # Where wrappers that change nothing of what a model computes keep it.
 _WRAPPERS = {
@@ -133,7 +133,7 @@ def _materialise(module: nn.Module, shape: Sequence[int]) -> None:
     inputs = torch.zeros(1, *shape)
     with modes_held(module):
         try:
-            module.eval()(inputs)
+            in_mode(module, False)(inputs)
         except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
             raise refused_inputs(module, inputs, error) from None
 

@@ -18,7 +18,7 @@ from core.data.specs import DataSpec
 from core.errors import InputError
 from core.losses import main_output
 from core.models.kinds import Convolution
-from core.models.unchanged import refused_inputs, unchanged
+from core.models.unchanged import in_mode, refused_inputs, unchanged
 
 # Any value but zero: some layers divide by what they read.
 PROBE_VALUE = 0.5
@@ -56,7 +56,7 @@ def find_head(model: nn.Module, example: torch.Tensor) -> Head:
     handles = [layers[name].register_forward_hook(cuts[name]) for name in layers]
     try:
         with torch.enable_grad(), unchanged(model):
-            output = main_output(_run(model.eval(), example))
+            output = main_output(_run(in_mode(model, False), example))
     finally:
         for handle in handles:
             handle.remove()

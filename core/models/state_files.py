@@ -164,12 +164,15 @@ def renamed(state: State, model_names: Collection[str]) -> State:
         The same tensors; unchanged where no prefix makes more of the names fit.
     """
     wanted = set(model_names)
-    best = max(_renamings(state), key=lambda names: len(wanted.intersection(names)))
+    # A backbone's own file does not say which part of a larger model it is.
+    parts = dict.fromkeys(f"{name.partition('.')[0]}." for name in model_names if "." in name)
+    found = _renamings(state, [*PREFIXES, *(part for part in parts if part not in PREFIXES)])
+    best = max(found, key=lambda names: len(wanted.intersection(names)))
     return dict(zip(best, state.values(), strict=True))
 
 
-def _renamings(state: State) -> list[list[str]]:
-    """The names as they are, without the wrappers' prefixes, and with one more."""
+def _renamings(state: State, prefixes: Sequence[str]) -> list[list[str]]:
+    """The names as they are, without the wrappers' prefixes, and with one more of `prefixes`."""
     names = list(state)
     found = [names]
     while True:
@@ -177,7 +180,7 @@ def _renamings(state: State) -> list[list[str]]:
         if shorter == found[-1] or len(set(shorter)) < len(names):
             break
         found.append(shorter)
-    return found + [[prefix + name for name in names] for prefix in PREFIXES]
+    return found + [[prefix + name for name in names] for prefix in prefixes]
 
 
 def _without_prefix(name: str) -> str:

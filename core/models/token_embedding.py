@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from core.errors import InputError, first_line
-from core.models.unchanged import unchanged
+from core.models.unchanged import in_mode, unchanged
 
 
 def probe(length: int) -> torch.Tensor:
@@ -36,7 +36,7 @@ def token_embedding(model: nn.Module, length: int) -> tuple[str, nn.Embedding]:
     parameter = next(model.parameters())
     try:
         with torch.no_grad(), unchanged(model):
-            model.eval()(ids.to(parameter.device))
+            in_mode(model, False)(ids.to(parameter.device))
     except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
         raise InputError(
             f"the model {type(model).__name__} does not take sentences of {length} token ids: "

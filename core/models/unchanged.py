@@ -49,6 +49,12 @@ def held(buffers: Iterable[Buffer]) -> Iterator[None]:
                 tensor.copy_(value)
 
 
+def in_mode(model: nn.Module, training: bool) -> nn.Module:
+    """The model, set to train or to eval mode: a module's own `train` may not return it."""
+    model.train(training)
+    return model
+
+
 @contextlib.contextmanager
 def modes_held(model: nn.Module) -> Iterator[None]:
     """Within the block `train` and `eval` may be called; afterwards every layer is as it was."""

@@ -62,5 +62,5 @@ class OpacusDp(Defense):
                     found = parameters[name].grad
                     assert found is not None
                     summed += found
-                    parameters[name] -= client.local.lr * found
+                    parameters[name].sub_(client.local.lr * found)
         return {name: summed / len(steps) for name, summed in total.items()}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 import gradinvbench as gib
 from attack.matching.acceleration import AcceleratedMatcher
@@ -20,7 +21,17 @@ from attack.matching.second_derivative import refuse_silent_gaps
 from attack.priors.regularizers import shared_features
 from attack.settings import SpeedSettings
 from benchmarks.models import published
-from benchmarks.models.measure import BATCH, CPU, ENOUGH, agreements
+from benchmarks.models.apart import _death, _within_memory
+from benchmarks.models.cases import Case
+from benchmarks.models.measure import (
+    BATCH,
+    CPU,
+    ENOUGH,
+    MODES,
+    Agreement,
+    agreement,
+    agreements,
+)
 from benchmarks.models.own_modules import CHANNELS, N_CLASSES, OWN_MODULES, SIDE
 from benchmarks.models.published import (
     Published,
@@ -30,7 +41,7 @@ from benchmarks.models.published import (
 )
 from benchmarks.models.record import Record
 from core.models.head import head_for
-from core.models.unchanged import buffers_of, unchanged
+from core.models.unchanged import buffers_of, in_mode, unchanged
 from core.target import Target, Truth
 from gradients.checkpoint import load_target, save_target
 
@@ -55,7 +66,7 @@ TAKEN = [name for name in OWN_MODULES if name not in REFUSED]
 
 def shared(name: str, train: bool = True) -> tuple[Target, Truth]:
     torch.manual_seed(0)
-    model = OWN_MODULES[name]().train(train)
+    model = in_mode(OWN_MODULES[name](), train)
     return gib.share(model, torch.rand(BATCH, *SHAPE), torch.arange(BATCH))
 
 
@@ -136,7 +147,7 @@ def test_an_evaluation_changes_no_later_one(name: str, hvp: str) -> None:
 @pytest.mark.parametrize("name", MOVING)
 def test_unchanged_puts_everything_back(name: str) -> None:
     torch.manual_seed(0)
-    model = OWN_MODULES[name]().train()
+    model = in_mode(OWN_MODULES[name](), True)
     x = torch.rand(2, *SHAPE)
     moved = [(each, each.tensor, each.tensor.clone()) for each in buffers_of(model)]
     model(x)
@@ -280,10 +291,138 @@ def test_a_second_derivative_that_lacks_a_part_names_the_module() -> None:
         matcher(torch.rand(2, 3, 8, 8), torch.tensor([0, 1]))
 
 
+class _Once(torch.autograd.Function):
+    """The square, of which torch is told that it has one derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: torch.Tensor) -> torch.Tensor:
+        return 2 * ctx.saved_tensors[0] * slope
+
+
+class _OnceSquares(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _Once.apply(x)
+
+
+class _CubesTwice(nn.Module):
+    """Of a function of its own that lacks nothing."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _Cube.apply(x)
+
+
+class _Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, slope: torch.Tensor) -> torch.Tensor:
+        return 3 * ctx.saved_tensors[0] ** 2 * slope
+
+
+def client_of(module: nn.Module, local: str) -> Target:
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 4, 3), module, nn.Flatten(), nn.Linear(144, 5))
+    return gib.share(nn.Sequential(*layers), torch.rand(2, *SHAPE), [0, 1], local=local)[0]
+
+
+ONE, SEVERAL, MANY = "sgd lr=0.1", "sgd lr=0.01 steps=3", "sgd lr=0.001 steps=17"
+
+
+@pytest.mark.parametrize("hvp", ["auto", "exact"])
+@pytest.mark.parametrize("local", [ONE, SEVERAL, MANY])
+@pytest.mark.parametrize("module", [_Squares(), _OnceSquares()], ids=["detached", "once"])
+def test_a_module_without_a_second_derivative_is_named(
+    module: nn.Module, local: str, hvp: str
+) -> None:
+    name = type(module).__name__
+    advice = "set hvp='difference'" if local == ONE else "several local steps need it; local_steps"
+    target = client_of(module, local)
+    with pytest.raises(gib.InputError) as caught:
+        gib.invert(target, hvp=hvp, labels=[0, 1], iterations=1, progress=False)
+    sentence = str(caught.value)
+    assert sentence.startswith(f"the module 1 ({name}) ")
+    assert "lacks a part" in sentence or "cannot be differentiated twice" in sentence
+    assert advice in sentence
+    assert "\n" not in sentence
+
+
+def test_what_the_sentence_advises_works() -> None:
+    for module in (_Squares(), _OnceSquares()):
+        target = client_of(module, ONE)
+        gib.invert(target, hvp="difference", labels=[0, 1], iterations=2, progress=False)
+        target = client_of(module, SEVERAL)
+        options = {"hvp": "difference", "local_steps": "one", "iterations": 2, "progress": False}
+        gib.invert(target, labels=[0, 1], **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("local", [ONE, SEVERAL])
+def test_a_function_of_ones_own_that_lacks_nothing_is_taken(local: str) -> None:
+    target = client_of(_CubesTwice(), local)
+    gib.invert(target, hvp="exact", labels=[0, 1], iterations=2, progress=False)
+
+
 def test_no_module_of_torch_is_said_to_lack_a_part() -> None:
     # Two that are refused before, and one that is taken out of its wrapper.
     others = ("TorchScript", "checkpointed block, reentrant", "DataParallel")
     for name, build in OWN_MODULES.items():
         if name not in others:
             torch.manual_seed(0)
-            refuse_silent_gaps(build().float(), torch.rand(4, CHANNELS, SIDE, SIDE))
+            model, inputs = build().float(), torch.rand(4, CHANNELS, SIDE, SIDE)
+            numbers = RandomNumbers(CPU)
+            refuse_silent_gaps(model, inputs)
+            # Masks of the pass that follows are those that would have come without it.
+            assert not numbers.drawn
+
+
+def case(build: Any) -> Case:
+    return Case("own", "mine", build, SHAPE, N_CLASSES)
+
+
+def test_a_model_that_outgrows_the_memory_has_a_row_that_says_so() -> None:
+    def large() -> nn.Module:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
+
+    row = _within_memory(case(large), "train", 7)
+    assert row.refusal == "not measured: it takes more than 7 GiB of memory"
+    assert (row.model, row.mode) == ("mine", "train")
+
+    def broken() -> nn.Module:
+        raise RuntimeError("a fault of the model's own")
+
+    with pytest.raises(RuntimeError, match="a fault of the model's own"):
+        _within_memory(case(broken), "eval", 7)
+
+
+def test_a_row_says_how_its_process_ended() -> None:
+    assert _death(-11) == "not measured: the process ended with signal SIGSEGV"
+    assert _death(1) == "not measured: the process ended with status 1"
+
+
+def test_rows_that_were_not_measured_are_not_counted(tmp_path: Path) -> None:
+    record = Record.read(tmp_path)
+    rows = [agreement("a", OWN_MODULES["no special layer"], SHAPE, N_CLASSES, m) for m in MODES]
+    record.add("own", rows)
+    record.add("own", [Agreement("b", mode, SHAPE, refusal=_death(-9)) for mode in MODES])
+    record.write()
+    page = Record.read(tmp_path).page()
+    assert "\n1 measured so far." in page
+    assert "SIGKILL" in page
+
+
+def test_a_strided_convolution_of_few_channels_keeps_the_plain_layout() -> None:
+    # oneDNN writes outside of memory in its backward pass, see `attack.matching.replica`.
+    images = torch.rand(1, 3, 16, 16)
+    for kernel, plain in ((1, True), (3, False)):
+        layers = (nn.Conv2d(3, 8, kernel, 2), nn.Flatten(), nn.LazyLinear(5))
+        target, _ = gib.share(nn.Sequential(*layers), images, [0])
+        layout = Replica(target, CPU).layout
+        assert (layout == torch.contiguous_format) == plain

@@ -87,7 +87,7 @@ def audited(request: AuditRequest) -> tuple[AuditRecord, float, float]:
     return record, plan.forecast, EACH * (Counted.seen - began)
 
 
-@pytest.mark.parametrize("budget", [120.0, 300.0])
+@pytest.mark.parametrize("budget", [240.0, 1200.0])
 def test_keeps_to_a_budget_and_to_what_it_foretells(budget: float, clock: None) -> None:
     """All of 300 images in 50 iterations, once and in two plants, would take 400 seconds."""
     record, foretold, took = audited(asked(budget))
@@ -105,7 +105,7 @@ def test_keeps_to_a_budget_and_to_what_it_foretells(budget: float, clock: None) 
     assert f"in {made.iterations} iterations" in said
     assert made.iterations >= 20
     short = any("finds less than it would" in warning for warning in record.warnings)
-    assert short == (made.iterations < 50) == (budget < 200)
+    assert short == (made.iterations < 50)
     # The test that decides is of everybody.
     assert made.test is not None
     assert (made.test.members, made.test.non_members) == (MEMBERS, OTHERS)

@@ -140,7 +140,7 @@ def test_a_committed_cell_counts_for_later_code_and_is_not_computed_again(tmp_pa
     assert rows[1].runs[0].baselines["flat colour"]["psnr"]["mean"] == 14.0
     said = say_costs(table, store, Workers(jobs=2), 1800.0)
     assert "about 2 s on 2 processes" in said
-    assert "1 cells whose costs nobody has recorded" in said
+    assert "nobody has recorded what 1 of them cost" in said
     assert "30 min" in said
 
 

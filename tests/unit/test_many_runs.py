@@ -52,7 +52,9 @@ def test_each_checkpoint_gets_what_it_would_get_alone(files: Path, tmp_path: Pat
         assert command(*FLAGS, *words, "--metric", "--root", str(tmp_path / "alone")) == 0
     words = ["--checkpoint", f"{files}/0.tar", "--metric", "--root", str(tmp_path / "many")]
     beside = [f"{files}/1.tar", f"{files}/2.tar={tmp_path}/elsewhere"]
-    assert command(*FLAGS, *words, "--id", "run", "--beside", *beside) == 0
+    assert (
+        command(*FLAGS, *words, "--id", "run", "--targets-at-once", "3", "--beside", *beside) == 0
+    )
     folders = [tmp_path / "many" / "run", tmp_path / "many" / "run-2", tmp_path / "elsewhere/run"]
     for number, folder in enumerate(folders):
         mine, own = record(folder), record(tmp_path / "alone" / str(number))
@@ -88,7 +90,12 @@ def test_what_cannot_be_batched_runs_in_turn_and_says_so(
 ) -> None:
     more = [f"{files}/{word}" if word.endswith(".tar") else word for word in more]
     words = [*FLAGS, "--checkpoint", f"{files}/0.tar", "--root", str(tmp_path), "--id", "a"]
-    assert command(*words, "--epochs", "3", "--beside", f"{files}/1.tar", *more) == 0
+    assert (
+        command(
+            *words, "--epochs", "3", "--targets-at-once", "2", "--beside", f"{files}/1.tar", *more
+        )
+        == 0
+    )
     assert why in caplog.text
     assert "targets_at_once" not in record(tmp_path / "a-2")["details"]
 

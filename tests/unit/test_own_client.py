@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,6 +147,55 @@ def test_a_regression_goes_through_all_three_stages(site: Path, loss: str) -> No
     )  # fmt: skip
     best = torch.load(site / "trained" / "model_best.pth.tar", weights_only=False)["state_dict"]
     assert torch.equal(target.state_dict["3.weight"].float(), best["3.weight"])
+
+
+def file_of(state: dict[str, torch.Tensor], name: str = "given.pth") -> list[str]:
+    torch.save(state, name)
+    return ["--pretrained", name]
+
+
+def pretrained_state() -> dict[str, torch.Tensor]:
+    torch.manual_seed(9)
+    state: dict[str, torch.Tensor] = named_object("own_site:build", "x")().state_dict()  # type: ignore[operator]
+    return state
+
+
+@pytest.mark.parametrize("case", ["no head", "other classes", "another head", "inside"])
+def test_a_backbones_file_leaves_the_head_as_it_is_built(
+    site: Path, case: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = pretrained_state()
+    backbone = {name: value for name, value in state.items() if name.startswith("0.")}
+    files = {
+        "no head": backbone,
+        "other classes": state | {"3.weight": torch.ones(7, 96), "3.bias": torch.ones(7)},
+        "another head": backbone | {"fc.weight": torch.ones(7, 96), "fc.bias": torch.ones(7)},
+        # The convolution's own file, of which the model is one part.
+        "inside": {name.removeprefix("0."): value for name, value in backbone.items()},
+    }
+    with caplog.at_level(logging.WARNING):
+        checkpoint = extracted("mse", "signals", *file_of(files[case]))
+    assert "2 tensors of the head are initialised anew (3.weight, 3.bias)" in caplog.text
+    assert ("not the model's and left out" in caplog.text) == (case == "another head")
+    build = named_object("own_site:build", "x")
+    target, _ = gib.load_target(checkpoint, build=build)  # type: ignore[arg-type]
+    assert torch.equal(target.state_dict["0.weight"].float(), state["0.weight"])
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"0.weight": None, "0.bias": None}, "does not fit Sequential: 2 names are missing: 0.w"),
+        ({"0.weight": torch.ones(6, 2, 5)}, r"0.weight has shape \(6, 2, 5\)"),
+        ({"3.weight": torch.ones(3, 48)}, r"3.weight has shape \(3, 48\)"),
+    ],
+)
+def test_a_file_of_another_backbone_is_refused(
+    site: Path, change: dict[str, torch.Tensor | None], sentence: str
+) -> None:
+    state = {n: v for n, v in (pretrained_state() | change).items() if v is not None}
+    with pytest.raises(InputError, match=f"--pretrained given.pth: .*{sentence}"):
+        extracted("mse", "signals", *file_of(state))
 
 
 def test_its_parameters_ask_for_the_module_they_belong_to(site: Path) -> None:

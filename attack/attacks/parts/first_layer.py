@@ -13,6 +13,7 @@ from torch import nn
 
 from core.errors import InputError
 from core.models.kinds import BatchNorm
+from core.models.unchanged import in_mode
 from core.target import Target
 
 
@@ -114,7 +115,7 @@ def _trace(model: nn.Module, inputs: torch.Tensor) -> list[_Call]:
     """The leaf modules in the order in which they are run."""
     calls: list[_Call] = []
     hooks = []
-    for name, module in model.eval().named_modules():
+    for name, module in in_mode(model, False).named_modules():
         if next(module.children(), None) is not None:
             continue
 

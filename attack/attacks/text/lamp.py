@@ -17,6 +17,7 @@ from attack.attacks.text.parts.result import text_reconstruction
 from attack.reconstruction import Reconstruction
 from attack.settings import InversionConfig
 from core.losses import Targets
+from core.models.unchanged import in_mode
 from core.target import Target
 
 # Optimisations, with a search over orders behind each.
@@ -115,7 +116,7 @@ def _judged(
     value = gradient_loss(target, ids, known, ids.device)
     if target.loss.targets is Targets.TOKENS:
         with torch.no_grad():
-            value += FLUENCY * float(target.loss(target.build_model().eval()(ids), ids))
+            value += FLUENCY * float(target.loss(in_mode(target.build_model(), False)(ids), ids))
     return _State(embeddings, ids, value)
 
 

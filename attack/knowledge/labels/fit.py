@@ -16,10 +16,9 @@ import torch
 
 from attack.knowledge.labels.last_layer import LastLayer
 
-# Labels that leave less than this share of the gradient unexplained pass for right. On nine
-# untrained networks right ones mostly left 1e-6 or less, some up to 8e-5, one 5e-3; wrong ones 6e-3
-# or more. On a trained ResNet-18 the solver often failed for right ones of 4 and 8 samples: where
-# none explains the gradient, the one of least doubt is taken, and may be wrong.
+# Labels that leave less than this share of the gradient unexplained pass for right; what right and
+# wrong ones leave is measured by `benchmarks.label_rules`. Where none explains the gradient, the
+# one of least doubt is taken, and may be wrong.
 EXPLAINED = 1e-3
 # Entries of the Jacobian beyond which a hypothesis is not tried.
 MAX_ENTRIES = 2_000_000

@@ -12,7 +12,7 @@ from core.errors import InputError
 from core.local_training import SGD
 from core.losses import CrossEntropy, main_output
 from core.models.head import example_for, find_linear_head
-from core.models.unchanged import unchanged
+from core.models.unchanged import in_mode, unchanged
 from core.target import Target
 
 # Below this share of the largest feature, a negative one is rounding.
@@ -200,7 +200,7 @@ def require_plain_head(target: Target, model: nn.Module) -> None:
     handle = layer.register_forward_hook(lambda _, __, output: outputs.append(output.detach()))
     try:
         with torch.no_grad(), unchanged(model):
-            given = main_output(model.eval()(example_for(model, target.data)))
+            given = main_output(in_mode(model, False)(example_for(model, target.data)))
     finally:
         handle.remove()
     if given.numel() != outputs[-1].numel() or not torch.equal(given.ravel(), outputs[-1].ravel()):
@@ -234,7 +234,7 @@ def random_features(target: Target, model: nn.Module, n_inputs: int = 16) -> tor
     try:
         with torch.no_grad(), unchanged(model):
             torch.manual_seed(0)
-            model.train(target.train_mode)(inputs)
+            in_mode(model, target.train_mode)(inputs)
     finally:
         handle.remove()
     return torch.cat([each.flatten(0, -2) for each in features]).double().cpu()

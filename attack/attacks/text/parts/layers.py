@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from core.losses import main_output
-from core.models.unchanged import unchanged
+from core.models.unchanged import in_mode, unchanged
 from core.target import Target
 
 # Sentences that run through the model at a time.
@@ -106,7 +106,7 @@ def token_layers(target: Target, seed: int = 0) -> TokenLayers:
         target: Of a client with text.
         seed: Of the random sentences.
     """
-    model: nn.Module = target.build_model().double().eval()
+    model: nn.Module = in_mode(target.build_model().double(), False)
     length, n_tokens = target.data.shape[0], target.data.n_tokens
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(n_tokens, (1, length), generator=generator).expand(3, -1).clone()
@@ -138,7 +138,9 @@ def token_layers(target: Target, seed: int = 0) -> TokenLayers:
         else:
             groups.append([layer])
             read.append(call.inputs)
-    return TokenLayers(model, target.build_model().eval(), tuple(map(tuple, groups)), causal)
+    return TokenLayers(
+        model, in_mode(target.build_model(), False), tuple(map(tuple, groups)), causal
+    )
 
 
 def _alike(first: torch.Tensor, second: torch.Tensor) -> bool:
