@@ -74,7 +74,7 @@ def test_a_protocol_that_contradicts_itself_is_refused(
     [
         ("images: 32", "images: 31", "batch_sizes: every one must divide 31"),
         ("images: 32", "pictures: 32", "no protocol"),
-        ("utility: {arch: cnn,", "utility: {arch: cnn, size: 3,", "no protocol"),
+        ("{arch: cnn, width: 8, clients", "{arch: cnn, size: 3, clients", "no protocol"),
     ],
 )
 def test_a_broken_file_is_named(tmp_path: Path, old: str, new: str, message: str) -> None:
