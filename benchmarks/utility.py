@@ -32,6 +32,7 @@ from benchmarks.declare.measured_utility import (
     utility_of,
 )
 from core.errors import InputError, exit_status
+from core.launch_arguments import CommandParser
 from core.plugins import import_plugin
 from core.processes.distributed import Process
 from core.reading import read_json_object
@@ -248,9 +249,9 @@ def to_markdown(rows: Sequence[Row], protocol: Protocol) -> str:
     return f"{caption}\n\n{table}\n"
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m benchmarks.utility",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -33,6 +33,7 @@ from benchmarks.show.statistics import bootstrap_interval
 from benchmarks.utility import Protocol, measure
 from core.data.data_sets import DataSets, load_data, take_samples
 from core.errors import InputError, exit_status
+from core.launch_arguments import CommandParser
 from core.models.building import ModelSpec
 from core.reading import read_json_object
 from core.storage import write_record, write_text
@@ -401,9 +402,9 @@ def _budget(epsilon: float | None) -> str:
     return "∞" if math.isinf(epsilon) else f"{epsilon:,.3g}" if epsilon < 1e4 else f"{epsilon:,.0f}"
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m benchmarks vendor_defaults",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -139,6 +139,10 @@ class April(_Embedding):
 
     Published: 23.90 dB, LPIPS 0.12, on one image of ImageNet with a small vision
         transformer, in the notebook of https://github.com/JonasGeiping/breaching.
+
+    Reproduced:
+        april: not computed yet.
+        april-small: not computed yet.
     """
 
     name = "april"

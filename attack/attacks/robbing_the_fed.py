@@ -36,6 +36,9 @@ class RobbingTheFed(Attack):
     Published: 47.08 dB of the image that the one-shot block finds among 32,768 of ImageNet, in the
         notebook of https://github.com/JonasGeiping/breaching.
 
+    Reproduced:
+        robbing-the-fed: not computed yet.
+
     Example:
         python training/get_gradients.py --data photo-patches -b 8 --malicious imprint:256
         python main_run.py --attack robbing-the-fed --checkpoint CHECKPOINT --metric

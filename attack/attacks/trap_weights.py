@@ -48,6 +48,11 @@ class TrapWeights(Attack):
     Published: .994, .666 and .215 of the images at batch 64, 128 and 256 with 1,000 neurons on
         CIFAR-10 (the latter repository).
 
+    Reproduced:
+        trap-weights-64: not computed yet.
+        trap-weights-128: not computed yet.
+        trap-weights-256: not computed yet.
+
     Example:
         python training/get_gradients.py --data randhie --arch mlp -b 64 --malicious trap:1
         python main_run.py --attack trap-weights --checkpoint CHECKPOINT --metric

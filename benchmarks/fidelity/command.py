@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core.errors import InputError
+from core.launch_arguments import CommandParser
 
 if TYPE_CHECKING:
     from benchmarks.fidelity.declare import Row
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
 FOLDER = Path("results/fidelity")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m benchmarks fidelity",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

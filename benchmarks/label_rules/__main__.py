@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from core.errors import InputError, exit_status
+from core.launch_arguments import CommandParser
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m benchmarks.label_rules",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -27,6 +27,7 @@ from attack.metrics import evaluate
 from attack.metrics.worst_case import worst_case
 from core.data.data_sets import DataSets, derived_seed, load_data, take_samples
 from core.errors import InputError, exit_status
+from core.launch_arguments import CommandParser
 from core.models.building import ModelSpec
 from core.plugins import import_plugin
 from core.processes.distributed import Process
@@ -102,9 +103,9 @@ class ImageResult:
     strongest: str
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m benchmarks.leaderboard.piece",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
