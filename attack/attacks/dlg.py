@@ -17,6 +17,11 @@ class DLG(OptimizationAttack):
     one start, in the notebook of https://github.com/JonasGeiping/breaching; 46.25 dB (deviation
     12.66) on 100 images with the LeNet, in table 1 of https://arxiv.org/abs/2003.14053.
 
+    Reproduced:
+        dlg-lenet: not computed yet.
+        dlg-convnet: needs a GPU (about 4 hours).
+        beyond-inferring-convnet: needs a GPU (about 2 hours).
+
     Needs a network with a second derivative (sigmoids; ReLU gives it little to follow) and
     gradients of a freshly initialised one. One iteration is one `step` of `torch.optim.LBFGS`
     with its default of 20 inner iterations; the line search has none, as published, so that

@@ -14,6 +14,9 @@ class E2EGI(OptimizationAttack):
     Federated Learning", IEEE JBHI 27(2), 2023, https://doi.org/10.1109/JBHI.2022.3204455;
     https://github.com/zhaohuali/E2EGI.
 
+    Reproduced:
+        e2egi: needs a GPU (about 100 hours).
+
     Three stages: seeds on their own (0.3 of the iterations), seeds drawn to a fusion that is
     renewed every 1000 iterations (0.3), and the newest fusion alone without noise (0.4). The
     published program continues from the fusion before the newest one, an oversight.

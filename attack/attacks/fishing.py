@@ -51,6 +51,9 @@ class Fishing(OptimizationAttack):
     Published: a registered PSNR of 20.23 dB of the best of 256 images of ImageNet with a trained
         ResNet-18, in the notebook of https://github.com/JonasGeiping/breaching.
 
+    Reproduced:
+        fishing: needs a GPU (about 4 hours).
+
     Example:
         python training/get_gradients.py --data photo-patches --model-eval --malicious fishing:3
         python main_run.py --attack fishing --checkpoint CHECKPOINT --metric

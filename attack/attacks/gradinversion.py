@@ -16,6 +16,12 @@ class GradInversion(OptimizationAttack):
     Published: 13.92 dB, LPIPS 0.72, on one image of ImageNet with a ResNet-50, in the notebook
     of https://github.com/JonasGeiping/breaching.
 
+    Reproduced:
+        gradinversion-1: needs a GPU (about 12 hours).
+        gradinversion-2: needs a GPU (about 12 hours).
+        gradinversion-3: needs a GPU (about 12 hours).
+        gradinversion-4: needs a GPU (about 90 hours).
+
     The norms are those of the paper (sums over layers and pixels, not means), so that its
     weights mean what they mean there. After a quarter of the iterations (5000 of 20000) the
     seeds are registered onto their mean every 100 iterations and drawn to the result. The

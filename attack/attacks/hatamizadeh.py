@@ -21,6 +21,12 @@ class Hatamizadeh(OptimizationAttack):
     https://arxiv.org/abs/2202.06924; settings of the example `quantifying-data-leakage` of
     https://github.com/NVIDIA/NVFlare.
 
+    Reproduced:
+        rdlv-round-20: needs a GPU (about 20 hours).
+        rdlv-round-40: needs a GPU (about 20 hours).
+        rdlv-round-60: needs a GPU (about 20 hours).
+        rdlv-round-80: needs a GPU (about 20 hours).
+
     The client runs in train mode, and its batch statistics follow from the running ones it
     shares. What is matched is the weight difference, per layer by its Euclidean norm: the
     weight of the gradient is the paper's times the client's learning rate and steps. Their

@@ -23,6 +23,9 @@ class IDLG(OptimizationAttack):
 
     Published: the right label of every image (table 1).
 
+    Reproduced:
+        idlg-lenet: not computed yet.
+
     Args:
         config: Defaults: those of `DLG` with the label fixed (label rule "idlg").
 

@@ -19,6 +19,9 @@ class Modern(OptimizationAttack):
     Published: 12.04 dB, LPIPS 0.39, on one image of ImageNet with a ResNet-18, in its own
     notebook.
 
+    Reproduced:
+        modern: needs a GPU (about 4 hours).
+
     Args:
         config: Defaults: Adam 0.1, cosine to 0 after 50 iterations of warm-up, 24000
             iterations, tanh(s g) / s in place of the sign with s falling to 0, start of

@@ -91,6 +91,9 @@ class RGap(Attack):
     Published: 49.01 dB on one image of CIFAR-10 with cnn6, in the notebook of
         https://github.com/JonasGeiping/breaching.
 
+    Reproduced:
+        r-gap: not computed yet.
+
     Example:
         python training/get_gradients.py --data photo-patches -a cnn6 -b 1 --double
         python main_run.py --attack r-gap --checkpoint CHECKPOINT --metric

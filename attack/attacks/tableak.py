@@ -67,6 +67,9 @@ class TabLeak(Attack):
     Published: on Adult at batch 32, a network of 100-100 neurons, 10 points above the baseline
         (the authors' README).
 
+    Reproduced:
+        tableak: not computed yet.
+
     Example:
         >>> target, truth = gib.share(model, gib.table("randhie").batch(32))
         >>> print(gib.evaluate(gib.invert(target, attack="tableak"), truth))

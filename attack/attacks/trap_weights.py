@@ -48,6 +48,11 @@ class TrapWeights(Attack):
     Published: .994, .666 and .215 of the images at batch 64, 128 and 256 with 1,000 neurons on
         CIFAR-10 (the latter repository).
 
+    Reproduced:
+        trap-weights-64: 0.938 (0.922 to 0.953, n = 8), 2026-11-28: below: not explained yet.
+        trap-weights-128: 0.820 (0.795 to 0.847, n = 8), 2026-11-28: above.
+        trap-weights-256: not computed yet.
+
     Example:
         python training/get_gradients.py --data randhie --arch mlp -b 64 --malicious trap:1
         python main_run.py --attack trap-weights --checkpoint CHECKPOINT --metric

@@ -54,6 +54,9 @@ class Dager(Attack):
     Published: GPT-2 and BERT base (width 768), sentences of SST-2 and others: ROUGE-1 of 100 up
         to batches of 64 for decoders, where the tokens are fewer than the width.
 
+    Reproduced:
+        dager: 1.000 (1.000 to 1.000, n = 2), 2026-11-28: 2 of 8 computed so far.
+
     Example:
         python training/get_gradients.py --model core.models.language:gpt2 --loss next-token \\
             --data pydoc-topics -b 4 --model-eval

@@ -35,6 +35,9 @@ class Tag(OptimizationAttack):
     Published: token accuracy .875 and ROUGE-1 .80 on one sentence of 16 tokens after 1,000
         iterations, random weights, in the notebook of https://github.com/JonasGeiping/breaching.
 
+    Reproduced:
+        tag: not computed yet.
+
     Example:
         python main_run.py --attack tag --model core.models.language:gpt2 \\
             --checkpoint CHECKPOINT --metric
