@@ -16,7 +16,7 @@ DROWNING_LOGIT = 100.0
 # Logits per standard deviation of the feature that is fished by: how steep the cut is.
 STEEPNESS = 300.0
 # Public inputs per feature, below which directions fit the inputs that they are made from.
-FEW = 10
+FEW = 2
 
 
 def tamper(

@@ -122,7 +122,9 @@ def page_of(folder: Path) -> str:
 
 def _counts(computed: Sequence[Line]) -> str:
     """How many rows got which verdict."""
-    words = [line.verdict.split(":")[0] for line in computed]
+    whole = [line for line in computed if line.ours and line.ours.n >= line.row.trials]
+    words = [line.verdict.split(":")[0] for line in whole]
+    words += ["in part"] * (len(computed) - len(whole))
     return ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
 
 

@@ -338,8 +338,8 @@ _SMALL_NETWORKS = (
         ),
         seconds=60,
         differs=JPEG + "; total variation as by default in the paper's program",
-        below="the second implementation finds as much on the same gradients; the table's total "
-        "variation and restarts are not stated where we read them",
+        below="where the second implementation ran on the same gradients it finds as much; the "
+        "table's total variation and restarts are not stated where we read them",
     ),
 )
 

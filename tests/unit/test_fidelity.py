@@ -170,6 +170,7 @@ def test_fewer_channels_than_values_show_what_the_embedding_sees() -> None:
     case = experiment.case(Trial(0, Samples(), CPU))
     found = invert(case.target, attack="april", labels=case.truth.labels)
     weight = case.target.build_model().get_parameter("conv_proj.weight").detach().flatten(1)
+    weight = weight.double()
     seen = torch.linalg.pinv(weight) @ weight
     assert weight.shape[1] > weight.shape[0]
     fold = {"kernel_size": 6, "stride": 6}
