@@ -27,9 +27,9 @@ from attack.matching.match import (
 )
 from attack.matching.objectives import Objective
 from attack.matching.replica import Replica
+from attack.matching.second_derivative import TwiceDifferentiable
 from attack.matching.smooth_relu import SmoothReLU, width_at
-from attack.matching.switches import TwiceDifferentiable
-from attack.priors.regularizers import smooth_norm
+from attack.priors.watched_layers import smooth_norm
 from core.errors import InputError
 from core.processes import distributed
 from core.target import BatchStatistics

@@ -6,17 +6,17 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 
 from attack.attacks.base import Attack
-from attack.attacks.optimisation import OptimizationAttack
 from attack.loop.many_targets import ManyInversions, OneByOneError
 
 if TYPE_CHECKING:
     from attack.loop.inversion import Inversion, Snapshot
     from attack.reconstruction import Reconstruction
+    from attack.settings import InversionConfig
     from core.target import Target
 
 logger = logging.getLogger(__name__)
@@ -25,6 +25,25 @@ logger = logging.getLogger(__name__)
 # small CNN it took 0.65 to 0.85 of the processor time, with one row twice as much, with 16 rows
 # 0.3 to 0.45.
 FEWEST_ROWS = 4
+
+
+@runtime_checkable
+class _Iterated(Protocol):
+    """An attack whose iterations are those of one inversion; `config` holds its settings."""
+
+    config: InversionConfig
+
+    def inversion(
+        self,
+        target: Target,
+        *,
+        labels: torch.Tensor,
+        device: torch.device,
+        seed: int,
+        prior: torch.Tensor | None = None,
+        first_restart: int = 0,
+    ) -> Inversion:
+        """The inversion of one target, not yet begun."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +108,7 @@ def _groups(
     attack: Attack, targets: Sequence[Begun], device: torch.device, seed: int
 ) -> list[list[int]]:
     """Targets whose settings are the same, told defenses included."""
-    if not isinstance(attack, OptimizationAttack):
+    if not isinstance(attack, _Iterated):
         return [[index] for index in range(len(targets))]
     groups: list[tuple[Inversion, list[int]]] = []
     for index, each in enumerate(targets):
@@ -104,9 +123,7 @@ def _groups(
     return [members for _, members in groups]
 
 
-def _inversion(
-    attack: OptimizationAttack, each: Begun, device: torch.device, seed: int
-) -> Inversion:
+def _inversion(attack: _Iterated, each: Begun, device: torch.device, seed: int) -> Inversion:
     # Attacks that recover labels themselves have no such inversion.
     assert each.labels is not None
     return attack.inversion(
@@ -116,7 +133,7 @@ def _inversion(
 
 def _pays(attack: Attack, n_targets: int, device: torch.device) -> bool:
     """Whether so many targets at once are faster than one after the other."""
-    if not isinstance(attack, OptimizationAttack) or device.type != "cpu":
+    if not isinstance(attack, _Iterated) or device.type != "cpu":
         return True
     return n_targets * attack.config.starts.restarts >= FEWEST_ROWS
 
@@ -131,7 +148,7 @@ def _together(
 ) -> list[Reconstruction]:
     """All at once, or in turn where they cannot be."""
     try:
-        if not isinstance(attack, OptimizationAttack):
+        if not isinstance(attack, _Iterated):
             raise OneByOneError(f"{attack.name} has no iterations to share")
         inversions = [_inversion(attack, each, device, seed) for each in targets]
         return ManyInversions(inversions).run(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from attack.attacks.base import Attack, get_attack
 from attack.attacks.parts.likeliest import likeliest
-from attack.loop.inversion import Inversion
+from attack.loop.inversion import InterruptedInversion, Inversion
 from attack.settings import InversionConfig
 
 if TYPE_CHECKING:
@@ -54,7 +54,16 @@ class OptimizationAttack(Attack):
         first_restart: int = 0,
     ) -> Inversion:
         """The inversion of one target, not yet begun; arguments as of `Inversion`."""
-        found = likeliest(target, labels, self.config, device=device, seed=seed)
+
+        def attempt(candidate: Target, short: InversionConfig) -> float:
+            try:
+                inversion = Inversion(candidate, labels, short, device=device, seed=seed)
+                return inversion.run().objective
+            except InterruptedInversion:
+                # A short attack is no result.
+                raise KeyboardInterrupt from None
+
+        found = likeliest(target, labels, self.config, attempt)
         return Inversion(
             found,
             labels,

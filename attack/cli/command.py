@@ -50,10 +50,10 @@ def main(argv: list[str] | None = None) -> None:
 def _work(process: Process, run: AttackRun, opened: tuple[Target, Truth | None] | None) -> None:
     """What each process does."""
     from attack.cli.many_runs import run_many
-    from attack.cli.running import run_attack
+    from attack.cli.running import output_of, run_attack
 
     if run.beside:
-        run_many(process, run)
+        run_many(process, run, output_of)
     else:
         run_attack(process, run, opened)
 

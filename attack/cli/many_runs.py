@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from attack.attacks.many_targets import Begun, reconstruct_many
+from attack.cli.curve import Curve
 from attack.cli.report import Output, write_results
 from attack.cli.request import AttackRun, open_checkpoint, prior_images
-from attack.cli.running import (
-    Curve,
-    arranged_labels,
-    is_finished,
-    note_doubt,
-    output_of,
-    run_log,
-    state_file_of,
-)
+from attack.cli.run_folder import is_finished, run_log, state_file_of
+from attack.cli.run_labels import arranged_labels, note_doubt
 from attack.matching.freed_memory import keep_freed_memory
+from core.escaping import log_to_terminal
 from core.locks import LOCK_NAME, locked, remove_left_behind
 from core.plugins import import_plugin
 from core.processes.distributed import Process
+from core.target import Target, Truth
 
 
-def run_many(process: Process, run: AttackRun) -> None:
+def run_many(
+    process: Process,
+    run: AttackRun,
+    output_of: Callable[[Process, AttackRun, tuple[Target, Truth | None]], Output],
+) -> None:
     """Invert and measure a run's checkpoint and those beside it.
 
     Each has its folder, record and state file, and each that is finished is left alone.
@@ -32,10 +32,11 @@ def run_many(process: Process, run: AttackRun) -> None:
     Args:
         process: This process and its device.
         run: What to do.
+        output_of: What the results of one of them are made from, given what its file holds.
     """
     import_plugin(run.plugin)
     keep_freed_memory()
-    logging.basicConfig(level=logging.INFO)
+    log_to_terminal(logging.INFO)
     with contextlib.ExitStack() as held:
         outputs = []
         for each in run.each():

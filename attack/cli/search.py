@@ -317,7 +317,7 @@ def search_trial(run: AttackRun, options: Search, config: dict[str, Any], report
 
     from attack.attacks.optimisation import make_attack
     from attack.cli.request import open_checkpoint
-    from attack.cli.running import labels_for
+    from attack.cli.run_labels import labels_for
 
     import_plugin(run.plugin)
     if "iterations" in run.settings:

@@ -8,29 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from attack.loop.fusion import combine, group_target
+from attack.loop.schedules import fusions
 
 if TYPE_CHECKING:
     from attack.loop.problem import InversionProblem
     from attack.loop.restarts import Restart, Starter
     from attack.loop.state import Progress
     from attack.matching.match import Matcher
-    from attack.settings import InversionConfig
-
-
-def fusions(config: InversionConfig) -> list[int]:
-    """Iterations at which E2EGI's stages begin with a fusion; the last begins the final."""
-    iterations = config.optimiser.iterations
-    initial, middle, _ = config.consensus.stages
-    first, last = int(iterations * initial), int(iterations * (initial + middle))
-    return [*range(first, last, config.consensus.combine_every), last]
-
-
-def stage_ends(config: InversionConfig) -> list[int]:
-    """Iterations that end E2EGI's initial and middle stage; empty without stages."""
-    if not config.consensus.combine:
-        return []
-    begins = fusions(config)
-    return sorted({begins[0], begins[-1]})
 
 
 class Consensus:

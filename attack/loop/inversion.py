@@ -32,15 +32,16 @@ import torch
 from tqdm import tqdm
 
 from attack.knowledge.known_defenses import Adaptation, adapt
-from attack.loop.consensus import Consensus, stage_ends
+from attack.loop.consensus import Consensus
 from attack.loop.loss_terms import make_objective, running_statistics
 from attack.loop.parts import Parts
 from attack.loop.polish import polish
 from attack.loop.problem import InversionProblem
 from attack.loop.race import LARGEST_SHARE, SHARE_BESIDE_HALVING, plan_race
 from attack.loop.restarts import Restart, best_of, thin_out
+from attack.loop.schedules import LOOK_EVERY, scheduled_rate, stage_ends
 from attack.loop.state import Progress, StateFile
-from attack.loop.step import Stepper, scheduled_rate
+from attack.loop.step import Stepper
 from attack.loop.stopping import Stopping
 from attack.loop.weighted_loss import WeightedLoss
 from attack.matching.acceleration import product_precision
@@ -72,8 +73,6 @@ ASSUMED_ORDER = (
     "the client's epochs mix the images in an order that is not told; every epoch is simulated "
     "with the same batches"
 )
-# Iterations between two looks for Ctrl-C to another process.
-LOOK_EVERY = 4
 logger = logging.getLogger(__name__)
 
 

@@ -18,11 +18,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from attack.loop.consensus import stage_ends
-from attack.loop.inversion import LOOK_EVERY
 from attack.loop.polish import polish
 from attack.loop.restarts import best_of
-from attack.loop.step import scheduled_rate
+from attack.loop.schedules import LOOK_EVERY, scheduled_rate, stage_ends
 from attack.matching.acceleration import product_precision
 from attack.matching.many_targets import ManyTargetsMatcher, RowPenalty, reason_against
 from attack.matching.matcher import GradientMatcher

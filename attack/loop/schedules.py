@@ -1,14 +1,20 @@
-"""Learning rates over the course of an attack."""
+"""Learning rates, and the stages of E2EGI, over the course of an attack."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from attack.settings import SCHEDULES, setting_error
 
+if TYPE_CHECKING:
+    from attack.settings import InversionConfig
+
 # Iterations that the published tool's cosine goes on after the attack: it ends above its end.
 PUBLISHED_EXTRA = 10
+# Iterations between two looks for Ctrl-C to another process.
+LOOK_EVERY = 4
 
 
 def learning_rate(
@@ -67,3 +73,31 @@ def staged_learning_rate(
     high, low = (end + (lr - end) * (1 - at / ends[-1]) for at in (start, stop))
     progress = (iteration - start) / max(1, stop - start + extra)
     return low + (high - low) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def fusions(config: InversionConfig) -> list[int]:
+    """Iterations at which E2EGI's stages begin with a fusion; the last begins the final."""
+    iterations = config.optimiser.iterations
+    initial, middle, _ = config.consensus.stages
+    first, last = int(iterations * initial), int(iterations * (initial + middle))
+    return [*range(first, last, config.consensus.combine_every), last]
+
+
+def stage_ends(config: InversionConfig) -> list[int]:
+    """Iterations that end E2EGI's initial and middle stage; empty without stages."""
+    if not config.consensus.combine:
+        return []
+    begins = fusions(config)
+    return sorted({begins[0], begins[-1]})
+
+
+def scheduled_rate(config: InversionConfig, iteration: int) -> float:
+    """The learning rate of an iteration."""
+    steps = config.optimiser
+    if config.consensus.combine and steps.schedule in ("cosine", "cosine-published"):
+        ends = [*fusions(config), steps.iterations]
+        extra = 0 if steps.schedule == "cosine" else PUBLISHED_EXTRA
+        return staged_learning_rate(iteration, ends, steps.lr, steps.lr_min, extra)
+    return learning_rate(
+        steps.schedule, iteration, steps.iterations, steps.lr, steps.lr_min, steps.warmup
+    )

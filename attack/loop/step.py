@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from attack.loop.consensus import fusions
-from attack.loop.schedules import PUBLISHED_EXTRA, learning_rate, staged_learning_rate
+from attack.loop.schedules import scheduled_rate
 from core.processes import distributed
 
 if TYPE_CHECKING:
@@ -18,18 +17,6 @@ if TYPE_CHECKING:
     from attack.loop.weighted_loss import WeightedLoss
     from attack.matching.match import Match
     from attack.settings import InversionConfig
-
-
-def scheduled_rate(config: InversionConfig, iteration: int) -> float:
-    """The learning rate of an iteration."""
-    steps = config.optimiser
-    if config.consensus.combine and steps.schedule in ("cosine", "cosine-published"):
-        ends = [*fusions(config), steps.iterations]
-        extra = 0 if steps.schedule == "cosine" else PUBLISHED_EXTRA
-        return staged_learning_rate(iteration, ends, steps.lr, steps.lr_min, extra)
-    return learning_rate(
-        steps.schedule, iteration, steps.iterations, steps.lr, steps.lr_min, steps.warmup
-    )
 
 
 class Direction:

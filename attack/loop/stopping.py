@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from attack.loop.step import scheduled_rate
+from attack.loop.schedules import scheduled_rate
 from attack.priors.regularizers import AnisotropicTV
 from core.processes import distributed
 

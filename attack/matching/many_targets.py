@@ -22,7 +22,8 @@ from attack.matching.held_state import buffers_standing
 from attack.matching.match import Penalty
 from attack.matching.matcher import ACCEPTED_COSINE, CHECK_EVERY, GradientMatcher
 from attack.matching.objectives import along_rows, squared_norms
-from attack.matching.switches import RecordActivations, ReplayActivations, TwiceDifferentiable
+from attack.matching.second_derivative import TwiceDifferentiable
+from attack.matching.switches import RecordActivations, ReplayActivations
 from core.processes import distributed
 
 Tensors = list[torch.Tensor]

@@ -53,6 +53,7 @@ from attack.matching.objectives import (
 )
 from attack.matching.replica import Replica, laid_out_as
 from attack.matching.second_derivative import (
+    TwiceDifferentiable,
     explain_missing_derivative,
     has_own_functions,
     refuse_silent_gaps,
@@ -60,7 +61,6 @@ from attack.matching.second_derivative import (
 from attack.matching.switches import (
     RecordActivations,
     ReplayActivations,
-    TwiceDifferentiable,
 )
 from attack.settings import HVP_MODES, setting_error
 from core.errors import InputError, first_line

@@ -1,18 +1,20 @@
-"""Which module of a model lacks a second derivative, told in one sentence."""
+"""Second derivatives: operators that have one, and which module of a model lacks it."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
-from attack.matching.switches import TwiceDifferentiable
 from core.errors import InputError, first_line
 from core.losses import main_output
 from core.models.unchanged import buffers_of, held, in_mode, random_numbers_held, unchanged
@@ -21,6 +23,23 @@ from core.models.unchanged import buffers_of, held, in_mode, random_numbers_held
 _SAMPLES, _STEP, _ERROR = 2, 1e-7, 0.05
 # What torch says where an operator cannot be differentiated twice.
 _WORDS = ("is not implemented", "once_differentiable", "double backward", "backward twice")
+
+
+class TwiceDifferentiable(TorchFunctionMode):
+    """While active, activations whose fused kernel has no second derivative are composed."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is F.hardsigmoid:
+            return F.relu6(args[0] + 3) / 6
+        if func is F.hardswish:
+            return args[0] * F.relu6(args[0] + 3) / 6
+        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager

@@ -90,23 +90,6 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(*args, **kwargs)
 
 
-class TwiceDifferentiable(TorchFunctionMode):
-    """While active, activations whose fused kernel has no second derivative are composed."""
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if func is F.hardsigmoid:
-            return F.relu6(args[0] + 3) / 6
-        if func is F.hardswish:
-            return args[0] * F.relu6(args[0] + 3) / 6
-        return func(*args, **(kwargs or {}))
-
-
 Recorded = tuple[torch.Tensor, Tensors, Replay]
 
 

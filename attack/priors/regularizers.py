@@ -12,12 +12,13 @@ import abc
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 
+from attack.priors.watched_layers import smooth_norm, watch_layers
 from attack.settings import setting_error
 from core.errors import InputError
 from core.processes import distributed
@@ -286,42 +287,6 @@ class TransferablePenalty(Protocol):
         """The same penalty with other values of `known_tensors`."""
 
 
-def watch_layers(
-    model: torch.nn.Module,
-    names: Iterable[str],
-    term: Callable[[str, torch.Tensor], torch.Tensor | None],
-) -> Callable[[], torch.Tensor]:
-    """Watch what goes into some layers.
-
-    Args:
-        model: Whose forward passes are watched until the result is called.
-        names: Of the layers.
-        term: A layer's name and its input to a summand; None to leave this pass out.
-
-    Returns:
-        Gives the sum over the layers and passes, and ends the watch.
-    """
-    terms: list[torch.Tensor] = []
-
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            found = term(name, inputs[0])
-            if found is not None:
-                terms.append(found)
-
-        return hook
-
-    modules = dict(model.named_modules())
-    handles = [modules[name].register_forward_pre_hook(watch(name)) for name in names]
-
-    def total() -> torch.Tensor:
-        for handle in handles:
-            handle.remove()
-        return torch.stack(terms).sum()
-
-    return total
-
-
 class BatchNormPenalty:
     """Distance of the candidate batch's BatchNorm statistics from known ones.
 
@@ -446,11 +411,6 @@ def _mean_and_variance(features: torch.Tensor) -> torch.Tensor:
     """Mean and unbiased variance per channel, 2 x C."""
     dims = [0, *range(2, features.dim())]
     return torch.stack([features.mean(dims), features.var(dims, unbiased=True)])
-
-
-def smooth_norm(x: torch.Tensor) -> torch.Tensor:
-    """Euclidean norm with a finite slope at 0."""
-    return (x.square().sum() + torch.finfo(x.dtype).tiny).sqrt()
 
 
 def _image_norm(images: torch.Tensor) -> torch.Tensor:

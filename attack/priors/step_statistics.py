@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from attack.priors.regularizers import smooth_norm, watch_layers
+from attack.priors.watched_layers import smooth_norm, watch_layers
 
 if TYPE_CHECKING:
     from core.target import BatchStatistics

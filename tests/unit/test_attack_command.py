@@ -292,7 +292,7 @@ def test_ctrl_c_measures_the_best_so_far_and_can_be_continued(
             raise KeyboardInterrupt
 
         # The first picture is due after eight of twelve iterations.
-        patched.setattr("attack.cli.running.save_images", stop)
+        patched.setattr("attack.cli.curve.save_images", stop)
         assert command(*words, "--root", str(tmp_path / "cut")) == 130
     folder = tmp_path / "cut" / "test"
     record = json.loads((folder / "record.json").read_text())

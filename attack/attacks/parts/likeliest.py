@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from attack.knowledge.answers.mixup import likeliest_mixture
-from attack.loop.inversion import InterruptedInversion, Inversion
 
 if TYPE_CHECKING:
     import torch
@@ -23,9 +23,7 @@ def likeliest(
     target: Target,
     labels: torch.Tensor,
     config: InversionConfig,
-    *,
-    device: torch.device,
-    seed: int,
+    attempt: Callable[[Target, InversionConfig], float],
 ) -> Target:
     """The target with what its defenses drew at random, as far as an attacker can find it.
 
@@ -33,8 +31,7 @@ def likeliest(
         target: What the client shared.
         labels: N labels.
         config: Settings of the attack, which says whether it is told of defenses.
-        device: Device that runs the computation.
-        seed: Seed of the start, which all short attacks share.
+        attempt: Runs a short attack on a candidate: the objective that it ends at.
 
     Returns:
         The target itself where there is nothing to find.
@@ -45,17 +42,8 @@ def likeliest(
     short = config.changed(
         iterations=few, restarts=1, combine=False, polish=0, warmup=0, time_budget=None
     )
-
-    def objective(candidate: Target) -> float:
-        try:
-            inversion = Inversion(candidate, labels, short, device=device, seed=seed)
-            return inversion.run().objective
-        except InterruptedInversion:
-            # A short attack is no result.
-            raise KeyboardInterrupt from None
-
     for word in target.defenses:
         search = SEARCHES.get(word.split(":")[0])
         if search is not None:
-            target = search(target, labels, objective)
+            target = search(target, labels, lambda candidate: attempt(candidate, short))
     return target
