@@ -22,7 +22,6 @@ from torch import nn
 from attack.attacks.optimisation import make_attack
 from attack.knowledge.labels import recover_most_exactly
 from attack.knowledge.requirements import Knowledge
-from attack.matching.freed_memory import keep_freed_memory
 from attack.metrics import evaluate
 from attack.metrics.records import comparison
 from core.data.records import Table, load_table
@@ -116,7 +115,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if args.batches < 1 or args.width < 1:
         raise InputError("--batches and --width must be at least 1")
-    keep_freed_memory()
     torch.set_num_threads(1)
     began = time.perf_counter()
     train, public = load_table(args.data).split()

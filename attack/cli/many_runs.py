@@ -12,7 +12,6 @@ from attack.cli.report import Output, write_results
 from attack.cli.request import AttackRun, open_checkpoint, prior_images
 from attack.cli.run_folder import is_finished, run_log, state_file_of
 from attack.cli.run_labels import arranged_labels, note_doubt
-from attack.matching.freed_memory import keep_freed_memory
 from core.escaping import log_to_terminal
 from core.locks import LOCK_NAME, locked, remove_left_behind
 from core.plugins import import_plugin
@@ -35,7 +34,6 @@ def run_many(
         output_of: What the results of one of them are made from, given what its file holds.
     """
     import_plugin(run.plugin)
-    keep_freed_memory()
     log_to_terminal(logging.INFO)
     with contextlib.ExitStack() as held:
         outputs = []

@@ -17,7 +17,6 @@ from attack.cli.run_folder import is_finished, run_key, run_log, state_file_of
 from attack.cli.run_labels import arranged_labels, note_doubt
 from attack.knowledge.threat_models import find_threat
 from attack.loop.inversion import InterruptedInversion
-from attack.matching.freed_memory import keep_freed_memory
 from attack.reconstruction import Reconstruction
 from core.escaping import log_to_terminal
 from core.locks import LOCK_NAME, locked, remove_left_behind
@@ -38,7 +37,6 @@ def run_attack(
         opened: The checkpoint, where it has been read already.
     """
     import_plugin(run.plugin)
-    keep_freed_memory()
     log_to_terminal(logging.INFO if process.is_main else logging.ERROR)
     output = output_of(process, run, opened or open_checkpoint(run))
     # State files tell by their names whose they are; only rank 0 writes beside them.

@@ -30,7 +30,6 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from attack.matching.freed_memory import return_freed_memory
 from attack.matching.held_state import RandomNumbers, buffers_standing
 from attack.matching.late_layers import Factored, find_layers, saves_sweeps
 from attack.matching.match import (
@@ -400,8 +399,6 @@ class GradientMatcher:
         self.factor = factor
         if best[0] < ACCEPTED_COSINE and self.calls == 0:
             self._refuse_silent_gaps(inputs)
-        if len(inputs) != whole:
-            return_freed_memory()
         self.agreement = best[0]
         self.step = best[1] if best[0] >= ACCEPTED_COSINE else None
         logger.debug("difference step %s, cosine to exact %.6f", self.step, self.agreement)

@@ -22,7 +22,6 @@ import torch
 from attack.attacks.auto import Auto
 from attack.attacks.ensemble import EnsembleConfig
 from attack.knowledge.threat_models import Capability, ThreatModel, find_threat
-from attack.matching.freed_memory import keep_freed_memory
 from attack.metrics import evaluate
 from attack.metrics.worst_case import worst_case
 from core.data.data_sets import DataSets, derived_seed, load_data, take_samples
@@ -130,7 +129,6 @@ def build_parser() -> CommandParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Attack the piece and write its record."""
     args = build_parser().parse_args(argv)
-    keep_freed_memory()
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Piece)}
     piece = Piece(**{**given, "members": tuple(args.members.split(","))})
     began = time.process_time()

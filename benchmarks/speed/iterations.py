@@ -13,7 +13,6 @@ from unittest import mock
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from attack.matching.freed_memory import keep_freed_memory
 from attack.matching.matcher import GradientMatcher
 from attack.matching.objectives import Cosine
 from attack.matching.replica import Replica
@@ -43,13 +42,10 @@ METHODS: dict[str, Callable[[Problem], references.Iteration]] = {
     "breaching": references.breaching_loop,
     "our loop": references.our_loop,
 }
-OURS = ("ours", "our loop")
 
 
 def build_iteration(method: str, case: str, seed: int) -> references.Iteration:
     """An iteration of one method on one case, set up as its command would."""
-    if method in OURS:
-        keep_freed_memory()
     return METHODS[method](make_problem(CASES[case], seed))
 
 
@@ -164,7 +160,6 @@ def _shard_of_iteration(
 ) -> None:
     # Each process as on a core of its own, also where it is alone.
     torch.set_num_threads(1)
-    keep_freed_memory()
     problem = make_problem(CASES[case], seed)
     replica = Replica(problem.target, process.device)
     matcher = GradientMatcher(replica, Cosine(), "difference")

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from attack.matching.acceleration import AcceleratedMatcher
-from attack.matching.freed_memory import keep_freed_memory
 from attack.matching.matcher import GradientMatcher
 from attack.matching.objectives import AffineSeed, Cosine, Products
 from attack.matching.replica import Replica
@@ -46,11 +45,6 @@ def _written_out(problem: Problem) -> Iteration:
     replica = Replica(problem.target, CPU)
     matcher = GradientMatcher(replica, Cosine(), "difference", factor=False)
     return lambda: matcher(problem.inputs, problem.labels).input_gradient
-
-
-def _keeping_memory(problem: Problem) -> Iteration:
-    keep_freed_memory()
-    return _difference(problem)
 
 
 def _channels_apart(problem: Problem) -> Iteration:
@@ -138,7 +132,6 @@ LEVERS: dict[str, Lever] = {
         Lever("difference for double backward", _exact, _difference, _ALL, "in use"),
         Lever("parameters swept once", _several_sweeps, _difference, _ALL, "in use"),
         Lever("late layers as products", _written_out, _difference, _ALL, "in use"),
-        Lever("freed memory kept", _difference, _keeping_memory, _ALL, "in use by the command"),
         Lever("channels last", _channels_apart, _difference, (*_ALL, *_BATCHES), "in use on a CPU"),
         Lever("bf16", _difference, _bf16, _SMALL, "not in use: the difference drowns"),
         Lever(

@@ -11,9 +11,8 @@ import sys
 
 import torch
 
-from attack.matching.freed_memory import keep_freed_memory
 from benchmarks.speed.cases import CASES, make_problem
-from benchmarks.speed.iterations import METHODS, OURS
+from benchmarks.speed.iterations import METHODS
 from benchmarks.speed.timing import forget_peak, peak_bytes, resident_bytes
 from core.errors import exit_status
 
@@ -36,8 +35,6 @@ def main() -> None:
     problem = make_problem(CASES[args.case], args.seed)
     forget_peak()
     held = resident_bytes()
-    if args.method in OURS:
-        keep_freed_memory()
     iteration = METHODS[args.method](problem)
     for _ in range(3):
         iteration()

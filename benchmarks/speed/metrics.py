@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from attack.matching.freed_memory import keep_freed_memory
 from attack.metrics import mse, psnr, ssim
 from core.errors import InputError, exit_status
 from core.records import provenance
@@ -100,7 +99,6 @@ def fastest(function: Callable[[], Scores], repeats: int) -> Timing:
 def measure(n: int, size: int, device: torch.device, repeats: int, seed: int) -> dict[str, Any]:
     """Seconds of both, their ratio, and by how much their values differ at most."""
     # As the command that scores images does.
-    keep_freed_memory()
     generator = torch.Generator().manual_seed(seed)
     originals = torch.rand(n, 3, size, size, generator=generator)
     noise = torch.randn(originals.shape, generator=generator)

@@ -22,7 +22,7 @@ from core.errors import InputError
 
 PROBLEM = make_problem(SMALL_CASE)
 # Levers that change the last digits, or the whole process.
-ROUGH = ("bf16", "bf16 and double backward", "two threads", "freed memory kept")
+ROUGH = ("bf16", "bf16 and double backward", "two threads")
 
 
 @pytest.mark.parametrize("method", ["published_loop", "analytic_seed", "ours"])
