@@ -364,8 +364,12 @@ def to_markdown(results: Sequence[Result], plan: Plan) -> str:
                 result.case.setting,
                 *map(_interval, leaks),
                 _accuracy(result),
-                _budget(result.epsilon),
-                _budget(result.real_epsilon),
+                # Training tells what is spent: before it there is nothing to say.
+                *(
+                    (_budget(e) for e in (result.epsilon, result.real_epsilon))
+                    if result.accuracy
+                    else "––"
+                ),
             ]
         )
     flat = [value for result in results[:1] for value in result.flat]
