@@ -226,7 +226,8 @@ def _runs(model: nn.Module, shape: tuple[int, ...], layout: torch.memory_format)
     images = torch.zeros((2, *shape), device=parameter.device, dtype=parameter.dtype)
     try:
         with torch.no_grad(), unchanged(model):
-            model.eval()(images.contiguous(memory_format=layout))
+            model.eval()
+            model(images.contiguous(memory_format=layout))
     except RuntimeError:
         return False
     return True

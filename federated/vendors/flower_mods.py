@@ -87,7 +87,7 @@ class LocalDp(FlowerMod):
         target_epsilon: Asked for, in one round.
         target_delta: Likewise.
 
-    Source: Flower, `flwr/clientapp/mod/localdp_mod.py`, which has no defaults.
+    Source: Flower, `flwr.clientapp.mod.localdp_mod`, which has no defaults.
     """
 
     clipping_norm: float = 1.0
@@ -123,7 +123,7 @@ class FixedClipping(FlowerMod):
     Args:
         max_norm: Of the difference of weights, as the strategy states it.
 
-    Source: Flower, `flwr/clientapp/mod/centraldp_mods.py`; 10 in its example `fl-dp-sa`.
+    Source: Flower, `flwr.clientapp.mod.centraldp_mods`; 10 in its example `fl-dp-sa`.
     """
 
     max_norm: float = 10.0
@@ -151,7 +151,7 @@ class AdaptiveClipping(FlowerMod):
     Args:
         max_norm: Of the difference of weights; `initial_clipping_norm` is 0.1 by default.
 
-    Source: Flower, `flwr/clientapp/mod/centraldp_mods.py`; Andrew et al.,
+    Source: Flower, `flwr.clientapp.mod.centraldp_mods`; Andrew et al.,
         https://arxiv.org/abs/1905.03871.
     """
 

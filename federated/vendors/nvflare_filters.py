@@ -51,7 +51,7 @@ class Percentile(NVFlareFilter):
         percentile: Of the magnitudes of the difference per step.
         gamma: Largest magnitude that is shared, per step.
 
-    Source: NVFlare, `app_common/filters/percentile_privacy.py`, whose defaults these are; after
+    Source: NVFlare, `nvflare.app_common.filters.percentile_privacy`, with its defaults; after
         Shokri and Shmatikov, "Privacy-Preserving Deep Learning",
         https://doi.org/10.1145/2810103.2813687.
     """
@@ -81,7 +81,7 @@ class SparseVector(NVFlareFilter):
         gamma: Largest magnitude per step; the noise is in proportion.
         tau: Threshold of the choice.
 
-    Source: NVFlare, `app_common/filters/svt_privacy.py`, whose defaults these are; Li et al.,
+    Source: NVFlare, `nvflare.app_common.filters.svt_privacy`, whose defaults these are; Li et al.,
         "Privacy-Preserving Federated Brain Tumour Segmentation",
         https://arxiv.org/abs/1910.00962.
     """
@@ -120,7 +120,7 @@ class ExcludedVariables(NVFlareFilter):
     Args:
         pattern: Regular expression that is searched for in the names, without colons and commas.
 
-    Source: NVFlare, `app_common/filters/exclude_vars.py`; it has no default.
+    Source: NVFlare, `nvflare.app_common.filters.exclude_vars`; it has no default.
     """
 
     pattern: str = "bn"

@@ -26,7 +26,7 @@ class OpacusDp(Defense):
         noise_multiplier: Deviation of the noise on the sum, in clipping norms.
         max_norm: Clipping norm of one image's gradient.
 
-    Source: Opacus, `opacus/optimizers/optimizer.py`; Abadi et al.,
+    Source: Opacus, `opacus.optimizers.optimizer`; Abadi et al.,
         https://arxiv.org/abs/1607.00133. `get_noise_multiplier` of Opacus gives the multiplier of
         an epsilon.
     """

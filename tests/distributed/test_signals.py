@@ -51,7 +51,7 @@ def train(folder: Path) -> tuple[list[str], Callable[[], bool]]:
 
 def extract(folder: Path) -> tuple[list[str], Callable[[], bool]]:
     words = ["training/get_gradients.py", "--data", "photo-patches", *MODEL, "-b", "4", "--syncbn"]
-    words += ["--local-epochs", "1000000", "--lr", "1e-9", "--results", str(folder)]
+    words += ["--local-epochs", "100000", "--lr", "1e-9", "--results", str(folder)]
     # It says nothing before its end; the ranks connect when they sum.
     return words, lambda: False
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from benchmarks.declare.tables import PRESETS, find_table, load_table, table_fil
 from benchmarks.run.cells import in_order
 from benchmarks.run.stages import STAGES
 from core.errors import InputError
+from core.launch_arguments import CommandParser
 from tests.example_results import ANY_FLAG, TABLE, load, write_table
 
 
@@ -249,8 +249,8 @@ def test_a_path_into_a_list_of_images_has_a_value_per_image() -> None:
     assert find_column("attack.labels").values(Run({"attack": {"labels": [3, 4]}})) == [3, 4]
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser()
+def parser() -> CommandParser:
+    made = CommandParser()
     made.add_argument("--epochs", type=int)
     made.add_argument("--data")
     made.add_argument("--syncbn", action="store_true")
