@@ -36,7 +36,7 @@ from training.settings import Federation
 from training.trainer import STEP, TOO_FEW_VALUES, Sums, Trainer
 from training.transforms import ClientView, Transform, Update, transform_of
 
-TRANSFORM = 12  # domain of derived seeds
+TRANSFORM, ENCODE = 12, 13  # domains of derived seeds
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -198,7 +198,8 @@ class FederatedTrainer(Trainer):
         for step in range(self.federation.local_steps):
             seed = derived_seed(self.config.seed, STEP, when.epoch, when.number, client, step)
             seed_everything(seed % 2**63)
-            batch = self._to_device(*next(batches))
+            drawn = derived_seed(self.config.seed, ENCODE, when.epoch, when.number, client, step)
+            batch = self._encoded(*self._to_device(*next(batches)), drawn)
             gradient = self._gradient(batch, client, when, step, sums)
             for name, g in gradient.items():
                 total[name] = total[name] + g if name in total else g
@@ -208,6 +209,13 @@ class FederatedTrainer(Trainer):
         update = {name: g / steps for name, g in total.items()} if steps > 1 else total
         images, labels = zip(*used, strict=True)
         return update, torch.cat(images), torch.cat(labels)
+
+    def _encoded(
+        self, images: torch.Tensor, labels: torch.Tensor, seed: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a client trains on in a local step, instead of its batch."""
+        generator = torch.Generator().manual_seed(seed % 2**63)
+        return self.transform.encode(ClientView(self.model, images, labels, generator, self.loss))
 
     def _gradient(
         self,

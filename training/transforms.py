@@ -58,6 +58,11 @@ class Transform(Protocol):
     def prepare(self, model: nn.Module) -> None:
         """Change the model before local training (freezing does)."""
 
+    def encode(self, client: ClientView) -> tuple[torch.Tensor, torch.Tensor]:
+        """The images and labels to train on instead of the client's own; labels may be
+        probabilities.
+        """
+
     def apply(self, gradient: Update, client: ClientView) -> Update:
         """The update to share instead of `gradient`, by parameter name."""
 

@@ -5,9 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
-from gradients.defenses.base import ClientView, Defense, Gradient, apply_defenses, parse_defenses
+from gradients.defenses.base import (
+    ClientView,
+    Defense,
+    Gradient,
+    apply_defenses,
+    encode_batch,
+    parse_defenses,
+)
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,10 @@ class Pipeline:
         """Change the model before local training."""
         for defense in self.defenses:
             defense.prepare(model)
+
+    def encode(self, client: ClientView) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the client trains on."""
+        return encode_batch(self.defenses, client)
 
     def apply(self, gradient: Gradient, client: ClientView) -> Gradient:
         """The update to share."""

@@ -298,6 +298,7 @@ def test_every_client_draws_noise_of_its_own(data: DataSets, tmp_path: Path) -> 
 
     class Spied:
         word, prepare, epsilon = "spy", made.transform.prepare, made.transform.epsilon
+        encode = made.transform.encode
         apply: Callable[..., Any] = staticmethod(spy)
 
     made.transform = Spied()
@@ -361,3 +362,27 @@ def test_settings_that_make_no_sense(
     write_tree(tmp_path / "data", classes=2, per_class=8)
     assert main([*command(tmp_path / "run"), *more]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_clients_train_on_what_a_defense_makes_of_their_batch(
+    data: DataSets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    backward = FederatedTrainer._gradient
+
+    def watched(self: FederatedTrainer, batch: Any, *where: Any) -> Any:
+        seen.append(batch)
+        return backward(self, batch, *where)
+
+    monkeypatch.setattr(FederatedTrainer, "_gradient", watched)
+    for defense in ("", "mixup:1"):
+        federation = Federation(clients=2, rounds_per_epoch=1, defense=defense)
+        trainer(data, tmp_path / (defense or "none")[:4], federation).train_epoch(0)
+    (plain, labels), (mixed, probabilities) = seen[0], seen[2]
+    # Every mixed image is a mean of two of the plain ones, with the weights of its labels.
+    one_hot = nn.functional.one_hot(labels, data.spec.n_classes).double()
+    weights = torch.linalg.lstsq(plain.flatten(1).double().T, mixed.flatten(1).double().T).solution
+    rebuilt = weights.T @ plain.flatten(1).double()
+    torch.testing.assert_close(rebuilt, mixed.flatten(1).double(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(weights.T @ one_hot, probabilities.double(), rtol=0, atol=1e-4)
+    assert not torch.allclose(mixed, plain)
