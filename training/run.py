@@ -21,7 +21,7 @@ from core.models.building import DEFAULT_POOL_KERNEL
 from core.models.own_model import own_architecture
 from core.models.unchanged import in_mode
 from core.plugins import import_plugin
-from core.processes.distributed import Process, barrier, broadcast_object
+from core.processes.distributed import Process, barrier, broadcast_object, seed_everything
 from core.reading import check_regular
 from training.checkpoints import (
     checkpoints,
@@ -48,6 +48,8 @@ def run_training(process: Process, settings: RunSettings) -> None:
         InputError: Something that was asked for cannot be done.
     """
     import_plugin(settings.plugin)
+    # The first weights: a command has done so, a caller from Python may have drawn since.
+    seed_everything(settings.training.seed)
     log_to_terminal(logging.INFO if process.is_main else logging.ERROR, "%(message)s")
     lock = contextlib.nullcontext() if settings.evaluate else _root_of_one_run(process, settings)
     with _product_precision(tf32=settings.tf32), lock:

@@ -26,8 +26,9 @@ from training.checkpoints import latest_checkpoint
 from training.client_shards import ClientBatches, split_images
 from training.error_feedback import DeepGradientCompression, ErrorFeedbackSGD
 from training.federated_rounds import FederatedTrainer
-from training.main_pytorch import main, run
+from training.main_pytorch import main, parse_args, run, run_settings
 from training.record import read_record
+from training.run import run_training
 from training.settings import Federation, TrainingConfig
 
 LR = 0.05
@@ -386,3 +387,15 @@ def test_clients_train_on_what_a_defense_makes_of_their_batch(
     torch.testing.assert_close(rebuilt, mixed.flatten(1).double(), rtol=0, atol=1e-4)
     torch.testing.assert_close(weights.T @ one_hot, probabilities.double(), rtol=0, atol=1e-4)
     assert not torch.allclose(mixed, plain)
+
+
+def test_a_training_from_python_begins_with_its_seed_s_weights(tmp_path: Path) -> None:
+    words = ["--data", "photo-patches", "--arch", "cnn", "--width", "2", "--epochs", "0", "--cpu"]
+    states = []
+    for drawn in (0, 7):
+        torch.manual_seed(drawn)
+        root = tmp_path / str(drawn)
+        args = parse_args([*words, "-j", "0", "--no-tensorboard", "--result-root", str(root)])
+        run_training(Process(), run_settings(args))
+        states.append(load_checkpoint(root / "model_init.pth.tar")["state_dict"])
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
