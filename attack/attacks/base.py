@@ -13,6 +13,7 @@ from core.losses import Targets
 if TYPE_CHECKING:
     import torch
 
+    from attack.loop.inversion import Inversion
     from attack.reconstruction import Reconstruction
     from attack.settings import InversionConfig
     from core.target import Target
@@ -65,6 +66,18 @@ class Attack(abc.ABC):
         """Its settings as plain values, for a record; None where it has none."""
         config = getattr(self, "config", None)
         return None if config is None else dataclasses.asdict(config)
+
+    def begin(self, target: Target, **start: Any) -> Inversion | None:
+        """The inversion, not yet begun, whose result `reconstruct` gives as it is.
+
+        Args:
+            target: What the client shared.
+            start: Arguments of `attack.loop.inversion.Inversion`.
+
+        Returns:
+            None where `reconstruct` does more than that, or has no such loop.
+        """
+        return None
 
     @abc.abstractmethod
     def reconstruct(

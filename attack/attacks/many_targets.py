@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,7 +16,6 @@ from attack.loop.many_targets import ManyInversions, OneByOneError
 if TYPE_CHECKING:
     from attack.loop.inversion import Inversion, Snapshot
     from attack.reconstruction import Reconstruction
-    from attack.settings import InversionConfig
     from core.target import Target
 
 logger = logging.getLogger(__name__)
@@ -25,25 +24,6 @@ logger = logging.getLogger(__name__)
 # small CNN it took 0.65 to 0.85 of the processor time, with one row twice as much, with 16 rows
 # 0.3 to 0.45.
 FEWEST_ROWS = 4
-
-
-@runtime_checkable
-class _Iterated(Protocol):
-    """An attack whose iterations are those of one inversion; `config` holds its settings."""
-
-    config: InversionConfig
-
-    def inversion(
-        self,
-        target: Target,
-        *,
-        labels: torch.Tensor,
-        device: torch.device,
-        seed: int,
-        prior: torch.Tensor | None = None,
-        first_restart: int = 0,
-    ) -> Inversion:
-        """The inversion of one target, not yet begun."""
 
 
 @dataclass(frozen=True)
@@ -108,11 +88,13 @@ def _groups(
     attack: Attack, targets: Sequence[Begun], device: torch.device, seed: int
 ) -> list[list[int]]:
     """Targets whose settings are the same, told defenses included."""
-    if not isinstance(attack, _Iterated):
-        return [[index] for index in range(len(targets))]
     groups: list[tuple[Inversion, list[int]]] = []
+    alone: list[list[int]] = []
     for index, each in enumerate(targets):
-        mine = _inversion(attack, each, device, seed)
+        mine = _begin(attack, each, device, seed)
+        if mine is None:
+            alone.append([index])
+            continue
         for first, members in groups:
             alike = first.problem.shape == mine.problem.shape
             if alike and first.problem.config == mine.problem.config:
@@ -120,22 +102,22 @@ def _groups(
                 break
         else:
             groups.append((mine, [index]))
-    return [members for _, members in groups]
+    return [*(members for _, members in groups), *alone]
 
 
-def _inversion(attack: _Iterated, each: Begun, device: torch.device, seed: int) -> Inversion:
-    # Attacks that recover labels themselves have no such inversion.
-    assert each.labels is not None
-    return attack.inversion(
-        each.target, labels=each.labels, device=device, seed=seed, prior=each.prior
-    )
+def _begin(attack: Attack, each: Begun, device: torch.device, seed: int) -> Inversion | None:
+    if each.labels is None:
+        # The attack recovers them itself.
+        return None
+    return attack.begin(each.target, labels=each.labels, device=device, seed=seed, prior=each.prior)
 
 
 def _pays(attack: Attack, n_targets: int, device: torch.device) -> bool:
     """Whether so many targets at once are faster than one after the other."""
-    if not isinstance(attack, _Iterated) or device.type != "cpu":
+    config = getattr(attack, "config", None)
+    if config is None or device.type != "cpu":
         return True
-    return n_targets * attack.config.starts.restarts >= FEWEST_ROWS
+    return n_targets * int(config.starts.restarts) >= FEWEST_ROWS
 
 
 def _together(
@@ -148,10 +130,8 @@ def _together(
 ) -> list[Reconstruction]:
     """All at once, or in turn where they cannot be."""
     try:
-        if not isinstance(attack, _Iterated):
-            raise OneByOneError(f"{attack.name} has no iterations to share")
-        inversions = [_inversion(attack, each, device, seed) for each in targets]
-        return ManyInversions(inversions).run(
+        begun = [_begin(attack, each, device, seed) for each in targets]
+        return ManyInversions([each for each in begun if each is not None]).run(
             print_every=print_every,
             on_snapshots=[each.on_snapshot for each in targets],
             snapshot_every=targets[0].snapshot_every,

@@ -43,6 +43,11 @@ class OptimizationAttack(Attack):
         """See `Attack.plain_settings`; all settings side by side, whatever their topic."""
         return self.config.to_flat()
 
+    def begin(self, target: Target, **start: Any) -> Inversion | None:
+        """See `Attack.begin`."""
+        plain = type(self).reconstruct is OptimizationAttack.reconstruct
+        return self.inversion(target, **start) if plain else None
+
     def inversion(
         self,
         target: Target,

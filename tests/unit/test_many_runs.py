@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from attack.attacks.inverting_gradients import InvertingGradients
+from attack.attacks.many_targets import Begun, reconstruct_many
 from attack.cli.command import main
+from attack.reconstruction import Reconstruction
 from core.errors import exit_status
 from core.models.building import ModelSpec
-from core.target import Truth
+from core.target import Target, Truth
 from gradients.checkpoint import save_target
 from tests.targets import make_target, share_model, smooth_images
 
@@ -121,3 +125,22 @@ def test_bad_input_is_one_sentence(
     assert command(*given, *words) == 2
     assert sentence in capsys.readouterr().err
     assert not list(tmp_path.rglob("record.json"))
+
+
+def test_an_attack_that_does_more_than_invert_does_so_for_each_target() -> None:
+    """As fishing does, whose inversion alone would be of another batch."""
+
+    class Upside(InvertingGradients):
+        def reconstruct(self, target: Target, **run: Any) -> Reconstruction:
+            found = super().reconstruct(target, **run)
+            return dataclasses.replace(found, images=1 - found.images)
+
+    config = InvertingGradients.published.changed(iterations=3)
+    shared = share_model(ModelSpec("lenet", 10, 16, width=4), 2, 1)
+    begun = [Begun(target, labels, on_snapshot=lambda *_: None) for target, labels in shared]
+    options = {"device": torch.device("cpu"), "seed": 0}
+    found = reconstruct_many(Upside(config), begun, at_once=2, **options)  # type: ignore[arg-type]
+    plain = InvertingGradients(config)
+    for each, (target, labels) in zip(found, shared, strict=True):
+        expected = 1 - plain.reconstruct(target, labels=labels, **options).images
+        torch.testing.assert_close(each.images, expected)
