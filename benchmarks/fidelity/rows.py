@@ -63,6 +63,20 @@ def _notebook(name: str) -> tuple[str, str]:
     return f"output of examples/{name}.ipynb, commit 8bd99d5", BREACHING
 
 
+_APRIL = Published(
+    23.90,
+    "dB",
+    *_notebook("APRIL  - Analytic Attack - Vision Transformer on ImageNet"),
+    note="one image, ViT-S/16 with trained weights",
+)
+
+
+def _april(width: int) -> ImageAttack:
+    """APRIL on a vision transformer of so many channels."""
+    model = ModelSpec("vit_april", image_size=128, width=width)
+    return ImageAttack("april", model, same=BreachingApril(), kind=IMAGENET)
+
+
 _EXACT = (
     Row(
         "r-gap",
@@ -82,18 +96,8 @@ _EXACT = (
         "april",
         "april",
         "vision transformer whose patches of 16 x 16 x 3 fit its 768 channels, untrained, batch 1",
-        Published(
-            23.90,
-            "dB",
-            *_notebook("APRIL  - Analytic Attack - Vision Transformer on ImageNet"),
-            note="one image, ViT-S/16 with trained weights",
-        ),
-        ImageAttack(
-            "april",
-            ModelSpec("vit_april", image_size=128, width=768),
-            same=BreachingApril(),
-            kind=IMAGENET,
-        ),
+        _APRIL,
+        _april(768),
         seconds=10,
         differs="ViT-B/16's embedding, 128 px, two blocks, untrained; " + OTHER_IMAGES,
         incomparable="the published ViT-S has 384 channels for the 768 values of a patch, which "
@@ -103,18 +107,8 @@ _EXACT = (
         "april-small",
         "april",
         "vision transformer of 384 channels for patches of 768 values, untrained, batch 1",
-        Published(
-            23.90,
-            "dB",
-            *_notebook("APRIL  - Analytic Attack - Vision Transformer on ImageNet"),
-            note="one image, ViT-S/16 with trained weights",
-        ),
-        ImageAttack(
-            "april",
-            ModelSpec("vit_april", image_size=128, width=384),
-            same=BreachingApril(),
-            kind=IMAGENET,
-        ),
+        _APRIL,
+        _april(384),
         seconds=5,
         differs="untrained, 128 px, two blocks; " + OTHER_IMAGES,
         incomparable="half of a patch lies in directions that the embedding does not see; a "

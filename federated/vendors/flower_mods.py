@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -23,9 +24,9 @@ class FlowerMod(Defense):
     In float32 their difference is rounded to a millionth of the parameters, as in a federation.
     """
 
+    @abc.abstractmethod
     def vendor(self) -> Any:
         """Flower's mod."""
-        raise NotImplementedError
 
     def server_config(self) -> dict[str, float]:
         """What the server's strategy tells the mod."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,9 @@ FILTERS = "nvflare.app_common.filters"
 class NVFlareFilter(Defense):
     """One of NVFlare's filters on the update of a client."""
 
+    @abc.abstractmethod
     def vendor(self) -> Any:
         """A new object of NVFlare's class."""
-        raise NotImplementedError
 
     def apply(self, gradient: Gradient, client: ClientView) -> Gradient:
         """What the filter leaves of the difference of weights."""
