@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -83,6 +83,11 @@ class Experiment(Protocol):
 
     def ours(self, trial: Trial) -> Outcome:
         """This project's attack."""
+
+
+@runtime_checkable
+class Compared(Protocol):
+    """An experiment that a second implementation runs as well."""
 
     def beside(self, trial: Trial) -> Outcome:
         """The second implementation."""

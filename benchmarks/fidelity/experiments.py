@@ -244,10 +244,6 @@ class Labels:
         target, _ = share(model, images, labels, mean=CIFAR10_MEAN, std=CIFAR10_STD)
         return Outcome(label_accuracy(recover_labels(self.rule, target), labels))
 
-    def beside(self, trial: Trial) -> Outcome:
-        """Nothing: see `second`."""
-        raise NotImplementedError
-
 
 @dataclass(frozen=True)
 class TextAttack:
@@ -345,7 +341,3 @@ class RecordAttack:
         guess = measured.baselines["marginal guess"]["record_accuracy"]["mean"]
         assert guess is not None
         return Outcome(accuracy - guess, {"accuracy": accuracy, "guess": guess})
-
-    def beside(self, trial: Trial) -> Outcome:
-        """Nothing: see `second`."""
-        raise NotImplementedError

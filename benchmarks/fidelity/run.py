@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.fidelity.beside import installed, version
-from benchmarks.fidelity.declare import Experiment, Row, Trial
+from benchmarks.fidelity.declare import Compared, Experiment, Row, Trial
 from benchmarks.fidelity.record import OURS, Entry, Record, today
 from benchmarks.fidelity.samples import Samples
 from core.records import provenance
@@ -98,7 +98,10 @@ def run(job: Job, record: Record) -> Entry:
     """Compute a trial and write it into the record."""
     experiment = job.row.experiment
     assert experiment is not None
-    compute = experiment.ours if job.implementation == OURS else experiment.beside
+    compute = experiment.ours
+    if job.implementation != OURS:
+        assert isinstance(experiment, Compared)
+        compute = experiment.beside
     began = time.process_time()
     outcome = compute(job.trial)
     name = OURS if job.implementation == OURS else version(job.implementation)
