@@ -326,7 +326,7 @@ def draw(ranking: Ranking, file: Path) -> Picture:
     )
     ax.set(
         xlabel="validation accuracy under the defense (%)",
-        ylabel="SSIM beyond a guess, worst tenth (higher: more leaked)",
+        ylabel="SSIM beyond a guess, worst tenth",
     )
     figure.legend(fontsize=7, loc="outside right upper")
     caption = (
