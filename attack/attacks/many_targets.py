@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -71,108 +71,108 @@ def reconstruct_many(
     Returns:
         One reconstruction per target.
     """
-    found: dict[int, Reconstruction] = {}
+    run = _Run(attack, device, seed, print_every, save_every)
     size = at_once or len(targets)
-    for group in _groups(attack, targets, device, seed):
-        for first in range(0, len(group), size):
-            part = group[first : first + size]
-            chosen = [targets[index] for index in part]
-            together = len(part) > 1 and (at_once > 0 or _pays(attack, len(part), device))
-            run = _together if together else _in_turn
-            results = run(attack, chosen, device, seed, print_every, save_every)
-            found |= zip(part, results, strict=True)
+    found: dict[int, Reconstruction] = {}
+    waiting: list[list[_Inverted]] = []
+    for index, each in enumerate(targets):
+        inversion = run.begin(each)
+        if inversion is None:
+            found[index] = run.alone(each)
+            continue
+        mine = _Inverted(index, each, inversion)
+        group = next((group for group in waiting if group[0].is_like(mine)), None)
+        if group is None:
+            waiting.append(group := [])
+        group.append(mine)
+        if len(group) == size:
+            waiting.remove(group)
+            found |= run.group(group, together=at_once > 0)
+    for group in waiting:
+        found |= run.group(group, together=at_once > 0)
     return [found[index] for index in range(len(targets))]
 
 
-def _groups(
-    attack: Attack, targets: Sequence[Begun], device: torch.device, seed: int
-) -> list[list[int]]:
-    """Targets whose settings are the same, told defenses included."""
-    groups: list[tuple[Inversion, list[int]]] = []
-    alone: list[list[int]] = []
-    for index, each in enumerate(targets):
-        mine = _begin(attack, each, device, seed)
-        if mine is None:
-            alone.append([index])
-            continue
-        for first, members in groups:
-            alike = first.problem.shape == mine.problem.shape
-            if alike and first.problem.config == mine.problem.config:
-                members.append(index)
-                break
-        else:
-            groups.append((mine, [index]))
-    return [*(members for _, members in groups), *alone]
+@dataclass(frozen=True, eq=False)
+class _Inverted:
+    """One target, its number among all, and its inversion, not yet begun."""
+
+    index: int
+    begun: Begun
+    inversion: Inversion
+
+    def is_like(self, other: _Inverted) -> bool:
+        """Whether both have the same settings, told defenses included."""
+        mine, its = self.inversion.problem, other.inversion.problem
+        return mine.shape == its.shape and mine.config == its.config
 
 
-def _begin(attack: Attack, each: Begun, device: torch.device, seed: int) -> Inversion | None:
-    if each.labels is None:
-        # The attack recovers them itself.
-        return None
-    return attack.begin(each.target, labels=each.labels, device=device, seed=seed, prior=each.prior)
+@dataclass(frozen=True)
+class _Run:
+    """What is the same for all targets; see `reconstruct_many`."""
 
+    attack: Attack
+    device: torch.device
+    seed: int
+    print_every: int
+    save_every: int
 
-def _pays(attack: Attack, n_targets: int, device: torch.device) -> bool:
-    """Whether so many targets at once are faster than one after the other."""
-    config = getattr(attack, "config", None)
-    if config is None or device.type != "cpu":
-        return True
-    return n_targets * int(config.starts.restarts) >= FEWEST_ROWS
-
-
-def _together(
-    attack: Attack,
-    targets: Sequence[Begun],
-    device: torch.device,
-    seed: int,
-    print_every: int,
-    save_every: int,
-) -> list[Reconstruction]:
-    """All at once, or in turn where they cannot be."""
-    try:
-        begun = [_begin(attack, each, device, seed) for each in targets]
-        return ManyInversions([each for each in begun if each is not None]).run(
-            print_every=print_every,
-            on_snapshots=[each.on_snapshot for each in targets],
-            snapshot_every=targets[0].snapshot_every,
-            state_files=[each.state_file for each in targets if each.state_file is not None],
-            save_every=save_every,
+    def begin(self, each: Begun) -> Inversion | None:
+        """The inversion that is all the attack does; None where it does more."""
+        if each.labels is None:
+            # The attack recovers them itself.
+            return None
+        return self.attack.begin(
+            each.target,
+            labels=each.labels,
+            device=self.device,
+            seed=self.seed,
+            prior=each.prior,
         )
-    except OneByOneError as reason:
-        logger.warning("%d targets one by one: %s", len(targets), reason)
-        return _in_turn(attack, targets, device, seed, print_every, save_every)
 
+    def group(self, group: Sequence[_Inverted], together: bool) -> dict[int, Reconstruction]:
+        """Targets of the same settings: at once where that is asked for or pays, or in turn."""
+        if len(group) == 1 or not (together or self._pays(group)):
+            return {one.index: one.inversion.run(**self._options(one.begun)) for one in group}
+        try:
+            results = ManyInversions([one.inversion for one in group]).run(
+                print_every=self.print_every,
+                on_snapshots=[one.begun.on_snapshot for one in group],
+                snapshot_every=group[0].begun.snapshot_every,
+                state_files=[
+                    one.begun.state_file for one in group if one.begun.state_file is not None
+                ],
+                save_every=self.save_every,
+            )
+        except OneByOneError as reason:
+            logger.warning("%d targets one by one: %s", len(group), reason)
+            # Anew: an inversion that was begun among others is not as it was.
+            results = [self.alone(one.begun) for one in group]
+        return {one.index: result for one, result in zip(group, results, strict=True)}
 
-def _in_turn(
-    attack: Attack,
-    targets: Sequence[Begun],
-    device: torch.device,
-    seed: int,
-    print_every: int,
-    save_every: int,
-) -> list[Reconstruction]:
-    return [_alone(attack, each, device, seed, print_every, save_every) for each in targets]
+    def _pays(self, group: Sequence[_Inverted]) -> bool:
+        """Whether so many targets at once are faster than one after the other."""
+        restarts = group[0].inversion.problem.config.starts.restarts
+        return self.device.type != "cpu" or len(group) * restarts >= FEWEST_ROWS
 
+    def alone(self, each: Begun) -> Reconstruction:
+        """One target by itself."""
+        start = {} if each.prior is None else {"prior": each.prior}
+        reconstruct: Callable[..., Reconstruction] = self.attack.reconstruct
+        return reconstruct(
+            each.target,
+            labels=each.labels,
+            device=self.device,
+            seed=self.seed,
+            **start,
+            **self._options(each),
+        )
 
-def _alone(
-    attack: Attack,
-    each: Begun,
-    device: torch.device,
-    seed: int,
-    print_every: int,
-    save_every: int,
-) -> Reconstruction:
-    start = {} if each.prior is None else {"prior": each.prior}
-    reconstruct: Callable[..., Reconstruction] = attack.reconstruct
-    return reconstruct(
-        each.target,
-        labels=each.labels,
-        device=device,
-        seed=seed,
-        **start,
-        print_every=print_every,
-        on_snapshot=each.on_snapshot,
-        snapshot_every=each.snapshot_every,
-        state_file=each.state_file,
-        save_every=save_every,
-    )
+    def _options(self, each: Begun) -> dict[str, Any]:
+        return {
+            "print_every": self.print_every,
+            "on_snapshot": each.on_snapshot,
+            "snapshot_every": each.snapshot_every,
+            "state_file": each.state_file,
+            "save_every": self.save_every,
+        }
