@@ -274,8 +274,9 @@ def _loss(raw: Mapping[str, Any], given: Function | Loss | None) -> Loss:
 
 def _architecture(raw: Mapping[str, Any], data: DataSpec, build: Builder | None) -> Architecture:
     """What rebuilds the model: the given function for a module of the user's own."""
-    description = raw.get("model")
-    builder = description.get("builder") if isinstance(description, Mapping) else None
+    described = raw.get("model")
+    description: Mapping[str, Any] = described if isinstance(described, Mapping) else {}
+    builder = description.get("builder")
     if builder is None:
         spec = _model_spec(raw, data)
         _check_sizes(raw, spec)

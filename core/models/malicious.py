@@ -177,18 +177,17 @@ class ImprintedEmbedding(nn.Module):
     def __init__(self, embedding: nn.Embedding, length: int, bins: int) -> None:
         super().__init__()
         n = length * embedding.embedding_dim
-        self.embedding = embedding
+        self.embedding, self.length = embedding, length
         self.imprint = nn.Sequential(nn.Linear(n, bins), nn.ReLU(), nn.Linear(bins, n))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """N x t token ids, t at most T, to N x t x width."""
-        found = self.embedding(ids).flatten(1)
-        whole = self.imprint[0].in_features
-        if found.shape[1] > whole:
-            most = whole // self.embedding.embedding_dim
-            raise InputError(f"the imprint block takes sentences of {most} tokens at most")
-        read = self.imprint(F.pad(found, (0, whole - found.shape[1])))
-        return read[:, : found.shape[1]].unflatten(1, (ids.shape[1], -1))
+        missing = self.length - ids.shape[1]
+        if missing < 0:
+            raise InputError(f"the imprint block takes sentences of {self.length} tokens at most")
+        found = F.pad(self.embedding(ids), (0, 0, 0, missing))
+        read: torch.Tensor = self.imprint(found.flatten(1)).view_as(found)
+        return read[:, : ids.shape[1]]
 
 
 def add_to_language_model(model: nn.Module, malicious: str, length: int) -> nn.Module:

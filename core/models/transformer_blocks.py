@@ -106,10 +106,11 @@ def _matrix(layer: nn.Module, name: str, transposed: bool = False) -> Matrix:
     return Matrix(weight.T if transposed else weight, bias, f"{name}.weight", transposed)
 
 
-def _thirds(weight: torch.Tensor, bias: torch.Tensor, name: str, turned: bool) -> list[Matrix]:
+def _thirds(joint: Matrix) -> tuple[Matrix, Matrix, Matrix]:
     """Query, key and value out of one matrix."""
-    each = zip(weight.chunk(3), bias.chunk(3), strict=True)
-    return [Matrix(part, shift, name, turned) for part, shift in each]
+    each = zip(joint.weight.chunk(3), joint.bias.chunk(3), strict=True)
+    found = [Matrix(part, shift, joint.parameter, joint.transposed) for part, shift in each]
+    return found[0], found[1], found[2]
 
 
 def _of_gpt2(module: nn.Module, prefix: str) -> Block | None:
@@ -120,9 +121,9 @@ def _of_gpt2(module: nn.Module, prefix: str) -> Block | None:
     joint, out, first, second = (
         _matrix(part, prefix + name, True) for part, name in zip(parts, names, strict=True)
     )
-    thirds = _thirds(joint.weight, joint.bias, joint.parameter, True)
+    query, key, value = _thirds(joint)
     heads = int(getattr(_at(module, "attn"), "num_heads", 1))
-    return Block(heads, parts[0], *thirds, out, parts[2], first, second)
+    return Block(heads, parts[0], query, key, value, out, parts[2], first, second)
 
 
 def _of_bert(module: nn.Module, prefix: str) -> Block | None:
@@ -146,7 +147,8 @@ def _of_torch(module: nn.Module, prefix: str) -> Block | None:
     joint, bias = attention.in_proj_weight, attention.in_proj_bias
     if parts is None or joint is None or bias is None:
         return None
-    thirds = _thirds(joint.data, bias.data, f"{prefix}self_attn.in_proj_weight", False)
+    query, key, value = _thirds(Matrix(joint.data, bias.data, f"{prefix}self_attn.in_proj_weight"))
     out = _matrix(parts[0], f"{prefix}self_attn.out_proj")
     first, second = (_matrix(parts[i], f"{prefix}linear{i}") for i in (1, 2))
-    return Block(attention.num_heads, attention, *thirds, out, parts[1], first, second)
+    heads = attention.num_heads
+    return Block(heads, attention, query, key, value, out, parts[1], first, second)

@@ -53,11 +53,14 @@ def sent(kind: str, malicious: str) -> GivenModel:
 
 @pytest.mark.parametrize("kind", ["gpt2", "encoder"])
 @pytest.mark.parametrize(
-    ("attack", "malicious"), [("decepticons", "decepticons:12"), ("robbing-the-fed-text", "imprint:512")]
+    ("attack", "malicious"),
+    [("decepticons", "decepticons:12"), ("robbing-the-fed-text", "imprint:512")],
 )
 def test_a_whole_batch_is_read(kind: str, attack: str, malicious: str) -> None:
     ids = sentences(5, 2)
-    target, truth = gib.share(sent(kind, malicious), ids, ids, loss="next-token", defense="clip:0.1")
+    target, truth = gib.share(
+        sent(kind, malicious), ids, ids, loss="next-token", defense="clip:0.1"
+    )
     found = gib.invert(target, attack=attack, progress=False)
     assert {*map(tuple, found.images.tolist())} == {*map(tuple, truth.images.tolist())}
 

@@ -161,7 +161,7 @@ def read_rows(target: Target, rows: torch.Tensor, features: int) -> ReadRows:
     places, tokens = names.clone(), names.clone()
     likeness = torch.full((2, len(rows)), -2.0, dtype=rows.dtype)
     for first, inputs in _of_vocabulary(target):
-        n, length = inputs.shape[:2]
+        length = inputs.shape[1]
         best, which = (named @ _plain(inputs[:, 0, -features:]).T).max(1)
         better = best > likeness[0]
         names[better], likeness[0] = first + which[better], likeness[0].maximum(best)

@@ -73,9 +73,8 @@ class RobbingTheFedText(Attack):
         began = time.perf_counter()
         name, layer = self._block(target)
         weight, bias = (target.gradient[f"{name}.imprint.0.{part}"] for part in ("weight", "bias"))
-        bins = layer.imprint[0]
         found = read_bins(
-            -bins.bias.detach(),
+            -layer.imprint.get_parameter("0.bias").detach(),
             weight.double(),
             bias.double(),
             target.batch_size,

@@ -54,7 +54,9 @@ def _last_layer(model: nn.Module, ids: torch.Tensor) -> tuple[str, torch.Tensor]
     """Name of the weight of the layer that gives the outputs, and its inputs (N x T x width)."""
     calls: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []
     handles = [
-        module.register_forward_hook(lambda m, given, out: calls.append((m, given[0].detach(), out)))
+        module.register_forward_hook(
+            lambda m, given, out: calls.append((m, given[0].detach(), out))
+        )
         for module in model.modules()
         if isinstance(module, nn.Linear)
     ]
