@@ -33,6 +33,7 @@ from core.losses import (
 from core.models.architecture import Architecture, GivenModel
 from core.models.building import ModelSpec, default_stem
 from core.models.kinds import BatchNorm
+from core.models.malicious import Malice, add_to_language_model, parse_text_malice
 from core.named_objects import is_object_name
 from core.processes.distributed import shard_sizes
 from core.records import BROKEN, check_types, fits
@@ -273,8 +274,9 @@ def _loss(raw: Mapping[str, Any], given: Function | Loss | None) -> Loss:
 
 def _architecture(raw: Mapping[str, Any], data: DataSpec, build: Builder | None) -> Architecture:
     """What rebuilds the model: the given function for a module of the user's own."""
-    description = raw.get("model")
-    builder = description.get("builder") if isinstance(description, Mapping) else None
+    described = raw.get("model")
+    description: Mapping[str, Any] = described if isinstance(described, Mapping) else {}
+    builder = description.get("builder")
     if builder is None:
         spec = _model_spec(raw, data)
         _check_sizes(raw, spec)
@@ -284,7 +286,20 @@ def _architecture(raw: Mapping[str, Any], data: DataSpec, build: Builder | None)
             f"its model is a module of the user's own, built by {builder}; say where that function "
             "is: --model module:function, or load_target(path, build=function)"
         )
-    return GivenModel(build(), str(builder), data.shape)
+    malicious = str(description.get("malicious") or "")
+    model = build()
+    if malicious:
+        # The block is as large as a number in the file says.
+        _check_bins(raw, parse_text_malice(malicious, "the word for its malicious server"))
+        model = add_to_language_model(model, malicious, data.shape[0])
+    return GivenModel(model, str(builder), data.shape, malicious)
+
+
+def _check_bins(raw: Mapping[str, Any], malice: Malice) -> None:
+    """Refuse a block that is larger than any parameter in the file."""
+    sides = [n for value in raw["state_dict"].values() for n in getattr(value, "shape", ())]
+    if malice.kind == "imprint" and malice.number not in sides:
+        raise InputError(f"it states {malice.number} bins but no parameter is that large")
 
 
 def _check_sizes(raw: Mapping[str, Any], model: ModelSpec) -> None:

@@ -24,9 +24,9 @@ from core.data.data_sets import DataSets, load_data, take_samples
 from core.data.records import is_table, load_table, table_data_sets
 from core.data.specs import DataSpec
 from core.errors import InputError
-from core.models.architecture import Architecture
+from core.models.architecture import Architecture, GivenModel
 from core.models.building import DEFAULT_POOL_KERNEL, ModelSpec, default_stem, skeleton_of
-from core.models.malicious import parse_malice
+from core.models.malicious import parse_malice, parse_text_malice
 from core.models.own_model import own_architecture
 from core.models.unchanged import in_mode
 from core.plugins import import_plugin
@@ -42,6 +42,7 @@ from gradients.client_batch import (
     validation_guesses,
 )
 from gradients.malicious_server import tamper
+from gradients.malicious_text import tamper_with_text
 from gradients.output import peak_memory, write_results
 from gradients.rank_analysis import LayerRank, format_table, rank_analysis
 from gradients.received_model import Pretrained, build_received_model, load_own, read_pretrained
@@ -88,7 +89,6 @@ def extract(process: Process, settings: ExtractSettings) -> Path | None:
     spec, model = received.architecture, received.model()
     model = model.double() if chosen.double else model
     if chosen.malicious:
-        assert isinstance(spec, ModelSpec)
         spec, model = _tampered(model, spec, data, data_spec, settings)
     ranks = _rank_analysis(model, data_spec, settings, process)
     if process.device.type == "cuda":
@@ -160,9 +160,10 @@ def _ours(settings: ExtractSettings, pretrained: Pretrained | None, process: Pro
 def _own(settings: ExtractSettings, pretrained: Pretrained | None) -> _Received:
     """A client with a module of the user's own, on the user's samples or on images of ours."""
     chosen, client = settings.model, settings.client
-    for flag, value in (("--malicious", chosen.malicious), ("--arch", chosen.arch)):
-        if value:
-            raise InputError(f"{flag} {value}: is for our architectures, and --model is your own")
+    if chosen.arch:
+        raise InputError(f"--arch {chosen.arch}: is for our architectures, and --model is your own")
+    if chosen.malicious:
+        parse_text_malice(chosen.malicious)
     architecture = own_architecture(chosen.builder, settings.seed)
     assert architecture is not None
     model = in_mode(in_full_precision(architecture.build()), client.train_mode)
@@ -197,14 +198,21 @@ def _truth(data: DataSets, indices: list[int], workers: int, process: Process) -
 
 def _tampered(
     model: nn.Module,
-    spec: ModelSpec,
+    spec: Architecture,
     data: DataSets,
     described: DataSpec,
     settings: ExtractSettings,
-) -> tuple[ModelSpec, nn.Module]:
+) -> tuple[Architecture, nn.Module]:
     """What a malicious server sends instead of the model."""
-    spec = dataclasses.replace(spec, malicious=settings.model.malicious)
+    malicious = settings.model.malicious
+    if isinstance(spec, GivenModel) and not described.n_tokens:
+        raise InputError(f"--malicious {malicious}: is for our architectures, or for text")
     public, classes = public_samples(data, settings.data.workers)
+    if isinstance(spec, GivenModel):
+        model = tamper_with_text(model, malicious, public, settings.client.loss)
+        return GivenModel(model, spec.builder, described.shape, malicious), model
+    assert isinstance(spec, ModelSpec)
+    spec = dataclasses.replace(spec, malicious=malicious)
     return spec, tamper(model, spec, described.normalize(public), classes, settings.batch.size)
 
 

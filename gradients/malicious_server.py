@@ -69,7 +69,7 @@ def _set_imprint(model: Imprinted, public_inputs: torch.Tensor) -> None:
     assert isinstance(second, nn.Linear)
     brightness = public_inputs.flatten(1).double().mean(1)
     levels = torch.arange(first.out_features, dtype=torch.float64) / first.out_features
-    thresholds = _spread_ties(brightness.quantile(levels.to(brightness)))
+    thresholds = spread_ties(brightness.quantile(levels.to(brightness)))
     thresholds[0] = brightness.min() - MARGIN
     first.weight.fill_(1 / first.in_features)
     first.bias.copy_(-thresholds)
@@ -78,7 +78,7 @@ def _set_imprint(model: Imprinted, public_inputs: torch.Tensor) -> None:
     second.bias.zero_()
 
 
-def _spread_ties(thresholds: torch.Tensor) -> torch.Tensor:
+def spread_ties(thresholds: torch.Tensor) -> torch.Tensor:
     """Strictly growing thresholds: few public images share quantiles."""
     least = 1e-6 * torch.arange(len(thresholds), dtype=thresholds.dtype, device=thresholds.device)
     return thresholds.cummax(0).values + least

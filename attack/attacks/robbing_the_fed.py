@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import torch
 
 from attack.attacks.base import Attack, register_attack
+from attack.attacks.parts.bins import read_bins
 from attack.attacks.parts.closed_form import closed_form_reconstruction
-from attack.attacks.parts.first_layer import FirstLayer, first_layer
+from attack.attacks.parts.first_layer import first_layer
 from attack.knowledge.threat_models import Capability
 from attack.reconstruction import Reconstruction
 from core.errors import InputError
@@ -65,7 +66,13 @@ class RobbingTheFed(Attack):
             raise InputError(f"--attack {self.name}: needs the gradient of one local step")
         layer = first_layer(target, self.name, device)
         dtype = target.gradient[f"{layer.name}.weight"].dtype
-        found = _read_bins(layer, target.batch_size, EMPTY.get(dtype, 1e-3))
+        found = read_bins(
+            -layer.bias,
+            layer.weight_gradient,
+            layer.bias_gradient,
+            target.batch_size,
+            EMPTY.get(dtype, 1e-3),
+        )
         return closed_form_reconstruction(
             target,
             layer.network_inputs(found),
@@ -75,15 +82,3 @@ class RobbingTheFed(Attack):
             iterations=1,
             details={"bins": len(layer.bias), "filled_bins": len(found)},
         )
-
-
-def _read_bins(layer: FirstLayer, batch_size: int, empty: float) -> torch.Tensor:
-    """Mean input of every filled bin, the fullest `batch_size` (k x d)."""
-    order = layer.bias.argsort(descending=True)
-    weight, bias = layer.weight_gradient[order], layer.bias_gradient[order]
-    # The last neuron has no brighter neighbour.
-    weight = weight - torch.cat([weight[1:], torch.zeros_like(weight[:1])])
-    bias = bias - torch.cat([bias[1:], torch.zeros_like(bias[:1])])
-    fullest = bias.abs().argsort(descending=True)[:batch_size]
-    filled = fullest[bias[fullest].abs() > empty * bias.abs().max()]
-    return weight[filled] / bias[filled, None]

@@ -24,7 +24,7 @@ from core.data.records import load_table
 from core.data.specs import IMAGENET_MEAN, IMAGENET_STD, DataSpec
 from core.errors import InputError
 from core.losses import as_loss
-from core.models.architecture import Architecture
+from core.models.architecture import Architecture, GivenModel
 from core.models.building import ModelSpec
 from core.models.malicious import Imprinted
 from core.models.state_files import fit, load_fitting, read_state
@@ -32,6 +32,7 @@ from core.processes.distributed import Process
 from core.target import LocalTraining, Target, Truth
 from gradients.client import ClientSettings, share_update
 from gradients.malicious_server import tamper
+from gradients.malicious_text import tamper_with_text
 from gradinvbench import share
 
 # One value of an attack's setting.
@@ -303,6 +304,26 @@ class TextAttack:
     def _measured(self, case: Case, ids: torch.Tensor) -> Outcome:
         summary = evaluate_text(ids, None, case.truth, metrics=(self.metric,)).summary()
         return Outcome(_mean(summary, self.metric))
+
+
+@dataclass(frozen=True)
+class MaliciousTextAttack(TextAttack):
+    """An attack on sentences of clients whose model a malicious server made.
+
+    Attributes:
+        malicious: What it did, in the words of `--malicious`.
+    """
+
+    malicious: str = ""
+
+    def case(self, trial: Trial) -> Case:
+        """See `TextAttack.case`."""
+        drawn = trial.number, self.batch, self.length
+        ids, public = trial.samples.sentences(*drawn), trial.samples.public_sentences(*drawn, 500)
+        torch.manual_seed(trial.number)
+        model = tamper_with_text(self.model().eval(), self.malicious, public)
+        sent = GivenModel(model, shape=(self.length,), malicious=self.malicious)
+        return Case(*share(sent, ids, ids, loss=as_loss("next-token"), seed=trial.number))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from benchmarks.fidelity.declare import Published, Row
 from benchmarks.fidelity.experiments import (
     ImageAttack,
     Labels,
+    MaliciousTextAttack,
     RecordAttack,
     TextAttack,
     Value,
@@ -337,6 +338,10 @@ _SMALL_NETWORKS = (
     ),
 )
 
+_OTHER_TEXT = (
+    "tokens of Python's documentation among the model's 50,257 for WikiText; some sentences share "
+    "their beginning"
+)
 _TEXT = (
     Row(
         "dager",
@@ -374,6 +379,53 @@ _TEXT = (
         seconds=120,
         differs="tokens of Python's documentation among the model's 50,257 for WikiText; units "
         "and schedule of the learning rate",
+    ),
+    Row(
+        "decepticons",
+        "decepticons",
+        "transformer3, random weights, batch 8, sentences of 32 tokens, next-token loss, 16 "
+        "features that name a sentence",
+        Published(
+            0.887,
+            "share",
+            *_notebook("Decepticons -  Analytic Attack - Transformer Model on Wikitext"),
+            opened=False,
+            note="tokens in their place, 8 sentences of 32 tokens",
+        ),
+        MaliciousTextAttack(
+            "decepticons",
+            functools.partial(Transformer3, GPT2_TOKENS),
+            8,
+            32,
+            "tokens_placed",
+            malicious="decepticons:16",
+        ),
+        seconds=60,
+        differs=_OTHER_TEXT + "; every network measures along a direction of its own, and the "
+        "last token is read off the last layer",
+    ),
+    Row(
+        "robbing-the-fed-text",
+        "robbing-the-fed-text",
+        "transformer3, random weights, batch 128, sentences of 32 tokens, imprint block of 512 "
+        "bins behind the embedding",
+        Published(
+            0.888,
+            "share",
+            *_notebook("Robbing The Fed -  Analytic Attack - Malicious Model on Wikitext"),
+            opened=False,
+            note="tokens in their place, 128 sentences of 32 tokens",
+        ),
+        MaliciousTextAttack(
+            "robbing-the-fed-text",
+            functools.partial(Transformer3, GPT2_TOKENS),
+            128,
+            32,
+            "tokens_placed",
+            malicious="imprint:512",
+        ),
+        seconds=60,
+        differs=_OTHER_TEXT,
     ),
 )
 

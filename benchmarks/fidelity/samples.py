@@ -101,6 +101,11 @@ class Samples:
         taken = (torch.arange(n) + number * n) % len(ids)
         return ids[taken]
 
+    def public_sentences(self, number: int, n: int, length: int, most: int) -> torch.Tensor:
+        """Sentences that are not a trial's, as a malicious server has them; so many at most."""
+        ids = self._text[length]
+        return ids[(torch.arange(min(most, len(ids) - n)) + (number + 1) * n) % len(ids)]
+
     def _loaded(self, kind: str, side: int) -> DataSets:
         if (kind, side) not in self._cache:
             source = self.folders.get(kind, EMBEDDED[kind])

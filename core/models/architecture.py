@@ -54,6 +54,7 @@ class GivenModel:
         builder: Where a program that reads a checkpoint finds the function that builds
             the module, as `module:function`; empty if there is none.
         shape: Of one input; lazy layers get their parameters from it.
+        malicious: What a malicious server did to it, in the words of `--malicious`.
 
     Raises:
         InputError: The module cannot be copied, is TorchScript, or has lazy layers and takes
@@ -61,12 +62,16 @@ class GivenModel:
     """
 
     def __init__(
-        self, module: nn.Module, builder: str = "", shape: Sequence[int] | None = None
+        self,
+        module: nn.Module,
+        builder: str = "",
+        shape: Sequence[int] | None = None,
+        malicious: str = "",
     ) -> None:
         self._module = without_synchronization(copied(_bare(module), {}))
         if shape is not None and any(map(is_lazy, self._module.parameters())):
             _materialise(self._module, shape)
-        self.builder = builder
+        self.builder, self.malicious = builder, malicious
 
     @property
     def name(self) -> str:
@@ -84,7 +89,8 @@ class GivenModel:
 
     def describe(self) -> Description:
         """See `Architecture`."""
-        return {"arch": self.name, "builder": self.builder or None}
+        told: Description = {"malicious": self.malicious} if self.malicious else {}
+        return {"arch": self.name, "builder": self.builder or None, **told}
 
 
 def copied(module: nn.Module, known: dict[int, torch.Tensor]) -> nn.Module:

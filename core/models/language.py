@@ -5,6 +5,7 @@ Functions without arguments are for the commands: `--model core.models.language:
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from core.errors import InputError
@@ -76,6 +77,49 @@ def sentence_classifier(
     return model
 
 
+class LowRank(nn.Module):
+    """A linear layer that stays as it is, and a product of two small ones that learns beside it.
+
+    Args:
+        layer: Any module from width to outputs; its parameters are frozen.
+        width: Of its inputs.
+        outputs: Of its outputs.
+        rank: Of the product.
+
+    Source: Hu et al., LoRA, ICLR 2022, section 4.1, https://arxiv.org/abs/2106.09685; there the
+        second matrix begins at zero, and is as it stands here after some steps.
+    """
+
+    def __init__(self, layer: nn.Module, width: int, outputs: int, rank: int) -> None:
+        super().__init__()
+        self.layer = layer.requires_grad_(False)
+        self.down = nn.Linear(width, rank, bias=False)
+        self.up = nn.Linear(rank, outputs, bias=False)
+        nn.init.normal_(self.up.weight, std=0.02)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """N x T x width to N x T x outputs."""
+        result: torch.Tensor = self.layer(inputs) + self.up(self.down(inputs))
+        return result
+
+
+def with_low_rank(model: nn.Module, rank: int) -> nn.Module:
+    """A model in the shape of GPT-2 of which low-rank adapters alone are trained and shared.
+
+    Args:
+        model: Changed; every projection of its blocks gets an adapter.
+        rank: Of the adapters.
+    """
+    model.requires_grad_(False)
+    names = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    for name, layer in list(model.named_modules()):
+        if name.endswith(names):
+            width, outputs = layer.get_parameter("weight").shape
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, LowRank(layer, width, outputs, rank))
+    return model
+
+
 def gpt2() -> nn.Module:
     """Two layers of width 128, 1.0 million parameters."""
     return causal_model(128)
@@ -89,6 +133,11 @@ def gpt2_narrow() -> nn.Module:
 def gpt2_wide() -> nn.Module:
     """Two layers of width 256."""
     return causal_model(256)
+
+
+def gpt2_lora() -> nn.Module:
+    """Two layers of width 128, of which adapters of rank 64 are trained and shared."""
+    return with_low_rank(causal_model(128), 64)
 
 
 def bert() -> nn.Module:

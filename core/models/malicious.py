@@ -1,7 +1,8 @@
 """Models that a malicious server sends instead of honest ones.
 
-`ModelSpec.malicious` says what was done, so that every program that loads a checkpoint
-builds the same model; `gradients.malicious_server` sets its parameters.
+`ModelSpec.malicious`, or `GivenModel.malicious` of a language model, says what was done, so that
+every program that loads a checkpoint builds the same model; `gradients.malicious_server` and
+`gradients.malicious_text` set its parameters.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from core.errors import InputError
+from core.models.token_embedding import token_embedding
 
 if TYPE_CHECKING:
     from core.models.architecture import Architecture
@@ -25,11 +28,14 @@ KINDS = {
     "fishing": ("class", 1),
     "fishing-feature": ("class", 3),
     "trap": ("number of records", 1),
+    "decepticons": ("number of features", 1),
 }
 FORMS = (
     "imprint:BINS, trap:RECORDS, fishing:CLASS or fishing-feature:CLASS[:FEATURE[:CUT]] (FEATURE: "
-    "its number, or logit)"
+    "its number, or logit); of a language model imprint:BINS or decepticons:FEATURES"
 )
+# What can be done to a language model, and the only one that is done to no other.
+OF_TEXT, OF_TEXT_ALONE = ("imprint", "decepticons"), "decepticons"
 MAX_BINS = 65536
 # Instead of a feature's number: the class's own logit, against the mean of all.
 LOGIT = "logit"
@@ -41,9 +47,10 @@ class Malice:
 
     Attributes:
         kind: "imprint" (a block in front, Robbing the Fed), "trap" (the first layer, trap
-            weights), "fishing" or "fishing-feature" (the last layer).
-        number: Bins of the imprint block, records that shall activate a trap, or the class to
-            fish for.
+            weights), "fishing" or "fishing-feature" (the last layer), "decepticons" (all blocks
+            of a transformer).
+        number: Bins of the imprint block, records that shall activate a trap, the class to
+            fish for, or the features that name a sentence.
         feature: Which feature tells the images of the class apart; None: its logit.
         cut: Value of the feature below which they pass; None: from public images.
     """
@@ -74,7 +81,7 @@ def parse_malice(text: str, n_classes: int, flag: str = "--malicious") -> Malice
     what, most = KINDS.get(kind, ("", 0))
     if not 1 <= len(words) <= most or not words[0].isdecimal():
         raise InputError(f"{flag} {text}: expected {FORMS}")
-    ranges = {"imprint": (2, MAX_BINS), "trap": (1, MAX_BINS)}
+    ranges = {"imprint": (2, MAX_BINS), "trap": (1, MAX_BINS), "decepticons": (2, MAX_BINS)}
     low, high = ranges.get(kind, (0, n_classes - 1))
     if not low <= int(words[0]) <= high:
         raise InputError(f"{flag} {text}: the {what} must lie in {low}..{high}")
@@ -127,6 +134,79 @@ class Imprinted(nn.Module):
 def add_malicious_layers(model: nn.Module, spec: ModelSpec) -> nn.Module:
     """The model with the layers that `spec.malicious` puts into it."""
     malice = parse_malice(spec.malicious, spec.n_classes)
+    if malice.kind == OF_TEXT_ALONE:
+        raise InputError(
+            f"--malicious {spec.malicious}: is for language models, as --model "
+            "core.models.language:gpt2"
+        )
     if malice.kind == "imprint":
         return Imprinted(model, spec.image_size, malice.number)
+    return model
+
+
+def parse_text_malice(text: str, flag: str = "--malicious") -> Malice:
+    """Read what the server does to a language model.
+
+    Args:
+        text: The flag's value.
+        flag: Flag that error messages name.
+
+    Raises:
+        InputError: It is done to no language model, or a number is out of range.
+    """
+    if text.partition(":")[0] not in OF_TEXT:
+        raise InputError(
+            f"{flag} {text}: a model of your own may be a language model, with imprint:BINS or "
+            "decepticons:FEATURES; all else is for our architectures"
+        )
+    return parse_malice(text, 0, flag)
+
+
+class ImprintedEmbedding(nn.Module):
+    """An embedding behind which an imprint block reads the whole sentence.
+
+    Args:
+        embedding: Looks token ids up.
+        length: T, tokens of the longest sentence.
+        bins: Width of the block.
+
+    Source: Fowl et al., "Robbing the Fed", ICLR 2022, section 3,
+        https://arxiv.org/abs/2110.13057; for text as in `breaching`.
+    """
+
+    def __init__(self, embedding: nn.Embedding, length: int, bins: int) -> None:
+        super().__init__()
+        n = length * embedding.embedding_dim
+        self.embedding, self.length = embedding, length
+        self.imprint = nn.Sequential(nn.Linear(n, bins), nn.ReLU(), nn.Linear(bins, n))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """N x t token ids, t at most T, to N x t x width."""
+        missing = self.length - ids.shape[1]
+        if missing < 0:
+            raise InputError(f"the imprint block takes sentences of {self.length} tokens at most")
+        found = F.pad(self.embedding(ids), (0, 0, 0, missing))
+        read: torch.Tensor = self.imprint(found.flatten(1)).view_as(found)
+        return read[:, : ids.shape[1]]
+
+
+def add_to_language_model(model: nn.Module, malicious: str, length: int) -> nn.Module:
+    """A language model with the layers that a malicious server puts into it.
+
+    Args:
+        model: Takes N x T token ids; changed.
+        malicious: In the words of `--malicious`; empty for an honest server.
+        length: T.
+
+    Raises:
+        InputError: The words make no sense.
+    """
+    if not malicious:
+        return model
+    malice = parse_text_malice(malicious)
+    if malice.kind == "imprint":
+        name, layer = token_embedding(model, length)
+        block = ImprintedEmbedding(layer, length, malice.number).to(layer.weight)
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, block.train(model.training))
     return model

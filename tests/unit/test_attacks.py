@@ -33,6 +33,8 @@ def test_beats_the_guesses_by_its_margin_where_it_should(case: Case) -> None:
 # Attacks on what is no image, and where they are shown to work.
 ELSEWHERE = {
     "dager": "test_text.py",
+    "decepticons": "test_malicious_text.py",
+    "robbing-the-fed-text": "test_malicious_text.py",
     "tag": "test_text.py",
     "lamp": "test_text.py",
     "tableak": "test_attacks_on_tables.py",

@@ -223,3 +223,42 @@ def test_transformers_models_give_their_text_away(kind: str) -> None:
         target, truth = gib.share(model, ids, [1, 2])
     found = gib.invert(target, attack="dager", progress=False)
     assert {*map(tuple, found.images.tolist())} == {*map(tuple, truth.images.tolist())}
+
+
+def adapted(rank: int) -> Writer:
+    """A writer of whose attention and feed-forward network adapters alone are trained."""
+    from core.models.language import LowRank
+
+    torch.manual_seed(0)
+    model = Writer(tied=False).requires_grad_(False)
+    for name, outputs in (("qkv", 3 * WIDTH), ("out", WIDTH), ("up", 2 * WIDTH)):
+        setattr(model, name, LowRank(getattr(model, name), WIDTH, outputs, rank))
+    return model.eval()
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_dager_reads_the_gradient_of_adapters(begun: bool) -> None:
+    """While the second matrix is zero it alone has a gradient; then the first one, too."""
+    model = adapted(24)
+    if not begun:
+        for name in ("qkv", "out", "up"):
+            nn.init.zeros_(model.get_submodule(name).get_parameter("up.weight"))
+    ids = torch.randint(TOKENS, (3, LENGTH), generator=torch.Generator().manual_seed(4))
+    target, truth = gib.share(model, ids, ids, loss="next-token")
+    assert all(".down." in name or ".up." in name for name in target.gradient)
+    found = gib.invert(target, attack="dager", progress=False)
+    read = found.images[:, :-1].tolist()
+    assert {*map(tuple, read)} == {*map(tuple, truth.images[:, :-1].tolist())}
+    assert found.details["tokens_over_width"] == pytest.approx(15 / 24)
+    assert torch.equal(found.images[:, -1].sort().values, ids[:, -1].sort().values)
+
+
+def test_dager_reads_the_update_of_several_local_steps() -> None:
+    torch.manual_seed(0)
+    model = Writer().eval()
+    ids = torch.randint(TOKENS, (4, LENGTH))
+    local = "sgd lr=0.0001 epochs=2 batches=2"
+    target, truth = gib.share(model, ids, ids, loss="next-token", local=local)
+    found = gib.invert(target, attack="dager", progress=False)
+    read = found.images[:, :-1].tolist()
+    assert {*map(tuple, read)} == {*map(tuple, truth.images[:, :-1].tolist())}

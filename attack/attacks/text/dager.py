@@ -12,7 +12,7 @@ from attack.attacks.base import Attack, register_attack
 from attack.attacks.text.parts.last_tokens import last_tokens
 from attack.attacks.text.parts.layers import TokenLayer, TokenLayers, token_layers
 from attack.attacks.text.parts.result import noise_of, text_reconstruction
-from attack.attacks.text.parts.spans import Span, shown_rows, span_of
+from attack.attacks.text.parts.spans import ROUNDING, Span, shown_rows, span_of
 from attack.reconstruction import Reconstruction
 from core.errors import InputError
 from core.losses import Targets
@@ -22,6 +22,10 @@ from core.target import Target
 # Rounding gives up to 3e-3 where a token's gradient is weak; one at random is far above 0.1.
 NEAR = 1e-2
 INSIDE = 1e-3
+# After several local steps: singular values below this share of the largest are of rows that
+# moved with the parameters, and rows lie so many times as far from a span.
+MOVED = 1e-4
+LOOSER = 3.0
 # Tokens that are tried at a position, at most.
 MAX_CANDIDATES = 1024
 # Beginnings that are followed, at most, in sentences of the batch.
@@ -46,7 +50,10 @@ class Dager(Attack):
     All projections of the first attention are read together, because under a causal mask the
     query's gradient misses the first token. The last token of a language model has no gradient; it
     is the last label, which the gradient of the last layers shows. Told of noise, singular values
-    below the noise are left out.
+    below the noise are left out. After several local steps the rows have moved with the parameters,
+    and are looked for a little further from the spans, as section 5 of the paper does for
+    federated averaging. Of adapters (LoRA) the first matrix shows its inputs, while there are
+    fewer tokens than its rank.
 
     Source: Petrov, Dimitrov, Baader, Mueller and Vechev, "DAGER: Exact Gradient Inversion for
         Large Language Models", NeurIPS 2024, algorithms 1 and 2, https://arxiv.org/abs/2405.15586.
@@ -81,12 +88,9 @@ class Dager(Attack):
         """See `Attack.reconstruct`; on the CPU in float64.
 
         Raises:
-            InputError: Several local steps, or the model has no attention whose gradient is
-                shared.
+            InputError: The model has no attention whose gradient is shared.
         """
         began = time.perf_counter()
-        if not target.local.shares_gradient:
-            raise InputError(f"--attack {self.name}: needs the gradient of one local step")
         spans = read_spans(target)
         candidates = token_filter(spans, target)
         generator = torch.Generator().manual_seed(seed)
@@ -98,6 +102,7 @@ class Dager(Attack):
         details = {
             "rank": spans.first.basis.shape[1],
             "width": spans.first.basis.shape[0],
+            "tokens_over_width": _tokens_over_width(spans, target),
             "candidates": [len(each) for each in candidates],
             "sentences": len(found.ids),
             "largest_distance": float(found.distances.max()) if len(found.ids) else None,
@@ -113,11 +118,13 @@ class Spans:
         layers: The client's model.
         first: Of the layer whose rows depend on single tokens.
         deeper: Of layers whose rows depend on sentences.
+        loose: How many times as far from a span as usual a row of it may lie.
     """
 
     layers: TokenLayers
     first: Span
     deeper: tuple[Span, ...]
+    loose: float
 
 
 @dataclass(frozen=True)
@@ -140,17 +147,32 @@ def read_spans(target: Target) -> Spans:
         InputError: No layer with a gradient reads single tokens.
     """
     layers, noise = token_layers(target), noise_of(target)
-    local = [group for group in layers.groups if group[0].local]
+    # The first matrix of an adapter has no gradient while the second is zero.
+    groups = [group for group in layers.groups if _has_gradient(group, target)]
+    local = [group for group in groups if group[0].local]
     # A layer with fewer outputs than inputs shows as many directions only.
-    mixed = [g for g in layers.groups if not g[0].local and _outputs(g) >= g[0].inputs.shape[1]]
+    mixed = [g for g in groups if not g[0].local and _outputs(g) >= g[0].inputs.shape[1]]
     mixed = [group for group in mixed if shown_rows(group).double().mean() > 0.5]
     if not local:
         raise InputError(
             f"--attack dager: {target.model.name} shares no gradient of a layer that reads every "
             "token by itself, as the projections of a first attention do"
         )
-    deeper = tuple(span_of(group, target.gradient, noise) for group in mixed[:DEPTH])
-    return Spans(layers, span_of(local[0], target.gradient, noise), deeper)
+    rounding = ROUNDING if target.local.shares_gradient else MOVED
+    first, *deeper = (
+        span_of(group, target.gradient, noise, rounding) for group in (local[0], *mixed[:DEPTH])
+    )
+    return Spans(layers, first, tuple(deeper), 1.0 if target.local.shares_gradient else LOOSER)
+
+
+def _has_gradient(group: tuple[TokenLayer, ...], target: Target) -> bool:
+    return any(bool(target.gradient[layer.parameter].any()) for layer in group)
+
+
+def _tokens_over_width(spans: Spans, target: Target) -> float:
+    """Tokens with a gradient over the directions that the first span could have at most."""
+    layer, tokens = spans.first.layer, target.batch_size * int(spans.first.reached.sum())
+    return tokens / min(layer.inputs.shape[1], layer.slopes.shape[1])
 
 
 def _outputs(group: tuple[TokenLayer, ...]) -> int:
@@ -169,7 +191,7 @@ def token_filter(spans: Spans, target: Target) -> list[torch.Tensor]:
             candidates.append(torch.empty(0, dtype=torch.long))
             continue
         order = distances[:, t].argsort()
-        inside = int((distances[:, t] < NEAR).sum())
+        inside = int((distances[:, t] < NEAR * spans.loose).sum())
         least = inside or 4 * target.batch_size
         candidates.append(order[: min(least, MAX_CANDIDATES)])
     return candidates
@@ -206,15 +228,16 @@ def _decoder_search(
         # The shallow spans are quick to ask, and leave little to the others.
         for span in spans.deeper:
             here = _distances(spans, span, found.ids)[:, -1]
-            found = _nearest(found.ids, torch.maximum(found.distances, here), target)
+            distances = torch.maximum(found.distances, here)
+            found = _nearest(found.ids, distances, target, INSIDE * spans.loose)
     best = found.distances.argsort(stable=True)[: target.batch_size]
     return Found(found.ids[best], found.distances[best])
 
 
-def _nearest(ids: torch.Tensor, distances: torch.Tensor, target: Target) -> Found:
+def _nearest(ids: torch.Tensor, distances: torch.Tensor, target: Target, near: float) -> Found:
     """The beginnings inside a span; or the nearest ones, where none is, as under noise."""
     order = distances.argsort(stable=True)
-    inside = int((distances < INSIDE).sum())
+    inside = int((distances < near).sum())
     kept = order[: min(inside or target.batch_size, BEAM * target.batch_size)]
     return Found(ids[kept], distances[kept])
 
@@ -235,9 +258,9 @@ def _encoder_search(
             continue
         sentences.append(ids)
         distances.append(distance)
-        if distance < INSIDE:
+        if distance < INSIDE * spans.loose:
             left = [each - {token} for each, token in zip(left, ids.tolist(), strict=True)]
-        if sum(each < INSIDE for each in distances) >= target.batch_size:
+        if sum(each < INSIDE * spans.loose for each in distances) >= target.batch_size:
             break
     order = torch.tensor(distances).argsort()[: target.batch_size]
     return Found(torch.stack(sentences)[order], torch.tensor(distances)[order])
@@ -264,7 +287,7 @@ def _improved(
             distances = _all_distances(spans, tried)
             winner = int(distances.sum(1).argmin())
             ids, best = tried[winner], distances[winner]
-        if float(best.max()) < INSIDE or torch.equal(ids, before):
+        if float(best.max()) < INSIDE * spans.loose or torch.equal(ids, before):
             break
     return ids, float(best.max())
 

@@ -106,7 +106,8 @@ def token_layers(target: Target, seed: int = 0) -> TokenLayers:
         target: Of a client with text.
         seed: Of the random sentences.
     """
-    model: nn.Module = in_mode(target.build_model().double(), False)
+    # Behind frozen layers there may be some whose gradient was shared.
+    model: nn.Module = in_mode(target.build_model().double(), False).requires_grad_(True)
     length, n_tokens = target.data.shape[0], target.data.n_tokens
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(n_tokens, (1, length), generator=generator).expand(3, -1).clone()

@@ -45,6 +45,13 @@ def text_reconstruction(
     )
 
 
+def as_many(ids: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """N sentences from k x T token ids: what was not found repeats what was, or is token 0."""
+    if not len(ids):
+        return torch.zeros((batch_size, ids.shape[1]), dtype=torch.long)
+    return ids[torch.arange(batch_size) % len(ids)].clone()
+
+
 def noise_of(target: Target) -> float:
     """Standard deviation of the noise that the client says it added to every number."""
     squares = 0.0

@@ -50,13 +50,19 @@ class Span:
         return outside.norm(dim=-1) / inputs.norm(dim=-1).clamp_min(1e-30)
 
 
-def span_of(layers: Sequence[TokenLayer], gradient: dict[str, torch.Tensor], noise: float) -> Span:
+def span_of(
+    layers: Sequence[TokenLayer],
+    gradient: dict[str, torch.Tensor],
+    noise: float,
+    rounding: float = ROUNDING,
+) -> Span:
     """The span of what some layers read, all of them the same.
 
     Args:
         layers: At least one.
         gradient: What was shared, by parameter.
         noise: Standard deviation of what a defense added to every number.
+        rounding: Singular values below this share of the largest are left out.
 
     Raises:
         InputError: Their gradient is zero.
@@ -66,7 +72,7 @@ def span_of(layers: Sequence[TokenLayer], gradient: dict[str, torch.Tensor], noi
         raise InputError(f"the gradient of {layers[0].parameter} is zero")
     # The largest singular value of noise alone.
     floor = noise * (rows.shape[0] ** 0.5 + rows.shape[1] ** 0.5)
-    return Span(layers[0], _row_space(rows, ROUNDING, floor), shown_rows(layers))
+    return Span(layers[0], _row_space(rows, rounding, floor), shown_rows(layers))
 
 
 def shown_rows(layers: Sequence[TokenLayer]) -> torch.Tensor:
