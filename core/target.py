@@ -50,6 +50,9 @@ class Target:
             are asynchronous), as a client shares them that shares its whole state; None
             where it keeps them.
         loss: What the client minimises.
+        clients: Numbers of the clients whose mean update this is, as secure aggregation shows it;
+            each has an equal share of `batch_size`, in this order, and `local` is of each. Empty:
+            one client's own update.
     """
 
     model: Architecture
@@ -66,18 +69,35 @@ class Target:
     dropout_seed: int | None = None
     running_after: dict[str, torch.Tensor] | None = None
     loss: Loss = DEFAULT_LOSS
+    clients: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.shards:
             object.__setattr__(self, "shards", (self.batch_size,))
-        check_parts(self.loss, len(self.shards))
+        check_parts(self.loss, max(len(self.shards), self.n_clients))
+        if self.batch_size % self.n_clients or len(set(self.clients)) != len(self.clients):
+            raise InputError(
+                f"{self.batch_size} images of the clients {self.clients!s:.80} are not as many of "
+                "each of several clients"
+            )
+
+    @property
+    def n_clients(self) -> int:
+        """How many clients' updates went into this one."""
+        return max(1, len(self.clients))
+
+    @property
+    def images_per_client(self) -> int:
+        """Images of each of the clients."""
+        return self.batch_size // self.n_clients
 
     def __repr__(self) -> str:
         shape = " x ".join(map(str, self.data.shape))
         classes = f"{self.data.n_classes} classes, " if self.data.n_classes else ""
         loss = "" if is_default(self.loss) else f"loss {self.loss.name}, "
+        mean = f"mean of {self.n_clients} clients, " if self.clients else ""
         return (
-            f"Target of {self.batch_size} images ({shape}): {len(self.gradient)} tensors of "
+            f"Target of {self.batch_size} images ({shape}): {mean}{len(self.gradient)} tensors of "
             f"{self.model.name}, {classes}{loss}{self.local.steps} local step(s), "
             f"{'train' if self.train_mode else 'eval'} mode, defenses: "
             f"{', '.join(self.defenses) or 'none'}"

@@ -45,6 +45,8 @@ from gradients.private_gradient import PrivacySettings
 FORMAT_VERSION = 1
 # Of any other client: earlier readers refuse it instead of taking it for such a classifier.
 ANY_CLIENT_VERSION = 2
+# Of the mean of several clients' updates, which earlier readers would take for one client's.
+SUM_VERSION = 3
 # The original tools' word for "no layer is frozen".
 ALL_LAYERS = "all"
 # Builds the module that a checkpoint belongs to, where it is not one of our architectures.
@@ -142,8 +144,9 @@ def _our_keys(target: Target, builder: str) -> dict[str, Any]:
     """What the published keys cannot express."""
     statistics = target.bn_statistics
     return {
-        "format_version": FORMAT_VERSION if _is_classifier(target) else ANY_CLIENT_VERSION,
+        "format_version": _version(target),
         **({} if is_default(target.loss) else {"loss": target.loss.describe()}),
+        **({"clients": list(target.clients)} if target.clients else {}),
         "model": target.model.describe() | ({"builder": builder} if builder else {}),
         "data": target.data.to_dict(),
         "parameter_names": list(target.gradient),
@@ -156,6 +159,13 @@ def _our_keys(target: Target, builder: str) -> dict[str, Any]:
         "dropout_seed": target.dropout_seed,
         "running_after": target.running_after,
     }
+
+
+def _version(target: Target) -> int:
+    """The lowest version that says all."""
+    if target.clients:
+        return SUM_VERSION
+    return FORMAT_VERSION if _is_classifier(target) else ANY_CLIENT_VERSION
 
 
 def _is_classifier(target: Target) -> bool:
@@ -218,10 +228,10 @@ def _parse_target(
     raw: Mapping[str, Any], build: Builder | None, given_loss: Function | Loss | None
 ) -> Target:
     version = raw.get("format_version", FORMAT_VERSION)
-    if type(version) is not int or version > ANY_CLIENT_VERSION:
+    if type(version) is not int or version > SUM_VERSION:
         raise InputError(
             f"it has format version {version!r:.40} and this program reads up to "
-            f"{ANY_CLIENT_VERSION}; update the program"
+            f"{SUM_VERSION}; update the program"
         )
     loss = _loss(raw, given_loss)
     data = _data_spec(raw, loss)
@@ -233,6 +243,7 @@ def _parse_target(
     shards = _shards(raw, batch_size)
     synchronized = bool(raw.get("syncbn", False)) or len(shards) == 1
     seed = raw.get("dropout_seed")
+    clients = _clients(raw, batch_size)
     return Target(
         model=model,
         data=data,
@@ -240,7 +251,7 @@ def _parse_target(
         gradient=_gradient(raw, skeleton, model),
         train_mode=not raw.get("model_eval", False),
         batch_size=batch_size,
-        local=_local_training(raw, batch_size),
+        local=_local_training(raw, batch_size // max(1, len(clients))),
         shards=shards,
         synchronized=synchronized,
         bn_statistics=_bn_statistics(raw, skeleton, 1 if synchronized else len(shards)),
@@ -248,7 +259,20 @@ def _parse_target(
         dropout_seed=None if seed is None else _integer(seed, "dropout seed", -(2**63), 2**64),
         running_after=_running_after(raw, skeleton),
         loss=loss,
+        clients=clients,
     )
+
+
+def _clients(raw: Mapping[str, Any], batch_size: int) -> tuple[int, ...]:
+    """Whose updates the mean is of, each with as many images."""
+    stated = raw.get("clients") or []
+    if not fits(stated, list[int]) or any(not 0 <= n < MAX_BATCH_SIZE for n in stated):
+        raise InputError("its clients are not a list of their numbers")
+    if len(set(stated)) != len(stated) or batch_size % max(1, len(stated)):
+        raise InputError(
+            f"its {len(stated)} clients do not have as many each of its {batch_size} images"
+        )
+    return tuple(stated)
 
 
 def _loss(raw: Mapping[str, Any], given: Function | Loss | None) -> Loss:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from core.local_training import LocalTraining
     from gradients.client import ClientSettings
     from gradients.settings import ExtractSettings, ModelSettings
+    from gradients.sums import Aggregation
 
 DEFAULT_RESULTS = "results/gradients"
 LABEL_DUPLICATES = 4
@@ -72,6 +73,26 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-j", "--workers", type=int, default=4, help="threads that read images")
     group.add_argument("-b", "--batch-size", type=int, default=32, help="images of the client")
     group.add_argument("--target-idx", type=int, default=0, help="which batch of the data set")
+    group.add_argument(
+        "--aggregate",
+        type=int,
+        default=1,
+        metavar="K",
+        help="share the mean update of K clients with -b images each, as a server sees it under "
+        "secure aggregation",
+    )
+    group.add_argument(
+        "--participants",
+        metavar="I,J,...",
+        help="which of the K clients take part in this round, from 0 (default: all)",
+    )
+    group.add_argument(
+        "--reveal-from",
+        type=int,
+        default=1,
+        metavar="T",
+        help="of the sum, reveal the elements alone that T clients or more contribute to",
+    )
     group.add_argument(
         "--duplicate-label",
         action="store_true",
@@ -194,10 +215,14 @@ def run(argv: Sequence[str] | None = None) -> None:
     from gradients.client import resolve_shards
     from gradients.extract import extract
     from gradients.local_update import images_of_steps
+    from gradients.sums import check_alone
 
     launched = LaunchSettings.from_arguments(args)
     check_launch(launched)
-    shards = resolve_shards(settings.batch.size, settings.client, processes_of(launched))
+    processes = processes_of(launched)
+    if settings.aggregation.sums:
+        check_alone(settings.client, processes)
+    shards = resolve_shards(settings.batch.size, settings.client, processes)
     images_of_steps(settings.batch.size, settings.client.local, shards)
     launch(extract, launched, settings)
 
@@ -269,6 +294,7 @@ def extract_settings(args: argparse.Namespace, given: Mapping[str, Any]) -> Extr
         ),
         model=_model_settings(args, given),
         client=_client_settings(args, given),
+        aggregation=_aggregation(args),
         id=args.id,
         seed=args.seed,
         rank_analysis=args.ra,
@@ -342,6 +368,18 @@ def _client_settings(args: argparse.Namespace, given: Mapping[str, Any]) -> Clie
         share_running=args.share_running,
         loss=loss_named(args.loss),
     )
+
+
+def _aggregation(args: argparse.Namespace) -> Aggregation:
+    from gradients.sums import Aggregation
+
+    try:
+        present = tuple(int(n) for n in (args.participants or "").split(",") if n)
+    except ValueError:
+        raise InputError(
+            f"--participants {args.participants}: expected numbers separated by commas"
+        ) from None
+    return Aggregation(args.aggregate, present, args.reveal_from)
 
 
 def _parse_shards(text: str | None) -> tuple[int, ...]:

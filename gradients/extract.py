@@ -49,11 +49,11 @@ from gradients.received_model import Pretrained, build_received_model, load_own,
 from gradients.record import Measured
 from gradients.settings import (
     DEFAULT_ARCH,
-    BatchSettings,
     DataSettings,
     ExtractSettings,
     ModelSettings,
 )
+from gradients.sums import share_sum
 
 # For tables, unless `--arch` says another.
 RECORDS_ARCH = "mlp"
@@ -84,7 +84,7 @@ def extract(process: Process, settings: ExtractSettings) -> Path | None:
         _own(settings, pretrained) if chosen.builder else _ours(settings, pretrained, process)
     )
     data, data_spec, client = received.data, received.spec, received.client
-    indices = _choose(settings.batch, data, settings.seed)
+    indices = _choose(settings, data)
     truth = _truth(data, indices, settings.data.workers, process)
     spec, model = received.architecture, received.model()
     model = model.double() if chosen.double else model
@@ -95,7 +95,7 @@ def extract(process: Process, settings: ExtractSettings) -> Path | None:
         torch.cuda.reset_peak_memory_stats(process.device)
     loaded = time.perf_counter()
     cost: dict[str, Any] = {}
-    target = share_update(model, spec, data_spec, truth.images, truth.labels, client, process, cost)
+    target = _shared(settings, process, cost, client, model, spec, data_spec, truth)
     if target is None:
         return None
     _check_finite(target, settings)
@@ -106,8 +106,26 @@ def extract(process: Process, settings: ExtractSettings) -> Path | None:
         processes=process.world_size,
         indices=tuple(indices),
         update_cosine=cost.get("update_cosine"),
+        lone_elements=cost.get("lone_elements"),
     )
     return write_results(settings, target, truth, ranks, process.device, measured)
+
+
+def _shared(
+    settings: ExtractSettings,
+    process: Process,
+    cost: dict[str, Any],
+    client: ClientSettings,
+    model: nn.Module,
+    spec: Architecture,
+    data: DataSpec,
+    truth: Truth,
+) -> Target | None:
+    """One client's update, or the mean of several clients'."""
+    batch = (truth.images, truth.labels)
+    if settings.aggregation.sums:
+        return share_sum(model, spec, data, *batch, client, settings.aggregation, process, cost)
+    return share_update(model, spec, data, *batch, client, process, cost)
 
 
 @dataclass(frozen=True)
@@ -213,7 +231,8 @@ def _tampered(
         return GivenModel(model, spec.builder, described.shape, malicious), model
     assert isinstance(spec, ModelSpec)
     spec = dataclasses.replace(spec, malicious=malicious)
-    return spec, tamper(model, spec, described.normalize(public), classes, settings.batch.size)
+    # What it is made for is the sum of all that take part.
+    return spec, tamper(model, spec, described.normalize(public), classes, settings.images)
 
 
 def _check_finite(target: Target, settings: ExtractSettings) -> None:
@@ -348,14 +367,17 @@ def _say(process: Process, sentence: str) -> None:
         print(sentence)
 
 
-def _choose(settings: BatchSettings, data: DataSets, seed: int) -> list[int]:
-    """Which training images are the client's."""
-    images = data.train_plain
-    if settings.duplicates is None:
-        return batch_indices(len(images), settings.size, settings.index, seed)
-    return duplicate_label_indices(
-        images.labels, settings.size, settings.duplicates, settings.index, seed
-    )
+def _choose(settings: ExtractSettings, data: DataSets) -> list[int]:
+    """Which training images are the client's, or those of the clients that take part in turn."""
+    batch, images, clients = settings.batch, data.train_plain, settings.aggregation
+    size = batch.size * clients.clients
+    if batch.duplicates is None:
+        chosen = batch_indices(len(images), size, batch.index, settings.seed)
+    else:
+        chosen = duplicate_label_indices(
+            images.labels, size, batch.duplicates, batch.index, settings.seed
+        )
+    return [chosen[place] for place in clients.places(batch.size)]
 
 
 def _rank_analysis(
@@ -363,6 +385,6 @@ def _rank_analysis(
 ) -> list[LayerRank]:
     if not settings.rank_analysis or not process.is_main:
         return []
-    layers = rank_analysis(model, data.shape, settings.batch.size)
+    layers = rank_analysis(model, data.shape, settings.images)
     print(format_table(layers))
     return layers

@@ -101,7 +101,8 @@ def _stem(settings: ExtractSettings, target: Target) -> str:
     pretrained = settings.model.pretrained
     origin = "init" if pretrained is None else Path(pretrained).name
     name = settings.data.name or target.data.name
-    batch = f"b{target.batch_size}_i{settings.batch.index}"
+    clients = f"_k{target.n_clients}" if settings.aggregation.sums else ""
+    batch = f"b{target.images_per_client}{clients}_i{settings.batch.index}"
     return f"id{settings.id}_{target.model.name}_{origin}_{name}_{batch}"
 
 
@@ -124,7 +125,8 @@ def _print_summary(record: ExtractRecord) -> None:
     )
     if record.privacy is not None:
         private, local = record.privacy, about.local
-        step = max(1, about.batch_size // local.batches)
+        images = about.batch_size // max(1, len(about.clients))
+        step = max(1, images // local.batches)
         print(_privacy_sentence(private))
         print(noise_sentence(private.clipping, private.noise_multiplier, private.max_norm, step))
 

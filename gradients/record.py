@@ -37,6 +37,7 @@ class TargetDescription:
         running_after: Whether running statistics after the training are shared.
         gradient_norms: L2 norm of the shared gradient by parameter.
         gradient_norm: L2 norm over all parameters.
+        clients: Numbers of the clients whose mean update it is; empty for one client's own.
     """
 
     model: Description
@@ -52,6 +53,7 @@ class TargetDescription:
     running_after: bool
     gradient_norms: Mapping[str, float]
     gradient_norm: float
+    clients: tuple[int, ...] = ()
 
     def setting(self) -> dict[str, Any]:
         """Plain values without the gradient's norms.
@@ -73,6 +75,8 @@ class TargetDescription:
             "defenses": list(self.defenses),
             "dropout_seed": self.dropout_seed,
             "running_after": self.running_after,
+            # Said of sums only: records of one client's update stay what they were.
+            **({"clients": list(self.clients)} if self.clients else {}),
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -102,6 +106,7 @@ class TargetDescription:
             running_after=values.get("running_after", False),
             gradient_norms=values["gradient_norms"],
             gradient_norm=values["gradient_norm"],
+            clients=tuple(values.get("clients", ())),
         )
 
 
@@ -123,6 +128,7 @@ def describe(target: Target) -> TargetDescription:
         running_after=target.running_after is not None,
         gradient_norms=norms,
         gradient_norm=sum(n**2 for n in norms.values()) ** 0.5,
+        clients=target.clients,
     )
 
 
@@ -156,7 +162,9 @@ class Measured:
         processes: Of the client.
         indices: Of the client's images in the training images.
         update_cosine: Cosine between what is shared and the update before the defenses;
-            None where the training itself is private.
+            None where the training itself is private, and of a sum.
+        lone_elements: Of a sum's elements that are not zero, the share that one client alone
+            contributed; None for one client's own update.
     """
 
     seconds: float
@@ -165,6 +173,7 @@ class Measured:
     processes: int
     indices: tuple[int, ...]
     update_cosine: float | None = None
+    lone_elements: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; what was not measured is left out."""

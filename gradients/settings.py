@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gradients.client import ClientSettings
+from gradients.sums import Aggregation
 
 DEFAULT_ARCH = "resnet18"
 
@@ -41,7 +42,7 @@ class BatchSettings:
     """Which of the images are the client's.
 
     Attributes:
-        size: Number of images.
+        size: Number of images of a client.
         index: Which batch of the data set.
         duplicates: Images per label; None for labels as they come.
     """
@@ -91,6 +92,7 @@ class ExtractSettings:
         batch: Which of them are the client's.
         model: What is said of the model.
         client: What the client does with its batch.
+        aggregation: Whose updates are summed, where the server sees no single one.
         id: First part of the file names.
         seed: Of the choice of images and of an initial model.
         rank_analysis: Whether R-GAP's rank analysis is printed and recorded.
@@ -103,8 +105,14 @@ class ExtractSettings:
     batch: BatchSettings = BatchSettings()
     model: ModelSettings = ModelSettings()
     client: ClientSettings = field(default_factory=ClientSettings)
+    aggregation: Aggregation = Aggregation()
     id: str = "test"
     seed: int = 0
     rank_analysis: bool = False
     plugin: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def images(self) -> int:
+        """Images behind what the server sees: of all clients that take part."""
+        return self.batch.size * len(self.aggregation.present)

@@ -134,9 +134,15 @@ def one_long_epoch(target: Target) -> Target:
     """The same update, as of one epoch over `epochs` times as many images.
 
     Raises:
-        InputError: The local batches differ in size, or epochs mix the images.
+        InputError: The local batches differ in size, epochs mix the images, or the update is the
+            mean of several clients'.
     """
     local = target.local
+    if target.n_clients > 1:
+        raise InputError(
+            "--attack data-leakage-fedavg: it inverts one client's update, and this is the mean of "
+            f"{target.n_clients}"
+        )
     if local.order is not None:
         raise InputError(
             "--attack data-leakage-fedavg: it does not know which images share which local "

@@ -151,6 +151,7 @@ def fished_target(target: Target, attack: str) -> Target:
         shards=(fished,),
         synchronized=True,
         bn_statistics=None,
+        clients=(),
     )
 
 

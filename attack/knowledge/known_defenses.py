@@ -179,7 +179,9 @@ def adapt(target: Target, config: InversionConfig) -> Adaptation:
     for word in target.defenses:
         name, *values = word.split(":")
         step = _STEPS.get(name)
-        if step is None:
+        if target.n_clients > 1:
+            adaptation.notes.append(f"{word}: nothing is known against it in a mean of clients")
+        elif step is None:
             adaptation.notes.append(f"{word}: nothing is known against it")
         else:
             step(adaptation, target, _numbers(values))

@@ -57,12 +57,22 @@ def label_candidates(target: Target) -> list[torch.Tensor]:
 
 def parts_of(target: Target) -> list[int]:
     """Sizes of the parts of the batch between which a label's place matters."""
+    if target.n_clients > 1:
+        return _parts_of_clients(target)
     if target.train_mode and not target.synchronized and target.local.batches == 1:
         return list(target.shards)
     even = target.local.order is None
     if even and target.local.batches > 1 and len(target.shards) == 1:
         return shard_sizes(target.batch_size, target.local.batches)
     return [target.batch_size]
+
+
+def _parts_of_clients(target: Target) -> list[int]:
+    """The local batches of every client; a single step without groups is one of all of them."""
+    if target.local.shares_gradient and len(target.shards) == 1:
+        return [target.batch_size]
+    batches = target.local.batches if target.local.order is None else 1
+    return shard_sizes(target.images_per_client, batches) * target.n_clients
 
 
 def arrangements(

@@ -46,6 +46,7 @@ class Replica:
             images of all processes share one set of statistics.
         first_group: Index of the first of those groups among the client's shards.
         layout: Memory layout of images, activations and convolutions' weights.
+        n_clients: Clients whose local steps are taken apart and whose updates are averaged.
 
     Raises:
         InputError: The batch cannot be spread over so many processes, or what was shared
@@ -67,8 +68,10 @@ class Replica:
         # Read only: on the target's memory where device, type and layout agree.
         self.target_gradient = [g.detach().to(device, dtype) for g in target.gradient.values()]
         self.local = target.local
-        # Synchronized shards share their statistics: one group.
-        groups = () if target.synchronized else target.shards
+        self.n_clients = 1 if self.local.shares_gradient else target.n_clients
+        # Synchronized shards share their statistics: one group. So do the images of one of several
+        # clients, each of which takes its own local steps.
+        groups = () if target.synchronized or self.n_clients > 1 else target.shards
         seed = target.dropout_seed if known_masks else None
         self.placement = Placement(shards=groups, dropout_seed=seed)
         self.sizes, self.groups, self.first_group = _share_out(target)
@@ -169,24 +172,33 @@ class Replica:
             create_graph: Keep the graph for derivatives of the update.
             segments: See `gradients.local_update.unrolled_update`.
         """
-        update = unrolled_update(
-            self.model,
-            inputs,
-            self.targets_of(labels),
-            self.local,
-            create_graph=create_graph,
-            placement=self.placement,
-            loss=self.client_loss,
-            segments=segments,
-        )
-        return [update[name] for name in self.names]
+        size = len(inputs) // self.n_clients
+        updates = [
+            unrolled_update(
+                self.model,
+                own,
+                wanted,
+                self.local,
+                create_graph=create_graph,
+                placement=self.placement,
+                loss=self.client_loss,
+                segments=segments,
+            )
+            for own, wanted in zip(
+                inputs.split(size), self.targets_of(labels).split(size), strict=True
+            )
+        ]
+        if self.n_clients == 1:
+            return [updates[0][name] for name in self.names]
+        return [torch.stack([update[name] for update in updates]).mean(0) for name in self.names]
 
     def pass_batches(self, inputs: torch.Tensor) -> None:
         """Pass every local step's batch through the model as it was received."""
         state = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        for pieces in images_of_steps(len(inputs), self.local, self.placement.shards):
-            for piece in pieces:
-                torch.func.functional_call(self.model, state, (inputs[piece],))
+        for own in inputs.split(len(inputs) // self.n_clients):
+            for pieces in images_of_steps(len(own), self.local, self.placement.shards):
+                for piece in pieces:
+                    torch.func.functional_call(self.model, state, (own[piece],))
 
 
 def laid_out_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

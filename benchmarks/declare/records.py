@@ -23,7 +23,7 @@ _DATA = "name shape mean std n_classes class_names bounded columns.**"
 _PROVENANCE = "seed device device_type threads processes versions.*"
 _TARGET = (
     "mode train_mode batch_size shards synchronized bn_statistics defenses dropout_seed "
-    "running_after"
+    "running_after clients"
 )
 _LOCAL = (
     "epochs batches steps lr momentum weight_decay proximal bn_momentum order optimizer dampening "
@@ -50,7 +50,7 @@ _WRITTEN: dict[str, dict[str, str]] = {
     "extract": {
         "": f"checksum schema_version {_TARGET} n_gradients gradient_norm gradient_norms.** labels "
         "checkpoint seconds seconds_of_update wall_seconds peak_memory_mib processes indices "
-        "update_cosine arguments.**",
+        "update_cosine lone_elements arguments.**",
         "model": _MODEL,
         "data": _DATA,
         "local_training": _LOCAL,
