@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -254,11 +255,18 @@ def test_the_page_shows_the_record() -> None:
         assert all(row.plain is not None and row.distance is not None for row in short)
 
 
-def test_batch_norm_of_vectors_is_calibrated_on_two_large_images() -> None:
+ONE_VALUE = {
+    "vectors": (nn.Flatten(), nn.BatchNorm1d(48)),
+    "maps of one pixel": (nn.Flatten(), nn.Unflatten(1, (48, 1, 1)), nn.BatchNorm2d(48)),
+}
+
+
+@pytest.mark.parametrize("kind", ONE_VALUE)
+def test_batch_norm_of_one_value_is_calibrated_on_two_large_images(kind: str) -> None:
     # Of a batch of so many values one image is enough elsewhere; of one value there is no variance.
     def build() -> nn.Module:
-        vectors = (nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.BatchNorm1d(48), nn.Tanh())
-        return nn.Sequential(*vectors, nn.Linear(48, N_CLASSES))
+        layers = (nn.AdaptiveAvgPool2d(4), *copy.deepcopy(ONE_VALUE[kind]), nn.Tanh())
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(48, N_CLASSES))
 
     for row in agreements("vectors", build, (3, 224, 224), N_CLASSES):
         assert row.agrees, row
