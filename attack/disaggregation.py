@@ -16,7 +16,6 @@ Source: Lam, Wei, Cormode, Mitzenmacher, Reagen, "Gradient Disaggregation: Break
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence

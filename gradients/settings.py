@@ -105,7 +105,7 @@ class ExtractSettings:
     batch: BatchSettings = BatchSettings()
     model: ModelSettings = ModelSettings()
     client: ClientSettings = field(default_factory=ClientSettings)
-    aggregation: Aggregation = Aggregation()
+    aggregation: Aggregation = field(default_factory=Aggregation)
     id: str = "test"
     seed: int = 0
     rank_analysis: bool = False
