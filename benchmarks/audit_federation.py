@@ -5,7 +5,7 @@ its 64 images from the global model, and the server averages the states. Site 1 
 audit does: membership by the losses under the rounds' global models, class representatives of the
 final model, and the audit of its update of the last round. Beside it a single-site model, trained
 on site 1's images alone for as many epochs. Writes `results/audit/federation.json`, numbers only;
-what is in it already is not measured again.
+what the same command has measured already is not measured again.
 
     python -m benchmarks.audit_federation
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ from audit.class_representatives import class_representatives
 from audit.membership import measure_membership
 from audit.record import AuditRecord, ClassSection, RateSection
 from core.errors import exit_status
-from core.launch_arguments import CommandParser
+from core.launch_arguments import CommandParser, given_flags
 from core.local_training import LocalTraining
 from core.models.building import ModelSpec, load_parameters
 from core.reading import read_json_object
@@ -99,6 +100,8 @@ class Trained:
     accuracy: float
 
 
+# Flags that change no number.
+_PLACES = frozenset(("output", "work"))
 # What is measured of it, as sections or a number.
 Part = Callable[[Trained], Any]
 
@@ -239,6 +242,14 @@ def build_parser() -> CommandParser:
     return parser
 
 
+def command_of(argv: Sequence[str] | None = None) -> str:
+    """The command line that measures the same again, without where it writes."""
+    parser = build_parser()
+    given = {k: v for k, v in given_flags(parser, argv).items() if k not in _PLACES}
+    flags = [word for name, value in given.items() for word in (f"--{name}", f"{value:g}")]
+    return shlex.join([*parser.prog.split(), *flags])
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Simulate, measure what is not measured yet, and write the record after every part."""
     args = build_parser().parse_args(argv)
@@ -251,15 +262,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             federation, trained, args.budget, args.iterations, args.plants, Path(args.work)
         ),
     }
-    for name, seconds in run(federation, parts, Path(args.output) / "federation.json"):
+    path = Path(args.output) / "federation.json"
+    for name, seconds in run(federation, parts, path, command_of(argv)):
         print(f"{name}: {seconds:.0f} s", flush=True)
 
 
 def run(
-    federation: Federation, parts: Mapping[str, Part], path: Path
+    federation: Federation, parts: Mapping[str, Part], path: Path, command: str
 ) -> Iterator[tuple[str, float]]:
     """Measure the parts that a record does not hold; their names, and the seconds they took."""
-    record = _started(path, dataclasses.asdict(federation))
+    record = _started(path, {"command": command, "federation": dataclasses.asdict(federation)})
     missing = [name for name in parts if name not in record]
     trained = simulate(federation) if missing else None
     for name in missing:
@@ -270,14 +282,13 @@ def run(
         yield name, time.perf_counter() - began
 
 
-def _started(path: Path, federation: dict[str, Any]) -> dict[str, Any]:
-    """The record so far, if it is of the same federation."""
-    empty = {"command": "python -m benchmarks.audit_federation", "federation": federation}
+def _started(path: Path, stated: dict[str, Any]) -> dict[str, Any]:
+    """The record so far, if the same command measured it in the same federation."""
     if not path.exists():
-        return empty
+        return stated
     found = read_json_object(path, what="record of a federation")
-    same = found.get("federation") == federation
-    return {k: v for k, v in found.items() if k != "checksum"} if same else empty
+    same = all(found.get(name) == value for name, value in stated.items())
+    return {k: v for k, v in found.items() if k != "checksum"} if same else stated
 
 
 if __name__ == "__main__":

@@ -7,7 +7,14 @@ from pathlib import Path
 import torch
 
 from audit.show.store import record_of
-from benchmarks.audit_federation import Federation, client_of, membership, run, simulate
+from benchmarks.audit_federation import (
+    Federation,
+    client_of,
+    command_of,
+    membership,
+    run,
+    simulate,
+)
 from core.reading import read_json_object
 
 SMALL = Federation(
@@ -50,15 +57,25 @@ def test_what_is_measured_is_not_measured_again(tmp_path: Path) -> None:
         "other": lambda trained: calls.append("other") or trained.accuracy,
     }
     path = tmp_path / "federation.json"
-    assert [name for name, _ in run(SMALL, {"membership": parts["membership"]}, path)] == [
-        "membership"
-    ]
-    assert [name for name, _ in run(SMALL, parts, path)] == ["other"]
-    assert list(run(SMALL, parts, path)) == []
+    first = run(SMALL, {"membership": parts["membership"]}, path, "a")
+    assert [name for name, _ in first] == ["membership"]
+    assert [name for name, _ in run(SMALL, parts, path, "a")] == ["other"]
+    assert list(run(SMALL, parts, path, "a")) == []
     assert calls == ["other"]
     record = read_json_object(path, what="record")
+    # Another command measures other numbers.
+    assert [name for name, _ in run(SMALL, {"other": parts["other"]}, path, "b")] == ["other"]
+    assert set(read_json_object(path, what="record")) == {
+        "checksum", "command", "federation", "other",
+    }  # fmt: skip
     assert record["membership"][0]["method"] == "loss threshold"
     assert 0 <= record["other"] <= 1
+
+
+def test_the_record_names_the_command_with_what_changes_its_numbers() -> None:
+    line = command_of(["--plants", "2", "--work", "here", "--budget", "60", "--output", "there"])
+    assert line == "python -m benchmarks.audit_federation --budget 60 --plants 2"
+    assert command_of([]) == "python -m benchmarks.audit_federation"
 
 
 def test_the_committed_record_is_of_this_command_and_can_be_read() -> None:
