@@ -61,6 +61,7 @@ COMMANDS = {
     "python -m federated.plot_reconstructions": "federated.plot_reconstructions",
     "python -m federated.compare_methods": "federated.compare_methods",
     "python -m gradients.inspect": "gradients.inspect",
+    "python -m attack.disaggregation": "attack.disaggregation",
     "python -m audit.gate_log": "audit.gate_log",
     "gradinvbench audit": "audit.command",
     "python -m training.reports": "training.reports",

@@ -147,7 +147,10 @@ def test_keys_of_the_checkpoint_are_described(tmp_path: Path) -> None:
     target, truth = make_target(ModelSpec("mlp", 3, 8), 1)
     save_target(tmp_path / "1", target, truth)
     save_target(tmp_path / "2", dataclasses.replace(target, loss=MeanSquaredError()), truth)
-    written = {key for name in "12" for key in torch.load(tmp_path / name, weights_only=False)}
+    base = dataclasses.replace(target, batch_size=2, shards=(2,), clients=(0, 1))
+    save_target(tmp_path / "sum", base)
+    files = ("1", "2", "sum")
+    written = {key for name in files for key in torch.load(tmp_path / name, weights_only=False)}
     page = (ROOT / "docs" / "file-format.md").read_text()
     section = page.partition("## The keys")[2].partition("\n## ")[0]
     first_cells = re.findall(r"^\| (\**`.*?) \|", section, re.MULTILINE)
