@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import CheckpointError
 
 from attack.matching.held_state import RandomNumbers, buffers_standing
 from attack.matching.late_layers import Factored, find_layers, saves_sweeps
@@ -478,6 +479,8 @@ class GradientMatcher:
                 # Within the modes: steps may be computed again.
                 return self._pulled(update, variables, weight, observe, apart)
             loss = self.replica.loss(self.replica.model, *filled(variables, labels))
+            if self.calls == 0:
+                _refuse_detached(loss, variables[0])
             gradient = self._gradients(loss, self.replica.parameters, create_graph=True)
         return self._pulled(gradient, variables, weight, observe, apart)
 
@@ -583,7 +586,12 @@ class GradientMatcher:
         with RecordActivations() as record, factored.record() as factors:
             loss = self.replica.loss(self.replica.model, *filled(variables, labels))
         others = factored.others(self.replica.parameters)
-        found = self._gradients(loss, [*others, *factors.taps, *variables])
+        try:
+            found = self._gradients(loss, [*others, *factors.taps, *variables])
+        except CheckpointError:
+            # A block that computes its layers again does so without their products.
+            self._factored = None
+            return None
         n, m = len(others), len(others) + len(factors.taps)
         factors.close(found[n:m])
         swept = self._beside
@@ -713,6 +721,22 @@ def _sharing_copy(model: nn.Module) -> nn.Module:
         id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()
     }
     return copied(model, shared)
+
+
+def _refuse_detached(loss: torch.Tensor, inputs: torch.Tensor) -> None:
+    """Refuse a model through which no derivative reaches its inputs.
+
+    Raises:
+        InputError: There is no path from the loss to the inputs.
+    """
+    if loss.requires_grad:
+        found = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
+        if found[0] is not None:
+            return
+    raise InputError(
+        "the model's outputs do not depend on its inputs by operations that torch differentiates: "
+        "is there a step through .detach(), .data or NumPy in its forward pass?"
+    )
 
 
 def _detached(tensors: Tensors) -> Tensors:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 import gradinvbench as gib
 from attack.matching.acceleration import AcceleratedMatcher
@@ -434,3 +435,37 @@ def test_a_strided_convolution_of_few_channels_keeps_the_plain_layout() -> None:
         target, _ = gib.share(nn.Sequential(*layers), images, [0])
         layout = Replica(target, CPU).layout
         assert (layout == torch.contiguous_format) == plain
+
+
+class _ThroughNumpy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(192, N_CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.from_numpy(x.detach().numpy()).flatten(1))
+
+
+def test_a_model_that_cuts_the_path_to_its_inputs_is_refused_by_what_optimises() -> None:
+    target, truth = gib.share(_ThroughNumpy(), torch.rand(1, 3, 8, 8), torch.tensor([1]))
+    with pytest.raises(gib.InputError, match=r"do not depend on its inputs .* NumPy"):
+        gib.invert(target, iterations=2, progress=False)
+    # What needs no derivative still works.
+    found = gib.invert(target, attack="analytic", progress=False)
+    assert float(gib.evaluate(found, truth).to_frame()["psnr"].min()) > 60
+
+
+class _RecomputedLinear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, 16))
+        self.head = nn.Linear(16, N_CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(checkpoint(self.block, x.flatten(1), use_reentrant=False))
+
+
+def test_linear_layers_in_a_checkpointed_block_agree_with_plain_autograd() -> None:
+    # Their gradients are better kept as products, which a block computed again does not see.
+    for row in agreements("recomputed", _RecomputedLinear, (3, 8, 8), N_CLASSES):
+        assert row.agrees, row

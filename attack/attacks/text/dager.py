@@ -62,7 +62,7 @@ class Dager(Attack):
         to batches of 64 for decoders, where the tokens are fewer than the width.
 
     Reproduced:
-        dager: 1.000 (1.000 to 1.000, n = 2), 2026-11-28: 2 of 8 computed so far.
+        dager: 1.000 (1.000 to 1.000, n = 8), 2026-11-29: reproduced.
 
     Example:
         python training/get_gradients.py --model core.models.language:gpt2 --loss next-token \\

@@ -41,7 +41,7 @@ class RobbingTheFedText(Attack):
         https://github.com/JonasGeiping/breaching (transformer3).
 
     Reproduced:
-        robbing-the-fed-text: not computed yet.
+        robbing-the-fed-text: 0.835 (0.813 to 0.856, n = 8), 2026-11-29: below: not explained yet.
 
     Example:
         python training/get_gradients.py --model core.models.language:gpt2 --loss next-token \\
