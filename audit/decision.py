@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import binom
 
 from audit.membership_statistics import CHOSEN, likelihood_ratio
 from audit.permutations import (
@@ -35,8 +36,10 @@ from audit.permutations import (
 )
 from core.errors import InputError
 
-# A leak would have been found where it was in at least this share of the plants.
+# A leak would have been found where it was in at least this share of the plants, and in more of
+# them than the test says "leaks" of by chance.
 _FOUND = 0.5
+_ROUNDING = 1e-9
 
 
 class Verdict(enum.Enum):
@@ -189,8 +192,14 @@ def _check(
 def _verdict(p: float, smallest: float, power: Sequence[Power], alpha: float) -> Verdict:
     if p <= alpha:
         return Verdict.LEAKS
-    can_find = any(plant.found / plant.of >= _FOUND for plant in power)
+    can_find = any(_finds(plant, alpha) for plant in power)
     return Verdict.NO_LEAK_FOUND if can_find and smallest <= alpha else Verdict.CANNOT_TELL
+
+
+def _finds(plant: Power, alpha: float) -> bool:
+    """Whether the attack finds what is planted: mostly, and not as a test of that level may."""
+    chance = float(binom.sf(plant.found - 1, plant.of, alpha))
+    return plant.found / plant.of >= _FOUND and chance <= alpha + _ROUNDING
 
 
 def _statement(

@@ -195,6 +195,9 @@ def test_p_values_of_images_against_a_count() -> None:
     [
         ((), Verdict.CANNOT_TELL),
         ((Power("batch 1", 0, 10),), Verdict.CANNOT_TELL),
+        # One of two is found by chance in 10 % of audits, one of one in 5 %.
+        ((Power("batch 1", 1, 2),), Verdict.CANNOT_TELL),
+        ((Power("batch 1", 1, 1),), Verdict.NO_LEAK_FOUND),
         ((Power("batch 1", 10, 10), Power("batch 8", 3, 10)), Verdict.NO_LEAK_FOUND),
     ],
 )

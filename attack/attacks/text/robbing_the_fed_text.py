@@ -41,7 +41,9 @@ class RobbingTheFedText(Attack):
         https://github.com/JonasGeiping/breaching (transformer3).
 
     Reproduced:
-        robbing-the-fed-text: 0.835 (0.813 to 0.856, n = 8), 2026-11-29: below: not explained yet.
+        robbing-the-fed-text: 0.835 (0.813 to 0.856, n = 8), 2026-11-29: below: of 128 sentences in
+          512 bins that are equally likely, 78 % are alone in expectation and come out whole; the
+          published value is of one batch.
 
     Example:
         python training/get_gradients.py --model core.models.language:gpt2 --loss next-token \\
