@@ -369,7 +369,10 @@ class CrossEntropy(Loss):
         return {"loss": self.name, "label_smoothing": self.label_smoothing, "weights": weights}
 
     def fitted(self, outputs: Outputs, targets: torch.Tensor) -> torch.Tensor:
-        """See `Loss`; N class indices become int64, N x n probabilities stay what they are."""
+        """See `Loss`; indices and N x n whole numbers with a single one become N int64 indices.
+
+        N x n probabilities stay what they are.
+        """
         logits = main_output(outputs)
         if logits.dim() != 2 or logits.shape[1] < 2:
             raise InputError(
@@ -380,6 +383,8 @@ class CrossEntropy(Loss):
         _check_class_weights(self.weights, n_classes)
         if targets.is_floating_point() and targets.dim() == 2:
             return _checked_probabilities(targets, n_classes, 1)
+        if targets.dim() == 2 and targets.shape[1] == n_classes and _has_single_ones(targets):
+            return targets.long().argmax(1)
         if targets.dim() != 1 or targets.is_floating_point():
             raise InputError(
                 f"labels must be one class index for each of the {len(targets)} images (or N x "
@@ -391,6 +396,12 @@ class CrossEntropy(Loss):
 def _check_class_weights(weights: tuple[float, ...] | None, n_classes: int) -> None:
     if weights is not None and len(weights) != n_classes:
         raise InputError(f"the loss has {len(weights)} class weights for {n_classes} classes")
+
+
+def _has_single_ones(targets: torch.Tensor) -> bool:
+    """Whether every row of whole numbers is zero but for a single one."""
+    ones = targets == 1
+    return bool(((targets == 0) | ones).all() and (ones.sum(1) == 1).all())
 
 
 def _checked_indices(targets: torch.Tensor, n_classes: int) -> torch.Tensor:
@@ -405,12 +416,11 @@ def _checked_indices(targets: torch.Tensor, n_classes: int) -> torch.Tensor:
 
 def _checked_probabilities(targets: torch.Tensor, n_classes: int, dim: int) -> torch.Tensor:
     sums = targets.double().sum(dim)
-    if targets.shape[dim] != n_classes or not torch.allclose(
-        sums, torch.ones_like(sums), atol=1e-3, rtol=0
-    ):
+    sum_to_one = torch.allclose(sums, torch.ones_like(sums), atol=1e-3, rtol=0)
+    if targets.shape[dim] != n_classes or not sum_to_one or float(targets.min()) < 0:
         raise InputError(
-            f"soft labels must be N x {n_classes} probabilities that sum to 1, not numbers of "
-            f"shape {tuple(targets.shape)} with sums {float(sums.min()):g} to {float(sums.max()):g}"
+            f"soft labels must be N x {n_classes} probabilities that sum to 1, not numbers from "
+            f"{float(targets.min()):g} of shape {tuple(targets.shape)} with sums {float(sums.min()):g} to {float(sums.max()):g}"
         )
     return targets
 

@@ -244,6 +244,9 @@ def _state(source: Source, argument: str, names: Sequence[str]) -> State:
 
 
 def _common(received: State, sent: State) -> list[str]:
+    for argument, state in (("before", received), ("after", sent)):
+        if not state:
+            raise InputError(f"{argument}: there is no tensor in it")
     common = [name for name in received if name in sent]
     if not common:
         first = next(iter(sent), "")

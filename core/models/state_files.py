@@ -172,7 +172,7 @@ def renamed(state: State, model_names: Collection[str]) -> State:
 
 
 def _renamings(state: State, prefixes: Sequence[str]) -> list[list[str]]:
-    """The names as they are, without the wrappers' prefixes, and with one more of `prefixes`."""
+    """The names as they are, without the wrappers' prefixes, and either with one of `prefixes`."""
     names = list(state)
     found = [names]
     while True:
@@ -180,7 +180,8 @@ def _renamings(state: State, prefixes: Sequence[str]) -> list[list[str]]:
         if shorter == found[-1] or len(set(shorter)) < len(names):
             break
         found.append(shorter)
-    return found + [[prefix + name for name in names] for prefix in prefixes]
+    bases = [names] if found[-1] is names else [names, found[-1]]
+    return found + [[prefix + name for name in base] for base in bases for prefix in prefixes]
 
 
 def _without_prefix(name: str) -> str:

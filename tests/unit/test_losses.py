@@ -295,3 +295,13 @@ def test_a_plugin_adds_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(loss_from({"loss": "quartic-of-a-test"}), Quartic)
     with pytest.raises(ValueError, match="registered already"):
         register_loss(Quartic)
+
+
+def test_whole_numbers_with_a_single_one_are_class_indices() -> None:
+    logits, indices = torch.randn(4, 3), torch.tensor([2, 0, 1, 2])
+    for one_hot in (F.one_hot(indices, 3), F.one_hot(indices, 3).bool()):
+        assert torch.equal(CrossEntropy().fitted(logits, one_hot), indices)
+    with pytest.raises(InputError, match="one class index for each"):
+        CrossEntropy().fitted(logits, 2 * F.one_hot(indices, 3))
+    with pytest.raises(InputError, match="numbers from -1 of shape"):
+        CrossEntropy().fitted(logits, torch.tensor([[1.0, 1.0, -1.0]] * 4))

@@ -135,6 +135,9 @@ def test_names_are_left_alone_where_no_prefix_helps() -> None:
     assert renamed(state, ["c.weight"]) == state
     # The model itself is wrapped and the file is not.
     assert next(iter(renamed(state, ["module.a.weight"]))) == "module.a.weight"
+    # Both are wrapped, each in its own way.
+    compiled = {f"_orig_mod.{name}": value for name, value in state.items()}
+    assert next(iter(renamed(compiled, ["module.a.weight"]))) == "module.a.weight"
     assert fit(state, network()).unexpected == ("a.weight", "b.weight")
 
 
