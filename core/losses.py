@@ -420,7 +420,8 @@ def _checked_probabilities(targets: torch.Tensor, n_classes: int, dim: int) -> t
     if targets.shape[dim] != n_classes or not sum_to_one or float(targets.min()) < 0:
         raise InputError(
             f"soft labels must be N x {n_classes} probabilities that sum to 1, not numbers from "
-            f"{float(targets.min()):g} of shape {tuple(targets.shape)} with sums {float(sums.min()):g} to {float(sums.max()):g}"
+            f"{float(targets.min()):g} of shape {tuple(targets.shape)} with sums "
+            f"{float(sums.min()):g} to {float(sums.max()):g}"
         )
     return targets
 
