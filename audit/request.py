@@ -340,7 +340,8 @@ def _check_level(data: SiteData, loss: Loss, alpha: float) -> None:
     easiest = min(needed, key=lambda c: (needed[c], c))
     of_class = f" of class {easiest}" if len(counts) > 1 else ""
     raise InputError(
-        f"--data: {n} members against {len(groups) - n} non-members of their classes can give "
+        f"--data: {n} member{'s' * (n != 1)} against {len(groups) - n} non-members of their "
+        "classes can give "
         f"p = {1 / ways:.2g} at best; {alpha:.0%} takes {needed[easiest]} non-members{of_class}"
     )
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from audit.command import seconds
 from audit.data import SiteData, site_data
 from audit.decision import Verdict
 from audit.record import AuditRecord
 from audit.request import AuditSettings, make_request
 from audit.run import audit as measure
 from core.data.given import GivenData, Samples
+from core.errors import InputError
 from core.losses import Function, Loss
 from core.models.architecture import Architecture
 from core.models.state_files import State
@@ -22,6 +26,13 @@ from gradients.shared_update import Source
 
 # Inputs with targets: a data set, or two tensors.
 Given = Samples | tuple[torch.Tensor, torch.Tensor]
+# Arguments whose flag has another name; else a flag's dashes are underscores here.
+_ARGUMENTS = {
+    "--data": "members and non_members",
+    "--global": "global_state",
+    "--local": "local_state",
+    "--round": "round_number",
+}
 
 
 class Audit:
@@ -71,7 +82,7 @@ def audit(
     attack: str = "auto",
     iterations: int | None = None,
     plants: int | None = None,
-    budget: float = 7200.0,
+    budget: float | str = 7200.0,
     alpha: float = 0.05,
     membership: bool = True,
     remedies: bool = True,
@@ -103,7 +114,7 @@ def audit(
         attack: A name in `attacks()`; "auto": those that the update allows.
         iterations: Of an inversion; default: as the budget allows.
         plants: Planted images per setting of the power; default: as the budget allows.
-        budget: Seconds for the whole audit.
+        budget: Seconds for the whole audit, or a time such as "15m" or "2h".
         alpha: At most this share of audits without a leak says "leaks".
         membership: Measure how well members are told from non-members, too.
         remedies: Measure the update again under defenses, if it leaks.
@@ -125,20 +136,37 @@ def audit(
     Raises:
         InputError: One sentence on what cannot be used.
     """
-    settings = AuditSettings(
-        attack=attack, iterations=iterations, plants=plants, budget=budget, alpha=alpha, seed=seed,
-        device=str(device or ("cuda" if torch.cuda.is_available() else "cpu")),
-        membership=membership, remedies=remedies, restarts=restarts, round_number=round_number,
-        keep_images=None if keep_images is None else Path(keep_images),
-    )  # fmt: skip
-    request = make_request(
-        global_state, local_state, model=model, loss=loss, local=local, settings=settings,
-        data=_site(members, non_members, mean, std, seed), rounds=rounds, final=final,
-        single_site=single_site,
-    )  # fmt: skip
+    with _arguments_named():
+        settings = AuditSettings(
+            attack=attack, iterations=iterations, plants=plants, alpha=alpha, seed=seed,
+            budget=seconds(budget) if isinstance(budget, str) else budget,
+            device=str(device or ("cuda" if torch.cuda.is_available() else "cpu")),
+            membership=membership, remedies=remedies, restarts=restarts, round_number=round_number,
+            keep_images=None if keep_images is None else Path(keep_images),
+        )  # fmt: skip
+        request = make_request(
+            global_state, local_state, model=model, loss=loss, local=local, settings=settings,
+            data=_site(members, non_members, mean, std, seed), rounds=rounds, final=final,
+            single_site=single_site,
+        )  # fmt: skip
     return Audit(
         measure(request, report=None if report is None else Path(report), progress=progress)
     )
+
+
+@contextlib.contextmanager
+def _arguments_named() -> Iterator[None]:
+    """Within the block, errors name the arguments of `audit` in place of the command's flags."""
+    try:
+        yield
+    except InputError as error:
+        told = re.sub(r"^--local(?=:)", "local", str(error))
+        named = re.sub(r"--[a-z][a-z-]*", lambda found: _argument_of(found[0]), told)
+        raise InputError(named) from None
+
+
+def _argument_of(flag: str) -> str:
+    return _ARGUMENTS.get(flag, flag[2:].replace("-", "_"))
 
 
 def _site(

@@ -547,3 +547,24 @@ def test_a_local_training_of_python_counts_as_told() -> None:
 def test_settings_of_another_kind(setting: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(setting))):
         AuditSettings(**setting)
+
+
+def test_errors_from_python_name_arguments_and_no_flags() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    after = {name: value + 0.1 for name, value in before.items()}
+    samples = (torch.rand(25, 1, 4, 4), torch.zeros(25).long())
+    images = {"members": [t[:1] for t in samples], "non_members": [t[1:] for t in samples]}
+    images = {name: tuple(pair) for name, pair in images.items()}
+    wrong: dict[str, tuple[tuple[object, object], dict[str, object]]] = {
+        "^global_state and local_state are the same": ((before, before), {}),
+        "^budget soon: give a time": ((before, after), {"budget": "soon"}),
+        "^round_number -1: ": ((before, after), {"round_number": -1}),
+        "^members and non_members: 1 member against 3 non-members": (
+            (before, after),
+            {"non_members": tuple(t[1:4] for t in samples)},
+        ),
+    }
+    for sentence, (states, given) in wrong.items():
+        with pytest.raises(InputError, match=sentence):
+            gib.audit(*states, model=model, **{**images, **given})  # type: ignore[arg-type]
