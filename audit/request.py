@@ -284,8 +284,9 @@ def _check_order(update: SharedUpdate, client: Client, data: SiteData, told: Tol
     backward = -cosine(back.update_of(data.members, told.training), change)
     if forward < -_OPPOSED and backward > _OPPOSED:
         raise InputError(
-            "--global and --local look swapped: from --global to --local the members' loss grows, "
-            f"and their training leads the other way (cosine {backward:.2f})"
+            "--global and --local look swapped, or the members were not in this training: from "
+            "--global to --local their loss grows, and their training leads the other way "
+            f"(cosine {backward:.2f})"
         )
 
 
@@ -362,6 +363,18 @@ def _warnings(request: AuditRequest) -> Iterator[str]:
     doubt = _members_in_doubt(request)
     if doubt:
         yield doubt
+    twice = _on_both_sides(request.data)
+    if twice:
+        yield (
+            f"{twice} of the members {'is' if twice == 1 else 'are'} also among the non-members: "
+            "the test finds less than there is."
+        )
+
+
+def _on_both_sides(data: SiteData) -> int:
+    """Members that are, to the bit, among the non-members as well."""
+    others = {sample.numpy().tobytes() for sample in data.non_members.images}
+    return sum(sample.numpy().tobytes() in others for sample in data.members.images)
 
 
 def _members_in_doubt(request: AuditRequest) -> str:

@@ -246,8 +246,9 @@ def _check_data(data: str) -> None:
     """Or every cell would fail, one after the other."""
     from core.data.data_sets import BUILT_IN
     from core.data.records import TABLES
+    from core.data.text import PYDOC_TOPICS
 
-    known = [*BUILT_IN, *TABLES]
+    known = [*BUILT_IN, *TABLES, PYDOC_TOPICS]
     if data not in known and not Path(data).exists():
         raise InputError(f"--data: there is no {data} (built-in names: {', '.join(known)})")
 

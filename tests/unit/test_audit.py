@@ -21,7 +21,7 @@ from audit import command, power, run
 from audit.attacked import attack_update
 from audit.attempts import Coarse, unexplained
 from audit.command import local_parts, seconds
-from audit.data import SiteData, open_data, site_data
+from audit.data import SiteData, chosen, joined, open_data, site_data
 from audit.local import told_training
 from audit.planning import plan_for
 from audit.planting import plant, plant_settings
@@ -146,6 +146,20 @@ def test_counts_non_members_within_their_class() -> None:
     model = network()
     data = site_data((_pair(member), _pair(others)))
     assert "19 non-members of class 0" in refused(model, trained(model, member, 1), data)
+
+
+def test_says_which_members_are_also_held_out() -> None:
+    data, _ = site(4)
+    held_out = joined(data.non_members, chosen(data.members, [1, 2]))
+    both = dataclasses.replace(data, non_members=held_out)
+    model = network()
+    after = trained(model, data.members, 4)
+    said = [
+        " ".join(make_request(model, after, model=model, data=each, settings=QUICK).warnings)
+        for each in (data, both)
+    ]
+    assert ["are also among the non-members" in words for words in said] == [False, True]
+    assert "2 of the members are" in said[1]
 
 
 def test_doubts_members_that_were_not_in_the_training() -> None:

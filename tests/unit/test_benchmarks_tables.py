@@ -57,6 +57,14 @@ def test_presets_change_flags_and_replace_axes(tmp_path: Path) -> None:
         load(tmp_path, text, preset="paper")
 
 
+@pytest.mark.parametrize("name", ["text", "text_batch", "text_defenses"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_of_a_table_of_text_is_of_text(name: str, preset: str) -> None:
+    table = load_table(table_files()[name], preset)
+    data = {run["extract"].config["data"] for row in table.rows for run in row.repeats}
+    assert data == {"pydoc-topics"}
+
+
 def test_a_preset_s_value_of_the_same_name_starts_from_the_table_s_flags(tmp_path: Path) -> None:
     text = TABLE + (
         "presets:\n  embedded:\n    axes: {defense: {noise: {train: {epochs: 3}}, new: {}}}\n"
