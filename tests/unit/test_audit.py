@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -582,3 +584,27 @@ def test_errors_from_python_name_arguments_and_no_flags() -> None:
     for sentence, (states, given) in wrong.items():
         with pytest.raises(InputError, match=sentence):
             gib.audit(*states, model=model, **{**images, **given})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("place", ["members", "members/a"])
+def test_a_folder_that_may_not_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    for folder in ("members/a", "non_members/a"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / folder / "0.png")
+    closed = str(tmp_path / place)
+
+    # An administrator may read everything: the system's answer is made here.
+    def answering(read: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Any = ".") -> Any:
+            if os.path.abspath(os.fspath(path)) == closed:
+                raise PermissionError(13, "Permission denied", closed)
+            return read(path)
+
+        return call
+
+    for name in ("scandir", "listdir"):
+        monkeypatch.setattr(os, name, answering(getattr(os, name)))
+    with pytest.raises(InputError, match=rf"^--data: cannot read {closed} \(Permission denied\)"):
+        open_data(str(tmp_path))
