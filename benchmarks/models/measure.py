@@ -69,6 +69,14 @@ class Agreement:
         found = (self.exact, self.difference)
         return all(cosine is not None and cosine >= ENOUGH for cosine in found)
 
+    @property
+    def avoids_the_difference(self) -> bool:
+        """Whether the difference alone falls short, and an attack's own choice leaves it."""
+        if self.exact is None or self.difference is None:
+            return False
+        falls_short = self.exact >= ENOUGH > self.difference
+        return falls_short and self.chosen == "exact" and self.plain is not None
+
 
 def agreements(
     name: str, build: Callable[[], nn.Module], shape: tuple[int, ...], n_classes: int
