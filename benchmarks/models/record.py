@@ -140,7 +140,8 @@ def _remark(row: Agreement) -> str:
     if row.avoids_the_difference:
         return (
             f"{row.mode}: the difference's step is too long for so curved a network, and the "
-            f"default takes two backward passes; plain double backward in float32 has {row.plain:.6f}."
+            "default takes two backward passes; plain double backward in float32 has "
+            f"{row.plain:.6f}."
         )
     if row.plain is None or row.distance is None:
         return row.refusal
