@@ -108,6 +108,9 @@ def _compact(result: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(evaluation, dict):
         parts = ("per_image", "baselines", "missing")
         kept["evaluation"] = {key: evaluation[key] for key in parts if key in evaluation}
+    if "checkpoint" in kept:
+        # The folder is one of the machine that computed it.
+        kept["checkpoint"] = Path(kept["checkpoint"]).name
     if "arguments" in result:
         pretrained = result["arguments"].get("pretrained")
         # Says of a gradient whether the model was trained.

@@ -157,6 +157,13 @@ def test_a_compact_record_keeps_what_columns_read(tmp_path: Path) -> None:
     assert json.dumps(records).count("flat colour") == 1
 
 
+def test_a_compact_record_names_no_folder_of_the_machine() -> None:
+    cell = chains("x")[0]["extract"]
+    found = {"checkpoint": "/home/site/store/b2-checkpoint.pth.tar", "gradient_norm": 1.0}
+    (record,) = compact_records([(cell, found)]).values()
+    assert record["result"] == {"checkpoint": "b2-checkpoint.pth.tar", "gradient_norm": 1.0}
+
+
 @pytest.mark.parametrize("content", ["[]", '{"records": 3}', '{"records": {"a": {"result": 1}}}'])
 def test_a_file_without_records_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "t.json"
