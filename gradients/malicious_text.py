@@ -10,6 +10,7 @@ from torch import nn
 from core.errors import InputError
 from core.losses import Loss, NextToken, Targets
 from core.models.malicious import ImprintedEmbedding, add_to_language_model, parse_text_malice
+from core.models.module_inputs import inputs_of
 from core.models.transformer_blocks import Block, Matrix, transformer_blocks
 from core.models.unchanged import in_mode, unchanged
 from gradients.malicious_server import MARGIN, spread_ties
@@ -202,16 +203,11 @@ def _random(shape: int | tuple[int, ...], seed: int) -> torch.Tensor:
 
 def rows_at(model: nn.Module, module: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """What reaches a module of a model for sentences (N x T): N x T x width, in float64."""
-    seen: list[torch.Tensor] = []
-    handle = module.register_forward_pre_hook(lambda m, given: seen.append(given[0].detach()))
     device = next(model.parameters()).device
-    try:
-        # Torch's own encoder skips its modules where no gradient is asked for.
-        with torch.enable_grad(), unchanged(model):
-            in_mode(model, False)(ids.to(device))
-    finally:
-        handle.remove()
-    return seen[0].double().cpu()
+    # Torch's own encoder skips its modules where no gradient is asked for.
+    with torch.enable_grad(), unchanged(model):
+        (rows,) = inputs_of(in_mode(model, False), [module], ids.to(device))
+    return rows.double().cpu()
 
 
 def _check_reached(model: nn.Module, ids: torch.Tensor, loss: Loss) -> None:

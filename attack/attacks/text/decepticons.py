@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from attack.attacks.base import Attack, register_attack
 from attack.attacks.parts.bins import read_bins
@@ -21,7 +20,8 @@ from attack.reconstruction import Reconstruction
 from core.errors import InputError
 from core.losses import Targets
 from core.models.malicious import malice_of, parse_text_malice
-from core.models.transformer_blocks import Block, transformer_blocks
+from core.models.module_inputs import inputs_of
+from core.models.transformer_blocks import transformer_blocks
 from core.models.unchanged import in_mode
 from core.target import Target
 
@@ -189,30 +189,11 @@ def _of_vocabulary(target: Target) -> Iterator[tuple[int, torch.Tensor]]:
     block = transformer_blocks(model)[0]
     length = target.data.shape[0]
     for part in torch.arange(target.data.n_tokens).split(CHUNK):
-        yield int(part[0]), _reaching(model, block, part[:, None].expand(-1, length))
-
-
-class _Reached(Exception):  # noqa: N818
-    """The pass need not go on."""
-
-
-def _reaching(model: nn.Module, block: Block, ids: torch.Tensor) -> torch.Tensor:
-    found: list[torch.Tensor] = []
-
-    def note(module: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
-        found.append(given[0].detach())
-        raise _Reached
-
-    handle = block.widened.register_forward_pre_hook(note)
-    try:
+        ids = part[:, None].expand(-1, length)
         # With gradients, or torch's own encoder would skip its modules.
         with torch.enable_grad():
-            model(ids)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
-    return found[0]
+            (rows,) = inputs_of(model, [block.widened], ids)
+        yield int(part[0]), rows
 
 
 def sentences_of(read: ReadRows, batch_size: int, length: int) -> tuple[torch.Tensor, int]:

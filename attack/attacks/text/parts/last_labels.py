@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
-from core.losses import main_output
+from core.errors import InputError
+from core.models.head import find_linear_head
+from core.models.module_inputs import inputs_of
 from core.target import Target
 
 # The gradient of an embedding that is the last layer as well depends on the labels a little more.
@@ -27,10 +28,15 @@ def last_labels(target: Target, ids: torch.Tensor) -> torch.Tensor:
         N token ids; those given where the last layer's gradient was not shared.
     """
     model = target.build_model().double()
-    found = _last_layer(model, ids)
-    if found is None or found[0] not in target.gradient:
+    try:
+        _, layer = find_linear_head(model, ids[:1])
+    except InputError:
         return ids[:, -1]
-    name, inputs = found
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    name = names[id(layer.weight)]
+    if name not in target.gradient:
+        return ids[:, -1]
+    (inputs,) = inputs_of(model, [layer], ids)
     shared = target.gradient[name].double()
     dual = torch.linalg.pinv(inputs[:, -2], rtol=1e-9)
     n = ids.shape[0] * (ids.shape[1] - 1)
@@ -48,25 +54,3 @@ def last_labels(target: Target, ids: torch.Tensor) -> torch.Tensor:
             break
         guess[:, -1] = labels
     return guess[:, -1]
-
-
-def _last_layer(model: nn.Module, ids: torch.Tensor) -> tuple[str, torch.Tensor] | None:
-    """Name of the weight of the layer that gives the outputs, and its inputs (N x T x width)."""
-    calls: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []
-    handles = [
-        module.register_forward_hook(
-            lambda m, given, out: calls.append((m, given[0].detach(), out))
-        )
-        for module in model.modules()
-        if isinstance(module, nn.Linear)
-    ]
-    try:
-        outputs = main_output(model(ids))
-    finally:
-        for handle in handles:
-            handle.remove()
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for module, given, out in calls:
-        if out is outputs:
-            return names[id(module.weight)], given
-    return None

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from core.losses import main_output
+from core.models.module_inputs import inputs_of
 from core.models.unchanged import in_mode, unchanged
 from core.target import Target
 
@@ -63,40 +64,15 @@ class TokenLayers:
 
     def inputs(self, layers: Sequence[TokenLayer], ids: torch.Tensor) -> list[torch.Tensor]:
         """What reaches these layers for sentences of token ids (N x T): N x T x width each."""
-        modules = [layer.module for layer in layers]
-        return _inputs_of(self.model, modules, ids)
+        with torch.no_grad():
+            return inputs_of(self.model, [layer.module for layer in layers], ids)
 
     def quick_inputs(self, layer: TokenLayer, ids: torch.Tensor) -> torch.Tensor:
         """The same for one layer in float32, of any number of sentences."""
         module = self.quick.get_submodule(layer.name)
-        return torch.cat([_inputs_of(self.quick, [module], part)[0] for part in ids.split(CHUNK)])
-
-
-class _Reached(Exception):  # noqa: N818
-    """The pass need not go on."""
-
-
-def _inputs_of(
-    model: nn.Module, modules: Sequence[nn.Module], ids: torch.Tensor
-) -> list[torch.Tensor]:
-    """The inputs of these modules; what runs behind the last of them is spared."""
-    found: dict[nn.Module, torch.Tensor] = {}
-
-    def note(module: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
-        found[module] = given[0].detach()
-        if len(found) == len(modules):
-            raise _Reached
-
-    handles = [module.register_forward_pre_hook(note) for module in modules]
-    try:
         with torch.no_grad():
-            model(ids)
-    except _Reached:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [found[module] for module in modules]
+            parts = [inputs_of(self.quick, [module], part)[0] for part in ids.split(CHUNK)]
+        return torch.cat(parts)
 
 
 def token_layers(target: Target, seed: int = 0) -> TokenLayers:
