@@ -19,6 +19,7 @@ from audit.data import SiteData, chosen
 from audit.local import Client, ToldTraining, completed, cosine, told_training
 from audit.permutations import n_memberships, non_members_needed
 from audit.received import received_model, state_after, target_of, without_masks
+from audit.show.words import count
 from core.client import fitted_targets, outputs_of, with_classes
 from core.errors import InputError, nearest
 from core.local_training import LocalTraining
@@ -341,7 +342,7 @@ def _check_level(data: SiteData, loss: Loss, alpha: float) -> None:
     easiest = min(needed, key=lambda c: (needed[c], c))
     of_class = f" of class {easiest}" if len(counts) > 1 else ""
     raise InputError(
-        f"--data: {n} member{'s' * (n != 1)} against {len(groups) - n} non-members of their "
+        f"--data: {count(n, 'member')} against {count(len(groups) - n, 'non-member')} of their "
         "classes can give "
         f"p = {1 / ways:.2g} at best; {alpha:.0%} takes {needed[easiest]} non-members{of_class}"
     )
@@ -373,8 +374,8 @@ def _warnings(request: AuditRequest) -> Iterator[str]:
 
 def _on_both_sides(data: SiteData) -> int:
     """Members that are, to the bit, among the non-members as well."""
-    others = {sample.numpy().tobytes() for sample in data.non_members.images}
-    return sum(sample.numpy().tobytes() in others for sample in data.members.images)
+    others = {hash(sample.numpy().tobytes()) for sample in data.non_members.images}
+    return sum(hash(sample.numpy().tobytes()) in others for sample in data.members.images)
 
 
 def _members_in_doubt(request: AuditRequest) -> str:
