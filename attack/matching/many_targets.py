@@ -10,9 +10,10 @@ does not agree with it, the exact second derivative).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -26,6 +27,9 @@ from attack.matching.second_derivative import TwiceDifferentiable
 from attack.matching.switches import RecordActivations, ReplayActivations
 from core.processes import distributed
 
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 Tensors = list[torch.Tensor]
 Parameters = dict[str, torch.Tensor]
 # Makes a penalty on the forward pass from what one row's target tells (a list of tensors).
@@ -96,6 +100,7 @@ class ManyTargetsMatcher:
         shared = zip(*(m.replica.target_gradient for m in matchers), strict=True)
         self._goals = [torch.stack([g.contiguous() for g in each]) for each in shared]
         self.calls, self.evaluated = 0, False
+        self._most_at_once: int | None = None
 
     def __call__(
         self,
@@ -117,13 +122,35 @@ class ManyTargetsMatcher:
         """
         with buffers_standing(self._model):
             self._count_call(inputs, labels, which)
-            size = self._rows_at_once()
-            chunks = [slice(i, i + size) for i in range(0, len(inputs), size)]
-            found = [self._chunk(inputs[c], labels[c], which[c], weight) for c in chunks]
+            found = self._in_pieces(
+                len(inputs), lambda p: self._chunk(inputs[p], labels[p], which[p], weight)
+            )
         self.evaluated = True
         return found[0] if len(found) == 1 else _joined(found)
 
+    def _in_pieces(self, n: int, work: Callable[[slice], Result]) -> list[Result]:
+        """What `work` gives for pieces of `n` rows, which are halved until memory suffices.
+
+        Raises:
+            torch.OutOfMemoryError: One row alone does not fit.
+        """
+        size = min(n, self._rows_at_once())
+        try:
+            return [work(slice(i, i + size)) for i in range(0, n, size)]
+        except torch.OutOfMemoryError:
+            # What activations take is known only when they are there.
+            if size == 1:
+                raise
+            logger.info("%d targets in one call do not fit; trying half as many", size)
+            self._most_at_once = size // 2
+        # Not within the handler: its traceback keeps what did not fit.
+        if self._goals[0].device.type == "cuda":
+            torch.cuda.empty_cache()
+        return self._in_pieces(n, work)
+
     def _rows_at_once(self) -> int:
+        if self._most_at_once is not None:
+            return self._most_at_once
         entries = sum(p.numel() * p.element_size() for p in self._theta.values())
         budget = BYTES_AT_ONCE
         if self._goals[0].device.type == "cuda":
@@ -154,7 +181,8 @@ class ManyTargetsMatcher:
         if automatic and self.calls % CHECK_EVERY == 0:
             # Of every target its first row, as where it is attacked alone.
             rows = [which.index(target) for target in dict.fromkeys(which)]
-            self._calibrate(inputs[rows], labels[rows], [which[row] for row in rows])
+            x, y, targets = inputs[rows], labels[rows], [which[row] for row in rows]
+            self._in_pieces(len(rows), lambda p: self._calibrate(x[p], y[p], targets[p]))
         self.calls += 1
 
     def _calibrate(self, inputs: torch.Tensor, labels: torch.Tensor, which: Sequence[int]) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from attack.loop.inversion import Inversion
 from attack.loop.many_targets import ManyInversions, OneByOneError, reason_for_one_by_one
+from attack.matching.many_targets import ManyTargetsMatcher
 from attack.settings import InversionConfig
 from core.models.building import ModelSpec
 from core.target import Target
@@ -188,3 +189,35 @@ def test_patience_is_a_share_once_the_rate_has_fallen(schedule: str) -> None:
     assert found.status == "patience"
     first = {"constant": 5, "step": 70, "cosine": 64}[schedule]
     assert first <= found.iterations <= first + 2
+
+
+@pytest.mark.parametrize("fitting", [1, 2, 3])
+def test_rows_that_do_not_fit_are_halved(
+    fitting: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    targets = share_model(*NETWORKS["lenet"][:1], 5, 1, train_mode=False)
+    config = PLAIN.changed(iterations=4, hvp="auto")
+    expected = [found.images for found in ManyInversions(begun(targets, config)).run()]
+    for name in ("_difference", "_exact"):
+        pass_of = getattr(ManyTargetsMatcher, name)
+
+        def limited(self: Any, inputs: torch.Tensor, *rest: Any, work: Any = pass_of, **more: Any):
+            if len(inputs) > fitting:
+                raise torch.OutOfMemoryError
+            return work(self, inputs, *rest, **more)
+
+        monkeypatch.setattr(ManyTargetsMatcher, name, limited)
+    with caplog.at_level("INFO"):
+        found = [one.images for one in ManyInversions(begun(targets, config)).run()]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert "5 targets in one call do not fit" in caplog.text
+
+
+def test_memory_that_one_row_does_not_find_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(ManyTargetsMatcher, "_exact", full)
+    targets = share_model(*NETWORKS["lenet"][:1], 2, 1, train_mode=False)
+    with pytest.raises(torch.OutOfMemoryError):
+        ManyInversions(begun(targets, PLAIN)).run()
