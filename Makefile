@@ -15,12 +15,13 @@ TEST_THREADS ?= 1
 # Many tests wait for processes they start; three at a time keep two cores busy.
 TEST_WORKERS ?= 3
 
-.PHONY: help setup bench federated docs test lint clean
+.PHONY: help setup bench federated gpu docs test lint clean
 
 help:
 	@echo "make setup   create $(VENV) and $(FLOWER) with the tested versions (constraints*.txt)"
 	@echo "make bench   train, invert and report the four defense schemes (results/schemes/)"
 	@echo "make federated  measure leakage in simulated federations (results/federated/)"
+	@echo "make gpu     on a GPU: its tests, speed and published attacks, at most 25 minutes"
 	@echo "make docs    build the documents as a static site (site/)"
 	@echo "make test    run the tests"
 	@echo "make lint    ruff and mypy"
@@ -46,6 +47,9 @@ $(FLOWER_STAMP): $(STAMP) constraints-flower.txt
 	@$(FLOWER)/bin/python -m pip install -qq --no-cache-dir --disable-pip-version-check \
 		-c constraints-flower.txt -e ".[flower]"
 	@touch $@
+
+gpu: $(STAMP)
+	@$(BIN)/python -m benchmarks.speed.gpu_suite
 
 bench: $(STAMP)
 	@$(BIN)/python -m benchmarks schemes --preset embedded

@@ -74,6 +74,7 @@ COMMANDS = {
     "python -m benchmarks.bounds": "benchmarks.bounds",
     "python -m benchmarks.audit_federation": "benchmarks.audit_federation",
     "python -m benchmarks.speed": "benchmarks.speed.__main__",
+    "python -m benchmarks.speed.gpu_suite": "benchmarks.speed.gpu_suite",
     "python -m benchmarks.speed.scaling": "benchmarks.speed.scaling",
     "python -m benchmarks.speed.pages": "benchmarks.speed.pages",
 }

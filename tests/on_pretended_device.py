@@ -31,6 +31,9 @@ from attack.metrics import ssim
 from attack.settings import InversionConfig
 from audit.inversion import invert_update
 from audit.settings import InversionSettings
+from benchmarks.speed import gpu
+from benchmarks.speed.cases import SMALL_CASE
+from benchmarks.speed.targets import measure_targets
 from core.models.building import ModelSpec
 from core.processes import launch
 from tests.attack_targets import CASES, SETTINGS, Case, run_case
@@ -177,6 +180,26 @@ def metric_cases(device: torch.device) -> Iterator[tuple[str, Work]]:
     yield "metric: ssim", score
 
 
+def speed_cases(device: torch.device) -> Iterator[tuple[str, Work]]:
+    """What `make gpu` measures in this process: it runs, and on the device."""
+    case = SMALL_CASE
+    sections: dict[str, Callable[[], Any]] = {
+        "iterations": lambda: gpu.measure_iterations(case, device, 1, 0),
+        "restarts": lambda: gpu.measure_restarts(case, device, 1, 0, (1, 2)),
+        "levers": lambda: gpu.measure_levers(case, device, 1, 0, 2, ("none", "channels last")),
+        "targets": lambda: measure_targets(case, device, 1, 0, (1, 3)),
+    }
+
+    def measure(section: Callable[[], Any]) -> None:
+        with Pretend():
+            rows = list(section())
+        if {row["device"] for row in rows} != {device.type}:
+            raise AssertionError(f"measured elsewhere: {rows}")
+
+    for name, section in sections.items():
+        yield f"speed: {name}", lambda section=section: measure(section)
+
+
 def federated_cases(device: torch.device) -> Iterator[tuple[str, Work]]:
     """The inversion of a site's update."""
     public = victims().public
@@ -270,6 +293,7 @@ def main(folder: Path) -> None:
         *rule_cases(device),
         *engine_cases(device),
         *metric_cases(device),
+        *speed_cases(device),
         *federated_cases(device),
         *attack_cases(device),
         *command_cases(device, folder),

@@ -8,13 +8,15 @@ python -m benchmarks.speed --device cuda    iterations, restarts and levers on a
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speed.sections import MEASUREMENTS, Request, sections_of
+from benchmarks.speed.sections import MEASUREMENTS, RESUMABLE, Request, sections_of
 from core.errors import InputError, exit_status
 from core.launch_arguments import CommandParser
+from core.reading import read_json_object
 
 
 def build_parser() -> CommandParser:
@@ -36,6 +38,9 @@ def build_parser() -> CommandParser:
     parser.add_argument("--repeats", type=int, default=15, help="rounds at most")
     parser.add_argument("--seconds", type=float, default=20.0, help="per case, after three rounds")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what a record of this device holds already"
+    )
     parser.add_argument("--output", default="results/speed", metavar="DIR")
     return parser
 
@@ -53,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     request, folder = _request(args), Path(args.output)
     for name in sections:
-        _run_section(name, request, folder)
+        _run_section(name, request, folder, args.resume)
     print((folder / "table.md").read_text(encoding="utf-8"))
 
 
@@ -68,6 +73,9 @@ def _check(args: argparse.Namespace, sections: list[str]) -> None:
     if args.threads is not None and args.threads < 1:
         raise InputError(f"--threads {args.threads}: must be at least 1")
     check_names(args.cases.split(",") if args.cases else [])
+    fixed = [name for name in sections if name not in RESUMABLE]
+    if args.resume and fixed:
+        raise InputError(f"--resume: the section {fixed[0]} is measured in one go")
 
 
 def _request(args: argparse.Namespace) -> Request:
@@ -81,20 +89,40 @@ def _request(args: argparse.Namespace) -> Request:
     )
 
 
-def _run_section(name: str, request: Request, folder: Path) -> None:
+def _run_section(name: str, request: Request, folder: Path, resume: bool) -> None:
     from tqdm import tqdm
 
     from benchmarks.speed.pages import read_records
     from benchmarks.speed.render import render
     from core.storage import write_json, write_text
 
-    made = _provenance(request)
-    rows: list[dict[str, Any]] = []
+    made, path = _provenance(request), folder / f"{name}.json"
+    rows = _rows_so_far(path, made) if resume else []
+    if resume:
+        request = dataclasses.replace(request, done=frozenset(row["case"] for row in rows))
+    begun = len(rows)
     for row in tqdm(MEASUREMENTS[name](request), desc=name, unit="row"):
         rows.append(row)
         # What is measured stays, also where the rest is interrupted.
-        write_json(folder / f"{name}.json", {"rows": rows, "provenance": made})
+        write_json(path, {"rows": rows, "provenance": made, "complete": False})
+    if len(rows) > begun:
+        write_json(path, {"rows": rows, "provenance": made})
     write_text(folder / "table.md", render(read_records(folder)))
+
+
+def _rows_so_far(path: Path, made: dict[str, Any]) -> list[dict[str, Any]]:
+    """What an interrupted run of the same software on the same device left, by whole targets."""
+    if not path.exists():
+        return []
+    record = read_json_object(path, "--output", "record of speed")
+    rows: list[dict[str, Any]] = record["rows"]
+    same = [record["provenance"].get(k) == made[k] for k in ("device", "versions", "quick")]
+    if not all(same):
+        return []
+    if record.get("complete", True):
+        return rows
+    # The last one may lack some of its rows.
+    return [row for row in rows if row["case"] != rows[-1]["case"]]
 
 
 def _provenance(request: Request) -> dict[str, Any]:

@@ -81,18 +81,32 @@ class Problem:
 
 def make_problem(case: Case, seed: int = 0) -> Problem:
     """The gradient of a freshly initialised model, and noise as the candidate."""
+    return make_problems(case, 1, seed)[0]
+
+
+def make_problems(case: Case, count: int, seed: int = 0) -> list[Problem]:
+    """Gradients of other images through the same freshly initialised model.
+
+    Args:
+        case: Which model, and how many images are behind each gradient.
+        count: Number of gradients.
+        seed: Of the model, the images and the candidates.
+    """
     torch.manual_seed(seed)
     spec, size = case.model, case.model.image_size
     data = DataSpec("noise", (3, size, size), (0.5,) * 3, (0.25,) * 3, spec.n_classes)
     model = build_model(spec).train(case.train_mode)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     labels = torch.arange(case.batch) % spec.n_classes
-    images = _smooth_images(case)
-    loss = F.cross_entropy(model(data.normalize(images)), labels)
-    named = dict(model.named_parameters())
-    gradient = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
-    target = Target(spec, data, state, gradient, case.train_mode, case.batch)
-    return Problem(target, torch.randn(case.batch, *data.shape), labels)
+    made = []
+    for _ in range(count):
+        images = _smooth_images(case)
+        loss = F.cross_entropy(model(data.normalize(images)), labels)
+        named = dict(model.named_parameters())
+        gradient = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+        target = Target(spec, data, state, gradient, case.train_mode, case.batch)
+        made.append(Problem(target, torch.randn(case.batch, *data.shape), labels))
+    return made
 
 
 def _smooth_images(case: Case) -> torch.Tensor:

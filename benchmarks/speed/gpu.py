@@ -9,24 +9,34 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from multiprocessing import get_context
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from attack.attacks.inverting_gradients import InvertingGradients
 from attack.loop.inversion import Inversion
 from attack.matching.acceleration import AcceleratedMatcher, product_precision
+from attack.matching.matcher import GradientMatcher
 from attack.matching.objectives import Cosine
 from attack.matching.replica import Replica
 from attack.metrics import assign, psnr
 from attack.settings import SpeedSettings
 from benchmarks.speed import references
-from benchmarks.speed.cases import Case, Problem, make_problem, true_images
+from benchmarks.speed.cases import CASES, Case, Problem, make_problem, true_images
 from benchmarks.speed.iterations import accuracy
 from benchmarks.speed.timing import interleaved, medians, paired_ratio, synchronised
+from core.launch_arguments import LaunchSettings
+from core.processes.launch import launch
+
+if TYPE_CHECKING:
+    from multiprocessing.queues import SimpleQueue
+
+    from core.processes.distributed import Process
 
 Row = dict[str, Any]
 RESTARTS = (1, 2, 4, 8, 16, 32)
+RANKS = (1, 2, 4)
 # Enough to tell a lever that ruins the reconstruction from one that does not.
 PSNR_ITERATIONS = 500
 LEVERS = {
@@ -149,6 +159,52 @@ def measure_levers(
             "peak_bytes": peak,
             "events": lever.matcher.events,
         }
+
+
+def measure_ranks(
+    case: Case,
+    device: torch.device,
+    repeats: int,
+    seed: int,
+    counts: tuple[int, ...] = RANKS,
+) -> Iterator[Row]:
+    """An iteration with the batch spread over several ranks that share one device, by gloo.
+
+    Args:
+        case: The target that is timed.
+        device: Of all ranks; NCCL refuses two of them on one card.
+        repeats: Number of rounds.
+        seed: Of model, images and candidate.
+        counts: Numbers of ranks.
+    """
+    for count in (n for n in counts if n <= case.batch):
+        answers = get_context("spawn").SimpleQueue()
+        settings = LaunchSettings(
+            seed=seed,
+            dist_url="tcp://127.0.0.1:0",
+            dist_backend="gloo",
+            multiprocessing_distributed=True,
+            nproc_per_node=count,
+            cpu=device.type == "cpu",
+        )
+        launch(_rank, settings, case.name, repeats, seed, answers)
+        yield {"case": case.name, "device": device.type, "ranks": count, **answers.get()}
+
+
+def _rank(
+    process: Process, case: str, repeats: int, seed: int, answers: SimpleQueue[dict[str, Any]]
+) -> None:
+    device = process.device
+    problem = make_problem(CASES[case], seed).to(device)
+    replica = Replica(problem.target, device)
+    matcher = GradientMatcher(replica, Cosine(), "difference")
+    inputs, labels = problem.inputs[replica.share], problem.labels[replica.share]
+    with product_precision("float32"):
+        iteration = synchronised(lambda: matcher(inputs, labels), device)
+        peak = _peak_bytes(iteration, device)
+        times = interleaved({"iteration": iteration}, repeats)
+    if process.is_main:
+        answers.put({"seconds": medians(times)["iteration"], "peak_bytes": peak})
 
 
 class _Lever:

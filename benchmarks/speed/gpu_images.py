@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.errors import InputError, exit_status
+from core.launch_arguments import CommandParser
 
 if TYPE_CHECKING:
     import torch
 
     from core.target import Target, Truth
 
+RECORD = "gpu-images.json"
 FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -58,9 +60,9 @@ class Inversion:
     seed: int = 0
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m benchmarks.speed.gpu_images",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -79,6 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--cuda-graphs", action="store_true")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="keep the batches of a record")
     parser.add_argument("--output", default="results/speed", metavar="DIR")
     return parser
 
@@ -98,16 +101,37 @@ def main(argv: list[str] | None = None) -> None:
     fields = [field.name for field in dataclasses.fields(Inversion)]
     inversion = Inversion(**{name: getattr(args, name) for name in fields})
     sources, folder = _sources(args.images), Path(args.output)
-    rows: list[dict[str, Any]] = []
+    rows = _rows_so_far(folder, inversion, device) if args.resume else []
+    done = {(row["source"], row["batch"]) for row in rows}
     for name, files in sources.items():
         for batch in batches:
             if batch > len(files):
                 print(f"{name}: {len(files)} images make no batch of {batch}")
                 continue
+            if (name, batch) in done:
+                continue
             rows.append(_measure(inversion, name, files[:batch], device, folder))
-            record = {"rows": rows, "provenance": provenance(device, args.seed)}
-            write_json(folder / "gpu-images.json", record)
+            record = {
+                "rows": rows,
+                "setting": dataclasses.asdict(inversion),
+                "provenance": provenance(device, args.seed),
+            }
+            write_json(folder / RECORD, record)
             print({k: v for k, v in rows[-1].items() if k != "per_image"})
+
+
+def _rows_so_far(folder: Path, inversion: Inversion, device: torch.device) -> list[dict[str, Any]]:
+    """What an interrupted run with the same setting on the same device left."""
+    from core.reading import read_json_object
+    from core.records import provenance
+
+    if not (folder / RECORD).exists():
+        return []
+    record = read_json_object(folder / RECORD, "--output", "record of images")
+    made, now = record["provenance"], provenance(device, inversion.seed)
+    same = record.get("setting") == dataclasses.asdict(inversion)
+    same = same and all(made[key] == now[key] for key in ("device", "versions"))
+    return list(record["rows"]) if same else []
 
 
 def _batches(text: str) -> list[int]:

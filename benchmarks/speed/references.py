@@ -16,6 +16,7 @@ from torch import nn
 
 from attack.attacks.inverting_gradients import InvertingGradients
 from attack.loop.inversion import Inversion
+from attack.loop.many_targets import ManyInversions
 from attack.matching.matcher import GradientMatcher
 from attack.matching.objectives import Cosine
 from attack.matching.replica import Replica
@@ -111,6 +112,23 @@ def our_loop(problem: Problem, restarts: int = 1, at_once: int = 1) -> Iteration
         inversion._iterate(inversion.progress.iteration)
         inversion.progress.iteration += 1
         return inversion.restarts[0].variable.detach()
+
+    return iteration
+
+
+def targets_in_turn(problems: Sequence[Problem]) -> Iteration:
+    """One iteration of Inverting Gradients on each of several targets of one model."""
+    loops = [our_loop(problem) for problem in problems]
+    return lambda: torch.cat([loop() for loop in loops])
+
+
+def targets_at_once(problems: Sequence[Problem]) -> Iteration:
+    """The same for all targets in one call."""
+    many = ManyInversions([_inversion(problem) for problem in problems])
+
+    def iteration() -> torch.Tensor:
+        many._iterate(10)
+        return torch.cat([one.restarts[0].variable.detach() for one in many.inversions])
 
     return iteration
 

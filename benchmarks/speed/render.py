@@ -231,6 +231,61 @@ def _gpu_levers(rows: list[Row]) -> str:
     )
 
 
+def _targets(rows: list[Row]) -> str:
+    header = ["case", "targets", "in turn ms", "at once ms", "at once, per target", "gain"]
+    return table(
+        header,
+        [
+            [
+                row["case"],
+                row["targets"],
+                *(_ms(row["seconds"][way]) for way in ("in turn", "at once")),
+                _ms(row["seconds"]["at once"] / row["targets"]),
+                _times(row["gain"]),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _gpu_ranks(rows: list[Row]) -> str:
+    alone = {row["case"]: row["seconds"] for row in rows if row["ranks"] == 1}
+    return table(
+        ["case", "ranks", "ms", "speed-up", "peak MiB of a rank"],
+        [
+            [
+                row["case"],
+                row["ranks"],
+                _ms(row["seconds"]),
+                _times(alone[row["case"]] / row["seconds"]),
+                _mib(row["peak_bytes"]),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _gpu_images(rows: list[Row]) -> str:
+    header = ["images", "model", "px", "batch", "iterations", "seconds", "PSNR dB", "SSIM"]
+    return table(
+        [*header, "peak MiB"],
+        [
+            [
+                row["source"],
+                row["arch"],
+                row["image_size"],
+                row["batch"],
+                row["iterations"],
+                f"{row['seconds']:.0f}",
+                f"{row['psnr']:.2f}",
+                f"{row['ssim']:.3f}",
+                _mib(row["peak_bytes"]),
+            ]
+            for row in rows
+        ],
+    )
+
+
 SECTIONS: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "iterations": ("Seconds per iteration", _iterations),
     "restarts": ("Several restarts, in units of one", _restarts),
@@ -238,9 +293,13 @@ SECTIONS: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "processes": ("One batch over several processes, one thread each", _processes),
     "levers": ("What each lever gave", _levers),
     "parts": ("The other parts", _parts),
+    "targets": ("Several targets of one model", _targets),
     "gpu-iterations": ("On a GPU: seconds per iteration", _gpu_iterations),
     "gpu-restarts": ("On a GPU: restarts in one call", _gpu_restarts),
     "gpu-levers": ("On a GPU: what each lever gave", _gpu_levers),
+    "gpu-targets": ("On a GPU: several targets of one model", _targets),
+    "gpu-ranks": ("On a GPU: one batch over ranks that share the card", _gpu_ranks),
+    "gpu-images": ("On a GPU: whole attacks", _gpu_images),
 }
 
 
@@ -261,6 +320,8 @@ def render(records: dict[str, dict[str, Any]]) -> str:
 def conditions(record: dict[str, Any]) -> str:
     """What a record was measured on, in a sentence."""
     made = record["provenance"]
+    if made.get("device_type") == "cuda":
+        return f"{made['device']}, torch {made['versions']['torch']}."
     return (
         f"{made['processor']}, {made['cores']} cores, {made['threads']} threads, "
         f"torch {made['versions']['torch']}, load average {made['load_average']:.1f} at the start."

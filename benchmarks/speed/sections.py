@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from benchmarks.speed.cases import Case
 
 Rows = Iterator[dict[str, Any]]
+Measure = Callable[["Case", "torch.device", int, int], Rows]
 # Of each method; the middle one counts.
 MEMORY_RUNS = 9
 
@@ -28,6 +29,7 @@ class Request:
         repeats: Rounds at most.
         seconds: Enough time per case to stop after three rounds.
         seed: Of models, images and candidates.
+        done: Names of targets that a record holds already; of the sections that can go on.
     """
 
     quick: bool = False
@@ -36,6 +38,7 @@ class Request:
     repeats: int = 15
     seconds: float = 20.0
     seed: int = 0
+    done: frozenset[str] = frozenset()
 
 
 def sections_of(device: str) -> list[str]:
@@ -108,12 +111,29 @@ def _parts(request: Request) -> Rows:
     yield from measure_parts(request.quick, request.seed)
 
 
-def _on_device(request: Request, measure: Callable[[Case, torch.device, int, int], Rows]) -> Rows:
+def _targets(request: Request) -> Rows:
     import torch
 
+    from benchmarks.speed.targets import CASES_OF_TARGETS, COUNTS, measure_targets
+
     device = torch.device(request.device)
-    for case in _chosen(request):
-        yield from measure(case, device, request.repeats, request.seed)
+    counts = COUNTS if device.type == "cpu" else (*COUNTS, 64, 256)
+    for case in CASES_OF_TARGETS[: 1 if request.quick else None]:
+        if case.name not in request.done:
+            yield from measure_targets(case, device, min(request.repeats, 7), request.seed, counts)
+
+
+def _on_device(request: Request, measure: Measure, names: Sequence[str] = ()) -> Rows:
+    """Rows of the cases that were asked for, else of those with names, else of all."""
+    import torch
+
+    from benchmarks.speed.iterations import check_names
+
+    device = torch.device(request.device)
+    few = names and not (request.cases or request.quick)
+    for case in check_names([*names]) if few else _chosen(request):
+        if case.name not in request.done:
+            yield from measure(case, device, request.repeats, request.seed)
 
 
 def _gpu_iterations(request: Request) -> Rows:
@@ -125,13 +145,23 @@ def _gpu_iterations(request: Request) -> Rows:
 def _gpu_restarts(request: Request) -> Rows:
     from benchmarks.speed.gpu import measure_restarts
 
-    yield from _on_device(request, measure_restarts)
+    names = ("cnn-32px-b2-eval", "resnet18-32px-b1-eval", "resnet18-224px-b1-eval")
+    yield from _on_device(request, measure_restarts, names)
 
 
 def _gpu_levers(request: Request) -> Rows:
     from benchmarks.speed.gpu import measure_levers
 
-    yield from _on_device(request, measure_levers)
+    # Each compiles three times.
+    names = ("convnet-32px-b8-eval", "resnet18-32px-b8-train", "resnet18-224px-b4-eval")
+    yield from _on_device(request, measure_levers, names)
+
+
+def _gpu_ranks(request: Request) -> Rows:
+    from benchmarks.speed.gpu import measure_ranks
+
+    names = ("convnet-32px-b8-eval", "resnet18-32px-b32-eval", "resnet18-224px-b4-eval")
+    yield from _on_device(request, measure_ranks, names)
 
 
 MEASUREMENTS: dict[str, Callable[[Request], Rows]] = {
@@ -141,7 +171,12 @@ MEASUREMENTS: dict[str, Callable[[Request], Rows]] = {
     "processes": _processes,
     "levers": _levers,
     "parts": _parts,
+    "targets": _targets,
     "gpu-iterations": _gpu_iterations,
     "gpu-restarts": _gpu_restarts,
     "gpu-levers": _gpu_levers,
+    "gpu-targets": _targets,
+    "gpu-ranks": _gpu_ranks,
 }
+# Those that leave out the targets of `Request.done`.
+RESUMABLE = ("targets", *(name for name in MEASUREMENTS if name.startswith("gpu-")))

@@ -46,6 +46,7 @@ def test_all_is_tried(cases: dict[str, Any]) -> None:
     assert kinds.count("refused") == kinds.count("allowed") == 5
     assert kinds.count("engine") == len(ENGINE)
     assert kinds.count("many targets") == len(MANY_TARGETS)
+    assert kinds.count("speed") == len(["iterations", "restarts", "levers", "targets"])
     assert kinds.count("attack") == len(CASES)
     assert kinds.count("stages 2 and 3") == len(SHARED)
     assert kinds.count("stage 1") == len(TRAINED)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.speed import references
 from benchmarks.speed.__main__ import main
-from benchmarks.speed.cases import SMALL_CASE, make_problem
+from benchmarks.speed.cases import SMALL_CASE, Case, make_problem, make_problems
 from benchmarks.speed.iterations import accuracy
 from benchmarks.speed.levers import LEVERS
 from benchmarks.speed.pages import main as renew_pages
@@ -140,7 +141,15 @@ def test_pages_show_the_committed_records(tmp_path: Path) -> None:
     words = ["--records", str(tmp_path)]
     for file in (folder / "results" / "speed").glob("*.json"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    pages = {"--readme": "docs/how-fast.md", "--scaling": "docs/scaling.md"}
+    pages = {
+        "--readme": "docs/how-fast.md",
+        "--scaling": "docs/scaling.md",
+        "--front": "README.md",
+        "--limits": "docs/how-to-read.md",
+    }
+    for file in (folder / "results" / "speed" / "gpu").glob("*.json"):
+        (tmp_path / "gpu").mkdir(exist_ok=True)
+        (tmp_path / "gpu" / file.name).write_bytes(file.read_bytes())
     for flag, page in pages.items():
         copy = tmp_path / Path(page).name
         copy.write_bytes((folder / page).read_bytes())
@@ -170,8 +179,51 @@ def test_sections_of_a_gpu_run_on_a_cpu_too() -> None:
     made = {"processor": "a", "cores": 1, "threads": 1, "load_average": 0.0, "versions": {}}
     made["versions"] = {"torch": "0"}
     records = {"gpu-iterations": [row], "gpu-restarts": restarts, "gpu-levers": levers}
+    ranks = list(gpu.measure_ranks(SMALL_CASE, torch.device("cpu"), 1, 0, (1,)))
+    assert [r["ranks"] for r in ranks] == [1]
+    records |= {"gpu-targets": targets_of(SMALL_CASE), "gpu-ranks": ranks}
     text = render({n: {"rows": rows, "provenance": made} for n, rows in records.items()})
-    assert text.count(SMALL_CASE.name) == 6
+    assert text.count(SMALL_CASE.name) == 9
+
+
+def targets_of(case: Case) -> list[dict[str, Any]]:
+    from benchmarks.speed.targets import measure_targets
+
+    return list(measure_targets(case, torch.device("cpu"), 1, 0, (1, 2)))
+
+
+def test_targets_in_turn_and_at_once_move_alike() -> None:
+    problems = make_problems(SMALL_CASE, 3)
+    assert torch.equal(problems[0].inputs, PROBLEM.inputs)
+    assert not torch.equal(
+        problems[0].target.gradient["fc.weight"], problems[1].target.gradient["fc.weight"]
+    )
+    ways = [references.targets_in_turn(problems), references.targets_at_once(problems)]
+    found = [way() for way in ways]
+    # Signs of Adam's first step may differ where a gradient is next to zero.
+    assert ((found[0] - found[1]).abs() > 1e-4).double().mean() < 0.01
+
+
+def test_a_section_goes_on_where_it_stopped(tmp_path: Path, capsys) -> None:
+    words = ["--only", "targets", "--quick", "--repeats", "1", "--threads", "1", "--resume"]
+    words += ["--output", str(tmp_path)]
+    main(words)
+    file = tmp_path / "targets.json"
+    record = json.loads(file.read_text())
+    assert [row["targets"] for row in record["rows"]] == [1, 4, 16]
+    assert "complete" not in record
+    record["rows"][0]["gain"] = 77.0
+    file.write_text(json.dumps(record))
+    main(words)
+    assert json.loads(file.read_text())["rows"] == record["rows"]
+    # Cut within a target: it is measured again, whole.
+    file.write_text(json.dumps({**record, "rows": record["rows"][:1], "complete": False}))
+    main(words)
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["targets"] for row in rows] == [1, 4, 16]
+    assert rows[0]["gain"] != 77.0
+    with pytest.raises(InputError, match="--resume: the section memory"):
+        main(["--only", "memory", "--resume"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
