@@ -347,6 +347,7 @@ class SpeedSettings(Topic):
         precision: Of matrix products: "float32", "tf32" or "bf16".
         channels_last: Memory layout of images and convolutions.
         restarts_at_once: Restarts per batched call; 0: by the model's size and memory.
+        images_at_once: Images per pass of the model, see `attack.matching.pieces`; 0: all.
     """
 
     title: ClassVar[str] = "speed (off by default: each moves the last digits)"
@@ -362,7 +363,10 @@ class SpeedSettings(Topic):
     )
     channels_last: bool = setting(False, "--channels-last", help="memory layout on tensor cores")
     restarts_at_once: int = setting(
-        0, "--restarts-at-once", metavar="N", help="per batched call (0: auto)"
+        0, "--restarts-at-once", at_least=0, metavar="N", help="per batched call (0: auto)"
+    )
+    images_at_once: int = setting(
+        0, "--images-at-once", at_least=0, metavar="N", help="of a batch, to save memory (0: all)"
     )
 
     @property
@@ -599,6 +603,10 @@ def _check_speed(config: InversionConfig) -> None:
         raise setting_error("{known_masks} and {channels_last}: masks are drawn in another order")
     if matching.double and speed.lowered:
         raise setting_error(f"{{double}} and {{precision}} {speed.precision}: choose one of them")
+    if speed.images_at_once and speed.changes_passes:
+        raise setting_error(
+            "{images_at_once}: not with {compile}, {cuda_graphs}, {precision} or {channels_last}"
+        )
     if not speed.traced:
         return
     name = "{compile}" if speed.compile else "{cuda_graphs}"

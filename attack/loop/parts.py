@@ -18,7 +18,9 @@ from attack.loop.restarts import Starter
 from attack.matching.acceleration import AcceleratedMatcher
 from attack.matching.clipping import CLIPPED_FROM
 from attack.matching.matcher import GradientMatcher
+from attack.matching.pieces import PieceMatcher
 from attack.priors.coordinates import make_coordinates
+from attack.settings import setting_error
 
 if TYPE_CHECKING:
     from attack.loop.problem import InversionProblem
@@ -43,6 +45,10 @@ def make_matcher(problem: InversionProblem) -> GradientMatcher:
     objective = adaptation.objective(make_objective(config, len(problem.target.gradient)))
     hvp = config.matching.hvp
     clipping = adaptation.clipping(problem.replica)
+    if config.speed.images_at_once:
+        if clipping is not None:
+            raise setting_error("{images_at_once}: the client clipped every image's gradient alone")
+        return PieceMatcher(problem.replica, objective, hvp, config.speed.images_at_once)
     if not config.speed.changes_passes:
         return GradientMatcher(
             problem.replica, objective, hvp, clipping=clipping, clipped_from=CLIPPED_FROM

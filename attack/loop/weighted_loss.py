@@ -141,6 +141,7 @@ class WeightedLoss:
             and not self.config.matching.joint_labels
             and self.config.optimiser.name != "LBFGS"
             and not self.config.speed.traced
+            and not self.config.speed.images_at_once
             and self.problem.target.local.shares_gradient
             and self.problem.replica.groups is None
             and distributed.world_size() == 1

@@ -19,6 +19,7 @@ from attack.loop.inversion import Inversion
 from attack.loop.many_targets import ManyInversions
 from attack.matching.matcher import GradientMatcher
 from attack.matching.objectives import Cosine
+from attack.matching.pieces import PieceMatcher
 from attack.matching.replica import Replica
 from benchmarks.speed.cases import Problem
 from core.errors import InputError
@@ -95,6 +96,13 @@ def _cosine_seed(gradient: list[torch.Tensor], goal: list[torch.Tensor]) -> list
 def ours(problem: Problem, hvp: str = "auto") -> Iteration:
     """This project's gradient matching."""
     matcher = GradientMatcher(Replica(problem.target, problem.inputs.device), Cosine(), hvp)
+    return lambda: matcher(problem.inputs, problem.labels).input_gradient
+
+
+def ours_in_pieces(problem: Problem, at_once: int, hvp: str = "auto") -> Iteration:
+    """The same with so many images of the batch in one pass."""
+    replica = Replica(problem.target, problem.inputs.device)
+    matcher = PieceMatcher(replica, Cosine(), hvp, at_once)
     return lambda: matcher(problem.inputs, problem.labels).input_gradient
 
 

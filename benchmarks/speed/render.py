@@ -90,7 +90,7 @@ def _restarts(rows: list[Row]) -> str:
 
 def _memory(rows: list[Row]) -> str:
     header = ["case", "method", "peak MiB", "imports", "model and target", "attack"]
-    header += ["attack, share of R1's", "with model and target", "whole process"]
+    header += ["attack, share of R1's", "with model and target", "whole process", "iteration s"]
     base = {row["case"]: row for row in rows if row["method"] == "R1"}
     return table(
         header,
@@ -101,6 +101,7 @@ def _memory(rows: list[Row]) -> str:
                 *(round(part / 2**20) for part in (row["peak_bytes"], *_memory_parts(row))),
                 *(_percent(row, base[row["case"]], less) for less in ("held", "import")),
                 f"{100 * row['peak_bytes'] / base[row['case']]['peak_bytes']:.0f} %",
+                f"{row['seconds']:.2f}" if "seconds" in row else "",
             ]
             for row in rows
         ],

@@ -75,17 +75,27 @@ def _restarts(request: Request) -> Rows:
 
 
 def _memory(request: Request) -> Rows:
+    from benchmarks.speed.memory import LARGE
     from benchmarks.speed.timing import in_subprocess
 
-    for case in ["resnet18-32px-b1-eval" if request.quick else "resnet18-224px-b4-train"]:
-        for method in ("R1", "R2", "ours"):
+    # Images in a pass of ours; 0: all.
+    pieces = {"resnet18-32px-b1-eval": (0,)} if request.quick else {
+        "resnet18-224px-b4-train": (0,),
+        "resnet18-224px-b4-eval": (0, 1),
+        **{case.name: (0, case.batch // 8) for case in LARGE},
+    }  # fmt: skip
+    for case, sizes in pieces.items():
+        ways = [("R1", 0), ("R2", 0), *(("ours", size) for size in sizes)]
+        for method, size in ways:
             words = ["--case", case, "--method", method, "--seed", str(request.seed)]
-            runs = 1 if request.quick else MEMORY_RUNS
+            words += ["--images-at-once", str(size)]
+            runs = 1 if request.quick else 3 if case in {c.name for c in LARGE} else MEMORY_RUNS
             texts = [in_subprocess("benchmarks.speed.memory", *words) for _ in range(runs)]
             found = [json.loads(text.splitlines()[-1]) for text in texts]
             # What a heap has in holes differs from run to run.
             middle = sorted(found, key=lambda run: run["peak_bytes"])[len(found) // 2]
-            yield {"case": case, "method": method, "runs": runs, **middle}
+            name = f"{method}, {size} at once" if size else method
+            yield {"case": case, "method": name, "runs": runs, **middle}
 
 
 def _processes(request: Request) -> Rows:
