@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from attack.attacks.parts.closed_form import gradient_loss
 from attack.attacks.text.lamp import random_order
 from attack.attacks.text.parts.embedding_space import embedding_space
 from attack.attacks.text.parts.layers import token_layers
-from attack.attacks.text.parts.spans import span_of
+from attack.attacks.text.parts.spans import span_of, squares_cut
 from attack.loop.inversion import Inversion
 from attack.metrics import evaluate_text
 from core.data.specs import DataSpec
@@ -103,6 +104,26 @@ def test_beyond_the_width_dager_says_so() -> None:
     assert found.details["rank"] <= WIDTH < 12 * (LENGTH - 1)
     exact = gib.evaluate(found, truth).summary()["sentence_exact"]["mean"]
     assert (exact or 0.0) < 0.5
+
+
+@pytest.mark.parametrize("defense", ["gaussian:1e-6", "gaussian:1e-5", "prune:0.05", "topk:0.9"])
+def test_dager_ranks_what_noise_leaves_outside_of_every_span(defense: str) -> None:
+    target, truth = shared(3, defense=defense)
+    found = gib.invert(target, attack="dager", progress=False)
+    assert found.details["largest_distance"] is None
+    untold = dataclasses.replace(target, defenses=())
+    values = [
+        gib.evaluate(each, truth).summary()["sentence_exact"]["mean"] or 0.0
+        for each in (found, gib.invert(untold, attack="dager", progress=False))
+    ]
+    assert values[0] == 1 > values[1]
+
+
+def test_what_pruning_took_is_told_by_what_is_left() -> None:
+    plain, pruned = (shared(3, defense=word)[0].gradient for word in ("", "prune:0.1"))
+    for name in ("qkv.weight", "out.weight", "up.weight"):
+        taken = float((plain[name] - pruned[name]).double().square().mean())
+        assert 0.5 * taken < squares_cut(pruned[name]) < 2 * taken
 
 
 def test_told_of_noise_dager_leaves_it_out() -> None:

@@ -11,7 +11,7 @@ import torch
 from attack.attacks.base import Attack, register_attack
 from attack.attacks.text.parts.last_tokens import last_tokens
 from attack.attacks.text.parts.layers import TokenLayer, TokenLayers, token_layers
-from attack.attacks.text.parts.result import noise_of, text_reconstruction
+from attack.attacks.text.parts.result import is_pruned, noise_of, text_reconstruction
 from attack.attacks.text.parts.spans import ROUNDING, Span, shown_rows, span_of
 from attack.reconstruction import Reconstruction
 from core.errors import InputError
@@ -30,6 +30,11 @@ LOOSER = 3.0
 MAX_CANDIDATES = 1024
 # Beginnings that are followed, at most, in sentences of the batch.
 BEAM = 4
+# Under noise that the client told of: beginnings per sentence, and tokens at a position.
+BEAM_IN_NOISE = 8
+NEAREST_IN_NOISE = 8
+# Else, where no token lies in the first span, or all do.
+NEAREST = 4
 # Deeper layers that a sentence is checked against.
 DEPTH = 3
 # Of an encoder: random orders that are improved, per sentence.
@@ -49,10 +54,11 @@ class Dager(Attack):
 
     All projections of the first attention are read together, because under a causal mask the
     query's gradient misses the first token. The last token of a language model has no gradient; it
-    is the last label, which the gradient of the last layers shows. Told of noise, singular values
-    below the noise are left out. After several local steps the rows have moved with the parameters,
-    and are looked for a little further from the spans, as section 5 of the paper does for
-    federated averaging. Of adapters (LoRA) the first matrix shows its inputs, while there are
+    is the last label, which the gradient of the last layers shows. Told of noise or pruning,
+    singular values below what the defense changed are left out, and beginnings are ranked by their
+    distances from all spans together. After several local steps the rows have moved with the
+    parameters, and are looked for a little further from the spans, as section 5 of the paper does
+    for federated averaging. Of adapters (LoRA) the first matrix shows its inputs, while there are
     fewer tokens than its rank.
 
     Source: Petrov, Dimitrov, Baader, Mueller and Vechev, "DAGER: Exact Gradient Inversion for
@@ -105,9 +111,14 @@ class Dager(Attack):
             "tokens_over_width": _tokens_over_width(spans, target),
             "candidates": [len(each) for each in candidates],
             "sentences": len(found.ids),
-            "largest_distance": float(found.distances.max()) if len(found.ids) else None,
+            "largest_distance": _largest(found, spans),
         }
         return text_reconstruction(target, ids, labels, began, details)
+
+
+def _largest(found: Found, spans: Spans) -> float | None:
+    """The largest distance of any row; under noise sums are kept instead."""
+    return float(found.distances.max()) if len(found.ids) and not spans.noisy else None
 
 
 @dataclass(frozen=True)
@@ -119,12 +130,14 @@ class Spans:
         first: Of the layer whose rows depend on single tokens.
         deeper: Of layers whose rows depend on sentences.
         loose: How many times as far from a span as usual a row of it may lie.
+        noisy: Whether a defense is told of that leaves no row inside.
     """
 
     layers: TokenLayers
     first: Span
     deeper: tuple[Span, ...]
     loose: float
+    noisy: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,7 +146,8 @@ class Found:
 
     Attributes:
         ids: N x t.
-        distances: N, the largest distance of any row from a span that it should lie in.
+        distances: N, the largest distance of any row from a span that it should lie in; of a
+            decoder's sentences under noise the sum of the logarithms of all.
     """
 
     ids: torch.Tensor
@@ -146,7 +160,7 @@ def read_spans(target: Target) -> Spans:
     Raises:
         InputError: No layer with a gradient reads single tokens.
     """
-    layers, noise = token_layers(target), noise_of(target)
+    layers, noise, pruned = token_layers(target), noise_of(target), is_pruned(target)
     # The first matrix of an adapter has no gradient while the second is zero.
     groups = [group for group in layers.groups if _has_gradient(group, target)]
     local = [group for group in groups if group[0].local]
@@ -160,9 +174,11 @@ def read_spans(target: Target) -> Spans:
         )
     rounding = ROUNDING if target.local.shares_gradient else MOVED
     first, *deeper = (
-        span_of(group, target.gradient, noise, rounding) for group in (local[0], *mixed[:DEPTH])
+        span_of(group, target.gradient, noise, rounding, pruned)
+        for group in (local[0], *mixed[:DEPTH])
     )
-    return Spans(layers, first, tuple(deeper), 1.0 if target.local.shares_gradient else LOOSER)
+    loose = 1.0 if target.local.shares_gradient else LOOSER
+    return Spans(layers, first, tuple(deeper), loose, noisy=pruned or noise > 0)
 
 
 def _has_gradient(group: tuple[TokenLayer, ...], target: Target) -> bool:
@@ -182,7 +198,8 @@ def _outputs(group: tuple[TokenLayer, ...]) -> int:
 def token_filter(spans: Spans, target: Target) -> list[torch.Tensor]:
     """For every position the tokens whose rows lie in the first span, the nearest first.
 
-    Where none lies in it, as under noise, the nearest ones, as many as there are sentences.
+    Where none lies in it, and under noise, a few of the nearest ones per sentence; where all do,
+    because the span is the whole space, no more than these.
     """
     distances = first_distances(spans, target)
     candidates = []
@@ -192,8 +209,10 @@ def token_filter(spans: Spans, target: Target) -> list[torch.Tensor]:
             continue
         order = distances[:, t].argsort()
         inside = int((distances[:, t] < NEAR * spans.loose).sum())
-        least = inside or 4 * target.batch_size
-        candidates.append(order[: min(least, MAX_CANDIDATES)])
+        few = (NEAREST_IN_NOISE if spans.noisy else NEAREST) * target.batch_size
+        if spans.first.is_full or not inside or spans.noisy:
+            inside = few if spans.first.is_full else max(few, inside)
+        candidates.append(order[: min(inside, MAX_CANDIDATES)])
     return candidates
 
 
@@ -225,13 +244,57 @@ def _decoder_search(
         n, m = len(found.ids), len(tokens)
         ids = torch.cat([found.ids.repeat_interleave(m, 0), tokens.repeat(n)[:, None]], 1)
         found = Found(ids, found.distances.repeat_interleave(m))
-        # The shallow spans are quick to ask, and leave little to the others.
-        for span in spans.deeper:
-            here = _distances(spans, span, found.ids)[:, -1]
-            distances = torch.maximum(found.distances, here)
-            found = _nearest(found.ids, distances, target, INSIDE * spans.loose)
+        found = (_nearest_in_noise if spans.noisy else _inside)(spans, found, target)
     best = found.distances.argsort(stable=True)[: target.batch_size]
+    best = _apart(found, target.batch_size, 1) if spans.noisy else best
     return Found(found.ids[best], found.distances[best])
+
+
+def _inside(spans: Spans, found: Found, target: Target) -> Found:
+    """Those beginnings whose last row lies in the deeper spans."""
+    # The shallow spans are quick to ask, and leave little to the others.
+    for span in spans.deeper:
+        here = _distances(spans, span, found.ids)[:, -1]
+        distances = torch.maximum(found.distances, here)
+        found = _nearest(found.ids, distances, target, INSIDE * spans.loose)
+    return found
+
+
+def _nearest_in_noise(spans: Spans, found: Found, target: Target) -> Found:
+    """The nearest beginnings by all spans together, where no row lies inside any of them.
+
+    A defense leaves a span of every layer, some much better than others: the logarithm lets
+    those decide in which a beginning is much nearer than another.
+    """
+    distances = found.distances
+    for span in (spans.first, *spans.deeper):
+        here = _distances(spans, span, found.ids)[:, -1]
+        distances = distances + here.clamp_min(INSIDE).log()
+    found = Found(found.ids, distances)
+    best = _apart(found, BEAM_IN_NOISE * target.batch_size, BEAM)
+    return Found(found.ids[best], found.distances[best])
+
+
+def _apart(found: Found, most: int, alike: int) -> torch.Tensor:
+    """Numbers of the nearest beginnings, few of which share most of their tokens with a nearer one.
+
+    Args:
+        found: Beginnings.
+        most: How many are chosen.
+        alike: Of those that share more than half of their tokens with one, how many at most.
+    """
+    chosen: list[int] = []
+    counts: dict[int, int] = {}
+    for index in found.distances.argsort(stable=True)[: 8 * most].tolist():
+        leaders = torch.tensor([*counts], dtype=torch.long)
+        same = (found.ids[leaders] == found.ids[index]).double().mean(1)
+        leader = int(leaders[same.argmax()]) if bool((same > 0.5).any()) else index
+        counts[leader] = counts.get(leader, 0) + 1
+        if counts[leader] <= alike:
+            chosen.append(index)
+        if len(chosen) == most:
+            break
+    return torch.tensor(chosen, dtype=torch.long)
 
 
 def _nearest(ids: torch.Tensor, distances: torch.Tensor, target: Target, near: float) -> Found:

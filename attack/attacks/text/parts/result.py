@@ -60,3 +60,8 @@ def noise_of(target: Target) -> float:
         factor = {"gaussian": 1.0, "laplace": 2.0}.get(name, 0.0)
         squares += factor * float(value) ** 2 if factor else 0.0
     return squares**0.5
+
+
+def is_pruned(target: Target) -> bool:
+    """Whether the client says that it set the smallest numbers of its update to zero."""
+    return any(word.partition(":")[0] in ("prune", "topk") for word in target.defenses)

@@ -55,6 +55,7 @@ def span_of(
     gradient: dict[str, torch.Tensor],
     noise: float,
     rounding: float = ROUNDING,
+    pruned: bool = False,
 ) -> Span:
     """The span of what some layers read, all of them the same.
 
@@ -63,6 +64,7 @@ def span_of(
         gradient: What was shared, by parameter.
         noise: Standard deviation of what a defense added to every number.
         rounding: Singular values below this share of the largest are left out.
+        pruned: Whether a defense set the smallest numbers to zero.
 
     Raises:
         InputError: Their gradient is zero.
@@ -70,9 +72,24 @@ def span_of(
     rows = torch.cat([layer.rows(gradient[layer.parameter]).double() for layer in layers])
     if not rows.any():
         raise InputError(f"the gradient of {layers[0].parameter} is zero")
+    if pruned:
+        cut = [squares_cut(gradient[layer.parameter]) for layer in layers]
+        noise = (noise**2 + sum(cut) / len(cut)) ** 0.5
     # The largest singular value of noise alone.
     floor = noise * (rows.shape[0] ** 0.5 + rows.shape[1] ** 0.5)
     return Span(layers[0], _row_space(rows, rounding, floor), shown_rows(layers))
+
+
+def squares_cut(gradient: torch.Tensor) -> float:
+    """Mean square, over a tensor, of what pruning took from it.
+
+    Those that are zero were smaller than the smallest that is left, and are taken to be spread
+    evenly below it; where most were taken and lay near zero, it is less.
+    """
+    sizes = gradient.double().abs()
+    left = sizes[sizes > 0]
+    share = 1 - left.numel() / sizes.numel()
+    return share * float(left.min()) ** 2 / 3 if left.numel() else 0.0
 
 
 def shown_rows(layers: Sequence[TokenLayer]) -> torch.Tensor:
