@@ -24,6 +24,7 @@ from attack.knowledge.labels import recover_most_exactly
 from attack.knowledge.requirements import Knowledge
 from attack.metrics import evaluate
 from attack.metrics.records import comparison
+from attack.recovered import SHOWN, recovered_records
 from core.data.records import Table, load_table
 from core.errors import InputError, exit_status
 from core.escaping import printable
@@ -39,8 +40,6 @@ from gradients.malicious_server import set_traps
 from gradients.private_gradient import PrivacySettings
 
 METRICS = ("record_accuracy", "record_exact")
-# Records of the first batch that a report shows.
-SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -120,20 +119,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     train, public = load_table(args.data).split()
     row = Row(**{name: value for name, value in vars(args).items() if name != "results"})
     rows = [_measured(row, train, public, number) for number in range(row.batches)]
-    shown = rows[0].pop("comparison")
-    for other in rows[1:]:
-        del other["comparison"]
+    # Of every batch; a report shows those of the first.
+    recovered = [row.pop("recovered") for row in rows]
+    shown = [row.pop("comparison") for row in rows]
     record = {
         "status": "finished",
         "batches": rows,
         "columns": {c.name: c.kind for c in train.columns.columns},
-        "shown": shown,
+        "recovered": recovered[0],
         "seconds": time.perf_counter() - began,
         "provenance": provenance(torch.device("cpu"), args.seed),
         "arguments": {k: str(v) for k, v in vars(args).items()},
     }
     write_record(args.results / "record.json", record)
-    print(printable(shown))
+    print(printable(shown[0]))
 
 
 def _measured(row: Row, train: Table, public: Table, number: int) -> dict[str, Any]:
@@ -149,8 +148,9 @@ def _measured(row: Row, train: Table, public: Table, number: int) -> dict[str, A
     )
     mean = {name: values["mean"] for name, values in measured.summary().items()}
     guess = {name: v["record_accuracy"]["mean"] for name, v in measured.baselines.items()}
-    order = measured.order[:SHOWN]
-    shown = comparison(batch.columns, found.images[order], truth.images[:SHOWN])
+    ordered = found.images[measured.order]
+    shown = comparison(batch.columns, ordered[:SHOWN], truth.images[:SHOWN])
+    recovered = recovered_records(batch.columns, truth.images, ordered, measured)
     return {
         "accuracy": mean["record_accuracy"],
         "exact": mean["record_exact"],
@@ -159,6 +159,7 @@ def _measured(row: Row, train: Table, public: Table, number: int) -> dict[str, A
         "surer_when_right": measured.whole.get("right cells surer than wrong ones"),
         "columns": measured.columns,
         "seconds": found.seconds,
+        "recovered": recovered.to_record(),
         "comparison": shown.to_string(index=False),
     }
 

@@ -164,7 +164,7 @@ def comparison(columns: Columns, found: torch.Tensor, truth: torch.Tensor) -> pa
     import pandas
 
     right = right_cells(columns, found, truth).tolist()
-    original, recovered = (_words(columns.decode(part)) for part in (truth, found))
+    original, recovered = (as_words(columns.decode(part)) for part in (truth, found))
     rows = []
     for i, marks in enumerate(right):
         cells = [c if ok else f"{c} *" for c, ok in zip(recovered[i], marks, strict=True)]
@@ -172,7 +172,8 @@ def comparison(columns: Columns, found: torch.Tensor, truth: torch.Tensor) -> pa
     return pandas.DataFrame(rows, columns=["record", "", *(c.name for c in columns.columns)])
 
 
-def _words(frame: pandas.DataFrame) -> list[list[str]]:
+def as_words(frame: pandas.DataFrame) -> list[list[str]]:
+    """The cells of records as they are shown, numbers to four digits."""
     return [
         [cell if isinstance(cell, str) else f"{cell:.4g}" for cell in row]
         for row in frame.itertuples(index=False)
