@@ -93,6 +93,7 @@ _WRITTEN: dict[str, dict[str, str]] = {
         "": "checksum status seconds wall_seconds columns.* recovered.** arguments.**",
         "batches": "accuracy exact marginal_guess likeliest_record surer_when_right seconds",
         f"batches.columns.{KEY}": "accuracy guess",
+        "batches.confidence": "bin cells confidence right",
         "provenance": _PROVENANCE,
     },
 }
