@@ -65,7 +65,7 @@ class AttackRecord(RunRecord):
         config: Its settings by name; None where it has none.
         iterations: Number of finished iterations.
         objective: The gradient loss of the result.
-        labels: The N labels of the result.
+        labels: The N labels of the result; what else the client's loss takes as lists.
         details: Further plain values of the attack.
         trace: One dictionary per printed iteration.
         psnr_curve: Mean PSNR (dB) by iteration, under `--metric`.
@@ -74,13 +74,15 @@ class AttackRecord(RunRecord):
         evaluation: See `attack.metrics.Evaluation.to_record`, under `--metric`.
         worst_case: See `attack.metrics.worst_case`, of an ensemble under `--metric`.
         GInfoR: Gradient information ratio, under `--GInfoR`.
+        recovered: Some sentences or records beside the true ones, under `--metric`; see
+            `attack.recovered`.
     """
 
     attack: str
     config: Plain | None = None
     iterations: int = 0
     objective: float | None = None
-    labels: list[int] = field(default_factory=list)
+    labels: list[Any] = field(default_factory=list)
     details: Plain = field(default_factory=dict)
     trace: list[Plain] = field(default_factory=list)
     psnr_curve: list[dict[str, float]] = field(default_factory=list)
@@ -89,6 +91,7 @@ class AttackRecord(RunRecord):
     evaluation: Plain | None = None
     worst_case: Plain | None = None
     GInfoR: Plain | None = None
+    recovered: Plain | None = None
 
 
 @dataclass(kw_only=True)

@@ -6,13 +6,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from benchmarks.declare.tables import Table
-from benchmarks.run.cells import Cell, in_order
+from benchmarks.run.cells import ROOT, Cell, in_order
+from benchmarks.run.committed import Committed
 from benchmarks.run.costs import Costs, in_words
 from benchmarks.run.executor import Executor, LocalExecutor, usable_cores, visible_gpus
 from benchmarks.run.grid import Grid, Status
 from benchmarks.run.progress import Progress
 from benchmarks.run.stages import STAGES, Stage
 from benchmarks.run.store import Store
+
+REFERENCE = ROOT / "results" / "reference"
 
 
 @dataclass(frozen=True)
@@ -113,12 +116,19 @@ def say_costs(table: Table, store: Store, workers: Workers, seconds: float | Non
     to_do = [c for c in in_order(wanted_cells(table, store)) if not store.is_finished(c)]
     if not to_do:
         return "every cell is finished"
-    total, unknown = Costs(store, table.cells()).total(to_do)
+    total, unknown = Costs(store, table.cells(), _reference(table)).total(to_do)
     jobs = workers.jobs or len(visible_gpus()) or len(usable_cores())
     parts = []
     if unknown < len(to_do):
-        parts.append(f"about {in_words(total / jobs)} on {jobs} processes by recorded costs")
+        by = f"{jobs} processes" if jobs > 1 else "one process"
+        parts.append(f"about {in_words(total / jobs)} on {by} by recorded costs")
     if unknown:
         parts.append(f"nobody has recorded what {unknown} of them cost")
     limit = "" if seconds is None else f"; no cell begins after {in_words(seconds)} (--budget)"
     return f"{len(to_do)} cells to compute: {', and '.join(parts)}{limit}"
+
+
+def _reference(table: Table) -> Committed:
+    """The committed cells of one of the project's tables, from which a fresh checkout estimates."""
+    file = REFERENCE / table.name / f"{table.name}.json"
+    return Committed.read(file) if file.is_file() else Committed()

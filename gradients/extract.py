@@ -25,7 +25,13 @@ from core.data.records import is_table, load_table, table_data_sets
 from core.data.specs import DataSpec
 from core.errors import InputError
 from core.models.architecture import Architecture, GivenModel
-from core.models.building import DEFAULT_POOL_KERNEL, ModelSpec, default_stem, skeleton_of
+from core.models.building import (
+    DEFAULT_POOL_KERNEL,
+    RECORDS_ARCH,
+    ModelSpec,
+    default_stem,
+    skeleton_of,
+)
 from core.models.malicious import parse_malice, parse_text_malice
 from core.models.own_model import own_architecture
 from core.models.unchanged import in_mode
@@ -55,8 +61,6 @@ from gradients.settings import (
 )
 from gradients.sums import share_sum
 
-# For tables, unless `--arch` says another.
-RECORDS_ARCH = "mlp"
 OUR_STEM = (
     "the model has the stem for small images, which the original tools do not know; for a "
     "checkpoint that they load as well: --stem imagenet"
@@ -250,8 +254,9 @@ def _load_data(
 ) -> tuple[DataSets, DataSpec]:
     """The data set, and its description with the normalisation that the model expects."""
     if is_table(settings.data):
-        table = load_table(settings.data, settings.root)
-        return table_data_sets(table, seed, settings.split_seed), table.spec
+        trained = None if pretrained is None else pretrained.data
+        table = load_table(settings.data, settings.root, trained=trained)
+        return table_data_sets(table, settings.split_seed), table.spec
     described = None if pretrained is None else pretrained.model
     size = settings.image_size or (None if described is None else described.image_size)
     stated = None if pretrained is None else pretrained.data
@@ -265,10 +270,9 @@ def _load_data(
         training=False,
         class_names=() if stated is None else stated.class_names,
     )
-    if pretrained is None or pretrained.data is None:
+    if stated is None:
         return data, data.spec
-    trained = pretrained.data
-    return data, dataclasses.replace(data.spec, mean=trained.mean, std=trained.std)
+    return data, dataclasses.replace(data.spec, mean=stated.mean, std=stated.std)
 
 
 def _model_spec(

@@ -28,9 +28,16 @@ def model_spec(settings: ModelSettings, data: DataSpec, *, per_sample: bool) -> 
 
     Args:
         settings: Of the architecture.
-        data: Size of the images and number of classes.
+        data: Size of the images, or number of a record's features; number of classes.
         per_sample: Whether the gradient of every sample is clipped by itself.
     """
+    if data.columns is not None:
+        return ModelSpec(
+            arch=settings.arch,
+            n_classes=data.n_classes,
+            width=settings.width,
+            features=data.shape[0],
+        )
     size = data.shape[1]
     return ModelSpec(
         arch=settings.arch,

@@ -70,7 +70,8 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         default="photo-patches",
         metavar="DIR",
-        help="folder with train/ and val/, folder of class folders, .json list, built-in name, "
+        help="folder with train/ and val/, folder of class folders, .json list, built-in name, a "
+        "table (randhie, fair, breast_cancer, diabetes, FILE.csv; --arch mlp by default), "
         "pydoc-topics or a text file or folder of texts, or MODULE:FUNCTION that gives your own "
         "samples",
     )
@@ -199,12 +200,16 @@ def _add_speed_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse a command line; a scheme changes defaults, explicit flags win."""
+    """Parse a command line; a scheme and a table change defaults, explicit flags win."""
+    from core.data.records import is_table
+    from core.models.building import RECORDS_ARCH
     from training.schemes import CUSTOM, get_scheme
 
     parser = build_parser()
     chosen, _ = parser.parse_known_args(argv)
     import_plugin(chosen.plugin)
+    if is_table(chosen.data):
+        parser.set_defaults(arch=RECORDS_ARCH)
     if chosen.scheme != CUSTOM:
         parser.set_defaults(**get_scheme(chosen.scheme).defaults())
     args = parser.parse_args(argv)

@@ -12,12 +12,14 @@ import torch
 from core.client import check_fits, loss_named, named_data, refuse_own_data
 from core.clipping import noise_sentence
 from core.data.data_sets import DataSets, load_data
+from core.data.records import is_table, load_table, table_data_sets
 from core.errors import InputError
 from core.escaping import log_to_terminal
 from core.locks import LOCK_NAME, check_unlocked, locked, remove_left_behind
 from core.losses import Loss
 from core.models.architecture import GivenModel
 from core.models.building import DEFAULT_POOL_KERNEL
+from core.models.kinds import BatchNorm
 from core.models.own_model import own_architecture
 from core.models.unchanged import in_mode
 from core.plugins import import_plugin
@@ -31,6 +33,7 @@ from training.checkpoints import (
 )
 from training.federated_rounds import FederatedTrainer
 from training.initial_model import build_client_model, load_pretrained, model_spec
+from training.schemes import get_scheme, scheme_names
 from training.settings import DataSettings, RunSettings
 from training.trainer import Trainer
 
@@ -114,6 +117,8 @@ def _make_trainer(process: Process, settings: RunSettings) -> Trainer:
     data = _load_data(chosen, own, loss, config.seed)
     architecture = own or model_spec(model_settings, data.spec, per_sample=config.per_sample)
     model = build_client_model(model_settings, config, architecture, process)
+    if data.spec.columns is not None:
+        _check_scheme_for_records(settings, model)
     if model_settings.pretrained:
         load_pretrained(model, model_settings.pretrained, architecture.name)
     kind = Trainer if config.federation is None else FederatedTrainer
@@ -131,24 +136,49 @@ def _make_trainer(process: Process, settings: RunSettings) -> Trainer:
 
 
 def _load_data(settings: DataSettings, own: GivenModel | None, loss: Loss, seed: int) -> DataSets:
-    """The data set of a name or a folder, or what the user's own code gives."""
+    """The data set of a name or a folder, a table, or what the user's own code gives."""
     if own is None:
         refuse_own_data(settings.data)
     else:
         found = named_data(settings.data, settings.tokens, in_mode(own.build(), True), loss, seed)
         if found is not None:
             return found
-    data = load_data(
-        settings.data,
-        image_size=settings.image_size,
-        seed=seed,
-        root=settings.root,
-        name=settings.name,
-        split_seed=settings.split_seed,
-    )
+    if is_table(settings.data):
+        table = load_table(settings.data, settings.root)
+        data = table_data_sets(table, settings.split_seed)
+    else:
+        data = load_data(
+            settings.data,
+            image_size=settings.image_size,
+            seed=seed,
+            root=settings.root,
+            name=settings.name,
+            split_seed=settings.split_seed,
+        )
     if own is not None:
         check_fits(in_mode(own.build(), True), data, loss)
     return data
+
+
+def _check_scheme_for_records(settings: RunSettings, model: torch.nn.Module) -> None:
+    """Refuse a scheme whose defense is a layer that the model for records has not.
+
+    Raises:
+        InputError: Names the scheme's flag.
+    """
+    kernel, name = settings.model.pool_kernel, settings.training.scheme
+    if kernel != DEFAULT_POOL_KERNEL:
+        raise InputError(
+            f"--kernel-size-of-maxpool {kernel} (scheme RA): a model of records has no max-pooling "
+            "layer; the schemes pure and DP-SGD train on tables"
+        )
+    apart = name in scheme_names()[1:] and get_scheme(name).batch_norm == "asynchronous"
+    if apart and not any(isinstance(layer, BatchNorm) for layer in model.modules()):
+        raise InputError(
+            f"--scheme {name}: every process has BatchNorm statistics of its own, and this model "
+            "has no BatchNorm; the schemes pure and DP-SGD train on tables, or give a --model with "
+            "BatchNorm"
+        )
 
 
 def _agreed(checkpoint: Path | None) -> Path | None:
@@ -168,16 +198,19 @@ def _evaluate(trainer: Trainer) -> None:
 def _announce(settings: RunSettings, trainer: Trainer) -> None:
     process, config, spec = trainer.process, trainer.config, trainer.data.spec
     norm = str(trainer.architecture.describe().get("norm", "its own norm"))
-    if norm == "batch":
+    if norm == "batch" and not any(isinstance(m, BatchNorm) for m in trainer.model.modules()):
+        norm = "no BatchNorm"
+    elif norm == "batch":
         norm = "synchronized BatchNorm" if config.synchronized else "asynchronous BatchNorm"
     logger.info(
-        "%s: %s on %s (%d training, %d validation images of %d classes), %s, batch %d, "
+        "%s: %s on %s (%d training, %d validation %s of %d classes), %s, batch %d, "
         "%d process(es) on %s",
         config.called,
         trainer.architecture.name,
         spec.name,
         trainer.n,
         len(trainer.data.val),
+        "images" if spec.columns is None else "records",
         spec.n_classes,
         norm,
         config.batch_size,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from attack.cli.text_report import measure_text
+from attack.cli.text_report import measure_text, write_recovered
 from attack.knowledge.labels import accuracy_by_rule, label_accuracy
 from attack.loop.inversion import as_matched
 from attack.matching.replica import Replica
@@ -19,6 +19,7 @@ from attack.metrics.information_ratio import gradient_information
 from attack.metrics.records import comparison
 from attack.metrics.worst_case import worst_case
 from attack.record import AttackRecord, LabelRecord, RunRecord
+from attack.recovered import recovered_records
 from attack.settings import InversionConfig
 from core.errors import InputError
 from core.escaping import printable
@@ -239,9 +240,11 @@ def _measure(output: Output, truth: Truth, found: Reconstruction, record: Attack
     record.evaluation = evaluation.to_record()
     record.tables += [evaluation.render(), f"label accuracy {accuracy:.3f} ({rule})"]
     if truth.columns is not None:
-        ordered = found.images[evaluation.order][:SHOWN_RECORDS]
-        shown = comparison(truth.columns, ordered, truth.images[:SHOWN_RECORDS])
-        record.tables.append(shown.to_string(index=False))
+        ordered = found.images[evaluation.order]
+        first = (part[:SHOWN_RECORDS] for part in (ordered, truth.images))
+        record.tables.append(comparison(truth.columns, *first).to_string(index=False))
+        recovered = recovered_records(truth.columns, truth.images, ordered, evaluation)
+        write_recovered(recovered, record, evaluation, output.run.folder)
     target = output.target
     save_comparison(
         output.run.folder / "reconstruction.png",

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Sequence
-from difflib import SequenceMatcher
 from pathlib import Path
 
 import torch
@@ -13,6 +10,7 @@ from attack.knowledge.labels import label_accuracy
 from attack.metrics import Evaluation, evaluate_text
 from attack.reconstruction import Reconstruction
 from attack.record import AttackRecord
+from attack.recovered import Recovered, recovered_sentences, text_pieces
 from core.data.specs import DataSpec
 from core.losses import Targets, main_output
 from core.models.unchanged import in_mode
@@ -48,7 +46,24 @@ def measure_text(
     read = found.images[evaluation.order]
     record.tables.append(as_lines(truth.images, read, target.data))
     record.details = {**record.details, "text": [target.data.text(ids) for ids in read]}
-    write_text(folder / PAGE, as_page(truth.images, read, target.data, evaluation))
+    recovered = recovered_sentences(truth.images, read, target.data, evaluation)
+    write_recovered(recovered, record, evaluation, folder)
+
+
+def write_recovered(
+    recovered: Recovered, record: AttackRecord, evaluation: Evaluation, folder: Path
+) -> None:
+    """Keep sentences or records beside the true ones in the record, and write them to a page.
+
+    Args:
+        recovered: A bounded part of the batch.
+        record: Takes it.
+        evaluation: Of the whole batch, for the page.
+        folder: Of the run.
+    """
+    record.recovered = recovered.to_record()
+    title = f"{record.attack}: recovered beside true"
+    write_text(folder / PAGE, recovered.to_page(title, evaluation.render()))
 
 
 def sample(target: Target, seed: int = 0) -> torch.Tensor:
@@ -69,34 +84,8 @@ def as_lines(true: torch.Tensor, found: torch.Tensor, data: DataSpec) -> str:
     lines = []
     for original, ids in zip(true, found, strict=True):
         marked = "".join(
-            text if right else f"{WRONG[0]}{text}{WRONG[1]}"
-            for text, right in _pieces(ids.tolist(), original.tolist(), data)
+            piece.text if piece.right else f"{WRONG[0]}{piece.text}{WRONG[1]}"
+            for piece in text_pieces(ids.tolist(), original.tolist(), data)
         )
         lines += [f"true      {data.text(original)}", f"recovered {marked}"]
     return "\n".join(lines)
-
-
-def as_page(true: torch.Tensor, found: torch.Tensor, data: DataSpec, evaluation: Evaluation) -> str:
-    """The same as HTML, with wrong tokens marked."""
-    rows = []
-    for original, ids in zip(true, found, strict=True):
-        marked = "".join(
-            html.escape(text) if right else f"<mark>{html.escape(text)}</mark>"
-            for text, right in _pieces(ids.tolist(), original.tolist(), data)
-        )
-        rows.append(f"<tr><td>{html.escape(data.text(original))}</td><td>{marked}</td></tr>")
-    return (
-        '<!doctype html><meta charset="utf-8"><title>Recovered text</title>'
-        "<table border=1 cellpadding=6><tr><th>true</th><th>recovered</th></tr>"
-        f"{''.join(rows)}</table><pre>{html.escape(evaluation.render())}</pre>"
-    )
-
-
-def _pieces(found: Sequence[int], true: Sequence[int], data: DataSpec) -> list[tuple[str, bool]]:
-    """Runs of recovered tokens, and whether they stand in the true sentence in this order."""
-    matcher = SequenceMatcher(None, true, found, autojunk=False)
-    return [
-        (data.text(torch.tensor(found[start:end])), kind == "equal")
-        for kind, _, _, start, end in matcher.get_opcodes()
-        if end > start
-    ]

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 TOLERANCE, EXACT = 0.319, 1e-3
 # Guesses are drawn so often.
 DRAWS = 10
+# Of confidences.
+BINS = 10
 RecordMetric = Callable[[Columns, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -147,6 +149,36 @@ def calibration(
     return values
 
 
+def confidence_bins(
+    columns: Columns, found: torch.Tensor, truth: torch.Tensor, confidence: torch.Tensor
+) -> list[dict[str, float]]:
+    """How often cells are right, by how sure an attack is of them.
+
+    Args:
+        columns: What the features stand for.
+        found: N x F records.
+        truth: N x F.
+        confidence: N x columns, from 0 to 1.
+
+    Returns:
+        Of every tenth of the range that holds cells: their number, the sum of their confidences,
+        and how many of them are right; such can be summed over batches.
+    """
+    right = right_cells(columns, found, truth).flatten()
+    sure = confidence.flatten().double()
+    places = (sure * BINS).floor().clamp(0, BINS - 1)
+    return [
+        {
+            "bin": place,
+            "cells": int(inside.sum()),
+            "confidence": float(sure[inside].sum()),
+            "right": int(right[inside].sum()),
+        }
+        for place in range(BINS)
+        if (inside := places == place).any()
+    ]
+
+
 def _auroc(positive: np.ndarray, negative: np.ndarray) -> float:
     from scipy.stats import mannwhitneyu
 
@@ -164,7 +196,7 @@ def comparison(columns: Columns, found: torch.Tensor, truth: torch.Tensor) -> pa
     import pandas
 
     right = right_cells(columns, found, truth).tolist()
-    original, recovered = (_words(columns.decode(part)) for part in (truth, found))
+    original, recovered = (as_words(columns.decode(part)) for part in (truth, found))
     rows = []
     for i, marks in enumerate(right):
         cells = [c if ok else f"{c} *" for c, ok in zip(recovered[i], marks, strict=True)]
@@ -172,7 +204,8 @@ def comparison(columns: Columns, found: torch.Tensor, truth: torch.Tensor) -> pa
     return pandas.DataFrame(rows, columns=["record", "", *(c.name for c in columns.columns)])
 
 
-def _words(frame: pandas.DataFrame) -> list[list[str]]:
+def as_words(frame: pandas.DataFrame) -> list[list[str]]:
+    """The cells of records as they are shown, numbers to four digits."""
     return [
         [cell if isinstance(cell, str) else f"{cell:.4g}" for cell in row]
         for row in frame.itertuples(index=False)

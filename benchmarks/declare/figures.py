@@ -10,5 +10,6 @@ FIGURES: dict[str, str] = {
     "heatmap": "leakage by the first and the last axis",
     "curves": "objective and PSNR over the iterations of the attack",
     "lines": "leakage along the last axis, a line per value of the others",
+    "confidence": "how often cells of records are right, by how sure the attack is of them",
     "layers": "the rank-analysis index of every layer",
 }

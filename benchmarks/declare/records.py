@@ -61,7 +61,7 @@ _WRITTEN: dict[str, dict[str, str]] = {
     },
     "attack": {
         "": "checksum schema_version key status attack seconds wall_seconds iterations objective "
-        "label_accuracy labels pictures tables arguments.** config.** details.**",
+        "label_accuracy labels pictures tables arguments.** config.** details.** recovered.**",
         "threat": "name granted adaptive",
         "target": _TARGET,
         "target.model": _MODEL,
@@ -90,9 +90,10 @@ _WRITTEN: dict[str, dict[str, str]] = {
         "provenance": _PROVENANCE,
     },
     "tabular": {
-        "": "checksum status seconds wall_seconds shown columns.* arguments.**",
+        "": "checksum status seconds wall_seconds columns.* recovered.** arguments.**",
         "batches": "accuracy exact marginal_guess likeliest_record surer_when_right seconds",
         f"batches.columns.{KEY}": "accuracy guess",
+        "batches.confidence": "bin cells confidence right",
         "provenance": _PROVENANCE,
     },
 }

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from benchmarks.run.cells import Cell
+from benchmarks.run.committed import Committed
 from benchmarks.run.store import Store
 from core.errors import InputError
 
@@ -36,12 +37,17 @@ class Costs:
     Args:
         store: Has the records, committed ones among them.
         cells: Those whose costs are known or asked for.
+        reference: A committed table whose results are not taken over; what its cells cost is what
+            these will, where the store does not know.
     """
 
-    def __init__(self, store: Store, cells: Iterable[Cell]) -> None:
+    def __init__(
+        self, store: Store, cells: Iterable[Cell], reference: Committed | None = None
+    ) -> None:
+        reference = reference or Committed()
         self._by_kind: dict[tuple[str, str], list[float]] = {}
         for cell in {cell.setting: cell for cell in cells}.values():
-            seconds = _seconds(store.result(cell))
+            seconds = _seconds(store.result(cell) or reference.result(cell))
             if seconds is not None:
                 for kind in (_kind(cell), (cell.stage, "")):
                     self._by_kind.setdefault(kind, []).append(seconds)

@@ -169,7 +169,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             name="tabular",
             script=("-m", "benchmarks.tabular"),
-            rooms=("core", "gradients", "attack", "benchmarks/tabular.py"),
+            rooms=("core", "training", "gradients", "attack", "benchmarks/tabular.py"),
             outputs=lambda folder: {"results": str(folder)},
             record="record.json",
             parser=_parser_of("benchmarks.tabular"),

@@ -15,6 +15,7 @@ from benchmarks.declare.records import Run
 from benchmarks.run.cells import Cell
 from benchmarks.run.store import Store
 from benchmarks.show import charts
+from benchmarks.show.confidence import confidence
 from benchmarks.show.pictures import Picture, save_picture
 from benchmarks.show.results import RowResult, TableResult
 from core.errors import InputError
@@ -136,6 +137,7 @@ _DRAW: dict[str, Draw] = {
     "heatmap": charts.heatmap,
     "curves": charts.curves,
     "lines": charts.lines,
+    "confidence": confidence,
     "layers": charts.layers,
 }
 

@@ -1,5 +1,7 @@
 """One HTML file per table, without network; it needs no other file, save for many pictures.
 
+Sentences and records that were recovered stand beside the true ones, cell by cell.
+
 Pictures are part of the page as long as they are few. Of further ones the page holds a small
 copy that leads to the file beside it.
 """
@@ -17,12 +19,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from attack.recovered import STYLE, Recovered
 from benchmarks.declare.columns import View
 from benchmarks.run.cells import Cell
 from benchmarks.run.store import Store
 from benchmarks.show.pictures import Picture
 from benchmarks.show.render import DASH, TextTable, to_text_table
 from benchmarks.show.results import Line, RowResult, ShownColumn, TableResult
+from core.errors import InputError
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 # Numbers of a result that are tables of their own and would drown the rest.
@@ -47,7 +51,7 @@ def to_html(
     return template.substitute(
         title=escape(text.title),
         description=escape(result.table.description),
-        css=(ASSETS / "report.css").read_text(encoding="utf-8"),
+        css=(ASSETS / "report.css").read_text(encoding="utf-8") + STYLE,
         js=(ASSETS / "report.js").read_text(encoding="utf-8"),
         filters="\n".join(_filters(result)),
         table="\n".join(_table(result, text)),
@@ -209,12 +213,22 @@ def _cell(cell: Cell, name: str, labels: Mapping[str, str], store: Store) -> str
         f"<tr><td><code>{escape(k)}</code></td><td>{escape(str(v))}</td></tr>"
         for k, v in facts.items()
     )
-    text = failure["error"] if failure else (result or {}).get("shown", "")
-    said = f"<pre>{escape(text)}</pre>" if text else ""
+    said = f"<pre>{escape(failure['error'])}</pre>" if failure else _recovered(result or {})
     return (
         f"<details{_data_labels(labels)}><summary>{escape(name)} ({state})</summary>"
         f"{said}<table>{rows}</table></details>"
     )
+
+
+def _recovered(result: Mapping[str, Any]) -> str:
+    """Sentences or records beside the true ones, where the cell attacked such."""
+    values = result.get("recovered")
+    if values is None:
+        return ""
+    try:
+        return Recovered.from_record(values).to_html()
+    except InputError as error:
+        return f"<p>{escape(str(error))}</p>"
 
 
 def _made(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset
 
 from core.data.columns import CATEGORICAL, CONTINUOUS, ORDINAL, Columns
 from core.data.data_sets import DataSets
-from core.data.given import GivenSamples
 from core.data.specs import DataSpec
 from core.errors import InputError, first_line
 from core.escaping import in_one_line
@@ -124,7 +124,12 @@ def is_table(data: str | Path) -> bool:
     return str(data) in TABLES or Path(data).suffix.lower() == ".csv"
 
 
-def load_table(data: str | Path, root: str | Path | None = None, flag: str = "--data") -> Table:
+def load_table(
+    data: str | Path,
+    root: str | Path | None = None,
+    flag: str = "--data",
+    trained: DataSpec | None = None,
+) -> Table:
     """Read a table.
 
     Args:
@@ -132,16 +137,19 @@ def load_table(data: str | Path, root: str | Path | None = None, flag: str = "--
             and kinds are inferred, unless `FILE.columns.json` beside `FILE.csv` says otherwise.
         root: The folder with the files of a table that comes with no package (`--data-root`).
         flag: The flag that the user gave it with, for messages.
+        trained: What the model was trained on: its columns' scales and categories and its classes
+            are then taken, where they are known, and the table may lack some of them.
 
     Raises:
-        InputError: It cannot be read as a table; one sentence says why.
+        InputError: It cannot be read as a table, or has other columns or classes than the model;
+            one sentence says why.
     """
     if str(data) in TABLES:
         described = TABLES[str(data)](None if root is None else Path(root))
     else:
         described = _csv(Path(data).expanduser(), flag)
     try:
-        return _table(described)
+        return _table(described, None if trained is None or trained.columns is None else trained)
     except InputError as error:
         raise InputError(f"{flag} {data}: {error}") from None
 
@@ -176,21 +184,45 @@ def load_tables(paths: Sequence[Path], flag: str = "--data") -> list[Table]:
     return [table.take(range(first, last)) for first, last in itertools.pairwise(ends)]
 
 
-def table_data_sets(table: Table, seed: int, split_seed: int) -> DataSets:
+class RecordSamples(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Records with their classes, as training and extraction read them.
+
+    Args:
+        table: Its features are the network's inputs as they are.
+    """
+
+    in_memory = True
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+
+    @property
+    def labels(self) -> list[int]:
+        """The class of every record."""
+        return [int(target) for target in self.table.targets]
+
+    def target_like(self) -> torch.Tensor:
+        """A class, for the type of an empty batch's."""
+        return self.table.targets.new_empty(())
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The record of `key`: an index, or (epoch, index)."""
+        index = key[1] if isinstance(key, tuple) else key
+        return self.table.inputs[index], self.table.targets[index]
+
+
+def table_data_sets(table: Table, split_seed: int) -> DataSets:
     """A table as training and extraction read it.
 
     Args:
         table: All records.
-        seed: Of the samples' random numbers; records draw none.
         split_seed: Seed of the held-out records.
     """
-    parts = [
-        GivenSamples(
-            torch.utils.data.TensorDataset(part.inputs, part.targets), table.spec, seed, table.name
-        )
-        for part in table.split(split_seed)
-    ]
-    return DataSets(table.spec, parts[0], parts[0], parts[1])
+    train, held_out = map(RecordSamples, table.split(split_seed))
+    return DataSets(table.spec, train, train, held_out)
 
 
 @dataclass(frozen=True)
@@ -210,8 +242,12 @@ class _Described:
     kinds: Mapping[str, str]
 
 
-def _table(described: _Described) -> Table:
-    columns = Columns.infer(described.frame, described.kinds)
+def _table(described: _Described, trained: DataSpec | None = None) -> Table:
+    """Records and classes as numbers, by a model's own scales where there is one."""
+    if trained is None or trained.columns is None:
+        columns = Columns.infer(described.frame, described.kinds)
+    else:
+        columns = trained.columns
     if not 1 <= columns.width <= MAX_FEATURES:
         raise InputError(f"its columns make {columns.width} features; 1 to {MAX_FEATURES} are read")
     numbers = columns.width * len(described.frame)
@@ -220,7 +256,10 @@ def _table(described: _Described) -> Table:
             f"{len(described.frame)} records of {columns.width} features are {numbers} numbers; up "
             f"to {MAX_NUMBERS} are read, so leave out columns of many categories"
         )
-    names = sorted(set(described.classes))
+    names = sorted(set(described.classes)) if trained is None else list(trained.class_names)
+    strange = sorted(set(described.classes) - set(names))
+    if strange:
+        raise InputError(f"the model has no class {in_one_line(strange[0])!r:.40}")
     if not 2 <= len(names) <= MAX_CLASSES:
         raise InputError(
             f"the column to predict has {len(names)} values; 2 to {MAX_CLASSES} are classes"

@@ -20,6 +20,8 @@ from core.models.architecture import Description
 from core.models.kinds import BatchNorm
 
 DEFAULT_POOL_KERNEL = 3  # Of torchvision's ResNets.
+# For records of a table, unless `--arch` says another.
+RECORDS_ARCH = "mlp"
 # Side of torchvision's feature map in front of the pooling layer at 224 px, for
 # which the rank-analysis defense states its kernel of 19.
 REFERENCE_POOL_INPUT = 112

@@ -13,6 +13,7 @@ from torch import nn
 import gradinvbench as gib
 from attack.attacks.parts.closed_form import gradient_loss
 from attack.matching.many_starts import ClientOfManyStarts
+from attack.recovered import Recovered
 from benchmarks.tabular import network
 from core.data.columns import Columns
 from core.data.records import Table
@@ -165,5 +166,50 @@ def test_a_row_of_the_tables_is_computed(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "record.json").read_text())
     batches = record["batches"]
     assert len(batches) == 2
-    assert "original" in record["shown"]
+    assert Recovered.from_record(record["recovered"]).total == 2
     assert all(0 <= batch["marginal_guess"] <= 1 for batch in batches)
+
+
+def test_a_row_of_the_tables_attacks_a_trained_network(tmp_path: Path) -> None:
+    from benchmarks.tabular import main
+    from training.main_pytorch import main as train
+
+    words = "--data diabetes --epochs 2 --width 24 --cpu --no-tensorboard --result-root"
+    assert train([*words.split(), str(tmp_path / "trained")]) == 0
+    best = str(tmp_path / "trained" / "model_best.pth.tar")
+    words = "--data diabetes --attack analytic -b 1 --batches 3 --results"
+    main([*words.split(), str(tmp_path / "row"), "--pretrained", best])
+    record = json.loads((tmp_path / "row" / "record.json").read_text())
+    assert [batch["exact"] for batch in record["batches"]] == [1, 1, 1]
+    for more, said in (("--width 25", "has another"), ("--data fair", "not of stage 1 on")):
+        with pytest.raises(gib.InputError, match=said):
+            main([*words.split(), str(tmp_path), "--pretrained", best, *more.split()])
+
+
+def test_the_figure_shows_shares_with_wilson_s_intervals(tmp_path: Path) -> None:
+    from scipy.stats import binomtest
+
+    from benchmarks.declare.records import Run
+    from benchmarks.declare.tables import find_table, load_table
+    from benchmarks.run.store import Store
+    from benchmarks.show.confidence import confidence, points_of
+    from benchmarks.show.results import collect
+
+    store = Store(tmp_path / "store")
+    table = load_table(find_table("tabular"))
+    cell = table.rows[1].repeats[0]["tabular"]
+    entry = {"bin": 4, "cells": 30, "confidence": 13.5, "right": 12}
+    batches = [{"confidence": [entry], "marginal_guess": 0.4} for _ in range(2)]
+    few = {"bin": 9, "cells": 3, "confidence": 2.9, "right": 3}
+    batches[0]["confidence"] = [entry, few]
+    store.finish(cell, {"status": "finished", "batches": batches})
+    result = collect(table, store)
+    (point,) = points_of(result.rows[1])
+    expected = binomtest(24, 60).proportion_ci(method="wilson")
+    assert point.confidence == pytest.approx(0.45)
+    assert point.right == pytest.approx(0.4)
+    assert (point.low, point.high) == pytest.approx(tuple(expected), abs=1e-4)
+    (picture,) = confidence(result, store, tmp_path)
+    assert picture.file.stat().st_size > 1000
+    assert not points_of(result.rows[0])
+    assert Run({"tabular": {"batches": batches}}).entries("tabular.batches") == batches

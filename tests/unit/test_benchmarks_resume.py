@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import benchmarks.compute
 from benchmarks.compute import Workers, say_costs, wanted_cells
 from benchmarks.declare.tables import Row, Table
 from benchmarks.run.cells import Cell, Input
@@ -142,6 +143,24 @@ def test_a_committed_cell_counts_for_later_code_and_is_not_computed_again(tmp_pa
     assert "about 2 s on 2 processes" in said
     assert "nobody has recorded what 1 of them cost" in said
     assert "30 min" in said
+
+
+def test_a_fresh_checkout_says_what_the_committed_cells_have_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earlier, later = chains("old"), chains("new")
+    done = [(c["attack"], attacked(i)) for i, c in enumerate(earlier)]
+    done += [(c["extract"], {"seconds": 1.0}) for c in earlier]
+    write_json(tmp_path / "t" / "t.json", {"records": compact_records(done)})
+    table, store = table_of(later), Store(tmp_path / "store")
+    monkeypatch.setattr(benchmarks.compute, "REFERENCE", tmp_path)
+    # Four and one second by three, on one process; the results themselves are not taken.
+    assert "6 cells to compute: about 15 s on one process by" in say_costs(
+        table, store, Workers(jobs=1), None
+    )
+    assert len(wanted_cells(table, store)) == 6
+    monkeypatch.setattr(benchmarks.compute, "REFERENCE", tmp_path / "none")
+    assert "nobody has recorded" in say_costs(table, store, Workers(jobs=1), None)
 
 
 def test_a_compact_record_keeps_what_columns_read(tmp_path: Path) -> None:

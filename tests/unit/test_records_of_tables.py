@@ -14,7 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attack.metrics import evaluate
-from attack.metrics.records import assign_records, calibration, comparison, right_cells
+from attack.metrics.records import (
+    assign_records,
+    calibration,
+    comparison,
+    confidence_bins,
+    right_cells,
+)
 from core.data.columns import Columns
 from core.data.records import load_table
 from core.errors import InputError
@@ -147,3 +153,22 @@ def test_confidence_is_held_against_correctness() -> None:
     sure = right_cells(columns, found, truth).double()
     assert calibration(columns, found, truth, sure)["right cells surer than wrong ones"] == 1
     assert calibration(columns, found, truth, -sure)["right cells surer than wrong ones"] == 0
+
+
+def test_cells_are_counted_by_confidence_as_one_by_one() -> None:
+    columns = columns_of_three()
+    truth, found = columns.sample(40, seed=3), columns.sample(40, seed=4)
+    sure = torch.rand(40, 3, generator=torch.Generator().manual_seed(0))
+    sure[0, 0] = 1.0
+    right = right_cells(columns, found, truth)
+    counted: dict[int, list[float]] = {}
+    for i, j in itertools.product(range(40), range(3)):
+        place = min(9, int(float(sure[i, j]) * 10))
+        entry = counted.setdefault(place, [0, 0.0, 0])
+        entry[0] += 1
+        entry[1] += float(sure[i, j])
+        entry[2] += bool(right[i, j])
+    bins = confidence_bins(columns, found, truth, sure)
+    assert {b["bin"]: [b["cells"], pytest.approx(b["confidence"]), b["right"]] for b in bins} == {
+        place: [cells, pytest.approx(total), met] for place, (cells, total, met) in counted.items()
+    }
