@@ -1,7 +1,7 @@
 """Models that a malicious server sends instead of honest ones.
 
 `ModelSpec.malicious`, or `GivenModel.malicious` of a language model, says what was done, so that
-every program that loads a checkpoint builds the same model; `gradients.malicious_server` and
+every program that loads a checkpoint builds the same model; `gradients.servers` and
 `gradients.malicious_text` set its parameters.
 """
 
