@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from attack.attacks import get_attack
+from attack.attacks.ares import Ares
 from attack.metrics import assign, psnr
 from core.errors import InputError
 from core.models.building import ModelSpec, build_model
@@ -16,6 +17,7 @@ from core.target import LocalTraining, Target, Truth
 from gradients.client import ClientSettings, share_update
 from gradients.malicious_server import sent_to_clients, tamper
 from gradients.servers import get_server, server_names
+from gradients.servers.ares import hidden_layer, inputs_at
 from gradients.sums import Aggregation, share_sum
 from tests.targets import data_spec, smooth_images
 
@@ -113,3 +115,58 @@ def test_more_clients_than_the_model_was_made_for() -> None:
     assert honest is not None
     with pytest.raises(InputError, match="tells no clients apart"):
         get_attack("loki")().reconstruct(honest, labels=truth.labels, device=CPU, seed=0)
+
+
+CNN = ModelSpec("fedavg_cnn", 10, 16, width=32)
+
+
+def hidden(
+    spec: ModelSpec, malicious: str, batch: int, local: LocalTraining
+) -> tuple[Target, Truth]:
+    torch.manual_seed(0)
+    model = build_model(spec).double()
+    data = data_spec(spec.image_size)
+    spec = dataclasses.replace(spec, malicious=malicious)
+    public = data.normalize(smooth_images(300, spec.image_size, seed=7)).double()
+    sent = tamper(model, spec, public, batch_size=batch)
+    truth = Truth(smooth_images(batch, spec.image_size, seed=3), torch.arange(batch) % 10)
+    settings = ClientSettings(train_mode=False, local=local)
+    target = share_update(sent, spec, data, truth.images, truth.labels, settings)
+    assert target is not None
+    return target, truth
+
+
+def test_activations_of_a_hidden_layer_come_apart_exactly() -> None:
+    target, truth = hidden(CNN, "ares:200", 4, LocalTraining())
+    model = target.build_model()
+    name, _, _ = hidden_layer(model)
+    seen = inputs_at(model, name, target.data.normalize(truth.images)).detach().double()
+    found = Ares()._activations(target, CPU)
+    nearest = torch.cdist(seen, found).min(1).values / seen.norm(dim=1)
+    assert (nearest < 1e-6).sum() >= 3
+
+
+def test_images_are_found_behind_activations_where_the_differences_count() -> None:
+    target, truth = hidden(CNN, "ares:200", 2, LocalTraining())
+    quality = {}
+    for weight in (0.0, 2e-3):
+        attack = Ares(weight=weight, rounds=300)
+        found = attack.reconstruct(target, labels=truth.labels, device=CPU, seed=0)
+        places = assign(found.images, truth.images)
+        quality[weight] = float(psnr(found.images[places], truth.images).mean())
+    assert quality[2e-3] > 21
+    assert quality[2e-3] > quality[0.0] + 6
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_dense_first_layer_gives_the_images_themselves(steps: int) -> None:
+    local = LocalTraining(batches=steps, lr=1e-4)
+    target, truth = hidden(ModelSpec("mlp", 10, 8, width=256), "ares:200", 8, local)
+    assert recovered("ares", target, truth, 60 if steps == 1 else 25) >= 6
+
+
+def test_a_hidden_layer_is_needed() -> None:
+    with pytest.raises(InputError, match="hidden fully connected layer"):
+        sent(ModelSpec("cnn", 10, SIZE, width=4), "ares:8", 1)
+    with pytest.raises(InputError, match="has 32 neurons"):
+        sent(MLP, "ares:33", 1)
