@@ -38,9 +38,9 @@ from core.storage import write_record
 from core.target import LocalTraining, Target, Truth
 from gradients.client import ClientSettings, share_update
 from gradients.defenses import parse_defenses
-from gradients.malicious_server import set_traps
 from gradients.private_gradient import PrivacySettings
 from gradients.received_model import build_received_model, read_pretrained
+from gradients.servers.trap import set_traps
 
 METRICS = ("record_accuracy", "record_exact")
 

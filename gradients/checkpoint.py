@@ -33,7 +33,7 @@ from core.losses import (
 from core.models.architecture import Architecture, GivenModel
 from core.models.building import ModelSpec, default_stem
 from core.models.kinds import BatchNorm
-from core.models.malicious import Malice, add_to_language_model, parse_text_malice
+from core.models.malicious import Malice, add_to_language_model, parse_malice, parse_text_malice
 from core.named_objects import is_object_name
 from core.processes.distributed import shard_sizes
 from core.records import BROKEN, check_types, fits
@@ -329,7 +329,12 @@ def _check_bins(raw: Mapping[str, Any], malice: Malice) -> None:
 def _check_sizes(raw: Mapping[str, Any], model: ModelSpec) -> None:
     """Refuse a description that would build something far larger than the file holds."""
     sides = [n for value in raw["state_dict"].values() for n in getattr(value, "shape", ())]
-    for what, number in (("classes", model.n_classes), ("channels", model.width or 1)):
+    numbers = [("classes", model.n_classes), ("channels", model.width or 1)]
+    if model.malicious:
+        malice = parse_malice(model.malicious, model.n_classes, "the word for its server")
+        if malice.kind in ("imprint", "loki"):
+            numbers += [("bins", malice.number), ("clients", malice.clients)]
+    for what, number in numbers:
         if number > max(sides, default=0):
             raise InputError(f"it states {number} {what} but no parameter is that large")
 

@@ -47,7 +47,7 @@ from gradients.client_batch import (
     public_samples,
     validation_guesses,
 )
-from gradients.malicious_server import tamper
+from gradients.malicious_server import sent_to_clients, tamper
 from gradients.malicious_text import tamper_with_text
 from gradients.output import peak_memory, write_results
 from gradients.rank_analysis import LayerRank, format_table, rank_analysis
@@ -128,7 +128,8 @@ def _shared(
     """One client's update, or the mean of several clients'."""
     batch = (truth.images, truth.labels)
     if settings.aggregation.sums:
-        return share_sum(model, spec, data, *batch, client, settings.aggregation, process, cost)
+        sent = sent_to_clients(model, spec) if isinstance(spec, ModelSpec) else model
+        return share_sum(sent, spec, data, *batch, client, settings.aggregation, process, cost)
     return share_update(model, spec, data, *batch, client, process, cost)
 
 
@@ -307,8 +308,9 @@ def _model_of_records(
     settings: ModelSettings, described: ModelSpec | None, data: DataSpec
 ) -> ModelSpec:
     """The architecture for a table's records: a fully connected network by default."""
-    if settings.malicious.startswith("imprint"):
-        raise InputError("--malicious imprint: its block is for images; for records: trap:RECORDS")
+    kind = settings.malicious.partition(":")[0]
+    if kind in ("imprint", "loki", "ares"):
+        raise InputError(f"--malicious {kind}: is for images; for records: trap:RECORDS")
     if described is None:
         return ModelSpec(
             arch=settings.arch or RECORDS_ARCH,

@@ -13,7 +13,7 @@ from core.models.malicious import ImprintedEmbedding, add_to_language_model, par
 from core.models.module_inputs import inputs_of
 from core.models.transformer_blocks import Block, Matrix, transformer_blocks
 from core.models.unchanged import in_mode, unchanged
-from gradients.malicious_server import MARGIN, spread_ties
+from gradients.servers.base import MARGIN, spread_ties
 
 # Logits between the first position and every other one: the others' share is e^-60.
 FIRST = 60.0
@@ -51,7 +51,7 @@ def tamper_with_text(
 def _set_imprint(model: nn.Module, public_ids: torch.Tensor) -> None:
     """Every neuron measures a sentence's embeddings along one direction against its threshold.
 
-    As `gradients.malicious_server` does it to images, whose direction is the mean.
+    As `gradients.servers.imprint` does it to images, whose direction is the mean.
 
     Source: Fowl et al. 2022, section 3.1, https://arxiv.org/abs/2110.13057.
     """

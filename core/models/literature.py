@@ -162,3 +162,27 @@ def _vit_april(spec: ModelSpec) -> nn.Module:
     layers = model.encoder.layers
     layers[0] = _BareAttention(layers[0])
     return model
+
+
+@register_model("fedavg_cnn")
+def _fedavg_cnn(spec: ModelSpec) -> nn.Module:
+    """The CNN of McMahan et al. (2017), https://arxiv.org/abs/1602.05629, a usual federated victim.
+
+    Two 5 x 5 convolutions (32 and 64 channels) with max pooling, a hidden dense layer of 512.
+    """
+    w = spec.width or 32
+    side = spec.image_size // 4
+    if side < 1:
+        raise InputError(f"--arch fedavg_cnn needs images of at least 4 px, not {spec.image_size}")
+    return nn.Sequential(
+        nn.Conv2d(3, w, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(w, 2 * w, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(2 * w * side**2, 16 * w),
+        nn.ReLU(),
+        nn.Linear(16 * w, spec.n_classes),
+    )

@@ -1,7 +1,7 @@
 """Models that a malicious server sends instead of honest ones.
 
 `ModelSpec.malicious`, or `GivenModel.malicious` of a language model, says what was done, so that
-every program that loads a checkpoint builds the same model; `gradients.malicious_server` and
+every program that loads a checkpoint builds the same model; `gradients.servers` and
 `gradients.malicious_text` set its parameters.
 """
 
@@ -29,14 +29,20 @@ KINDS = {
     "fishing-feature": ("class", 3),
     "trap": ("number of records", 1),
     "decepticons": ("number of features", 1),
+    "loki": ("number of bins", 2),
+    "ares": ("number of bins", 1),
+    "eggv": ("number of steps", 1),
 }
 FORMS = (
-    "imprint:BINS, trap:RECORDS, fishing:CLASS or fishing-feature:CLASS[:FEATURE[:CUT]] (FEATURE: "
-    "its number, or logit); of a language model imprint:BINS or decepticons:FEATURES"
+    "imprint:BINS, loki:BINS[:CLIENTS], ares:BINS, trap:RECORDS, eggv:STEPS, fishing:CLASS or "
+    "fishing-feature:CLASS[:FEATURE[:CUT]] (FEATURE: its number, or logit); of a language model "
+    "imprint:BINS or decepticons:FEATURES"
 )
 # What can be done to a language model, and the only one that is done to no other.
 OF_TEXT, OF_TEXT_ALONE = ("imprint", "decepticons"), "decepticons"
 MAX_BINS = 65536
+# Clients that a model can tell apart; of each a copy of the image goes into one layer.
+MAX_CLIENTS = 1024
 # Instead of a feature's number: the class's own logit, against the mean of all.
 LOGIT = "logit"
 
@@ -46,19 +52,22 @@ class Malice:
     """What a server does to the model it sends.
 
     Attributes:
-        kind: "imprint" (a block in front, Robbing the Fed), "trap" (the first layer, trap
-            weights), "fishing" or "fishing-feature" (the last layer), "decepticons" (all blocks
-            of a transformer).
-        number: Bins of the imprint block, records that shall activate a trap, the class to
-            fish for, or the features that name a sentence.
+        kind: "imprint" (a block in front, Robbing the Fed), "loki" (a block in front that tells
+            clients apart), "ares" (a hidden layer), "trap" (the first layer, trap weights),
+            "fishing" or "fishing-feature" (the last layer), "eggv" (all of it, by training),
+            "decepticons" (all blocks of a transformer).
+        number: Bins of a block or layer, records that shall activate a trap, the class to
+            fish for, steps of a training, or the features that name a sentence.
         feature: Which feature tells the images of the class apart; None: its logit.
         cut: Value of the feature below which they pass; None: from public images.
+        clients: That are told apart.
     """
 
     kind: str
     number: int
     feature: int | None = None
     cut: float | None = None
+    clients: int = 1
 
 
 def malice_of(model: Architecture) -> str:
@@ -81,15 +90,34 @@ def parse_malice(text: str, n_classes: int, flag: str = "--malicious") -> Malice
     what, most = KINDS.get(kind, ("", 0))
     if not 1 <= len(words) <= most or not words[0].isdecimal():
         raise InputError(f"{flag} {text}: expected {FORMS}")
-    ranges = {"imprint": (2, MAX_BINS), "trap": (1, MAX_BINS), "decepticons": (2, MAX_BINS)}
-    low, high = ranges.get(kind, (0, n_classes - 1))
+    low, high = _RANGES.get(kind, (0, n_classes - 1))
     if not low <= int(words[0]) <= high:
         raise InputError(f"{flag} {text}: the {what} must lie in {low}..{high}")
+    if kind == "loki":
+        return Malice(kind, int(words[0]), clients=_clients(text, words[1:], flag))
     feature = words[1] if len(words) > 1 else LOGIT
     if feature != LOGIT and not feature.isdecimal():
         raise InputError(f"{flag} {text}: FEATURE is a number or {LOGIT}")
     cut = _finite(words[2], f"{flag} {text}: CUT") if len(words) > 2 else None
     return Malice(kind, int(words[0]), None if feature == LOGIT else int(feature), cut)
+
+
+_RANGES = {
+    "imprint": (2, MAX_BINS),
+    "loki": (2, MAX_BINS),
+    "ares": (2, MAX_BINS),
+    "trap": (1, MAX_BINS),
+    "decepticons": (2, MAX_BINS),
+    "eggv": (1, MAX_BINS),
+}
+
+
+def _clients(text: str, words: list[str], flag: str) -> int:
+    if not words:
+        return 1
+    if not words[0].isdecimal() or not 1 <= int(words[0]) <= MAX_CLIENTS:
+        raise InputError(f"{flag} {text}: CLIENTS must lie in 1..{MAX_CLIENTS}")
+    return int(words[0])
 
 
 def _finite(text: str, what: str) -> float:
@@ -131,6 +159,41 @@ class Imprinted(nn.Module):
         return self.model(self.imprint(images))
 
 
+class Separated(nn.Module):
+    """A classifier behind a block that keeps the images of several clients apart.
+
+    A convolution gives every client channels of its own, the others' being zero; a dense layer
+    sees all channels of all clients; the clipped activation is on for one bin of brightness.
+
+    Args:
+        model: Takes N x 3 x image_size x image_size.
+        image_size: Side of the images.
+        bins: Width of the dense layer.
+        clients: Whose channels there are.
+
+    Source: Zhao et al., "LOKI: Large-scale Data Reconstruction Attack against Federated Learning
+        through Model Manipulation", IEEE S&P 2024, https://arxiv.org/abs/2303.12233.
+    """
+
+    def __init__(self, model: nn.Module, image_size: int, bins: int, clients: int) -> None:
+        super().__init__()
+        n = 3 * image_size**2
+        self.imprint = nn.Sequential(
+            nn.Conv2d(3, 3 * clients, 3, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(clients * n, bins),
+            nn.Hardtanh(0.0, 1.0),
+            nn.Linear(bins, n),
+            nn.Unflatten(1, (3, image_size, image_size)),
+        )
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """N x 3 x H x W to logits."""
+        return self.model(self.imprint(images))
+
+
 def add_malicious_layers(model: nn.Module, spec: ModelSpec) -> nn.Module:
     """The model with the layers that `spec.malicious` puts into it."""
     malice = parse_malice(spec.malicious, spec.n_classes)
@@ -141,6 +204,8 @@ def add_malicious_layers(model: nn.Module, spec: ModelSpec) -> nn.Module:
         )
     if malice.kind == "imprint":
         return Imprinted(model, spec.image_size, malice.number)
+    if malice.kind == "loki":
+        return Separated(model, spec.image_size, malice.number, malice.clients)
     return model
 
 

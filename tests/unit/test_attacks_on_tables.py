@@ -17,7 +17,7 @@ from attack.recovered import Recovered
 from benchmarks.tabular import network
 from core.data.columns import Columns
 from core.data.records import Table
-from gradients.malicious_server import set_traps
+from gradients.servers.trap import set_traps
 
 CPU = torch.device("cpu")
 

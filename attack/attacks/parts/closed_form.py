@@ -40,6 +40,7 @@ def closed_form_reconstruction(
     *,
     device: torch.device,
     began: float,
+    objective: float | None = None,
     **result: Any,
 ) -> Reconstruction:
     """A reconstruction from solved network inputs.
@@ -51,6 +52,8 @@ def closed_form_reconstruction(
         labels: N class indices, those of `solved` first.
         device: Device that evaluates the gradient loss.
         began: `time.perf_counter()` at the start of the attack.
+        objective: The gradient loss, where the target's own model does not tell it; None: it
+            is computed.
         result: Further fields of the reconstruction.
     """
     inputs = torch.zeros((target.batch_size, *target.data.shape), dtype=torch.float64)
@@ -58,10 +61,12 @@ def closed_form_reconstruction(
     inputs[: len(found)] = found.cpu().nan_to_num()
     images = target.data.clamp(target.data.denormalize(inputs))
     details = {"solved": len(found), **result.pop("details", {})}
+    if objective is None:
+        objective = gradient_loss(target, target.data.normalize(images), labels, device)
     return Reconstruction(
         images=images.float(),
         labels=labels.cpu(),
-        objective=gradient_loss(target, target.data.normalize(images), labels, device),
+        objective=objective,
         seconds=time.perf_counter() - began,
         details=details,
         **result,
