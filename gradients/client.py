@@ -136,7 +136,7 @@ def share_update(
     if isinstance(architecture, GivenModel):
         refuse_reentrant_blocks(model, inputs)
     numbers = generator(settings.seed, _DEFENSES)
-    view = ClientView(model, inputs, labels, numbers, settings.loss, settings.local)
+    view = ClientView(model, inputs, labels, numbers, settings.loss, settings.local, data_spec)
     inputs, labels = encode_batch(settings.defenses, view)
     run = _Run(model, inputs, labels, settings, process)
     update = run.update()

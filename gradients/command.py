@@ -185,12 +185,12 @@ def _add_defense_arguments(parser: argparse.ArgumentParser) -> None:
         "--defense",
         default="",
         metavar="NAME:PARAM,...",
-        help="in order of application, e.g. clip:1,gaussian:0.01; names: censor (trials, seed, "
-        "projection), clip (norm), enclave (layers), freeze (free layers: their number, or names "
-        "joined by +), gaussian (std), graddefense (slices, perturbed, scale), laplace (scale), "
-        "layerdrop (share), mixup (alpha), outpost (noise, prune, phi), percentile-noise (sigma0, "
-        "percentile), prune (fraction), quantize (levels), sign, soteria (fraction), svdefense "
-        "(energy), topk (share)",
+        help="in order of application, e.g. clip:1,gaussian:0.01; names: ats (policies), censor "
+        "(trials, seed, projection), clip (norm), enclave (layers), freeze (free layers: their "
+        "number, or names joined by +), gaussian (std), graddefense (slices, perturbed, scale), "
+        "laplace (scale), layerdrop (share), mixup (alpha), outpost (noise, prune, phi), "
+        "percentile-noise (sigma0, percentile), prune (fraction), quantize (levels), sign, "
+        "soteria (fraction), svdefense (energy), topk (share)",
     )
 
 

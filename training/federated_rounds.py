@@ -215,7 +215,9 @@ class FederatedTrainer(Trainer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What a client trains on in a local step, instead of its batch."""
         generator = torch.Generator().manual_seed(seed % 2**63)
-        return self.transform.encode(ClientView(self.model, images, labels, generator, self.loss))
+        spec = self.data.spec
+        view = ClientView(self.model, images, labels, generator, self.loss, data=spec)
+        return self.transform.encode(view)
 
     def _gradient(
         self,
@@ -281,7 +283,8 @@ class FederatedTrainer(Trainer):
         seed = derived_seed(self.config.seed, TRANSFORM, when.epoch, when.number, client)
         generator = torch.Generator().manual_seed(seed % 2**63)
         local = LocalTraining(batches=steps, lr=lr)
-        view = ClientView(self.model, images, labels, generator, self.loss, local)
+        spec = self.data.spec
+        view = ClientView(self.model, images, labels, generator, self.loss, local, spec)
         given = self.transform.apply(update, view)
         # What a client does not share counts as zero in the mean.
         shared = {n: given[n] if n in given else torch.zeros_like(g) for n, g in update.items()}

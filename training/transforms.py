@@ -13,6 +13,7 @@ from typing import Protocol, cast
 import torch
 from torch import nn
 
+from core.data.specs import DataSpec
 from core.local_training import LocalTraining
 from core.losses import DEFAULT_LOSS, Loss
 from core.named_objects import named_object
@@ -34,6 +35,7 @@ class ClientView:
             seed gives the same noise on every device.
         loss: What the client minimises.
         local: Its local training; the update is (theta_0 - theta_K) / (lr K).
+        data: Normalisation of the images; None where nobody says.
     """
 
     model: nn.Module
@@ -42,6 +44,7 @@ class ClientView:
     generator: torch.Generator
     loss: Loss = DEFAULT_LOSS
     local: LocalTraining = field(default_factory=LocalTraining)
+    data: DataSpec | None = None
 
 
 class Transform(Protocol):

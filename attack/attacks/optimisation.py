@@ -60,22 +60,21 @@ class OptimizationAttack(Attack):
     ) -> Inversion:
         """The inversion of one target, not yet begun; arguments as of `Inversion`."""
 
-        def attempt(candidate: Target, short: InversionConfig) -> float:
+        def attempt(candidate: Target, short: InversionConfig) -> Reconstruction:
             try:
-                inversion = Inversion(candidate, labels, short, device=device, seed=seed)
-                return inversion.run().objective
+                return Inversion(candidate, labels, short, device=device, seed=seed).run()
             except InterruptedInversion:
                 # A short attack is no result.
                 raise KeyboardInterrupt from None
 
         found = likeliest(target, labels, self.config, attempt)
         return Inversion(
-            found,
+            found.target,
             labels,
             self.config,
             device=device,
             seed=seed,
-            prior=prior,
+            prior=found.start if prior is None else prior,
             first_restart=first_restart,
         )
 

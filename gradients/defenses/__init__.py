@@ -4,6 +4,7 @@ Each file holds one defense. They are named on the command line and in the
 checkpoint by words such as `gaussian:0.01`, and are applied in the order given.
 """
 
+from gradients.defenses.ats import ATS
 from gradients.defenses.base import (
     ClientView,
     Defense,
@@ -36,6 +37,7 @@ from gradients.defenses.svdefense import SVDefense
 from gradients.defenses.topk import TopK
 
 __all__ = [
+    "ATS",
     "Censor",
     "ClientView",
     "Clip",

@@ -1,49 +1,69 @@
-"""What a defense left to chance, found by short attacks: the likeliest is inverted."""
+"""What a defense left to chance, found by further attacks: the likeliest is inverted."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from attack.knowledge.answers.ats import likeliest_transformations
 from attack.knowledge.answers.mixup import likeliest_mixture
+from attack.knowledge.likely import Attempt, Likely
 
 if TYPE_CHECKING:
     import torch
 
+    from attack.reconstruction import Reconstruction
     from attack.settings import InversionConfig
     from core.target import Target
 
 # Of the attack's iterations, in every short one.
 SHARE = 0.3
+
+
+def _mixture(target: Target, labels: torch.Tensor, attempt: Attempt) -> Likely:
+    def objective(candidate: Target) -> float:
+        return attempt(candidate, SHARE).objective
+
+    return Likely(likeliest_mixture(target, labels, objective))
+
+
 # Searches by the name of the defense.
-SEARCHES = {"mixup": likeliest_mixture}
+SEARCHES: dict[str, Callable[[Target, torch.Tensor, Attempt], Likely]] = {
+    "ats": likeliest_transformations,
+    "mixup": _mixture,
+}
 
 
 def likeliest(
     target: Target,
     labels: torch.Tensor,
     config: InversionConfig,
-    attempt: Callable[[Target, InversionConfig], float],
-) -> Target:
+    attempt: Callable[[Target, InversionConfig], Reconstruction],
+) -> Likely:
     """The target with what its defenses drew at random, as far as an attacker can find it.
 
     Args:
         target: What the client shared.
         labels: N labels.
         config: Settings of the attack, which says whether it is told of defenses.
-        attempt: Runs a short attack on a candidate: the objective that it ends at.
+        attempt: Runs an attack on a candidate.
 
     Returns:
         The target itself where there is nothing to find.
     """
+    found = Likely(target)
     if not config.matching.adaptive:
-        return target
-    few = max(1, int(SHARE * config.optimiser.iterations))
-    short = config.changed(
-        iterations=few, restarts=1, combine=False, polish=0, warmup=0, time_budget=None
-    )
+        return found
+
+    def shortened(candidate: Target, share: float) -> Reconstruction:
+        few = max(1, int(share * config.optimiser.iterations))
+        short = config.changed(
+            iterations=few, restarts=1, combine=False, polish=0, warmup=0, time_budget=None
+        )
+        return attempt(candidate, short)
+
     for word in target.defenses:
         search = SEARCHES.get(word.split(":")[0])
         if search is not None:
-            target = search(target, labels, lambda candidate: attempt(candidate, short))
-    return target
+            found = search(found.target, labels, shortened)
+    return found

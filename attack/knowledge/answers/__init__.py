@@ -5,6 +5,7 @@ noise, clipping and compression, and asks for one by name.
 """
 
 from attack.knowledge.answers import (
+    ats,
     censor,
     graddefense,
     hidden_layers,
@@ -13,4 +14,4 @@ from attack.knowledge.answers import (
     svdefense,
 )
 
-__all__ = ["censor", "graddefense", "hidden_layers", "mixup", "outpost", "svdefense"]
+__all__ = ["ats", "censor", "graddefense", "hidden_layers", "mixup", "outpost", "svdefense"]

@@ -5,20 +5,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import least_squares
 from scipy.special import softmax
-from torch import nn
 
+from attack.knowledge.encoded_inputs import EncodedArchitecture
 from attack.knowledge.known_defenses import Adaptation, register_adaptation
 from core.errors import InputError
 from core.losses import Loss, Outputs, main_output
-from core.models.architecture import Architecture, Description
+from core.models.architecture import Architecture
 from core.target import Target
 from gradients.defenses.mixup import mixed, mixing
 
@@ -143,49 +141,17 @@ def mixing_target(target: Target, share: float) -> Target:
     return dataclasses.replace(target, model=model, loss=MixingLoss(target.loss, weights))
 
 
-@dataclass(frozen=True)
-class MixingArchitecture:
+class MixingArchitecture(EncodedArchitecture):
     """An architecture whose model mixes the images of a batch first.
 
-    Attributes:
+    Args:
         inner: The client's architecture; parameters keep their names.
         weights: N x N, see `gradients.defenses.mixup.mixing`.
     """
 
-    inner: Architecture
-    weights: torch.Tensor
-
-    @property
-    def name(self) -> str:
-        """See `Architecture`."""
-        return self.inner.name
-
-    def build(self) -> nn.Module:
-        """See `Architecture`."""
-        model = self.inner.build()
-        model.register_forward_pre_hook(_Mix(self.weights))
-        return model
-
-    def skeleton(self) -> nn.Module:
-        """See `Architecture`."""
-        return self.inner.skeleton()
-
-    def describe(self) -> Description:
-        """See `Architecture`."""
-        return self.inner.describe()
-
-
-class _Mix:
-    """Mix a whole batch; parts of it, on which derivatives are checked, stay as they are."""
-
-    def __init__(self, weights: torch.Tensor) -> None:
+    def __init__(self, inner: Architecture, weights: torch.Tensor) -> None:
+        super().__init__(inner, lambda x: mixed(x, weights.to(x.device)), len(weights))
         self.weights = weights
-
-    def __call__(self, model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        images = inputs[0]
-        if len(images) != len(self.weights):
-            return inputs
-        return (mixed(images, self.weights.to(images.device)), *inputs[1:])
 
 
 class MixingLoss(Loss):
