@@ -312,15 +312,22 @@ def _result_of(case: Case, results: list[Result], plan: Plan, n: int) -> Result:
 
 def _parts(results: Sequence[Result], data: DataSets, plan: Plan) -> Iterator[str]:
     """Compute what results lack, one part of all before the next; says each that is done."""
-    for steps in STEPS:
-        for result in results:
-            if str(steps) not in result.unaware:
-                leak(result, data, steps, plan)
-                yield f"{result.case.name}: {steps} local step(s)"
+    first, *longer = STEPS
+    yield from _leaks(results, data, first, plan)
+    # Soon done, beside attacks on several steps.
     for result in results:
         if not result.accuracy:
             train(result, plan)
             yield f"{result.case.name}: accuracy"
+    for steps in longer:
+        yield from _leaks(results, data, steps, plan)
+
+
+def _leaks(results: Sequence[Result], data: DataSets, steps: int, plan: Plan) -> Iterator[str]:
+    for result in results:
+        if str(steps) not in result.unaware:
+            leak(result, data, steps, plan)
+            yield f"{result.case.name}: {steps} local step(s)"
 
 
 def _results_so_far(path: Path, plan: Plan) -> list[Result]:
