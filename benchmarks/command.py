@@ -69,6 +69,11 @@ def build_parser() -> CommandParser:
         help="begin no cell after 30m, 2h, ...; the next run goes on (default: the table's; none)",
     )
     parser.add_argument(
+        "--cell-timeout",
+        metavar="TIME",
+        help="end a cell that takes longer than 10m, 2h, ...; the others go on",
+    )
+    parser.add_argument(
         "--from",
         dest="committed",
         type=Path,
@@ -189,6 +194,7 @@ def _run_table(table: Table, store: Store, args: argparse.Namespace, several: bo
         shared_data=args.shared_data,
         fresh=args.fresh,
         targets_at_once=args.targets_at_once,
+        cell_seconds=seconds_of(args.cell_timeout or NONE, "--cell-timeout"),
     )
     seconds = seconds_of(args.budget or table.budget or NONE)
     if not args.quiet:
@@ -233,6 +239,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.targets_at_once < 1:
         raise InputError("--targets-at-once must be at least 1")
     seconds_of(args.budget or NONE)
+    seconds_of(args.cell_timeout or NONE, "--cell-timeout")
     for flag, folder in (("--store", args.store), ("--output", args.output)):
         if folder is not None and folder.exists() and not folder.is_dir():
             raise InputError(f"{flag}: {folder} is a file, not a folder")

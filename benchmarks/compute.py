@@ -30,6 +30,7 @@ class Workers:
         shared_data: Whether every node sees data sets at the same paths.
         fresh: Whether every cell starts a new interpreter.
         targets_at_once: Targets of one model that one process attacks at once; 1: each alone.
+        cell_seconds: After which a cell is ended; None: no limit.
     """
 
     ray: bool = False
@@ -39,6 +40,7 @@ class Workers:
     shared_data: bool = False
     fresh: bool = False
     targets_at_once: int = 1
+    cell_seconds: float | None = None
 
     def executor(self, stages: Iterable[Stage]) -> Executor:
         """Start them.
@@ -46,13 +48,21 @@ class Workers:
         Args:
             stages: What they will run.
         """
+        imports = None if self.fresh else sorted({name for s in stages for name in s.imports or ()})
         if self.ray:
             from benchmarks.run.ray_executor import RayExecutor
 
-            return RayExecutor(self.address, self.gpus_per_cell, self.jobs, self.shared_data)
+            return RayExecutor(
+                self.address,
+                self.gpus_per_cell,
+                self.jobs,
+                self.shared_data,
+                imports=imports,
+                limit=self.cell_seconds,
+            )
         gpus, cores = visible_gpus(), usable_cores()
-        imports = None if self.fresh else sorted({name for s in stages for name in s.imports or ()})
-        return LocalExecutor(self.jobs or len(gpus) or len(cores), gpus, cores, imports)
+        jobs = self.jobs or len(gpus) or len(cores)
+        return LocalExecutor(jobs, gpus, cores, imports, self.cell_seconds)
 
 
 def compute(

@@ -17,8 +17,12 @@ _UNITS = {"s": 1, "m": 60, "h": 3600}
 NONE = "none"
 
 
-def seconds_of(budget: str) -> float | None:
+def seconds_of(budget: str, flag: str = "--budget") -> float | None:
     """Seconds of "90s", "30m" or "2h"; None of "none".
+
+    Args:
+        budget: The word.
+        flag: Whose it is, for a message.
 
     Raises:
         InputError: It is neither.
@@ -27,7 +31,7 @@ def seconds_of(budget: str) -> float | None:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", budget)
     if found is None:
-        raise InputError(f"--budget {budget}: give a time such as 90s, 30m or 2h, or none")
+        raise InputError(f"{flag} {budget}: give a time such as 90s, 30m or 2h, or none")
     return float(found[1]) * _UNITS[found[2]]
 
 

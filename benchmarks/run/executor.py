@@ -62,10 +62,23 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended: `error` is None when its command succeeded."""
+    """How a job ended.
+
+    Attributes:
+        job: The job.
+        error: Why it failed; None when its command succeeded.
+        late: Whether it was ended because its time was over; what it had saved can go on.
+    """
 
     job: Job
     error: str | None = None
+    late: bool = False
+
+
+def late(job: Job, limit: float) -> Outcome:
+    """A job that was ended after so many seconds per cell."""
+    error = f"ended after {limit:g} s (--cell-timeout); --retry-failed goes on from what it saved"
+    return Outcome(job, error, late=True)
 
 
 class Executor(Protocol):
@@ -169,6 +182,7 @@ class LocalExecutor:
         cores: Processor cores to divide among the jobs; None for all of this process'.
         imports: What jobs import: done once, and every job is forked from there. None starts a
             new interpreter for each.
+        limit: Seconds that a cell may take; None: no limit.
     """
 
     def __init__(
@@ -177,8 +191,9 @@ class LocalExecutor:
         gpus: Sequence[str] = (),
         cores: Sequence[int] | None = None,
         imports: Sequence[str] | None = None,
+        limit: float | None = None,
     ) -> None:
-        self._jobs = jobs
+        self._jobs, self._limit = jobs, limit
         self._gpus = tuple(gpus)
         self._cores = tuple(cores or usable_cores())
         self._imports = imports if warm.can_be_warm(gpu=bool(gpus)) else None
@@ -250,21 +265,25 @@ class LocalExecutor:
         """Jobs whose command has ended, with the end of their log as error."""
         found = [(each, each.command.status()) for each in self._running]
         self._running = [each for each, status in found if status is None]
-        return [
+        ended = [
             Outcome(each.job, describe_failure(status, each.job.log))
             for each, status in found
             if status is not None
         ]
+        return [*ended, *self._end_late()]
+
+    def _end_late(self) -> list[Outcome]:
+        if self._limit is None:
+            return []
+        now, limit = time.monotonic(), self._limit
+        over = [e for e in self._running if now - e.job.started > limit * len(e.job.all())]
+        _end(over)
+        self._running = [each for each in self._running if each not in over]
+        return [late(each.job, limit) for each in over]
 
     def stop(self) -> None:
         """Interrupt every command, and kill those that do not listen."""
-        for each in self._running:
-            _signal(each.command, signal.SIGINT)
-        deadline = time.monotonic() + GRACE_SECONDS
-        for each in self._running:
-            each.command.wait(max(0.0, deadline - time.monotonic()))
-            _signal(each.command, signal.SIGKILL)
-            each.command.wait()
+        _end(self._running)
         self._running = []
 
     def _least_used_gpus(self, count: int) -> tuple[str, ...]:
@@ -333,6 +352,17 @@ def last_words(log: Path) -> str:
         lines = [line.strip() for line in tail.replace("\r", "\n").splitlines()]
         return next((line for line in reversed(lines) if line), "")
     return ""
+
+
+def _end(taken: Sequence[_Taken]) -> None:
+    """Interrupt commands, and kill those that do not listen."""
+    for each in taken:
+        _signal(each.command, signal.SIGINT)
+    deadline = time.monotonic() + GRACE_SECONDS
+    for each in taken:
+        each.command.wait(max(0.0, deadline - time.monotonic()))
+        _signal(each.command, signal.SIGKILL)
+        each.command.wait()
 
 
 def _signal(command: Running, number: int) -> None:

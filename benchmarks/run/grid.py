@@ -193,7 +193,8 @@ class Grid:
             self._settle(cell, Status.FAILED, 0.0, str(failure["error"]))
             return True
         if failure is not None:
-            self._store.discard(cell)
+            if failure.get("goes_on") is not True:
+                self._store.discard(cell)
             return False
         # An orphan of a killed harness may have come to its end meanwhile.
         record = self._stages[cell.stage].read_record(self._store.files(cell))
@@ -213,18 +214,19 @@ class Grid:
             # One of several may be done although the command failed at a later one.
             read = outcome.error is None or len(jobs) > 1
             record = job.stage.read_record(job.files) if read else None
-            self._conclude_one(job, record, outcome.error, seconds)
+            self._conclude_one(job, record, outcome, seconds)
 
     def _conclude_one(
-        self, job: Job, record: dict[str, Any] | None, error: str | None, seconds: float
+        self, job: Job, record: dict[str, Any] | None, outcome: Outcome, seconds: float
     ) -> None:
+        error = outcome.error
         if error is None and record is None:
             error = f"the command succeeded but wrote no {job.stage.record}"
         if record is not None:
             self._store.finish(job.cell, {**record, "wall_seconds": round(seconds, 2)})
             self._settle(job.cell, Status.FINISHED, seconds)
         else:
-            self._store.fail(job.cell, str(error))
+            self._store.fail(job.cell, str(error), goes_on=outcome.late)
             self._settle(job.cell, Status.FAILED, seconds, str(error))
         del self._running[job.cell.key]
         os.close(job.lock)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.run import ray_worker
 from benchmarks.run.cells import ROOT
-from benchmarks.run.executor import Job, Outcome, describe_failure, processes_of
+from benchmarks.run.executor import Job, Outcome, describe_failure, late, processes_of
 from benchmarks.run.ray_worker import HERE, Mailbox, pack, run_cell, unpack
 from core.errors import InputError
 
@@ -41,6 +41,9 @@ class RayExecutor:
         jobs: At most so many at a time; None: as many as the cluster has room for.
         shared_data: Data sets are at the same paths on every node and need not travel.
         code: Names of the checkout's folders and files that are sent to the workers.
+        imports: What cells import: done once by a worker, and every cell without a GPU is forked
+            from there. None starts a new interpreter for each.
+        limit: Seconds that a cell may take; None: no limit.
     """
 
     def __init__(
@@ -50,7 +53,10 @@ class RayExecutor:
         jobs: int | None = None,
         shared_data: bool = False,
         code: tuple[str, ...] = CODE,
+        imports: Sequence[str] | None = None,
+        limit: float | None = None,
     ) -> None:
+        self._imports, self._limit = imports, limit
         self._ray = _connect(address)
         self._gpus_per_cell = self._checked(gpus_per_cell)
         self._jobs = jobs
@@ -102,11 +108,15 @@ class RayExecutor:
             Path(HERE, "files"),
             job.data if self._shared_data else {n: f"{HERE}/data/{n}" for n in data},
         )
-        result = self._task.options(**self._share(job), max_retries=LOST_WORKER_RETRIES).remote(
+        share = self._share(job)
+        warm = self._imports if job.stage.imports is not None and not share["num_gpus"] else None
+        result = self._task.options(**share, max_retries=LOST_WORKER_RETRIES).remote(
             job.cell.key,
             self._mailbox,
             self._code,
             command[1:],
+            warm,
+            self._limit,
             {names[flag]: path.read_bytes() for flag, path in job.inputs.items()},
             pack(job.files),
             {"OMP_NUM_THREADS": "1"},
@@ -165,7 +175,9 @@ class RayExecutor:
             log.truncate(running.log_before)
             log.write(said)
         unpack(files, job.files)
-        return Outcome(job, describe_failure(status, job.log))
+        if status is None and self._limit is not None:
+            return late(job, self._limit)
+        return Outcome(job, describe_failure(int(status), job.log))
 
     def stop(self) -> None:
         """Cancel what runs and leave the cluster."""

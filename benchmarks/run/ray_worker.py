@@ -7,23 +7,29 @@ checkout does not exist until it has unpacked it.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import hashlib
 import io
+import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 # Stands for the cell's folder in command lines, whatever it is called on the worker.
 HERE = "@CELL@"
 SPEAK_SECONDS = 1.0
+GRACE_SECONDS = 10.0
 SAVE_SECONDS = 20.0
 
 
@@ -91,12 +97,14 @@ def run_cell(
     mailbox: Any,
     code: bytes,
     command: Sequence[str],
+    imports: Sequence[str] | None,
+    limit: float | None,
     inputs: Mapping[str, bytes],
     earlier: bytes,
     environment: Mapping[str, str],
     data_names: Sequence[str] = (),
     *data: bytes,
-) -> tuple[int, bytes, bytes]:
+) -> tuple[int | None, bytes, bytes]:
     """Run a cell's command.
 
     Args:
@@ -104,6 +112,9 @@ def run_cell(
         mailbox: Receives the log and the saved files while the cell runs.
         code: The checkout, packed.
         command: Its words without the interpreter; `HERE` stands for the cell's folder.
+        imports: What this worker imports once, to fork the command from there; None: the
+            command is a new interpreter.
+        limit: Seconds that it may take; None: no limit.
         inputs: Files of other cells, by name below the cell's folder.
         earlier: What an interrupted attempt had left, packed.
         environment: Variables to add.
@@ -111,7 +122,8 @@ def run_cell(
         *data: The data sets, packed (Ray fetches only what stands alone as an argument).
 
     Returns:
-        Exit status, what was said, and the files left behind, packed.
+        Exit status (None: it was ended at its limit), what was said, and the files left
+        behind, packed.
     """
     remove_left_behind(Path(tempfile.gettempdir()))
     root = unpacked_once(code, "code")
@@ -125,31 +137,112 @@ def run_cell(
             (folder / name).symlink_to(unpacked_once(archive, "data"), target_is_directory=True)
         words = [word.replace(HERE, str(folder)) for word in command]
         log = folder / "log"
+        variables = {**os.environ, "PYTHONPATH": str(root), **environment}
         with log.open("wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, *words],
-                cwd=root,
-                env={**os.environ, "PYTHONPATH": str(root), **environment},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
+            begin = _begin_fresh if imports is None else functools.partial(_begin_warm, imports)
+            running = begin(words, root, variables, output.fileno())
         try:
-            _report_until_done(process, key, mailbox, log, folder / "files")
+            in_time = _report_until_done(running, limit, key, mailbox, log, folder / "files")
         finally:
-            process.kill()
-        return process.returncode, log.read_bytes(), pack(folder / "files")
+            running.end()
+        status = running.status() if in_time else None
+        return status, log.read_bytes(), pack(folder / "files")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Running:
+    """A command that runs, however it was begun."""
+
+    pid: int
+    wait: Callable[[float | None], None]
+    status: Callable[[], int | None]
+
+    def end(self) -> None:
+        """Interrupt it and what it started, and kill what does not listen."""
+        if self.status() is None:
+            self._tell(signal.SIGINT)
+            self.wait(GRACE_SECONDS)
+        self._tell(signal.SIGKILL)
+        self.wait(None)
+
+    def _tell(self, number: int) -> None:
+        # One that has just begun leads no group yet.
+        for send in (os.killpg, os.kill):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                send(self.pid, number)
+                return
+
+
+def _begin_fresh(
+    words: Sequence[str], root: Path, environment: Mapping[str, str], output: int
+) -> _Running:
+    """A new interpreter."""
+    process = subprocess.Popen(
+        [sys.executable, *words],
+        cwd=root,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+    def wait(seconds: float | None) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+
+    return _Running(process.pid, wait, process.poll)
+
+
+def _begin_warm(
+    imports: Sequence[str],
+    words: Sequence[str],
+    root: Path,
+    environment: Mapping[str, str],
+    output: int,
+) -> _Running:
+    """Forked from this worker's server, which has imported what cells need."""
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    from core.processes import warm
+
+    if not warm.can_be_warm(gpu=False):
+        return _begin_fresh(words, root, environment, output)
+    with _no_main_file():
+        process = warm.start_command(
+            words, folder=root, environment=environment, output=output, imports=imports
+        )
+    assert process.pid is not None
+    return _Running(process.pid, process.join, lambda: process.exitcode)
+
+
+@contextlib.contextmanager
+def _no_main_file() -> Iterator[None]:
+    """Within the block, a process that is started does not run this worker's script again."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _report_until_done(
-    process: subprocess.Popen[bytes], key: str, mailbox: Any, log: Path, files: Path
-) -> None:
-    """Send what the command says as it says it, and now and then what it has saved."""
+    running: _Running, limit: float | None, key: str, mailbox: Any, log: Path, files: Path
+) -> bool:
+    """Send what the command says as it says it, and now and then what it has saved.
+
+    Returns:
+        Whether it came to its end within its limit.
+    """
     sent, saved, last_save = 0, _newest(files), time.monotonic()
+    until = math.inf if limit is None else time.monotonic() + limit
     while True:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(SPEAK_SECONDS)
-            return
+        running.wait(min(SPEAK_SECONDS, max(0.0, until - time.monotonic())))
+        if running.status() is not None:
+            return True
+        if time.monotonic() >= until:
+            return False
         with log.open("rb") as output:
             output.seek(sent)
             said = output.read()

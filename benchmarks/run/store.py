@@ -109,9 +109,16 @@ class Store:
         """Make the cell finished; the last thing that is written."""
         write_record(self.folder(cell) / "record.json", {**cell.describe(), "result": record})
 
-    def fail(self, cell: Cell, error: str) -> None:
-        """Record that the cell's command failed."""
-        write_record(self.folder(cell) / "failure.json", {**cell.describe(), "error": error})
+    def fail(self, cell: Cell, error: str, goes_on: bool = False) -> None:
+        """Record that the cell's command failed.
+
+        Args:
+            cell: The cell.
+            error: Why.
+            goes_on: Whether its next run goes on from what it saved.
+        """
+        told = {"error": error, "goes_on": goes_on}
+        write_record(self.folder(cell) / "failure.json", {**cell.describe(), **told})
 
     def discard(self, cell: Cell) -> None:
         """Forget a cell's files (not its log)."""

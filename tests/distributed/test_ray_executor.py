@@ -31,7 +31,7 @@ def cluster() -> Iterator[Any]:
 def executor(cluster: Any, **options: Any) -> Any:
     from benchmarks.run.ray_executor import RayExecutor
 
-    return RayExecutor(address=cluster.address, code=("training", "tests"), **options)
+    return RayExecutor(address=cluster.address, code=("core", "training", "tests"), **options)
 
 
 @pytest.mark.slow
@@ -118,6 +118,22 @@ def test_data_travels_and_failures_come_back(cluster: Any, tmp_path: Path) -> No
     record = store.record(sees_data)
     assert record is not None
     assert record["result"]["value"] == 3
+
+
+def test_warm_cells_are_forked_and_late_ones_ended(cluster: Any, tmp_path: Path) -> None:
+    """A worker imports once; what takes longer than its limit goes on later."""
+    runs = tmp_path / "runs"
+    cells = [toy(value=v, runs=str(runs)) for v in range(4)]
+    slow = toy(value=9, sleep=60, runs=str(runs))
+    store = Store(tmp_path / "store")
+    remote = executor(cluster, imports=("json",), limit=8.0)
+    status = grid([*cells, slow], store, executor=remote).run()
+    assert status.pop(slow.key) is Status.FAILED
+    assert set(status.values()) == {Status.FINISHED}
+    assert "--cell-timeout" in (store.failure(slow) or {})["error"]
+    assert (store.files(slow) / "draft").exists()
+    values = [(store.record(cell) or {})["result"]["value"] for cell in cells]
+    assert values == [0, 1, 2, 3]
 
 
 def test_a_cell_of_more_processes_than_any_node_has_cores_is_not_waited_for_for_ever(

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.run.cells import ROOT, Cell, code_version, hash_json, in_order
-from benchmarks.run.executor import LocalExecutor
+from benchmarks.run.executor import Job, LocalExecutor
 from benchmarks.run.grid import Status
 from benchmarks.run.store import Store
 from benchmarks.show.results import load_results
@@ -142,6 +142,29 @@ def test_a_cell_of_several_processes_has_as_many_gpus_and_leaves_room_for_no_oth
     executor = LocalExecutor(2, gpus=["3", "4"])
     grid(cells, store, executor=executor, stages={"toy": ALONE}).run()
     assert [line.split()[1] for line in runs.read_text().splitlines()] == ["3,4", "3"]
+
+
+@pytest.mark.parametrize("imports", [None, ("json",)])
+def test_a_cell_that_takes_too_long_is_ended_and_goes_on_later(
+    imports: tuple[str, ...] | None, store: Store, tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    slow, quick = toy(value=1, sleep=60, runs=str(runs)), toy(value=2)
+    limited = LocalExecutor(2, imports=imports, limit=4.0 if imports else 2.0)
+    status = grid([slow, quick], store, executor=limited).run()
+    assert status == {slow.key: Status.FAILED, quick.key: Status.FINISHED}
+    assert "--cell-timeout" in (store.failure(slow) or {})["error"]
+    # Its next run finds what it had saved; that of another failure does not.
+    assert (store.files(slow) / "draft").exists()
+    kept: list[bool] = []
+
+    class Looks(LocalExecutor):
+        def start(self, job: Job) -> None:
+            kept.append((job.files / "draft").exists())
+            super().start(job)
+
+    grid([slow], store, executor=Looks(1, limit=1.0), retry_failed=True).run()
+    assert kept == [True]
 
 
 def test_results_are_a_data_frame(store: Store) -> None:
