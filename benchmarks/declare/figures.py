@@ -10,5 +10,6 @@ FIGURES: dict[str, str] = {
     "heatmap": "leakage by the first and the last axis",
     "curves": "objective and PSNR over the iterations of the attack",
     "lines": "leakage along the last axis, a line per value of the others",
+    "tokens_over_width": "exact sentences by tokens over width, a line per value of the first axes",
     "layers": "the rank-analysis index of every layer",
 }

@@ -136,6 +136,7 @@ _DRAW: dict[str, Draw] = {
     "heatmap": charts.heatmap,
     "curves": charts.curves,
     "lines": charts.lines,
+    "tokens_over_width": charts.tokens_over_width,
     "layers": charts.layers,
 }
 
