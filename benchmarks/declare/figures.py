@@ -11,5 +11,6 @@ FIGURES: dict[str, str] = {
     "curves": "objective and PSNR over the iterations of the attack",
     "lines": "leakage along the last axis, a line per value of the others",
     "confidence": "how often cells of records are right, by how sure the attack is of them",
+    "tokens_over_width": "exact sentences by tokens over width, a line per value of the first axes",
     "layers": "the rank-analysis index of every layer",
 }

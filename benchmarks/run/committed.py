@@ -27,7 +27,10 @@ LEFT_OUT = frozenset(
     }
 )  # fmt: skip
 # What is kept of the details of an attack.
-DETAILS = ("cpu_seconds", "targets_at_once", "hvp_agreement", "chosen", "adaptations")
+DETAILS = (
+    "cpu_seconds", "targets_at_once", "hvp_agreement", "chosen", "adaptations",
+    "tokens_over_width",
+)  # fmt: skip
 DIGITS = 6
 
 

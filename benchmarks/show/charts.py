@@ -19,7 +19,9 @@ from benchmarks.show.results import RowResult, TableResult
 from benchmarks.show.statistics import Summary, summarize
 from core.figures import subplots
 
-LEAKAGE = "ssim"
+# What a table's leakage is drawn by: the first that its rows have.
+LEAKAGES = ("ssim", "tokens_placed")
+EXACT, TOKENS_OVER_WIDTH = "sentence_exact", "attack.details.tokens_over_width"
 UTILITY, DEFENDED = "validation accuracy", "defended accuracy"
 
 
@@ -86,13 +88,24 @@ def _name(row: RowResult) -> str:
     return ", ".join(row.row.labels.values())
 
 
+def _leakage(result: TableResult) -> str:
+    """The metric that a table's leakage is drawn by."""
+    held = (name for name in LEAKAGES for row in result.rows if _summary(row, name))
+    return next(held, LEAKAGES[0])
+
+
+def _title(metric: str) -> str:
+    return find_column(metric).header
+
+
 def tradeoff(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]:
     """What was leaked against what the model is worth, a point per row.
 
     Of a table with the column "defended accuracy" that one counts.
     """
     worth = DEFENDED if DEFENDED in result.table.columns else UTILITY
-    points = [(row, look, _mean(row, worth), _mean(row, LEAKAGE)) for row, look in _styled(result)]
+    name = _leakage(result)
+    points = [(row, look, _mean(row, worth), _mean(row, name)) for row, look in _styled(result)]
     points = [p for p in points if not math.isnan(p[2]) and not math.isnan(p[3])]
     if not points:
         return
@@ -100,15 +113,14 @@ def tradeoff(result: TableResult, store: Store, folder: Path) -> Iterator[Pictur
     ax = axes[0][0]
     for row, look, utility, leakage in points:
         ax.errorbar(
-            utility, leakage, yerr=_whiskers(row, leakage), fmt=look.marker, color=look.colour,
+            utility, leakage, yerr=_whiskers(row, name), fmt=look.marker, color=look.colour,
             capsize=2, label=_name(row),
         )  # fmt: skip
-    ax.set(xlabel=f"{worth} (%)", ylabel="SSIM of reconstructions (higher: more leaked)")
+    ax.set(xlabel=f"{worth} (%)", ylabel=f"{_title(name)} of reconstructions (higher: more leaked)")
     ax.set_xlim(left=0)
     figure.legend(fontsize=7, loc="outside right upper")
-    yield save_picture(
-        figure, folder / "tradeoff.png", "Privacy against utility: mean SSIM with its 95 % interval"
-    )
+    caption = f"Privacy against utility: mean {_title(name)} with its 95 % interval"
+    yield save_picture(figure, folder / "tradeoff.png", caption)
 
 
 def _summary(row: RowResult, name: str) -> Summary | None:
@@ -121,16 +133,17 @@ def _mean(row: RowResult, name: str) -> float:
     return summary.mean if summary else math.nan
 
 
-def _whiskers(row: RowResult, mean: float) -> list[list[float]] | None:
-    summary = _summary(row, LEAKAGE)
+def _whiskers(row: RowResult, name: str) -> list[list[float]] | None:
+    summary = _summary(row, name)
     if summary is None or summary.low is None or summary.high is None:
         return None
-    return [[max(0.0, mean - summary.low)], [max(0.0, summary.high - mean)]]
+    return [[max(0.0, summary.mean - summary.low)], [max(0.0, summary.high - summary.mean)]]
 
 
 def bars(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]:
     """Leakage of every row, with the baselines as lines."""
-    rows = [(row, look, _mean(row, LEAKAGE)) for row, look in _styled(result)]
+    leakage = _leakage(result)
+    rows = [(row, look, _mean(row, leakage)) for row, look in _styled(result)]
     rows = [(row, look, mean) for row, look, mean in rows if not math.isnan(mean)]
     if not rows:
         return
@@ -138,21 +151,21 @@ def bars(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]:
     ax = axes[0][0]
     for place, (row, look, mean) in enumerate(rows):
         ax.barh(place, mean, color=look.colour, alpha=look.opacity)
-        error = _whiskers(row, mean)
+        error = _whiskers(row, leakage)
         if error is not None:
             ax.errorbar(mean, place, xerr=error, fmt="none", ecolor="k", elinewidth=1, capsize=2)
     ax.set_yticks(range(len(rows)), [_name(row) for row, _, _ in rows], fontsize=7)
     ax.invert_yaxis()
     for number, (name, metrics) in enumerate(result.baselines.items()):
-        if LEAKAGE in metrics:
-            ax.axvline(metrics[LEAKAGE].mean, ls=[":", "--", "-."][number % 3], c="k", label=name)
+        if leakage in metrics:
+            ax.axvline(metrics[leakage].mean, ls=[":", "--", "-."][number % 3], c="k", label=name)
     if result.baselines:
         figure.legend(fontsize=7, loc="outside upper right", ncols=len(result.baselines))
-    ax.set_xlabel("SSIM (mean and 95 % interval)")
+    ax.set_xlabel(f"{_title(leakage)} (mean and 95 % interval)")
     yield save_picture(
         figure,
         folder / "bars.png",
-        "Mean SSIM of the reconstructions; lines: guesses without the gradient",
+        f"Mean {_title(leakage)} of the reconstructions; lines: guesses without the gradient",
     )
 
 
@@ -160,10 +173,11 @@ def heatmap(result: TableResult, store: Store, folder: Path) -> Iterator[Picture
     """Leakage by the first and the last axis, a panel per combination of those between."""
     if len(result.table.axes) < 2:
         return
+    leakage = _leakage(result)
     panels: dict[str, dict[tuple[str, str], float]] = {}
     for row in result.rows:
         first, *between, last = row.row.labels.values()
-        panels.setdefault(", ".join(between), {})[first, last] = _mean(row, LEAKAGE)
+        panels.setdefault(", ".join(between), {})[first, last] = _mean(row, leakage)
     panels = {
         name: cells
         for name, cells in panels.items()
@@ -186,10 +200,9 @@ def heatmap(result: TableResult, store: Store, folder: Path) -> Iterator[Picture
         ax.set_title(name, fontsize=8)
         ax.set_xlabel(result.table.axes[0])
     axes[0][0].set_ylabel(result.table.axes[-1])
-    figure.colorbar(image, ax=axes[0], label="SSIM", fraction=0.03)
-    yield save_picture(
-        figure, folder / "heatmap.png", "Mean SSIM of the reconstructions; dark: leaked"
-    )
+    figure.colorbar(image, ax=axes[0], label=_title(leakage), fraction=0.03)
+    caption = f"Mean {_title(leakage)} of the reconstructions; dark: leaked"
+    yield save_picture(figure, folder / "heatmap.png", caption)
 
 
 def curves(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]:
@@ -226,10 +239,10 @@ def _trace(row: RowResult) -> list[Mapping[str, float]]:
 
 def lines(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]:
     """Leakage along the last axis, a line per value of the others."""
-    axis = result.table.axes[-1]
+    axis, leakage = result.table.axes[-1], _leakage(result)
     groups: dict[str, list[tuple[str, float]]] = {}
     for row in result.rows:
-        mean = _mean(row, LEAKAGE)
+        mean = _mean(row, leakage)
         if not math.isnan(mean):
             groups.setdefault(labels_without(row, axis), []).append((row.row.labels[axis], mean))
     if not groups:
@@ -237,11 +250,41 @@ def lines(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]:
     figure, axes = subplots(1, 1, 5.5, 3.6)
     for name, points in groups.items():
         axes[0][0].plot(*zip(*points, strict=True), "o-", label=name)
-    axes[0][0].set(xlabel=axis, ylabel="SSIM (higher: more leaked)")
+    axes[0][0].set(xlabel=axis, ylabel=f"{_title(leakage)} (higher: more leaked)")
     axes[0][0].set_ylim(bottom=min(0.0, axes[0][0].get_ylim()[0]))
     if any(groups):
         axes[0][0].legend(fontsize=7)
-    yield save_picture(figure, folder / "lines.png", f"Mean SSIM of the reconstructions by {axis}")
+    caption = f"Mean {_title(leakage)} of the reconstructions by {axis}"
+    yield save_picture(figure, folder / "lines.png", caption)
+
+
+def tokens_over_width(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]:
+    """Exact sentences against tokens over the layer's width, a line per value of the first axes."""
+    axis = result.table.axes[-1]
+    groups: dict[str, list[tuple[float, float, RowResult]]] = {}
+    for row in result.rows:
+        place, mean = _mean(row, TOKENS_OVER_WIDTH), _mean(row, EXACT)
+        if not math.isnan(place) and not math.isnan(mean):
+            groups.setdefault(labels_without(row, axis), []).append((place, mean, row))
+    if not groups:
+        return
+    figure, axes = subplots(1, 1, 5.5, 3.6)
+    ax = axes[0][0]
+    for number, (name, points) in enumerate(groups.items()):
+        colour, marker = f"C{number % N_COLOURS}", MARKERS[number % len(MARKERS)]
+        points = sorted(points, key=lambda point: point[0])
+        places, means, _ = zip(*points, strict=True)
+        ax.plot(places, means, f"{marker}-", color=colour, label=name, alpha=0.8)
+        for place, mean, row in points:
+            error = _whiskers(row, EXACT)
+            if error is not None:
+                ax.errorbar(place, mean, yerr=error, fmt="none", ecolor=colour, capsize=2)
+    ax.axvline(1, color="k", lw=0.8, ls=":")
+    ax.set(xlabel="tokens with a gradient over width", ylabel=_title(EXACT), ylim=(-0.05, 1.05))
+    if any(groups):
+        ax.legend(fontsize=7)
+    caption = "Share of exact sentences by tokens over width; dotted: as many tokens as the width"
+    yield save_picture(figure, folder / "tokens_over_width.png", caption)
 
 
 def layers(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]:

@@ -138,6 +138,7 @@ _DRAW: dict[str, Draw] = {
     "curves": charts.curves,
     "lines": charts.lines,
     "confidence": confidence,
+    "tokens_over_width": charts.tokens_over_width,
     "layers": charts.layers,
 }
 

@@ -20,6 +20,7 @@ from benchmarks.declare.columns import find_column
 from benchmarks.declare.figures import FIGURES
 from benchmarks.declare.records import Run
 from benchmarks.run.store import Store
+from benchmarks.show import charts
 from benchmarks.show.charts import _looks, heatmap
 from benchmarks.show.figures import _DRAW, _distinct_slugs
 from benchmarks.show.output import write_outputs
@@ -228,6 +229,32 @@ def test_rows_are_told_apart_in_every_diagram(result: TableResult) -> None:
     assert [look.colour for look in looks] == ["C0", "C0", "C1", "C1", "C2", "C2"]
     assert [look.kind for look in looks] == [0, 1] * 3
     assert len({(look.marker, look.line, look.opacity) for look in looks}) == 2
+
+
+def test_text_is_drawn_by_its_own_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, store = load(tmp_path, TABLE), Store(tmp_path / "store")
+    for cell in table.cells():
+        if cell.stage == "attack":
+            n = cell.inputs["checkpoint"].cell.config["batch-size"]
+            sentence = {"index": 0, "tokens_placed": 1 / n, "sentence_exact": float(n == 1)}
+            record = attack_record(20.0)
+            record["evaluation"] = {"per_image": [sentence], "baselines": {}, "missing": {}}
+            record["details"] = {"tokens_over_width": n / 2}
+            store.finish(cell, record)
+        else:
+            store.finish(cell, {})
+    drawn = {}
+    monkeypatch.setattr(
+        charts, "save_picture", lambda figure, file, *about: drawn.setdefault(file.stem, figure)
+    )
+    result = collect(table, store)
+    for draw in (charts.bars, charts.lines, charts.tokens_over_width):
+        assert len(list(draw(result, store, tmp_path))) == 1
+    (widths,) = (patch.get_width() for patch in drawn["bars"].axes[0].patches[:1])
+    assert (widths, drawn["bars"].axes[0].get_xlabel()[:15]) == (1.0, "tokens in place")
+    assert drawn["lines"].axes[0].lines[0].get_ydata().tolist() == [1.0, 0.25]
+    line = drawn["tokens_over_width"].axes[0].lines[0]
+    assert [line.get_xdata().tolist(), line.get_ydata().tolist()] == [[0.5, 2.0], [1.0, 0.0]]
 
 
 def test_a_heat_map_of_a_single_axis_is_left_out(result: TableResult, tmp_path: Path) -> None:
