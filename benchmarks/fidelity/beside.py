@@ -9,8 +9,10 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import subprocess
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, Protocol
 
@@ -23,7 +25,9 @@ from core.errors import InputError
 from core.losses import Targets
 from core.target import Target
 
-PACKAGE = "breaching"
+PACKAGE, TABLEAK = "breaching", "tableak"
+# What shows that it is there; TabLeak's repository is a folder on the path and no package.
+MODULES = {TABLEAK: "attacks.gradient_inversion_attack"}
 
 
 class Beside(Protocol):
@@ -45,12 +49,25 @@ class Beside(Protocol):
 
 def installed(package: str) -> bool:
     """Whether the package that a row compares with is there."""
-    return bool(package) and importlib.util.find_spec(package) is not None
+    try:
+        found = importlib.util.find_spec(MODULES.get(package, package)) if package else None
+    except ImportError:
+        return False
+    return found is not None
 
 
 def version(package: str) -> str:
-    """The package with its version, as the record states it."""
-    return f"{package} {importlib.metadata.version(package)}"
+    """The package with its version, as the record states it; of a repository its commit."""
+    if package not in MODULES:
+        return f"{package} {importlib.metadata.version(package)}"
+    found = importlib.util.find_spec(MODULES[package])
+    folder = Path(str(found.origin)).parent if found else Path()
+    words = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
+    try:
+        said = subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        said = "of an unknown commit"
+    return f"{package} {said}"
 
 
 def _breaching() -> ModuleType:

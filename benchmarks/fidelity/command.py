@@ -43,7 +43,7 @@ def build_parser() -> CommandParser:
     )  # fmt: skip
     parser.add_argument(
         "--weights", action="append", default=[], metavar="NAME=FILE",
-        help="trained weights of ImageNet for resnet18 or resnet50",
+        help="trained weights of ImageNet for resnet18 or resnet50, the records for adult.data",
     )  # fmt: skip
     parser.add_argument("--trials", type=int, help="at most so many of each row")
     parser.add_argument("--budget", type=float, metavar="MINUTES", help="begin no trial later")

@@ -336,6 +336,8 @@ class RecordAttack:
         network: From features and classes.
         batch: Records.
         settings: Of the attack.
+        needs: The file of a table that comes with no package, as `--weights NAME=FILE` gives it.
+        same: Beside an attack that runs on the same gradient and labels; None: there is none.
     """
 
     attack: str
@@ -345,20 +347,46 @@ class RecordAttack:
     settings: Mapping[str, Value] = field(default_factory=dict)
     kind: str = TABLE
     needs: tuple[str, ...] = ()
-    second: str = ""
+    same: Beside | None = None
+
+    @property
+    def second(self) -> str:
+        """See `Experiment`."""
+        return self.same.package if self.same else ""
 
     def ours(self, trial: Trial) -> Outcome:
         """See `Experiment`: accuracy less that of guesses from the columns' distributions."""
-        train, _ = load_table(self.table).split()
+        case = self.case(trial)
+        attack = make_attack(self.attack, dict(self.settings), Knowledge())
+        labels = recover_most_exactly(case.target)
+        found = attack.reconstruct(
+            case.target, labels=labels, device=trial.device, seed=trial.number
+        )
+        return above_a_guess(case, found)
+
+    def beside(self, trial: Trial) -> Outcome:
+        """See `Experiment`."""
+        assert self.same is not None
+        case = self.case(trial)
+        labels = recover_most_exactly(case.target)
+        return above_a_guess(case, self.same(case.target, labels, trial))
+
+    def case(self, trial: Trial) -> Case:
+        """The update of the trial's records, of an untrained network."""
+        file = trial.weights.get(self.needs[0]) if self.needs else None
+        if self.needs and file is None:
+            raise InputError(f"--weights {self.needs[0]}=FILE: this row needs the file of records")
+        train, _ = load_table(self.table, None if file is None else file.parent).split()
         batch = train.batch(self.batch, trial.number, 0)
         torch.manual_seed(trial.number)
         model = self.network(batch.columns.width, len(batch.class_names)).eval()
-        target, truth = share(model, batch, seed=trial.number)
-        attack = make_attack(self.attack, dict(self.settings), Knowledge())
-        labels = recover_most_exactly(target)
-        found = attack.reconstruct(target, labels=labels, device=trial.device, seed=trial.number)
-        measured = evaluate(found.images, found.labels, truth, metrics=("record_accuracy",))
-        accuracy = _mean(measured.summary(), "record_accuracy")
-        guess = measured.baselines["marginal guess"]["record_accuracy"]["mean"]
-        assert guess is not None
-        return Outcome(accuracy - guess, {"accuracy": accuracy, "guess": guess})
+        return Case(*share(model, batch, seed=trial.number))
+
+
+def above_a_guess(case: Case, found: Reconstruction) -> Outcome:
+    """The share of right cells less that of guesses from the columns' distributions."""
+    measured = evaluate(found.images, found.labels, case.truth, metrics=("record_accuracy",))
+    accuracy = _mean(measured.summary(), "record_accuracy")
+    guess = measured.baselines["marginal guess"]["record_accuracy"]["mean"]
+    assert guess is not None
+    return Outcome(accuracy - guess, {"accuracy": accuracy, "guess": guess})

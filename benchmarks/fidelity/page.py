@@ -162,7 +162,8 @@ _PAGE = """# Does an attack here do what its paper says?
 Every row is a published attack or label rule at its published setting: the published value, ours
 over several images (or batches, or sentences) with the 95 % interval of the mean by bootstrap over
 them, and where it can be installed a second implementation
-([breaching](https://github.com/JonasGeiping/breaching)) on the same parameters, gradients and
+([breaching](https://github.com/JonasGeiping/breaching), for records
+[TabLeak's own code](https://github.com/eth-sri/tableak)) on the same parameters, gradients and
 images. Every image has initial parameters and a start of its own. The verdict follows from the
 numbers: the published value lies inside our interval ("reproduced"), below it ("above") or above
 it ("below", with the reason). Many published values are of a single image, whose deviation from
@@ -185,7 +186,8 @@ for this table.
 was stopped. `--data cifar10=DIR` names a folder of class folders with CIFAR-10's images; without it
 photographs from installed packages stand in and the row says so. Pictures are never stored.
 `--budget MINUTES` begins no trial later; `--only ROW` takes one row; `--device cuda` also computes
-those that need a GPU, `--weights resnet18=FILE` those on trained networks.
+those that need a GPU, `--weights resnet18=FILE` those on trained networks, and
+`--weights adult.data=FILE` those on Adult.
 
 ## Settings
 
