@@ -67,6 +67,7 @@ ATTACKS: dict[str, tuple[str, ...]] = {
     "mlp": ("trap:1", "trap:4", "trap:16", "ares:8", "ares:32", "ares:64"),
     "cnn": ("fishing:3", "fishing-feature:3", "ares:8", "ares:32", "ares:128",
             ),
+    "lenet": ("eggv:20", "eggv:100"),
     "cnn behind imprint:32": ("imprint:32",),
     "cnn behind imprint:128": ("imprint:128",),
     "cnn behind loki:32:2": ("loki:32:2",),
@@ -527,7 +528,8 @@ def alarms_of(parts: Sequence[Part], mode: str) -> Alarms:
     Of each detector the threshold is that of alpha / (number of detectors), so that all together
     give a false alarm in alpha of the rounds at most.
     """
-    false, found = [], {}
+    false: list[bool] = []
+    found: dict[str, list[bool]] = {}
     for part in parts:
         others = [p for p in parts if p.network == part.network and p.seed != part.seed]
         if not others:

@@ -47,9 +47,6 @@ class Ares(Attack):
 
     Published: no value in the part that could be read.
 
-    Reproduced:
-        ares: no value to compare with.
-
     Example:
         python training/get_gradients.py --data photo-patches -a fedavg_cnn --malicious ares:128
         python main_run.py --attack ares --checkpoint CHECKPOINT --metric

@@ -46,9 +46,6 @@ class Loki(Attack):
     Published: 76 to 86 % of all images of 100 clients under FedAvg on MNIST, CIFAR-100 and Tiny
         ImageNet, in one round.
 
-    Reproduced:
-        loki: not computed yet.
-
     Example:
         python training/get_gradients.py --data photo-patches -b 4 --aggregate 4 --model-eval \\
             --malicious loki:64:4
