@@ -12,9 +12,12 @@ from core.errors import InputError
 from core.launch_arguments import CommandParser
 
 if TYPE_CHECKING:
+    from audit.data import SiteData
     from audit.request import AuditRequest, AuditSettings
 
 MS6 = "ms6"
+# What --received-only writes into the folder of the report.
+RECEIVED = "received.json"
 # Of a class representative, as the protocol has them.
 PROTOCOL_RESTARTS = 50
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
@@ -51,7 +54,7 @@ def _add_update(group: argparse._ArgumentGroup) -> None:
         help="the model that the site received",
     )  # fmt: skip
     group.add_argument(
-        "--local", action="append", metavar="FILE|WORDS", required=True,
+        "--local", action="append", metavar="FILE|WORDS", default=[],
         help="the model that the site produced (or the difference); once more: its training, such "
         'as "adamw lr=1e-3 epochs=1 batch-size=8"',
     )  # fmt: skip
@@ -76,6 +79,15 @@ def _add_update(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--single-site", nargs="+", default=[], metavar="FILE",
         help="a model trained on this site's images alone; of several, one after each round",
+    )  # fmt: skip
+    group.add_argument(
+        "--previous", metavar="FILE",
+        help="the model that the site received a round before, to compare with",
+    )  # fmt: skip
+    group.add_argument(
+        "--received-only", action="store_true",
+        help="say whether --global looks as if it was made to leak, and stop: nothing needs to be "
+        "trained yet, and --local takes words alone",
     )  # fmt: skip
     group.add_argument("--round", type=int, metavar="N", help="of the update, for the report")
 
@@ -126,6 +138,8 @@ def _add_audit(group: argparse._ArgumentGroup) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Audit an update, print the page and write the reports; returns the exit status."""
     args = build_parser().parse_args(argv)
+    if args.received_only:
+        return _look(args)
     request, report = read_request(args), Path(args.report)
     from audit.reports import write_reports
     from audit.run import audit
@@ -137,13 +151,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _look(args: argparse.Namespace) -> int:
+    """Look at the received model alone, say what it looks like and write it as numbers."""
+    import dataclasses
+
+    from audit.show.received import words_of
+    from audit.suspicion import look_before_training
+    from core.client import loss_named
+    from core.models.own_model import own_architecture
+    from core.models.state_files import read_state
+    from core.storage import write_record
+
+    settings = _settings(args)
+    files = [v for v in args.local if not _OPTIMISER.match(v.strip())]
+    words = [v for v in (*args.local, args.local_training) if v and v not in files]
+    if files or len(words) > 1:
+        raise InputError("--received-only: give the words of the local training alone by --local")
+    received = read_state(args.global_state, "--global")
+    previous = None if args.previous is None else read_state(args.previous, "--previous")
+    model = own_architecture(args.model, args.seed)
+    assert model is not None
+    found = look_before_training(
+        received, model=model, data=_data(args), loss=loss_named(args.loss), previous=previous,
+        local=next(iter(words), None), settings=settings,
+    )  # fmt: skip
+    write_record(Path(args.report) / RECEIVED, dataclasses.asdict(found))
+    print(words_of(found))
+    return 0
+
+
+def _data(args: argparse.Namespace) -> SiteData:
+    from audit.data import open_data
+
+    return open_data(
+        args.data, size=args.size, class_names=[c for c in args.classes.split(",") if c],
+        mean=_numbers(args.mean, "--mean"), std=_numbers(args.std, "--std"), seed=args.seed,
+    )  # fmt: skip
+
+
 def read_request(args: argparse.Namespace) -> AuditRequest:
     """The audit that the flags ask for.
 
     Raises:
         InputError: One sentence on a flag or a file.
     """
-    from audit.data import open_data
     from audit.request import make_request
     from core.client import loss_named
     from core.models.own_model import own_architecture
@@ -154,15 +205,12 @@ def read_request(args: argparse.Namespace) -> AuditRequest:
     received, sent = read_state(args.global_state, "--global"), read_state(state, "--local")
     model = own_architecture(args.model, args.seed)
     assert model is not None
-    data = open_data(
-        args.data, size=args.size, class_names=[c for c in args.classes.split(",") if c],
-        mean=_numbers(args.mean, "--mean"), std=_numbers(args.std, "--std"), seed=args.seed,
-    )  # fmt: skip
     return make_request(
-        received, sent, model=model, data=data, loss=loss_named(args.loss), local=words,
+        received, sent, model=model, data=_data(args), loss=loss_named(args.loss), local=words,
         settings=settings, rounds=[read_state(path, "--rounds") for path in args.rounds],
         final=None if args.final is None else read_state(args.final, "--final"),
         single_site=[read_state(path, "--single-site") for path in args.single_site],
+        previous=None if args.previous is None else read_state(args.previous, "--previous"),
     )  # fmt: skip
 
 

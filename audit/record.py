@@ -9,7 +9,47 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+
+@dataclass(frozen=True)
+class DetectorSection:
+    """What one detector says of the model that the site received.
+
+    Attributes:
+        detector: Its registered name.
+        score: Higher is more suspicious; None: the model cannot be computed with.
+        threshold: Above it is an alarm; None: no honest round could be computed with.
+        alarm: Whether it is one, for this detector alone.
+    """
+
+    detector: str
+    score: float | None
+    threshold: float | None
+    alarm: bool
+
+
+@dataclass(frozen=True)
+class ReceivedSection:
+    """Whether the model that the site received was made to leak, said before anything is trained.
+
+    Attributes:
+        compared: Whether it was compared with the model of the round before.
+        rounds: Honest rounds that the site made to compare with; 0: none, see `note`.
+        p_value: How unusual the model is among them, by all detectors together; None: unknown.
+        false_alarm: Honest models that would be called suspicious, at most; None: unknown.
+        suspicious: Whether it is.
+        detectors: What each of them says.
+        note: Why nothing is known, in a sentence; empty where it is.
+    """
+
+    compared: bool
+    rounds: int
+    p_value: float | None
+    false_alarm: float | None
+    suspicious: bool
+    detectors: tuple[DetectorSection, ...]
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -290,6 +330,7 @@ class AuditRecord:
         round_number: Of the federation, where the site said it.
         membership_seconds: Wall-clock time of attack A.
         classes_seconds: Of attack C.
+        received: Whether what the site received was made to leak; None in a record of version 1.
     """
 
     verdict: str
@@ -312,3 +353,4 @@ class AuditRecord:
     round_number: int | None = None
     membership_seconds: float | None = None
     classes_seconds: float | None = None
+    received: ReceivedSection | None = None

@@ -115,6 +115,8 @@ class AuditRequest:
             last of the rounds that are known, see `trajectory`.
         single_site: A model of the site's images alone, after each of its rounds.
         warnings: What limits the audit, one sentence each.
+        previous: What the site received a round before; None: that of `rounds` which stands before
+            the received one, if both are among them.
     """
 
     update: SharedUpdate
@@ -128,6 +130,20 @@ class AuditRequest:
     final: State | None = None
     single_site: tuple[State, ...] = ()
     warnings: tuple[str, ...] = ()
+    previous: State | None = None
+
+    @cached_property
+    def before(self) -> nn.Module | None:
+        """The model of the round before; None where it is not at hand."""
+        state, received = self.previous, self.target.state_dict
+        if state is None:
+            known = [number for number, each in enumerate(self.rounds) if _same(each, received)]
+            state = self.rounds[known[0] - 1] if known and known[0] else None
+        if state is None:
+            return None
+        model = self.client.architecture.build()
+        load_parameters(model, state)
+        return model
 
     @cached_property
     def trajectory(self) -> tuple[State, ...]:
@@ -159,7 +175,9 @@ class AuditRequest:
         """Of everything that decides the audit's numbers."""
         content = hashlib.sha256()
         final = [] if self.final is None else [self.final]
+        previous = [] if self.previous is None else [self.previous]
         states = [self.update.before, self.update.change, *self.rounds, *final, *self.single_site]
+        states += previous
         for state in states:
             for name, value in state.items():
                 content.update(name.encode())
@@ -196,6 +214,7 @@ def make_request(
     final: State | None = None,
     single_site: Sequence[State] = (),
     kind: str | None = None,
+    previous: State | None = None,
 ) -> AuditRequest:
     """Read an update and check that it can be audited.
 
@@ -211,6 +230,7 @@ def make_request(
         final: The federation's final model.
         single_site: A model of the site's images alone, after each of its rounds.
         kind: Whether `local_state` holds "weights" or their "difference"; default: told apart.
+        previous: What the site received a round before.
 
     Raises:
         InputError: One sentence on what cannot be used: states that are swapped, the same or of
@@ -226,7 +246,7 @@ def make_request(
     )
     trains = received_model(architecture, update)
     module = without_masks(trains)
-    data = _fitted_data(module, data, chosen_loss)
+    data = fitted_data(module, data, chosen_loss)
     _check_level(data, chosen_loss, settings.alpha)
     client = Client(GivenModel(module), data.spec, chosen_loss, settings.seed)
     _check_order(update, client, data, told)
@@ -237,9 +257,10 @@ def make_request(
     )  # fmt: skip
     request = AuditRequest(
         update, client, GivenModel(trains), target, data, local_told, settings,
-        rounds=tuple(_named("--rounds", state, module) for state in rounds),
-        final=None if final is None else _named("--final", final, module),
-        single_site=tuple(_named("--single-site", state, module) for state in single_site),
+        rounds=tuple(named_state("--rounds", state, module) for state in rounds),
+        final=None if final is None else named_state("--final", final, module),
+        single_site=tuple(named_state("--single-site", state, module) for state in single_site),
+        previous=None if previous is None else named_state("--previous", previous, module),
     )  # fmt: skip
     return dataclasses.replace(request, warnings=tuple(_warnings(request)))
 
@@ -302,7 +323,7 @@ def _loss(model: nn.Module, data: SiteData, loss: Loss) -> float:
         return float(loss(model(data.spec.normalize(inputs)), labels))
 
 
-def _named(flag: str, state: State, model: nn.Module) -> State:
+def named_state(flag: str, state: State, model: nn.Module) -> State:
     """Another model of the same kind by the model's names."""
     found = fit(state, model)
     if found.missing or found.unexpected or found.other_shape:
@@ -313,7 +334,7 @@ def _named(flag: str, state: State, model: nn.Module) -> State:
 # --- The data --------------------------------------------------------------------------
 
 
-def _fitted_data(model: nn.Module, data: SiteData, loss: Loss) -> SiteData:
+def fitted_data(model: nn.Module, data: SiteData, loss: Loss) -> SiteData:
     """The data in the channels that the model takes, with the targets that the loss takes."""
     try:
         outputs = outputs_of(model, data.spec, data.members.images)

@@ -1,6 +1,7 @@
 """An audit: what does this update give away of the images that it was trained on?
 
-    labels -> attacks -> the test that decides -> power -> verdict -> membership -> remedies
+    the received model -> labels -> attacks -> the test that decides -> power -> verdict
+        -> membership -> remedies
 
 Every stage draws its random numbers from the request's seed and is kept as numbers, so that an
 interrupted audit goes on where it was.
@@ -33,14 +34,17 @@ from audit.record import (
     ClassSection,
     PowerSection,
     RateSection,
+    ReceivedSection,
     RemedySection,
     UntriedSection,
     UpdateSection,
 )
 from audit.remedies import find_remedies, remaking
 from audit.request import AuditRequest
+from audit.show.received import words_of
 from audit.show.words import duration, sentence
 from audit.stages import Stages
+from audit.suspicion import look_at_request
 from core.errors import InputError, first_line
 from core.processes import distributed
 from core.target import Target
@@ -65,9 +69,12 @@ def audit(
     """
     began = time.perf_counter()
     stages = Stages(report, request.digest)
-    plan = stages.once("plan", Plan, lambda: plan_for(request))
-    labels = stages.once("labels", KnownLabels, lambda: known_labels(request))
     with _bar(progress) as bar:
+        received = stages.once("received", ReceivedSection, lambda: look_at_request(request))
+        if not bar.disable:
+            bar.write(words_of(received), file=sys.stderr)
+        plan = stages.once("plan", Plan, lambda: plan_for(request))
+        labels = stages.once("labels", KnownLabels, lambda: known_labels(request))
         if not bar.disable:
             bar.write(announced(request, plan), file=sys.stderr)
         shown = partial(_show, bar)
@@ -98,6 +105,7 @@ def audit(
         round_number=request.settings.round_number,
         membership_seconds=others.membership_seconds,
         classes_seconds=others.classes_seconds,
+        received=received,
     )
 
 

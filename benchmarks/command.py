@@ -158,6 +158,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from benchmarks.vendor_defaults import main as vendor_defaults
 
         return exit_status(lambda: vendor_defaults(words[1:]))
+    if words[:1] == ["detection"]:
+        from benchmarks.detection import main as detection
+
+        return exit_status(lambda: detection(words[1:]))
     if words[:1] == ["fidelity"]:
         from benchmarks.fidelity.command import main as compare
 

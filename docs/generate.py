@@ -72,6 +72,7 @@ COMMANDS = {
     "python -m benchmarks.audit_power": "benchmarks.audit_power",
     "python -m benchmarks.tabular": "benchmarks.tabular",
     "python -m benchmarks.bounds": "benchmarks.bounds",
+    "python -m benchmarks.detection": "benchmarks.detection",
     "python -m benchmarks.audit_federation": "benchmarks.audit_federation",
     "python -m benchmarks.speed": "benchmarks.speed.__main__",
     "python -m benchmarks.speed.gpu_suite": "benchmarks.speed.gpu_suite",
@@ -93,6 +94,7 @@ RECORDS = (
 RECORDED = {
     "models.md": ("benchmarks.models.record", "models"),
     "bounds.md": ("benchmarks.bounds", "bounds"),
+    "detection.md": ("benchmarks.detection", "detection"),
     "fidelity.md": ("benchmarks.fidelity.page", "fidelity"),
     "label-rules.md": ("benchmarks.label_rules.record", "label_rules"),
 }

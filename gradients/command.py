@@ -119,7 +119,8 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--malicious",
         default="",
         metavar="KIND:N",
-        help="a malicious server sends a changed model: imprint:BINS, trap:RECORDS (that shall "
+        help="a malicious server sends a changed model: imprint:BINS, loki:BINS[:CLIENTS] (told "
+        "apart under --aggregate), ares:BINS (of a hidden layer), trap:RECORDS (that shall "
         "activate a neuron of the first layer), fishing:CLASS, or "
         "fishing-feature:CLASS[:FEATURE[:CUT]] (FEATURE: a number or logit, the default; images "
         "of the class pass below CUT, by default where one of the batch is expected); of a "

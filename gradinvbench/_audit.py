@@ -91,6 +91,7 @@ def audit(
     single_site: Sequence[State] = (),
     restarts: int = 4,
     round_number: int | None = None,
+    previous: State | None = None,
     keep_images: str | Path | None = None,
     report: str | Path | None = None,
     seed: int = 0,
@@ -124,6 +125,7 @@ def audit(
         single_site: A model trained on these members alone; of several, one after each round.
         restarts: Of each class representative.
         round_number: Which round the update is of, for the report.
+        previous: What the site received a round before, to compare what it received with.
         keep_images: Folder that reconstructions are kept in.
         report: Folder for the numbers of finished stages; an interrupted audit goes on there.
         seed: Of every random number.
@@ -147,7 +149,7 @@ def audit(
         request = make_request(
             global_state, local_state, model=model, loss=loss, local=local, settings=settings,
             data=_site(members, non_members, mean, std, seed), rounds=rounds, final=final,
-            single_site=single_site,
+            single_site=single_site, previous=previous,
         )  # fmt: skip
     return Audit(
         measure(request, report=None if report is None else Path(report), progress=progress)

@@ -10,10 +10,12 @@ from audit.record import (
     AttackSection,
     AuditRecord,
     ClassSection,
+    DetectorSection,
     LabelSection,
     LocalSection,
     PowerSection,
     RateSection,
+    ReceivedSection,
     RemedySection,
     SimilaritySection,
     TestSection,
@@ -112,6 +114,13 @@ def example(verdict: str = "leaks") -> AuditRecord:
         round_number=20,
         membership_seconds=3.5,
         classes_seconds=61.0,
+        received=ReceivedSection(
+            True, 19, 0.05, 0.05, True,
+            (
+                DetectorSection("dsnr", 0.1234, 0.2, False),
+                DetectorSection("weights", None, 0.01, True),
+            ),
+        ),
     )  # fmt: skip
 
 

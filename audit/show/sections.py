@@ -19,12 +19,14 @@ from audit.record import (
     LabelSection,
     LocalSection,
     RateSection,
+    ReceivedSection,
     RemedySection,
     SimilaritySection,
     TestSection,
     UntriedSection,
     UpdateSection,
 )
+from audit.show.received import words_of
 from audit.show.words import (
     DASH,
     count,
@@ -104,6 +106,7 @@ def sections_of(record: AuditRecord) -> tuple[Section, ...]:
     """Everything that is told of an audit: the verdict, what to do, and then the evidence."""
     told = (
         _verdict(record),
+        _received(record.received),
         _remedies(record),
         _attacks(record),
         _power(record),
@@ -143,7 +146,8 @@ def _verdict(record: AuditRecord) -> Section:
     attack = deciding(record)
     test = None if attack is None else attack.test
     rests = [*_rests_on(test)] if test else ["No attack could be tested against non-members."]
-    sentences = (sentence(record.statement), MEANING.get(record.verdict, ""), *rests)
+    warned = words_of(record.received) if record.received and record.received.suspicious else ""
+    sentences = (sentence(record.statement), warned, MEANING.get(record.verdict, ""), *rests)
     return Section("verdict", f"Verdict: {record.verdict}", tuple(filter(None, sentences)))
 
 
@@ -169,6 +173,22 @@ def _too_few_for_one(test: TestSection) -> str:
     needed = non_members_needed_per_image(test.members, test.alpha)
     enough = test.non_members >= needed
     return "" if enough else f" To single one out takes {needed:,} non-members of its class."
+
+
+# -- What was received ----------------------------------------------------------------------
+
+
+def _received(received: ReceivedSection | None) -> Section:
+    title = "What the site received"
+    if received is None:
+        unknown = "Whether that model was made to leak was not examined."
+        return Section("received", title, (unknown,))
+    rows = tuple(
+        (each.detector, optional(each.score), optional(each.threshold), "yes" if each.alarm else "")
+        for each in received.detectors
+    )
+    header = ("detector", "score", "threshold", "alarm")
+    return Section("received", title, (words_of(received),), Table(header, rows) if rows else None)
 
 
 # -- What there is -------------------------------------------------------------------------

@@ -32,6 +32,9 @@ def test_beats_the_guesses_by_its_margin_where_it_should(case: Case) -> None:
 
 # Attacks on what is no image, and where they are shown to work.
 ELSEWHERE = {
+    "ares": "test_malicious_servers.py",
+    "eggv": "test_malicious_servers.py",
+    "loki": "test_malicious_servers.py",
     "dager": "test_text.py",
     "decepticons": "test_malicious_text.py",
     "robbing-the-fed-text": "test_malicious_text.py",
