@@ -39,6 +39,7 @@ from core.processes.distributed import shard_sizes
 from core.records import BROKEN, check_types, fits
 from core.storage import load_checkpoint, save_checkpoint
 from core.target import RUNNING_STATISTICS, BatchStatistics, LocalTraining, Target, Truth
+from gradients.defenses import current_name, defense_class, defense_names, parse_defenses
 from gradients.private_gradient import PrivacySettings
 
 # Of images in [0, 1] with one class each under cross-entropy, which every reader knows.
@@ -235,7 +236,7 @@ def _parse_target(
         )
     loss = _loss(raw, given_loss)
     data = _data_spec(raw, loss)
-    model = _architecture(raw, data, build)
+    model = _changed_by_defenses(_architecture(raw, data, build), raw)
     skeleton = model.skeleton()
     batch_size = _count(raw["batch_size"], "batch size", MAX_BATCH_SIZE)
     if raw.get("x_true") is None:
@@ -317,6 +318,21 @@ def _architecture(raw: Mapping[str, Any], data: DataSpec, build: Builder | None)
         _check_bins(raw, parse_text_malice(malicious, "the word for its malicious server"))
         model = add_to_language_model(model, malicious, data.shape[0])
     return GivenModel(model, str(builder), data.shape, malicious)
+
+
+def _changed_by_defenses(model: Architecture, raw: Mapping[str, Any]) -> Architecture:
+    """The architecture as the client's defenses left it, of those that are known here."""
+    for word in _defenses(raw):
+        name = current_name(word.split(":")[0])
+        changes = name in defense_names() and defense_class(name).changes_model()
+        if changes:
+            (defense,) = parse_defenses(word)
+            shapes: dict[str, Sequence[int]] = {
+                n: tuple(getattr(v, "shape", ())) for n, v in raw["state_dict"].items()
+            }
+            defense.check_state(shapes)
+            model = defense.architecture(model)
+    return model
 
 
 def _check_bins(raw: Mapping[str, Any], malice: Malice) -> None:

@@ -123,8 +123,10 @@ def share_update(
             not suit the model, or its checkpointed blocks have no gradient.
     """
     process = process or Process()
+    given = isinstance(architecture, GivenModel)
     for defense in settings.defenses:
         defense.prepare(model)
+        architecture = defense.architecture(architecture)
     if not trainable_parameters(model):
         raise InputError("every parameter of the model is frozen: there is nothing to share")
     state = {name: value.detach().clone() for name, value in model.state_dict().items()}
@@ -133,7 +135,7 @@ def share_update(
     precision = parameter.dtype
     inputs = data_spec.normalize(data_spec.placed(images, parameter))
     labels = labels.to(process.device, precision if labels.is_floating_point() else None)
-    if isinstance(architecture, GivenModel):
+    if given:
         refuse_reentrant_blocks(model, inputs)
     numbers = generator(settings.seed, _DEFENSES)
     view = ClientView(model, inputs, labels, numbers, settings.loss, settings.local, data_spec)

@@ -189,9 +189,10 @@ def _add_defense_arguments(parser: argparse.ArgumentParser) -> None:
         help="in order of application, e.g. clip:1,gaussian:0.01; names: ats (policies), censor "
         "(trials, seed, projection), clip (norm), enclave (layers), freeze (free layers: their "
         "number, or names joined by +), gaussian (std), graddefense (slices, perturbed, scale), "
-        "laplace (scale), layerdrop (share), mixup (alpha), outpost (noise, prune, phi), "
-        "percentile-noise (sigma0, percentile), prune (fraction), quantize (levels), sign, "
-        "soteria (fraction), svdefense (energy), topk (share)",
+        "instahide (mixed), laplace (scale), layerdrop (share), mixup (alpha), outpost (noise, "
+        "prune, phi), percentile-noise (sigma0, percentile), precode (size, beta), prune "
+        "(fraction), quantize (levels), sign, soteria (fraction), svdefense (energy), topk "
+        "(share)",
     )
 
 

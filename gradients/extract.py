@@ -175,7 +175,10 @@ def _ours(settings: ExtractSettings, pretrained: Pretrained | None, process: Pro
         _say(process, OUR_STEM)
 
     def model() -> nn.Module:
-        return build_received_model(spec, pretrained, chosen.outlayer_state, settings.seed)
+        defenses = settings.client.defenses
+        return build_received_model(
+            spec, pretrained, chosen.outlayer_state, settings.seed, defenses
+        )
 
     return _Received(spec, data, data_spec, client, model)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from core.models.building import ModelSpec, build_model, last_linear
 from core.models.state_files import Fit, fit, load_fitting, read_state, state_in
 from core.models.unchanged import in_mode, unchanged
 from core.storage import load_checkpoint
+from gradients.defenses import Defense
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ def build_received_model(
     pretrained: Pretrained | None = None,
     outlayer_state: str = "None",
     seed: int = 0,
+    defenses: Sequence[Defense] = (),
 ) -> nn.Module:
     """Build the architecture and give it its parameters.
 
@@ -104,6 +106,7 @@ def build_received_model(
         outlayer_state: How to initialise the last layer: "None" (leave it),
             "kaiming_uniform" or "normal" (std 0.01, bias 0).
         seed: Seed of the random initialisation.
+        defenses: Of the client; some change the model.
 
     Raises:
         InputError: The parameters do not belong to this architecture.
@@ -112,6 +115,10 @@ def build_received_model(
         torch.manual_seed(seed)
         model = build_model(spec)
         if pretrained is not None:
+            for defense in defenses:
+                # A model that was trained under it has its parameters; another one gets them later.
+                if defense.changes_model() and defense.is_in(pretrained.state_dict):
+                    defense.prepare(model)
             _load(model, spec, pretrained)
         _set_outlayer(model, outlayer_state)
     return model

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from core.settings import Value
 from core.target import Target
 
 if TYPE_CHECKING:
     from attack.reconstruction import Reconstruction
 
-# Runs an attack on a candidate for a share of the iterations.
-Attempt = Callable[[Target, float], "Reconstruction"]
+
+class Attempt(Protocol):
+    """Runs an attack on a candidate."""
+
+    def __call__(self, target: Target, share: float, **changes: Value) -> Reconstruction:
+        """Attack.
+
+        Args:
+            target: The candidate.
+            share: Of the attack's iterations; may exceed 1.
+            changes: Settings of the attack to change, by name.
+        """
 
 
 @dataclass(frozen=True)

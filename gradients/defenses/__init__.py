@@ -23,12 +23,14 @@ from gradients.defenses.enclave import Enclave
 from gradients.defenses.freeze import Freeze
 from gradients.defenses.gaussian import Gaussian
 from gradients.defenses.graddefense import GradDefense
+from gradients.defenses.instahide import InstaHide
 from gradients.defenses.laplace import Laplace
 from gradients.defenses.layerdrop import LayerDrop
 from gradients.defenses.mixup import MixUp
 from gradients.defenses.outpost import Outpost
 from gradients.defenses.percentile_noise import Percentile
 from gradients.defenses.pipeline import Pipeline, as_transform
+from gradients.defenses.precode import Precode
 from gradients.defenses.prune import Prune
 from gradients.defenses.quantize import Quantize
 from gradients.defenses.sign import Sign
@@ -47,12 +49,14 @@ __all__ = [
     "Gaussian",
     "GradDefense",
     "Gradient",
+    "InstaHide",
     "Laplace",
     "LayerDrop",
     "MixUp",
     "Outpost",
     "Percentile",
     "Pipeline",
+    "Precode",
     "Prune",
     "Quantize",
     "SVDefense",

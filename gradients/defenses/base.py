@@ -6,13 +6,14 @@ import abc
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
 
 from core.errors import InputError
+from core.models.architecture import Architecture
 from training.transforms import ClientView
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,33 @@ class Defense(abc.ABC):
 
     def prepare(self, model: nn.Module) -> None:  # noqa: B027 (a hook that may stay empty)
         """Change the model before local training (freezing does)."""
+
+    def architecture(self, given: Architecture) -> Architecture:
+        """What rebuilds a model that `prepare` has changed.
+
+        Args:
+            given: What rebuilds it before.
+        """
+        return given
+
+    @classmethod
+    def changes_model(cls) -> bool:
+        """Whether a model has other parameters under this defense."""
+        return cls.architecture is not Defense.architecture
+
+    def is_in(self, state: Mapping[str, torch.Tensor]) -> bool:
+        """Whether these parameters are of a model that it has changed."""
+        return False
+
+    def check_state(self, shapes: dict[str, Sequence[int]]) -> None:  # noqa: B027 (may stay empty)
+        """Refuse, before anything is built, a file that `architecture` cannot belong to.
+
+        Args:
+            shapes: Of its parameters, by name.
+
+        Raises:
+            InputError: It cannot.
+        """
 
     def encode(self, client: ClientView) -> tuple[torch.Tensor, torch.Tensor]:
         """The images and labels to train on instead of the client's, which stay as they are.

@@ -51,7 +51,7 @@ class MixUp(Defense):
         share = float(np.random.default_rng(seed).beta(self.alpha, self.alpha))
         order = torch.randperm(n, generator=client.generator)
         weights = mixing(share, order.tolist()).to(client.images)
-        labels = _probabilities(client)
+        labels = class_probabilities(client)
         return mixed(client.images, weights), mixed(labels, weights)
 
     def apply(self, gradient: Gradient, client: ClientView) -> Gradient:
@@ -80,7 +80,8 @@ def mixed(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return torch.tensordot(weights.to(values), values, dims=1)
 
 
-def _probabilities(client: ClientView) -> torch.Tensor:
+def class_probabilities(client: ClientView) -> torch.Tensor:
+    """Labels as N x classes, in the precision of the images."""
     if client.labels.is_floating_point():
         return client.labels
     buffers = {name: buffer.clone() for name, buffer in client.model.named_buffers()}

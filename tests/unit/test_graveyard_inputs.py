@@ -12,6 +12,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from attack.attacks.spectral import Spectral
 from attack.knowledge.answers.ats import taken_back
+from attack.knowledge.answers.instahide import decoded, shares_of_mixtures
 from attack.metrics import assign, psnr
 from core.errors import InputError
 from core.models.building import ModelSpec, build_model
@@ -19,9 +20,11 @@ from core.target import Target, Truth
 from gradients.client import ClientSettings, generator, share_update
 from gradients.defenses import ClientView, parse_defenses
 from gradients.defenses.ats import ATS, transformed
+from gradients.defenses.instahide import LARGEST_SHARE, InstaHide
 from tests.targets import data_spec, smooth_images
 
 CPU = torch.device("cpu")
+LENET8 = ModelSpec("lenet", 10, 8, width=8)
 LENET = ModelSpec("lenet", 10, 16, width=8)
 
 
@@ -175,3 +178,81 @@ def test_several_steps_are_not_taken_apart() -> None:
     config = Spectral.published.changed(iterations=2, race=0, adaptive=True)
     found = Spectral(config).reconstruct(several, labels=truth.labels, device=CPU, seed=0)
     assert "are matched, and not taken back" in found.details["adaptations"][0]
+
+
+# -- InstaHide ---------------------------------------------------------------------
+
+
+def test_an_encoding_is_a_mixture_with_random_signs() -> None:
+    spec, images = data_spec(8), smooth_images(3, 8)
+    view = ClientView(
+        build_model(LENET8),
+        spec.normalize(images),
+        torch.tensor([2, 0, 1]),
+        torch.Generator().manual_seed(0),
+    )
+    found, labels = InstaHide(2).encode(view)
+    assert labels.shape == (3, 10)
+    # The labels say which images are in a mixture, and how much of each.
+    weights = labels[:, [2, 0, 1]]
+    torch.testing.assert_close(weights.sum(1), torch.ones(3))
+    assert float(weights.max()) <= LARGEST_SHARE + 1e-6
+    assert bool(((weights > 0).sum(1) == 2).all())
+    assert bool((weights.diagonal() > 0).all())
+    mixtures = torch.einsum("ij,jchw->ichw", weights, view.images)
+    torch.testing.assert_close(found.abs(), mixtures.abs(), atol=1e-6, rtol=1e-5)
+    signs = (found * mixtures).sign()
+    assert abs(float(signs.mean())) < 4 / signs.numel() ** 0.5
+
+
+def test_an_image_alone_has_only_its_signs_hidden() -> None:
+    inputs, labels = encoded_alone()
+    torch.testing.assert_close(inputs.abs(), data_spec(8).normalize(smooth_images(1, 8)).abs())
+    assert labels.tolist() == [[0, 0, 0, 1, *[0] * 6]]
+
+
+def encoded_alone() -> tuple[torch.Tensor, torch.Tensor]:
+    inputs = data_spec(8).normalize(smooth_images(1, 8))
+    numbers = torch.Generator().manual_seed(0)
+    return InstaHide().encode(ClientView(build_model(LENET8), inputs, torch.tensor([3]), numbers))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_last_layer_says_the_shares_of_both_mixtures(seed: int) -> None:
+    target, truth = shared("instahide", seed)
+    _, labels = encoded("instahide", seed)
+    found = shares_of_mixtures(target, truth.labels)
+    # Which of the two mixtures is the first image's is a matter of words.
+    ordered, true = (one[one[:, 0].argsort()] for one in (found, labels[:, [3, 7]].double()))
+    torch.testing.assert_close(ordered, true, atol=0.002, rtol=0)
+
+
+def test_encodings_of_several_rounds_give_the_images() -> None:
+    spec, images = data_spec(8), smooth_images(2, 8)
+    defense, numbers = InstaHide(), torch.Generator().manual_seed(0)
+    inputs = spec.normalize(images)
+    weights = torch.cat([defense.weights(2, numbers) for _ in range(10)])
+    mixtures = torch.einsum("ij,jchw->ichw", weights, inputs.double()).float()
+    signs = torch.randint(0, 2, mixtures.shape, generator=numbers) * 2 - 1
+    found = decoded(spec, signs * mixtures, weights)
+    # The sign that a place has in both images stays open.
+    ours = spec.normalize(found)
+    alike, opposite = ((ours - sign * inputs).square().sum(0) for sign in (1, -1))
+    error = torch.minimum(alike, opposite).mean()
+    assert float(error) < 0.05 * float(inputs.square().sum(0).mean())
+
+
+def test_who_decodes_sees_more_than_who_does_not() -> None:
+    target, truth = shared("instahide")
+    config = Spectral.published.changed(iterations=30, race=0, adaptive=True)
+    found = Spectral(config).reconstruct(target, labels=truth.labels, device=CPU, seed=0)
+    assert "mixed and signed" in found.details["adaptations"][0]
+    magnitudes = encoded("instahide")[0].abs()
+    weights = shares_of_mixtures(target, truth.labels).float()
+    again = torch.einsum("ij,jchw->ichw", weights, data_spec(16).normalize(found.images))
+    untold = Spectral(config.changed(adaptive=False)).reconstruct(
+        target, labels=truth.labels, device=CPU, seed=0
+    )
+    plain = data_spec(16).normalize(untold.images)
+    errors = [float((one.abs() - magnitudes).square().mean()) for one in (again, plain)]
+    assert errors[0] < errors[1]

@@ -6,8 +6,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from attack.knowledge.answers.ats import likeliest_transformations
+from attack.knowledge.answers.instahide import likeliest_encoding
 from attack.knowledge.answers.mixup import likeliest_mixture
+from attack.knowledge.answers.precode import likeliest_noise
 from attack.knowledge.likely import Attempt, Likely
+from core.settings import Value
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +33,9 @@ def _mixture(target: Target, labels: torch.Tensor, attempt: Attempt) -> Likely:
 # Searches by the name of the defense.
 SEARCHES: dict[str, Callable[[Target, torch.Tensor, Attempt], Likely]] = {
     "ats": likeliest_transformations,
+    "instahide": likeliest_encoding,
     "mixup": _mixture,
+    "precode": likeliest_noise,
 }
 
 
@@ -55,12 +60,12 @@ def likeliest(
     if not config.matching.adaptive:
         return found
 
-    def shortened(candidate: Target, share: float) -> Reconstruction:
+    def shortened(target: Target, share: float, **changes: Value) -> Reconstruction:
         few = max(1, int(share * config.optimiser.iterations))
         short = config.changed(
             iterations=few, restarts=1, combine=False, polish=0, warmup=0, time_budget=None
         )
-        return attempt(candidate, short)
+        return attempt(target, short.changed(**changes))
 
     for word in target.defenses:
         search = SEARCHES.get(word.split(":")[0])

@@ -9,9 +9,21 @@ from attack.knowledge.answers import (
     censor,
     graddefense,
     hidden_layers,
+    instahide,
     mixup,
     outpost,
+    precode,
     svdefense,
 )
 
-__all__ = ["ats", "censor", "graddefense", "hidden_layers", "mixup", "outpost", "svdefense"]
+__all__ = [
+    "ats",
+    "censor",
+    "graddefense",
+    "hidden_layers",
+    "instahide",
+    "mixup",
+    "outpost",
+    "precode",
+    "svdefense",
+]

@@ -81,6 +81,27 @@ def share_from_head(target: Target, labels: torch.Tensor) -> float | None:
     Returns:
         In [1/2, 1]; None where there is no such layer, or the equations have no solution.
     """
+    found = solved_shares(target, labels, [[share] for share in SHARES], _mixed_classes)
+    return None if found is None else min(1.0, max(float(found[0]), 1 - float(found[0])))
+
+
+def solved_shares(
+    target: Target,
+    labels: torch.Tensor,
+    starts: list[list[float]],
+    mix: Callable[[np.ndarray, np.ndarray], np.ndarray],
+) -> np.ndarray | None:
+    """The shares that solve the equations of the last layer, see `share_from_head`.
+
+    Args:
+        target: What was shared of two mixtures of two images.
+        labels: Two classes.
+        starts: Shares to begin at.
+        mix: Of the labels as 2 x classes, and the shares, the labels of the mixtures.
+
+    Returns:
+        None where there is no such layer, or the equations have no solution.
+    """
     head = _head_of(target)
     if head is None or labels.is_floating_point() or int(labels[0]) == int(labels[1]):
         return None
@@ -93,23 +114,23 @@ def share_from_head(target: Target, labels: torch.Tensor) -> float | None:
     towards = q @ weight.T
 
     def errors(unknown: np.ndarray) -> np.ndarray:
-        a, s = unknown[:4].reshape(2, 2), unknown[4]
-        given = softmax(a @ towards + bias, axis=1) - _mixed_classes(classes, s)
+        a, shares = unknown[:4].reshape(2, 2), unknown[4:]
+        given = softmax(a @ towards + bias, axis=1) - mix(classes, shares)
         return (given - 2 * (p @ np.linalg.pinv(a)).T).ravel()
 
     best, smallest = None, UNSOLVED * math.sqrt(classes.size)
-    for share in SHARES:
-        expected = softmax(bias) - _mixed_classes(classes, share)
+    for shares in starts:
+        expected = softmax(bias) - mix(classes, np.array(shares))
         start = np.linalg.pinv(np.linalg.lstsq(p, expected.T / 2, rcond=None)[0])
-        solved = least_squares(errors, [*start.ravel(), share], xtol=1e-14, ftol=1e-14)
+        solved = least_squares(errors, [*start.ravel(), *shares], xtol=1e-14, ftol=1e-14)
         error = float(np.linalg.norm(solved.fun))
         if error < smallest:
-            best, smallest = float(solved.x[4]), error
-    return None if best is None else min(1.0, max(best, 1 - best))
+            best, smallest = solved.x[4:], error
+    return best
 
 
-def _mixed_classes(classes: np.ndarray, share: float) -> np.ndarray:
-    mixture: np.ndarray = share * classes + (1 - share) * classes[::-1]
+def _mixed_classes(classes: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    mixture: np.ndarray = shares[0] * classes + (1 - shares[0]) * classes[::-1]
     return mixture
 
 

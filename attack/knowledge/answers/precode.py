@@ -1,0 +1,221 @@
+"""Against PRECODE: what its bottleneck drew is in its own gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import least_squares
+from scipy.special import softmax
+
+from attack.knowledge.known_defenses import Adaptation, register_adaptation
+from attack.knowledge.likely import Attempt, Likely
+from core.models.building import last_linear
+from core.target import Target
+from gradients.defenses.base import parse_defenses
+from gradients.defenses.precode import (
+    BOTTLENECK,
+    BottleneckArchitecture,
+    Precode,
+    VariationalBottleneck,
+    bottleneck_of,
+)
+
+# Singular values below this share of the largest are rounding.
+RANK = 1e-5
+# Mean error of probabilities from which on the equations are not solved.
+UNSOLVED = 1e-3
+# Rounds of solving for features whose divergence depends on them.
+ROUNDS = 20
+
+
+@register_adaptation("precode")
+def _precode(adaptation: Adaptation, target: Target, values: list[float]) -> None:
+    """Compare everything where the noise is known, else only what lies before the bottleneck.
+
+    Source of the second: Scheliga, Mäder, Seeland, "Combining Variational Modeling with Partial
+    Gradient Perturbation to Prevent Deep Gradient Leakage", https://arxiv.org/abs/2208.04767.
+    """
+    if isinstance(target.model, BottleneckArchitecture) and target.model.noise is not None:
+        adaptation.notes.append("precode: the noise is computed from the bottleneck's gradients")
+        return
+    head, _ = last_linear(target.build_model())
+    inside = [name.rpartition(".")[0].startswith(head) for name in target.gradient]
+    adaptation.keep_only(
+        [
+            torch.full((), not later, device=g.device)
+            for later, g in zip(inside, target.gradient.values(), strict=True)
+        ]
+    )
+    adaptation.notes.append(
+        "precode: noise is drawn anew in every evaluation; the bottleneck's gradients and those "
+        "after it are left out"
+    )
+
+
+def likeliest_noise(target: Target, labels: torch.Tensor, attempt: Attempt) -> Likely:
+    """The target whose model has the noise that the client drew.
+
+    Args:
+        target: What was shared under PRECODE.
+        labels: N classes.
+        attempt: Not needed.
+    """
+    model = target.build_model()
+    bottleneck = bottleneck_of(model)
+    alone = len(target.shards) == 1 and target.local.shares_gradient and target.n_clients == 1
+    assert isinstance(target.model, BottleneckArchitecture)
+    if bottleneck is None or not alone or labels.is_floating_point():
+        return Likely(target)
+    seen = seen_bottleneck(target, labels, bottleneck)
+    if seen is None:
+        return Likely(target)
+    noise = torch.from_numpy(seen.noise).float()
+    pinned = BottleneckArchitecture(target.model.inner, target.model.size, noise)
+    return Likely(dataclasses.replace(target, model=pinned))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the gradients of a bottleneck and of the head say of a batch.
+
+    Attributes:
+        features: N x d, in front of the bottleneck.
+        drawn: N x k numbers that it drew.
+        noise: N x k, of the standard normal distribution.
+    """
+
+    features: np.ndarray
+    drawn: np.ndarray
+    noise: np.ndarray
+
+
+def seen_bottleneck(
+    target: Target, labels: torch.Tensor, bottleneck: VariationalBottleneck
+) -> Seen | None:
+    """Features, draws and noise of a batch, from linear equations and one small nonlinear one.
+
+    With b_i what was drawn for image i, logits are H (D b_i + d) + h, and u_i = softmax - y_i.
+    The decoder's gradient is sum_i H' u_i b_i' / N; multiplied by the pseudo-inverse of H' it is
+    the gradient of a classification layer with weight H D on inputs b_i. It has rank N and is
+    P Q; b = A Q with an N x N matrix A under which u and b belong together. The encoder's
+    gradient towards the mean is sum_i t_i z_i' with t_i = D' H' u_i / N plus the divergence's
+    part, so the features z are a linear solution.
+
+    Args:
+        target: What was shared.
+        labels: N classes, of images alone in their class.
+        bottleneck: With the received parameters.
+
+    Returns:
+        None where gradients are not shared, or equations are not solved.
+    """
+    model = target.build_model()
+    name, head = last_linear(model)
+    prefix = f"{name}.{BOTTLENECK}" if name else BOTTLENECK
+    wanted = [f"{prefix}.decoder", f"{prefix}.encoder"]
+    if any(w not in target.gradient for w in wanted) or head.bias is None:
+        return None
+    decoder_gradient, encoder_gradient = (_numbers(target.gradient[w]) for w in wanted)
+    weight, bias = _numbers(head.weight), _numbers(head.bias)
+    decoder, shift = _numbers(bottleneck.decoder), _numbers(bottleneck.decoder_bias)
+    n = len(labels)
+    solved = inputs_of_head(
+        np.linalg.pinv(weight.T) @ decoder_gradient,
+        weight @ decoder,
+        weight @ shift + bias,
+        labels.tolist(),
+    )
+    if solved is None:
+        return None
+    drawn, errors = solved
+    towards = errors @ weight @ decoder / n
+    features = _features(target, bottleneck, encoder_gradient, towards)
+    mean, deviation = _distribution(bottleneck, features)
+    return Seen(features, drawn, (drawn - mean) / deviation)
+
+
+def _features(
+    target: Target,
+    bottleneck: VariationalBottleneck,
+    gradient: np.ndarray,
+    towards: np.ndarray,
+) -> np.ndarray:
+    """N x d features from the gradient of the encoder's rows for the mean.
+
+    Args:
+        target: States the weight of the divergence.
+        bottleneck: With the received parameters.
+        gradient: 2 k x d, of the encoder.
+        towards: N x k derivatives of the loss, less the divergence, in the drawn numbers.
+    """
+    k, n = bottleneck.size, len(towards)
+    beta = stated(target).beta / (n * math.log(2))
+    mean = np.zeros_like(towards)
+    features = np.zeros((n, gradient.shape[1]))
+    for _ in range(ROUNDS):
+        features = np.linalg.pinv((towards + beta * mean).T) @ gradient[:k]
+        mean, _ = _distribution(bottleneck, features)
+    return features
+
+
+def stated(target: Target) -> Precode:
+    """PRECODE with the parameters that the client states."""
+    (word,) = [word for word in target.defenses if word.split(":")[0] == "precode"]
+    (defense,) = parse_defenses(word)
+    assert isinstance(defense, Precode)
+    return defense
+
+
+def _distribution(
+    bottleneck: VariationalBottleneck, features: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    rows = features @ _numbers(bottleneck.encoder).T + _numbers(bottleneck.encoder_bias)
+    mean, raw = np.split(rows, 2, axis=1)
+    return mean, np.logaddexp(0, raw)
+
+
+def inputs_of_head(
+    gradient: np.ndarray, weight: np.ndarray, bias: np.ndarray, labels: list[int]
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """The inputs of a classification layer, and softmax less label, of a batch.
+
+    Args:
+        gradient: C x k, of its weight.
+        weight: C x k.
+        bias: C.
+        labels: N classes, all different.
+
+    Returns:
+        N x k and N x C; None where the equations are not solved.
+    """
+    n, c = len(labels), len(bias)
+    if len(set(labels)) < n or n >= min(weight.shape):
+        return None
+    left, singular, right = np.linalg.svd(gradient, full_matrices=False)
+    if singular[n - 1] < RANK * singular[0]:
+        return None
+    p, q = left[:, :n] * singular[:n], right[:n]
+    classes = np.eye(c)[labels]
+    towards = q @ weight.T
+
+    def errors(unknown: np.ndarray) -> np.ndarray:
+        a = unknown.reshape(n, n)
+        given = softmax(a @ towards + bias, axis=1) - classes
+        return (given - n * (p @ np.linalg.pinv(a)).T).ravel()
+
+    expected = softmax(bias) - classes
+    start = np.linalg.pinv(np.linalg.lstsq(p, expected.T / n, rcond=None)[0])
+    solved = least_squares(errors, start.ravel(), xtol=1e-14, ftol=1e-14)
+    if float(np.abs(solved.fun).mean()) > UNSOLVED:
+        return None
+    a = solved.x.reshape(n, n)
+    return a @ q, softmax(a @ towards + bias, axis=1) - classes
+
+
+def _numbers(tensor: torch.Tensor) -> np.ndarray:
+    values: np.ndarray = tensor.detach().double().cpu().numpy()
+    return values
