@@ -69,6 +69,8 @@ class TabLeak(Attack):
 
     Reproduced:
         tableak: not computed yet.
+        tableak-adult: not computed yet.
+        tableak-adult-short: not computed yet.
 
     Example:
         >>> target, truth = gib.share(model, gib.table("randhie").batch(32))
