@@ -18,6 +18,7 @@ from core.processes.distributed import Process
 from core.target import LocalTraining, Target, Truth
 from gradients.client import ClientSettings, share_update
 from gradients.defenses import Defense, current_name, defense_names, parse_defenses
+from gradients.sums import Aggregation, share_sum
 from gradinvbench._clients import data_spec, is_bounded, local_training, token_spec
 from gradinvbench._names import check_name
 
@@ -42,6 +43,7 @@ def share(
     tokens: Sequence[str] = (),
     seed: int = 0,
     device: torch.device | str | None = None,
+    aggregate: int | Aggregation = 1,
     images: torch.Tensor | None = None,
     labels: torch.Tensor | Sequence[int] | None = None,
 ) -> tuple[Target, Truth]:
@@ -75,6 +77,9 @@ def share(
         tokens: The text of every token of the vocabulary, in the order of ids.
         seed: Of the random numbers of defenses, dropout and a `ModelSpec`'s parameters.
         device: Where to compute; default: where the model is.
+        aggregate: Number of clients whose mean update is shared, as a server sees it under secure
+            aggregation, or an `Aggregation`. Each has an equal share of the inputs, in their
+            order, and trains and defends its update by itself; of the mean, `local` is of each.
         images: Another name of `inputs`.
         labels: Another name of `targets`.
 
@@ -109,8 +114,14 @@ def share(
     wanted = fitted_targets(chosen, outputs, _one_of("targets", targets, labels), len(given))
     data = with_classes(data, chosen, outputs)
     _freeze_others(received, shared)
+    whose = aggregate if isinstance(aggregate, Aggregation) else _clients(aggregate)
+    if len(given) % len(whose.present):
+        raise InputError(
+            f"aggregate: {len(given)} inputs are not as many of each of {len(whose.present)} "
+            "clients"
+        )
     settings = ClientSettings(
-        local=local_training(local, len(given)),
+        local=local_training(local, len(given) // len(whose.present)),
         train_mode=received.training,
         defenses=_defenses(defense),
         seed=seed,
@@ -118,11 +129,21 @@ def share(
         loss=chosen,
     )
     process = Process(device=_device(received, device))
-    target = share_update(received, architecture, data, given, wanted, settings, process)
+    batch = (data, given, wanted, settings)
+    if whose.sums:
+        target: Target | None = share_sum(received, architecture, *batch, whose, process)
+    else:
+        target = share_update(received, architecture, *batch, process)
     assert target is not None
     if not all(gradient.isfinite().all() for gradient in target.gradient.values()):
         raise InputError("the update is not finite: the model or its local training diverges")
     return target, Truth(given, wanted, columns=columns)
+
+
+def _clients(number: int) -> Aggregation:
+    if not isinstance(number, int) or number < 1:
+        raise InputError(f"aggregate: a number of clients, at least 1, not {number!r:.40}")
+    return Aggregation(number)
 
 
 def _one_of(name: str, given: object, other: object) -> torch.Tensor:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import gradinvbench as gib
 from attack.attacks import get_attack
 from attack.attacks.parts.closed_form import gradient_loss
 from attack.disaggregation import disaggregate, participation_from_counts
@@ -326,3 +327,30 @@ def test_the_command_writes_a_checkpoint_per_client(
     torch.testing.assert_close(truth.images, shared(MLP, Aggregation(3, (2,)))[1].images)
     with pytest.raises(InputError, match="--counts 1,2/1: expected"):
         disaggregate_files([*files, "--results", "out", "--counts", "1,2/1"])
+
+
+# -- In Python ---------------------------------------------------------------------
+
+
+def test_share_gives_the_mean_of_clients_with_equal_parts_of_the_inputs() -> None:
+    torch.manual_seed(0)
+    model = build_model(MLP).eval()
+    images, labels = smooth_images(6, 8), torch.arange(6)
+    target, truth = gib.share(model, images, labels, aggregate=3, local="sgd lr=0.1 steps=2")
+    assert target.clients == (0, 1, 2)
+    assert torch.equal(truth.images, images)
+    alone = [
+        gib.share(model, x, y, local="sgd lr=0.1 steps=2")[0].gradient
+        for x, y in zip(images.split(2), labels.split(2), strict=True)
+    ]
+    for name, shared_value in target.gradient.items():
+        mean = torch.stack([gradient[name] for gradient in alone]).double().mean(0)
+        torch.testing.assert_close(shared_value.double(), mean, rtol=1e-5, atol=1e-7)
+    two, _ = gib.share(model, images[:4], labels[:4], aggregate=Aggregation(3, (2, 0)))
+    assert two.clients == (2, 0)
+
+
+@pytest.mark.parametrize("aggregate", [0, 4, "two"])
+def test_share_refuses_clients_that_cannot_be(aggregate: object) -> None:
+    with pytest.raises(gib.InputError, match="aggregate: "):
+        gib.share(build_model(MLP), smooth_images(6, 8), torch.arange(6), aggregate=aggregate)
