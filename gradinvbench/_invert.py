@@ -115,7 +115,7 @@ def _is_optimise(word: str) -> bool:
 def _labels(
     attack: Attack, target: Target, labels: torch.Tensor | Sequence[int] | str | None
 ) -> torch.Tensor:
-    if labels is None and attack.reads_tokens:
+    if labels is None and target.data.n_tokens:
         # A language model's targets are its inputs; the classes of others the attack recovers.
         return None  # type: ignore[return-value]
     if isinstance(labels, str) or (labels is None and _optimises_others(attack, target)):

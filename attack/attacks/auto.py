@@ -20,9 +20,10 @@ class Auto(Attack):
 
     Closed forms first, then attacks by optimisation, halved by a common gradient loss. The
     result is what the attacker would choose; `members` holds every attack's result, from
-    which an evaluation states the worst case. What AutoAttack is for robustness: Croce and
-    Hein, Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse
-    Parameter-free Attacks, ICML 2020, https://arxiv.org/abs/2003.01690.
+    which an evaluation states the worst case. On text those that read tokens take part, and
+    read the labels as well. What AutoAttack is for robustness: Croce and Hein, Reliable
+    Evaluation of Adversarial Robustness with an Ensemble of Diverse Parameter-free Attacks, ICML
+    2020, https://arxiv.org/abs/2003.01690.
 
     Args:
         config: Budget, members and what is granted.
@@ -32,6 +33,7 @@ class Auto(Attack):
     """
 
     name = "auto"
+    reads_anything: ClassVar[bool] = True
     recovers_labels: ClassVar[bool] = True
     shares_a_batch: ClassVar[bool] = True
     adapts_by_default: ClassVar[bool] = True

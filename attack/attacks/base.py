@@ -27,6 +27,7 @@ class Attack(abc.ABC):
         requires: What the threat model must grant to the attack.
         fits: Kinds of targets of the clients that it can be used on.
         reads_tokens: Whether it is made for clients whose inputs are token ids.
+        reads_anything: Whether it is made for clients of all inputs.
         label_rule: How its paper gets the labels, see `attack.knowledge.labels`; "exact" where
             it says nothing of it.
         recovers_labels: Whether it recovers the labels itself where no rule is asked for.
@@ -39,6 +40,7 @@ class Attack(abc.ABC):
     requires: ClassVar[frozenset[Capability]] = frozenset()
     fits: ClassVar[frozenset[Targets]] = frozenset(Targets)
     reads_tokens: ClassVar[bool] = False
+    reads_anything: ClassVar[bool] = False
     label_rule: ClassVar[str] = "exact"
     recovers_labels: ClassVar[bool] = False
     shares_a_batch: ClassVar[bool] = False

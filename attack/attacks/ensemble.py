@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from attack.attacks.base import Attack, get_attack
+from attack.attacks.text.parts.embedding_space import embedding_space
 from attack.knowledge.clients import require_classes
 from attack.knowledge.known_defenses import Adaptation, adapt
 from attack.knowledge.label_search import (
@@ -40,6 +41,7 @@ from attack.matching.replica import Replica
 from attack.reconstruction import Reconstruction
 from attack.settings import InversionConfig
 from core.errors import InputError
+from core.losses import Targets
 from core.processes import distributed
 from core.reading import parse_json
 from core.records import BROKEN, check_types, fits
@@ -173,6 +175,7 @@ class Ensemble:
         self.target, self.config, self.device, self.seed = target, config, device, seed
         self.state_file, self.progress, self.save_every = state_file, progress, save_every
         self.labels = labels
+        self.is_text = bool(target.data.n_tokens)
         self.started = time.perf_counter()
         self.members = list(self._members())
         self.judge = self._make_judge()
@@ -183,6 +186,8 @@ class Ensemble:
     def _members(self) -> Iterator[Member]:
         for name in self.config.members:
             attack = get_attack(name)
+            if self.is_text and not attack.reads_tokens:
+                continue
             yield self._admitted(Member(name, attack))
             if attack.published is None or name != "spectral":
                 continue
@@ -194,6 +199,9 @@ class Ensemble:
                 yield self._admitted(Member(f"{name}, unaware", attack, {"adaptive": False}))
 
     def _admitted(self, member: Member) -> Member:
+        if self.is_text and self.target.loss.targets not in member.attack.fits:
+            member.status = "not applicable"
+            member.reason = f"this client's loss is {self.target.loss.name}"
         missing = set(member.attack.requires) - self.config.capabilities
         if missing:
             member.status = "withheld"
@@ -271,10 +279,12 @@ class Ensemble:
         """Turn seconds into gradient evaluations, by timing a few of them."""
         if self.config.time_budget is None:
             return
-        replica = Replica(self.target, self.device)
+        target = embedding_space(self.target).target if self.is_text else self.target
+        replica = Replica(target, self.device)
         matcher = GradientMatcher(replica, Cosine(), "exact")
-        inputs = torch.zeros((self.target.batch_size, *self.target.data.shape))[replica.share]
-        known = torch.zeros(self.target.batch_size, dtype=torch.long)
+        inputs = torch.zeros((target.batch_size, *target.data.shape))[replica.share]
+        length = target.data.shape[:1] if target.loss.targets is Targets.TOKENS else ()
+        known = torch.zeros((target.batch_size, *length), dtype=torch.long)
         known = known if self.labels is None else self.labels
         labels = known[replica.share].to(self.device)
         matcher(inputs.to(self.device), labels)
@@ -287,9 +297,12 @@ class Ensemble:
         found = max(1, int(0.8 * left / max(each, 1e-6)))
         self.budget = distributed.broadcast_object(found)
 
-    def _recover_labels(self) -> torch.Tensor:
-        """The granted labels, or of all hypotheses the one that explains the gradient best."""
-        if self.labels is not None:
+    def _recover_labels(self) -> torch.Tensor | None:
+        """The granted labels, or of all hypotheses the one that explains the gradient best.
+
+        Of text None: an attack that reads tokens reads the labels as well.
+        """
+        if self.labels is not None or self.is_text:
             return self.labels
         require_classes("the search for labels of --attack auto", self.target.loss)
         candidates = [
@@ -322,7 +335,7 @@ class Ensemble:
             exact_bn=exact,
         )
 
-    def _run_closed_forms(self, labels: torch.Tensor) -> None:
+    def _run_closed_forms(self, labels: torch.Tensor | None) -> None:
         given: dict[str, Any] = {}
         if self.config.time_budget is not None:
             given["time_budget"] = SHARE_FOR_CLOSED_FORMS * self.config.time_budget
@@ -332,7 +345,7 @@ class Ensemble:
     def _waiting(self, optimising: bool) -> list[Member]:
         return [m for m in self.members if m.status == "waiting" and m.optimises == optimising]
 
-    def _halve(self, labels: torch.Tensor) -> None:
+    def _halve(self, labels: torch.Tensor | None) -> None:
         """Rounds of equal cost over ever fewer members, then half the budget for the last."""
         field = self._waiting(optimising=True)
         rounds = math.ceil(math.log2(len(field))) if len(field) > 1 else 0
@@ -360,7 +373,9 @@ class Ensemble:
                 bar.set_postfix_str(member.name)
                 yield member
 
-    def _attempt(self, member: Member, attack: Any, labels: torch.Tensor, budget: int) -> None:
+    def _attempt(
+        self, member: Member, attack: Any, labels: torch.Tensor | None, budget: int
+    ) -> None:
         """Run a member, unless an interrupted run had done so; a failure is a result, too."""
         name = f"{member.name}-{member.rounds}"
         saved = self._load(name)
@@ -376,11 +391,13 @@ class Ensemble:
             logger.info("%s: %s (%s)", member.name, saved["status"], saved["reason"])
             return
         member.status = "finished"
-        member.result = _result(saved)
+        member.result = self._result(saved)
         member.loss = self._common_loss(member.result)
         logger.info("%s: gradient loss %.5g", member.name, member.loss)
 
-    def _outcome(self, attack: Any, labels: torch.Tensor, state: Path | None) -> dict[str, Any]:
+    def _outcome(
+        self, attack: Any, labels: torch.Tensor | None, state: Path | None
+    ) -> dict[str, Any]:
         try:
             found = attack.reconstruct(
                 self.target, labels=labels, device=self.device, seed=self.seed,
@@ -399,7 +416,8 @@ class Ensemble:
 
     def _common_loss(self, result: Reconstruction) -> float:
         replica = self.judge.replica
-        inputs = self.target.data.normalize(result.images.double())[replica.share]
+        images = result.images if self.is_text else result.images.double()
+        inputs = self.target.data.normalize(images)[replica.share]
         labels = result.labels[replica.share].to(self.device)
         value = float(self.judge.value(inputs.to(self.device), labels))
         return value if math.isfinite(value) else math.inf
@@ -457,10 +475,11 @@ class Ensemble:
             elif "images" not in saved:
                 right = fits([saved["status"], saved["reason"]], list[str])
             else:
-                result = _result(saved)
+                result = self._result(saved)
                 check_types(result)
                 shape = (self.target.batch_size, *self.target.data.shape)
-                right = tuple(result.images.shape) == shape and result.images.is_floating_point()
+                right = tuple(result.images.shape) == shape
+                right = right and result.images.is_floating_point() != self.is_text
                 right = right and len(result.labels) == len(result.images)
         except BROKEN:
             right = False
@@ -474,8 +493,8 @@ class Ensemble:
             for state in path.parent.glob(f"{path.stem}*.pt"):
                 state.unlink()
 
-
-def _result(saved: dict[str, Any]) -> Reconstruction:
-    """A member's result, as `_outcome` keeps it."""
-    details = parse_json(saved["details"].encode(), "its details")
-    return Reconstruction(**{**saved, "details": details})
+    def _result(self, saved: dict[str, Any]) -> Reconstruction:
+        """A member's result, as `_outcome` keeps it."""
+        details = parse_json(saved["details"].encode(), "its details")
+        data = self.target.data if self.is_text else None
+        return Reconstruction(**{**saved, "details": details, "data": data})

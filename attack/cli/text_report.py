@@ -8,6 +8,7 @@ import torch
 
 from attack.knowledge.labels import label_accuracy
 from attack.metrics import Evaluation, evaluate_text
+from attack.metrics.worst_case import worst_case
 from attack.reconstruction import Reconstruction
 from attack.record import AttackRecord
 from attack.recovered import Recovered, recovered_sentences, text_pieces
@@ -43,6 +44,15 @@ def measure_text(
     if target.loss.targets is not Targets.TOKENS:
         record.label_accuracy = label_accuracy(found.labels, truth.labels)
         record.tables.append(f"label accuracy {record.label_accuracy:.3f}")
+    if found.members:
+        worst = worst_case(
+            {
+                name: evaluate_text(member.images, member.labels, truth, target.data)
+                for name, member in found.members.items()
+            }
+        )
+        record.worst_case = worst.to_record()
+        record.tables.append(worst.to_table(("tokens_placed", "sentence_exact")).get_string())
     read = found.images[evaluation.order]
     record.tables.append(as_lines(truth.images, read, target.data))
     record.details = {**record.details, "text": [target.data.text(ids) for ids in read]}

@@ -57,7 +57,7 @@ def check_client(attack: Attack, target: Target) -> None:
     Raises:
         InputError: Names the attack or the flag, and the client's loss.
     """
-    if attack.reads_tokens != bool(target.data.n_tokens):
+    if not attack.reads_anything and attack.reads_tokens != bool(target.data.n_tokens):
         kinds = ("images and numbers", "text")
         made, given = kinds[attack.reads_tokens], kinds[bool(target.data.n_tokens)]
         raise InputError(f"--attack {attack.name} is made for {made}, and this client has {given}")

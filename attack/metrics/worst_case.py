@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from attack.metrics.evaluation import Evaluation, is_smaller_better
+from attack.metrics.evaluation import Evaluation, is_smaller_better, metric_title
 
 if TYPE_CHECKING:
     from prettytable import PrettyTable
@@ -39,9 +39,8 @@ class WorstCase:
         from prettytable import PrettyTable
 
         shown = [metric for metric in metrics if metric in self.metrics]
-        table = PrettyTable(
-            ["image", *(word for m in shown for word in (m.upper(), f"{m.upper()} by"))]
-        )
+        titles = [metric_title(metric).partition(" (")[0] for metric in shown]
+        table = PrettyTable(["image", *(word for t in titles for word in (t, f"{t} by"))])
         table.title = "worst case over all attacks (chosen with the truth)"
         for row in self.per_image:
             cells = [(_number(row[m]), row[f"{m}_attack"] or "-") for m in shown]

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import gradinvbench as gib
+from attack.attacks.auto import Auto
+from attack.attacks.ensemble import EnsembleConfig
 from attack.attacks.parts.closed_form import gradient_loss
 from attack.attacks.text.lamp import random_order
 from attack.attacks.text.parts.embedding_space import embedding_space
@@ -96,6 +98,7 @@ def test_dager_recovers_every_sentence(n: int, tied: bool, classes: int, defense
     assert {*map(tuple, found.images.tolist())} == {*map(tuple, truth.images.tolist())}
     values = gib.evaluate(found, truth)
     assert values.summary()["sentence_exact"]["mean"] == 1
+    assert all(each["label_true"] == each["label_recovered"] for each in values.per_image)
 
 
 def test_beyond_the_width_dager_says_so() -> None:
@@ -283,3 +286,29 @@ def test_dager_reads_the_update_of_several_local_steps() -> None:
     found = gib.invert(target, attack="dager", progress=False)
     read = found.images[:, :-1].tolist()
     assert {*map(tuple, read)} == {*map(tuple, truth.images[:, :-1].tolist())}
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+def test_auto_reads_text(classes: int) -> None:
+    target, truth = shared(2, tied=False, classes=classes)
+    found = gib.invert(target, attack="auto", iterations=12, progress=False)
+    members = found.details["members"]
+    assert {*members} == {"dager", "tag", "lamp", "decepticons", "robbing-the-fed-text"}
+    assert found.details["chosen"] == "dager"
+    assert members["decepticons"]["status"] == "not applicable"
+    assert found.objective == min(m.objective for m in found.members.values())
+    assert gib.evaluate(found, truth).summary()["sentence_exact"]["mean"] == 1
+    assert found.texts == [target.data.text(ids) for ids in found.images]
+
+
+def test_auto_s_results_on_text_are_kept(tmp_path: Path) -> None:
+    target, _ = shared(2)
+    state = tmp_path / "state.pt"
+    config = EnsembleConfig(members=("dager", "tag", "spectral"), iterations=20)
+    run = {"labels": None, "device": torch.device("cpu"), "seed": 0, "state_file": state}
+    first, second = (Auto(config).reconstruct(target, **run) for _ in range(2))
+    assert torch.equal(first.images, second.images)
+    seconds = [each.details["members"]["tag"]["seconds"] for each in (first, second)]
+    assert seconds[0] == seconds[1]
+    in_time = dataclasses.replace(config, time_budget=1.0)
+    assert Auto(in_time).reconstruct(target, **{**run, "state_file": None}).details["budget"] > 0

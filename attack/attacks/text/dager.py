@@ -11,7 +11,7 @@ import torch
 from attack.attacks.base import Attack, register_attack
 from attack.attacks.text.parts.last_tokens import last_tokens
 from attack.attacks.text.parts.layers import TokenLayer, TokenLayers, token_layers
-from attack.attacks.text.parts.result import is_pruned, noise_of, text_reconstruction
+from attack.attacks.text.parts.result import arranged, is_pruned, noise_of, text_reconstruction
 from attack.attacks.text.parts.spans import ROUNDING, Span, shown_rows, span_of
 from attack.reconstruction import Reconstruction
 from core.errors import InputError
@@ -113,7 +113,7 @@ class Dager(Attack):
             "sentences": len(found.ids),
             "largest_distance": _largest(found, spans),
         }
-        return text_reconstruction(target, ids, labels, began, details)
+        return text_reconstruction(target, ids, arranged(target, ids, labels), began, details)
 
 
 def _largest(found: Found, spans: Spans) -> float | None:

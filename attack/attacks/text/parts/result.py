@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from typing import Any
 
 import torch
 
 from attack.attacks.parts.closed_form import gradient_loss
+from attack.attacks.text.parts.embedding_space import embedding_space
+from attack.knowledge.labels import recover_most_exactly
 from attack.reconstruction import Reconstruction
+from core.errors import InputError
 from core.losses import Targets
 from core.target import Target
+
+# Times that every two labels of a batch are tried the other way round.
+SWEEPS = 2
 
 
 def text_reconstruction(
@@ -43,6 +50,40 @@ def text_reconstruction(
         data=target.data,
         **result,
     )
+
+
+def arranged(target: Target, ids: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor | None:
+    """The labels of a classifier's sentences in an order that explains the gradient.
+
+    Two labels are exchanged while that brings the gradient nearer to the shared one.
+
+    Args:
+        target: What the client shared.
+        ids: N x T, in any order.
+        labels: N class indices in another order; None: they are recovered first.
+
+    Returns:
+        None for a language model, and where no rule recovers them.
+    """
+    if target.loss.targets is not Targets.CLASSES:
+        return labels
+    if labels is None:
+        try:
+            labels = recover_most_exactly(embedding_space(target).target)
+        except InputError:
+            return None
+    order = labels.clone()
+    best = gradient_loss(target, ids, order, ids.device)
+    pairs = list(itertools.combinations(range(len(order)), 2))
+    for i, j in pairs * SWEEPS:
+        if order[i] == order[j]:
+            continue
+        tried = order.clone()
+        tried[[i, j]] = order[[j, i]]
+        value = gradient_loss(target, ids, tried, ids.device)
+        if value < best:
+            order, best = tried, value
+    return order
 
 
 def as_many(ids: torch.Tensor, batch_size: int) -> torch.Tensor:
