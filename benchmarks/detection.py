@@ -33,7 +33,7 @@ from tqdm import tqdm
 from attack.attacks import OptimizationAttack, get_attack
 from attack.metrics import assign, psnr
 from audit.detectors import Received, detector_names, scores_of
-from audit.detectors.calibration import joint_p_value, threshold
+from audit.detectors.calibration import joint_p_value, rounds_needed
 from audit.detectors.honest import Samples, honest_scores
 from core.data.data_sets import load_data, take_samples
 from core.data.specs import DataSpec
@@ -511,10 +511,10 @@ def area_with_interval(honest: np.ndarray, cheating: np.ndarray) -> tuple[float,
 
 @dataclass(frozen=True)
 class Alarms:
-    """Alarms at a threshold from the honest rounds of the other seeds.
+    """Alarms of all detectors together, against the honest rounds of the other seeds.
 
     Attributes:
-        false: Share of the honest rounds.
+        false: Share of the honest rounds; not a number where there are too few others.
         found: Share of the malicious rounds, by what was sent.
     """
 
@@ -523,27 +523,19 @@ class Alarms:
 
 
 def alarms_of(parts: Sequence[Part], mode: str) -> Alarms:
-    """Alarms of all detectors together, at `ALPHA`, over all networks.
-
-    Of each detector the threshold is that of alpha / (number of detectors), so that all together
-    give a false alarm in alpha of the rounds at most.
-    """
+    """Rounds whose joint p-value among other federations' honest rounds is at most `ALPHA`."""
     false: list[bool] = []
     found: dict[str, list[bool]] = {}
     for part in parts:
         others = [p for p in parts if p.network == part.network and p.seed != part.seed]
-        if not others:
-            continue
         known = {d: values(others, "", mode, d).tolist() for d in detector_names()}
-        level = ALPHA / len(known)
-        if math.floor(level * (len(next(iter(known.values()))) + 1)) < 1:
+        if len(next(iter(known.values()))) < rounds_needed(ALPHA):
             continue
-        rules = {d: threshold(v, level) for d, v in known.items()}
         for look in part.looks:
-            scores = getattr(look, mode)
-            alarm = any(rule.alarms(math.inf if scores[d] is None else scores[d])
-                        for d, rule in rules.items())  # fmt: skip
-            false.append(alarm) if not look.sent else found.setdefault(look.sent, []).append(alarm)
+            given = getattr(look, mode)
+            scores = {d: math.inf if given[d] is None else given[d] for d in known}
+            alarm = joint_p_value(scores, known) <= ALPHA
+            found.setdefault(look.sent, []).append(alarm) if look.sent else false.append(alarm)
     shares = {word: float(np.mean(alarms)) for word, alarms in found.items()}
     return Alarms(float(np.mean(false)) if false else math.nan, shares)
 
@@ -700,10 +692,9 @@ within a federation), and the area against the attack that hides best.
 ## What an attack gets, whether it is found, and whether its model still trains
 
 - *Recovered*: images of {victims} at 20 dB or more that the server's attack recovers.
-- *Found*: percent of the malicious rounds with an alarm of any detector, at thresholds from the
-  honest rounds of the other federations that allow {alpha} % of false alarms together. Honest
-  rounds with an alarm: {false_alone} % with the model alone, {false_against} % against the round
-  before.
+- *Found*: percent of the malicious rounds that all detectors together call suspicious, compared
+  with the honest rounds of the other federations, at a level of {alpha} %. Honest rounds with an
+  alarm: {false_alone} % with the model alone, {false_against} % against the round before.
 - *Found by a site*: the same where the site knows no honest rounds but makes {site_rounds} by
   itself, from the round before, and trains as it always does. Honest rounds with an alarm:
   {false_site} % of {site_checks}.

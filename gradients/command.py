@@ -121,7 +121,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KIND:N",
         help="a malicious server sends a changed model: imprint:BINS, loki:BINS[:CLIENTS] (told "
         "apart under --aggregate), ares:BINS (of a hidden layer), trap:RECORDS (that shall "
-        "activate a neuron of the first layer), fishing:CLASS, or "
+        "activate a neuron of the first layer), eggv:STEPS (of a training), fishing:CLASS, or "
         "fishing-feature:CLASS[:FEATURE[:CUT]] (FEATURE: a number or logit, the default; images "
         "of the class pass below CUT, by default where one of the batch is expected); of a "
         "language model imprint:BINS or decepticons:FEATURES (that name a sentence)",
