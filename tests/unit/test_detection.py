@@ -88,11 +88,11 @@ def test_alarms_need_other_federations_and_keep_to_their_rate() -> None:
         return Look(number, sent, scores, scores)
 
     parts = [
-        Part("mlp", s, [look(n, "", 0) for n in range(200)] + [look(1, "trap:1", 9)])
+        Part("mlp", s, [look(n, "", 0) for n in range(50)] + [look(1, "trap:1", 9)])
         for s in range(6)
     ]
     alarms = alarms_of(parts, "alone")
-    assert alarms.false <= 0.07
+    assert alarms.false <= 0.1
     assert alarms.found == {"trap:1": 1.0}
     assert np.isnan(alarms_of(parts[:1], "alone").false)
     areas = {row.sent: row.auroc for row in rows_of(parts)}
