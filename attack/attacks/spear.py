@@ -139,7 +139,11 @@ class Pool:
         chosen: list[int] = []
         spanned = self.directions.new_zeros((0, self.factors.rank))
         for index in self.zeros.argsort(descending=True, stable=True).tolist():
+            if len(chosen) == self.factors.rank:
+                break
             rest = self.directions[index] - spanned.T @ (spanned @ self.directions[index])
+            # Once more: of nearly known directions, rounding leaves what is not orthogonal.
+            rest = rest - spanned.T @ (spanned @ rest)
             if float(rest.norm()) > 1e-4:
                 spanned = torch.cat([spanned, (rest / rest.norm())[None]])
                 chosen.append(index)

@@ -162,4 +162,6 @@ class Described:
 
 
 def _is_whole(column: Column) -> bool:
-    return all(float(value) == round(float(value)) for value in column.values)
+    """Whether its numbers seem to be whole; quantiles between the ends may lie between two."""
+    ends = (float(column.values[0]), float(column.values[-1]))
+    return all(end == round(end) for end in ends)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -32,6 +33,8 @@ MAX_INFERRED_LEVELS = 12
 MAX_LEVELS = 1000
 # A continuous column's distribution is kept as so many quantiles.
 QUANTILES = 101
+# As 2024-05-31, 31.05.2024 or 5/31/24, also with a time.
+_DATE = re.compile(r"\d{1,4}[-./]\d{1,2}[-./]\d{1,4}([ T]\d{1,2}:.*)?")
 # Decimal digits of a standard deviation that a decoded number keeps.
 _DIGITS = 5
 
@@ -215,6 +218,10 @@ class Columns:
             raise InputError("the description of its columns is broken")
         return Columns(columns)
 
+    def constant(self) -> list[str]:
+        """Names of the columns in which every cell is the same."""
+        return [c.name for c in self.columns if c.values[0] == c.values[-1]]
+
     @staticmethod
     def infer(frame: pandas.DataFrame, kinds: Mapping[str, str] | None = None) -> Columns:
         """Describe the columns of a table.
@@ -222,7 +229,9 @@ class Columns:
         Args:
             frame: The table, without the column that a model predicts.
             kinds: Kind by column, where it is known. Otherwise words and columns of two values
-                are categorical, a few whole numbers ordinal, all other numbers continuous.
+                are categorical, a few whole numbers ordinal, all other numbers continuous; what
+                seems to be dates, numbers with other things among them or names of records is
+                refused.
 
         Raises:
             InputError: A kind or column that there is not, an empty cell, or a column that no
@@ -265,7 +274,7 @@ def _column(name: str, cells: pandas.Series, kind: str | None) -> Column:
             f"column {name}: {int(cells.isna().sum())} cells are empty; fill them or leave such "
             "records out"
         )
-    kind = _kind_of(cells) if kind is None else kind
+    kind = _kind_of(name, cells) if kind is None else kind
     if kind not in KINDS:
         raise InputError(f"column {name}: {kind!r:.40} is no kind; known are {', '.join(KINDS)}")
     if kind == CATEGORICAL:
@@ -296,15 +305,68 @@ def _categorical(name: str, cells: pandas.Series) -> Column:
     return Column(name, CATEGORICAL, tuple(map(str, counts.index)), shares)
 
 
-def _kind_of(cells: pandas.Series) -> str:
-    """What a column seems to hold."""
+def _kind_of(name: str, cells: pandas.Series) -> str:
+    """What a column seems to hold.
+
+    Raises:
+        InputError: Words that seem to be something else: who means them says so in a description.
+    """
     from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
-    if is_bool_dtype(cells) or not is_numeric_dtype(cells) or cells.nunique() <= 2:
+    if is_bool_dtype(cells) or cells.nunique() <= 2:
         return CATEGORICAL
+    if not is_numeric_dtype(cells):
+        words = [str(cell) for cell in cells.unique()]
+        if not all(map(is_number, words)):
+            _check_words(name, words, len(cells))
+            return CATEGORICAL
     numbers = cells.to_numpy(dtype=np.float64)
     few = cells.nunique() <= MAX_INFERRED_LEVELS
     return ORDINAL if few and bool((numbers == np.round(numbers)).all()) else CONTINUOUS
+
+
+def _check_words(name: str, words: Sequence[str], records: int) -> None:
+    """Refuse many different words that are numbers, dates or names of records.
+
+    Args:
+        name: Of the column.
+        words: Each once.
+        records: How many there are.
+    """
+    if len(words) <= MAX_INFERRED_LEVELS:
+        return
+    otherwise = "or describe the column as categorical"
+    for is_one, said in (
+        (is_number, "'{other}' stands among numbers; leave such records out"),
+        (_has_commas, "'{one}' has a comma; write numbers without separators and with a point"),
+        (_DATE.fullmatch, "'{one}' is a date; write a number instead, such as a year or an age"),
+    ):
+        met = [word for word in words if is_one(word)]
+        if 2 * len(met) > len(words):
+            other = next((word for word in words if not is_one(word)), "")
+            shown = said.format(one=_quoted(met[0]), other=_quoted(other))
+            raise InputError(f"column {name}: {shown}, {otherwise}")
+    if len(words) == records:
+        raise InputError(
+            f"column {name}: every record has a category of its own, such as "
+            f"'{_quoted(words[0])}', which names it and does not describe it; leave the column out"
+        )
+
+
+def _quoted(word: str) -> str:
+    return in_one_line(word)[:40]
+
+
+def is_number(word: str) -> bool:
+    """Whether a cell reads as a finite number."""
+    try:
+        return math.isfinite(float(word))
+    except ValueError:
+        return False
+
+
+def _has_commas(word: str) -> bool:
+    return "," in word and is_number(word.replace(",", ""))
 
 
 def _numbers(name: str, cells: pandas.Series) -> np.ndarray:

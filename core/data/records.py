@@ -15,6 +15,7 @@ import dataclasses
 import importlib.util
 import io
 import itertools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from core.data.columns import CATEGORICAL, CONTINUOUS, ORDINAL, Columns
+from core.data.columns import CATEGORICAL, CONTINUOUS, ORDINAL, Columns, is_number
 from core.data.data_sets import DataSets
 from core.data.specs import DataSpec
 from core.errors import InputError, first_line
@@ -34,6 +35,8 @@ from core.reading import check_regular, read_bytes, read_json_object
 
 if TYPE_CHECKING:
     import pandas
+
+log = logging.getLogger(__name__)
 
 MAX_CSV_BYTES = 256 * 2**20
 # A model's first layer has a row of weights of so many numbers.
@@ -250,6 +253,13 @@ def _table(described: _Described, trained: DataSpec | None = None) -> Table:
         columns = trained.columns
     if not 1 <= columns.width <= MAX_FEATURES:
         raise InputError(f"its columns make {columns.width} features; 1 to {MAX_FEATURES} are read")
+    if columns.constant() and trained is None:
+        log.warning(
+            "%s: every cell of the column %s is the same, so that any guess has it right; leave it "
+            "out to see what an attack adds",
+            in_one_line(described.name),
+            in_one_line(", ".join(columns.constant())),
+        )
     numbers = columns.width * len(described.frame)
     if numbers > MAX_NUMBERS:
         raise InputError(
@@ -274,16 +284,9 @@ def _table(described: _Described, trained: DataSpec | None = None) -> Table:
 
 
 def _csv(path: Path, flag: str, fewest: int = 2) -> _Described:
-    _check_width(path, flag)
+    _check_header(path, flag)
     frame = _frame(path, flag, fewest)
-    beside = path.with_name(path.stem + DESCRIPTION)
-    said = read_json_object(beside, flag, "column description") if beside.exists() else {}
-    target, kinds = said.get("target", frame.columns[-1]), said.get("columns", {})
-    named = isinstance(target, str) and target in frame.columns
-    if not named or not isinstance(kinds, dict):
-        raise InputError(
-            f'{flag}: {beside} must be {{"target": a column, "columns": {{column: kind}}}}'
-        )
+    target, kinds = _description(path, [str(name) for name in frame.columns], flag)
     if frame[target].isna().any():
         raise InputError(
             f"{flag}: {path} has empty cells in the column {target}, the one to predict"
@@ -292,26 +295,69 @@ def _csv(path: Path, flag: str, fewest: int = 2) -> _Described:
     return _Described(path.stem, frame.drop(columns=target), classes, kinds)
 
 
-def _check_width(path: Path, flag: str) -> None:
-    """Refuse what would be read for minutes, or with cells moved to other columns.
+def _description(path: Path, names: Sequence[str], flag: str) -> tuple[str, dict[str, str]]:
+    """The column to predict and the kinds of others, as the file beside a table says.
 
     Raises:
-        InputError: There are too many columns, or the first record has more cells than those.
+        InputError: It is none, or of other columns.
+    """
+    beside = path.with_name(path.stem + DESCRIPTION)
+    said = read_json_object(beside, flag, "column description") if beside.exists() else {}
+    target, kinds = said.get("target", names[-1]), said.get("columns", {})
+    form = '{"target": a column, "columns": {column: kind}}'
+    if not set(said) <= {"target", "columns"} or not isinstance(kinds, dict):
+        raise InputError(f"{flag}: {beside} must be {form}")
+    for name in (target, *kinds):
+        if not isinstance(name, str) or name not in names:
+            raise InputError(f"{flag}: {beside} is about a column {name!r:.40}, which {path} lacks")
+    # Classes are what they are; a kind of theirs says nothing.
+    return target, {name: kind for name, kind in kinds.items() if name != target}
+
+
+def _check_header(path: Path, flag: str) -> None:
+    """Refuse what would be read for minutes, or as other columns than those that are meant.
+
+    Raises:
+        InputError: There are too many columns, the first record has more cells than those, or the
+            first line does not name columns between commas.
     """
     content = read_bytes(path, flag, "CSV file", MAX_CSV_BYTES)
     # A mark of the byte order belongs to no name; other bytes are judged later.
     rows = csv.reader(io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", errors="replace"))
     try:
-        widths = [len(row) for row in itertools.islice(filter(None, rows), 2)]
+        first = list(itertools.islice(filter(None, rows), 2))
     except csv.Error as error:
         raise InputError(f"{flag}: {path} cannot be read as CSV ({error})") from None
+    widths = [len(row) for row in first]
     if max(widths, default=0) > MAX_FEATURES + 1:
         raise InputError(
             f"{flag}: {path} has {max(widths)} columns; up to {MAX_FEATURES} features are read"
         )
+    if first:
+        _check_names(first[0], f"{flag}: {path}")
     if len(widths) == 2 and widths[1] > widths[0]:
         raise InputError(
             f"{flag}: {path} names {widths[0]} columns and its first record has {widths[1]} cells"
+        )
+
+
+def _check_names(names: Sequence[str], place: str) -> None:
+    """Refuse a first line that names no columns."""
+    for mark, word in ((";", "semicolons"), ("\t", "tabs")):
+        if len(names) == 1 and mark in names[0]:
+            raise InputError(f"{place} has {word} between its columns; write it with commas")
+    if len(names) > 1 and "" in (name.strip() for name in names):
+        raise InputError(
+            f"{place}: its column {[n.strip() for n in names].index('') + 1} has no name; name it, "
+            "or leave it out if it numbers the records"
+        )
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"{place} has two columns named {in_one_line(twice)!r:.40}")
+    if len(names) > 1 and all(map(is_number, names[:-1])):
+        raise InputError(
+            f"{place}: its first line holds numbers ({in_one_line(', '.join(names))[:40]}) where "
+            "the names of the columns belong"
         )
 
 
@@ -330,6 +376,8 @@ def _frame(path: Path, flag: str, fewest: int = 2, **options: object) -> pandas.
         frame = pandas.read_csv(
             content, compression="gzip" if path.suffix == ".gz" else None, **options
         )  # type: ignore[call-overload]
+    except UnicodeDecodeError:
+        raise InputError(f"{flag}: {path} cannot be read as CSV: it is not in UTF-8") from None
     except (ValueError, OSError, EOFError, MemoryError, OverflowError) as error:
         # A ValueError: what pandas raises of its own, and bytes that are no text.
         raise InputError(f"{flag}: {path} cannot be read as CSV ({first_line(error)})") from None
@@ -338,8 +386,6 @@ def _frame(path: Path, flag: str, fewest: int = 2, **options: object) -> pandas.
             f"{flag}: {path} has {len(frame)} records of {len(frame.columns)} columns; a table has "
             "at least two of each"
         )
-    if frame.columns.duplicated().any():
-        raise InputError(f"{flag}: {path} has two columns of one name")
     result: pandas.DataFrame = frame
     return result
 

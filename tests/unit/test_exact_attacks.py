@@ -173,6 +173,21 @@ def test_pool_keeps_every_direction_once() -> None:
     assert len(pool.zeros) == known >= 4
 
 
+def test_a_basis_is_never_larger_than_the_space() -> None:
+    """However nearly dependent directions in float32 are, as those of a trained network."""
+    target, _ = make_target(MLP, 4)
+    pool = Pool(factorize(first_layer(target, "test", CPU), torch.float32))
+    generator = torch.Generator().manual_seed(0)
+    for size in (1e-3, 2e-4, 1.1e-4):
+        shared = torch.randn(4, generator=generator)
+        apart = shared + size * torch.randn(400, 4, generator=generator)
+        pool.directions = torch.nn.functional.normalize(apart, dim=1)
+        pool.zeros = torch.arange(400)
+        chosen = pool.directions[pool.basis()]
+        assert len(chosen) <= 4
+        assert int(torch.linalg.matrix_rank(chosen.double(), tol=1e-9)) == len(chosen)
+
+
 @pytest.mark.parametrize("double", [True, False], ids=["float64", "float32"])
 def test_r_gap_on_a_chain(double: bool) -> None:
     target, truth = make_target(ModelSpec("cnn6", 10, 8, width=6), 1, double=double)

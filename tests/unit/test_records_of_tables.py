@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,86 @@ def test_a_bad_file_is_refused_in_one_sentence(tmp_path: Path, content: bytes, s
         load_table(path)
     assert "--data" in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def rows_of(cell: Callable[[int], str], header: str = "age,x,ill") -> str:
+    """Sixty records with one column made by a function."""
+    lines = [f"{i},{cell(i)},{('no', 'yes')[i % 2]}" for i in range(60)]
+    return "\n".join([header, *lines])
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (rows_of(lambda i: "?" if i == 3 else str(i / 4)), r"column x: '\?' stands among numbers"),
+        (rows_of(lambda i: f'"{i},000"'), "column x: '0,000' has a comma"),
+        (rows_of(lambda i: f"{i // 3 + 1}.05.2024"), "column x: '1.05.2024' is a date"),
+        (rows_of(lambda i: f"20{10 + i // 4}-05-31 10:00"), "column x: '2010-05-31 10:00' is a"),
+        (rows_of(lambda i: f"P{i:03d}"), "every record has a category of its own, such as 'P000'"),
+        (rows_of(lambda i: "1").replace(",", ";"), "has semicolons between its columns"),
+        (rows_of(lambda i: "1").replace(",", "\t"), "has tabs between its columns"),
+        (rows_of(lambda i: "1", ",x,ill"), "its column 1 has no name"),
+        (rows_of(lambda i: "1", "x,x,ill"), "two columns named 'x'"),
+        (rows_of(lambda i: "1", "41,2.5,yes"), r"holds numbers \(41, 2.5, yes\)"),
+        (rows_of(lambda i: "ä").encode("latin-1"), "it is not in UTF-8"),
+    ],
+)
+def test_what_is_probably_meant_otherwise_is_said(
+    tmp_path: Path, content: str | bytes, said: str
+) -> None:
+    path = tmp_path / "patients.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=said) as refused:
+        load_table(path)
+    assert "\n" not in str(refused.value)
+    if "or describe the column as categorical" in str(refused.value):
+        (tmp_path / "patients.columns.json").write_text('{"columns": {"x": "categorical"}}')
+        assert load_table(path).columns.columns[1].kind == "categorical"
+
+
+def test_few_words_among_numbers_and_huge_whole_numbers_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "patients.csv"
+    path.write_text(rows_of(lambda i: ("0", "1", "2", "more")[i % 4]))
+    assert load_table(path).columns.columns[1].kind == "categorical"
+    path.write_text(rows_of(lambda i: str(10**25 + 10**24 * i)))
+    assert load_table(path).columns.columns[1].kind == "continuous"
+
+
+@pytest.mark.parametrize("cell", ["w", "7.5"])
+def test_a_column_that_says_nothing_is_named(
+    cell: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "patients.csv"
+    path.write_text(rows_of(lambda i: cell))
+    table = load_table(path)
+    assert "patients: every cell of the column x is the same" in caplog.text
+    caplog.clear()
+    # By the scales of a model a site's own records may well be all alike.
+    load_table(path, trained=table.spec)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("description", "said"),
+    [
+        ({"colums": {}}, "must be"),
+        ({"target": "dead"}, "is about a column 'dead', which .* lacks"),
+        ({"columns": {"agee": "ordinal"}}, "is about a column 'agee'"),
+        ({"columns": {"age": "number"}}, "'number' is no kind"),
+        ({"columns": []}, "must be"),
+    ],
+)
+def test_a_description_of_something_else_is_refused(
+    description: dict[str, object], said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "patients.csv"
+    path.write_text(rows_of(str))
+    (tmp_path / "patients.columns.json").write_text(json.dumps(description))
+    with pytest.raises(InputError, match=said):
+        load_table(path)
+    # A kind of the column to predict says nothing and does no harm.
+    (tmp_path / "patients.columns.json").write_text('{"columns": {"ill": "categorical"}}')
+    assert load_table(path).class_names == ("no", "yes")
 
 
 def columns_of_three() -> Columns:
