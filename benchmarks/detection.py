@@ -566,13 +566,16 @@ def _curve(parts: Sequence[Part], kind: str, detector: str) -> tuple[np.ndarray,
     for name in dict.fromkeys(part.network for part in parts):
         own = [part for part in parts if part.network == name]
         honest = np.sort(values(own, "", "against", detector))
+        # Above the k-th smallest lie all but k, at most the share that is allowed.
+        levels = np.concatenate([[-math.inf], honest])[
+            np.ceil((1 - grid) * len(honest) - 1e-9).astype(int)
+        ]
         words = dict.fromkeys(
             k.sent for p in own for k in p.looks if k.sent.partition(":")[0] == kind
         )
         for word in words:
             cheating = values(own, word, "against", detector)
-            places = np.floor((1 - grid) * (len(honest) - 1)).astype(int)
-            curves.append((cheating[None] > honest[places][:, None]).mean(1))
+            curves.append((cheating[None] > levels[:, None]).mean(1))
     return grid, np.mean(curves, axis=0)
 
 

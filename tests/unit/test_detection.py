@@ -80,6 +80,17 @@ def test_areas_are_those_of_the_rank_sum() -> None:
     assert area(honest, np.array([np.inf])) == 1
 
 
+def test_a_curve_s_area_is_the_area(measured: Path) -> None:
+    stored = read_json_object(measured / "detection.json", what="record")
+    parts = detection._parts(stored)
+    rows = [row for row in rows_of(parts) if row.sent == "trap:1" and row.mode == "against"]
+    for detector in detector_names():
+        false, true = detection._curve(parts, "trap", detector)
+        assert true[-1] == 1
+        found = ((true[1:] + true[:-1]) / 2 * np.diff(false)).sum()
+        assert found == pytest.approx(rows[0].auroc[detector][0], abs=0.02)
+
+
 def test_alarms_need_other_federations_and_keep_to_their_rate() -> None:
     rng = np.random.default_rng(1)
 
