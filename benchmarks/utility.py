@@ -111,6 +111,17 @@ ENTRIES = (
     Entry("gaussian:0.001"),
     Entry("percentile-noise:0.1"),
     Entry("soteria:0.8"),
+    Entry("ats"),
+    Entry("instahide"),
+    Entry("mixup"),
+    Entry("precode"),
+    Entry("svdefense:0.9"),
+    Entry("censor:20"),
+    Entry("graddefense:10:5:0.1"),
+    Entry("outpost"),
+    Entry("layerdrop:0.5"),
+    # The published 1000 iterations, in every round of every client, take hours.
+    Entry("dcs2:50"),
 )
 
 

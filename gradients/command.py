@@ -187,12 +187,12 @@ def _add_defense_arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         metavar="NAME:PARAM,...",
         help="in order of application, e.g. clip:1,gaussian:0.01; names: ats (policies), censor "
-        "(trials, seed, projection), clip (norm), enclave (layers), freeze (free layers: their "
-        "number, or names joined by +), gaussian (std), graddefense (slices, perturbed, scale), "
-        "instahide (mixed), laplace (scale), layerdrop (share), mixup (alpha), outpost (noise, "
-        "prune, phi), percentile-noise (sigma0, percentile), precode (size, beta), prune "
-        "(fraction), quantize (levels), sign, soteria (fraction), svdefense (energy), topk "
-        "(share)",
+        "(trials, seed, projection), clip (norm), dcs2 (iterations, share), enclave (layers), "
+        "freeze (free layers: their number, or names joined by +), gaussian (std), graddefense "
+        "(slices, perturbed, scale), instahide (mixed), laplace (scale), layerdrop (share), mixup "
+        "(alpha), outpost (noise, prune, phi), percentile-noise (sigma0, percentile), precode "
+        "(size, beta), prune (fraction), quantize (levels), sign, soteria (fraction), svdefense "
+        "(energy), topk (share)",
     )
 
 
@@ -346,6 +346,7 @@ def _local_training(args: argparse.Namespace, given: Mapping[str, Any]) -> Local
 
 def _client_settings(args: argparse.Namespace, given: Mapping[str, Any]) -> ClientSettings:
     from core.client import loss_named
+    from core.processes.distributed import derived_seed
     from gradients.client import ClientSettings
     from gradients.defenses import parse_defenses
     from gradients.private_gradient import PrivacySettings
@@ -365,7 +366,8 @@ def _client_settings(args: argparse.Namespace, given: Mapping[str, Any]) -> Clie
         synchronized=args.syncbn,
         privacy=privacy,
         defenses=parse_defenses(args.defense),
-        seed=args.seed,
+        # Another batch meets other noise; the first one's is that of the seed itself.
+        seed=derived_seed(args.seed, args.target_idx) if args.target_idx else args.seed,
         dropout_seed=args.seed if args.dropout_seed is None else args.dropout_seed,
         share_running=args.share_running,
         loss=loss_named(args.loss),

@@ -70,12 +70,13 @@ class OptimizationAttack(Attack):
         found = likeliest(target, labels, self.config, attempt)
         return Inversion(
             found.target,
-            labels,
+            labels if found.labels is None else found.labels,
             self.config,
             device=device,
             seed=seed,
             prior=found.start if prior is None else prior,
             first_restart=first_restart,
+            kept=found.kept,
         )
 
     def reconstruct(

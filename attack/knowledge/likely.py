@@ -34,7 +34,11 @@ class Likely:
     Attributes:
         target: What was shared, by a model that does to its inputs what the client did.
         start: Private images to start from (N x C x H x W in [0, 1]); None: nothing is known.
+        labels: Of the target's images, where they are others than those that are asked for.
+        kept: So many of the target's first images are asked for; None: all.
     """
 
     target: Target
     start: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+    kept: int | None = None

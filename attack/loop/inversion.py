@@ -101,6 +101,8 @@ class Inversion:
         prior: Images to start from (N x C x H x W in [0, 1]) instead of `config.starts.start`.
         first_restart: Number of the first restart, where others run elsewhere.
         parts: How its parts are made; by default as `config` says.
+        kept: So many of the first images are the result, where others stand behind the gradient
+            that nobody asks for; None: all.
 
     Raises:
         InputError: A configuration that does not fit the target.
@@ -117,7 +119,9 @@ class Inversion:
         prior: torch.Tensor | None = None,
         first_restart: int = 0,
         parts: Parts = DEFAULT_PARTS,
+        kept: int | None = None,
     ) -> None:
+        self.kept = kept
         target = as_matched(target, config)
         _check(target, config, prior)
         knows = config.matching.adaptive
@@ -328,8 +332,8 @@ class Inversion:
         labels = self.problem.labels if best.best_labels is None else best.best_labels
         adaptation = self.problem.adaptation
         return Reconstruction(
-            images=self.problem.images(best),
-            labels=self.problem.whole(labels).cpu(),
+            images=self.problem.images(best)[: self.kept],
+            labels=self.problem.whole(labels).cpu()[: self.kept],
             objective=best.best_value,
             trace=self.progress.trace,
             seconds=self.progress.seconds,

@@ -19,6 +19,7 @@ from gradients.defenses.base import (
 )
 from gradients.defenses.censor import Censor
 from gradients.defenses.clip import Clip
+from gradients.defenses.dcs2 import DCS2
 from gradients.defenses.enclave import Enclave
 from gradients.defenses.freeze import Freeze
 from gradients.defenses.gaussian import Gaussian
@@ -40,6 +41,7 @@ from gradients.defenses.topk import TopK
 
 __all__ = [
     "ATS",
+    "DCS2",
     "Censor",
     "ClientView",
     "Clip",

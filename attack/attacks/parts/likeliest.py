@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from attack.knowledge.answers.ats import likeliest_transformations
+from attack.knowledge.answers.dcs2 import with_concealing_images
 from attack.knowledge.answers.instahide import likeliest_encoding
 from attack.knowledge.answers.mixup import likeliest_mixture
 from attack.knowledge.answers.precode import likeliest_noise
@@ -33,6 +34,7 @@ def _mixture(target: Target, labels: torch.Tensor, attempt: Attempt) -> Likely:
 # Searches by the name of the defense.
 SEARCHES: dict[str, Callable[[Target, torch.Tensor, Attempt], Likely]] = {
     "ats": likeliest_transformations,
+    "dcs2": with_concealing_images,
     "instahide": likeliest_encoding,
     "mixup": _mixture,
     "precode": likeliest_noise,

@@ -7,6 +7,7 @@ noise, clipping and compression, and asks for one by name.
 from attack.knowledge.answers import (
     ats,
     censor,
+    dcs2,
     graddefense,
     hidden_layers,
     instahide,
@@ -19,6 +20,7 @@ from attack.knowledge.answers import (
 __all__ = [
     "ats",
     "censor",
+    "dcs2",
     "graddefense",
     "hidden_layers",
     "instahide",

@@ -18,7 +18,7 @@ from core.target import Target
 from gradients.defenses.mixup import mixed
 
 # Iterations on the encodings, in those of the attack: nothing is known of their pixels.
-LONGER = 5.0
+LONGER = 3.0
 # Encodings look like noise: no prior on images helps to find them.
 WITHOUT_PRIOR: dict[str, Value] = {
     "coordinates": "pixels", "tv": 0.0, "balance": None, "balance_end": None,
