@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from attack.metrics import Evaluation, metric_title
+from attack.metrics.evaluation import Evaluation, metric_title
 from attack.metrics.records import as_words, right_cells
 from core.data.columns import Columns
 from core.data.specs import DataSpec
