@@ -27,7 +27,7 @@ from core.target import Target
 
 # Shares of the budget: of all scales of the inversion together, of each closed form, of all plants
 # and of all remedies, of similarities and of class representatives.
-INVERSION_SHARE, CLOSED_FORM_SHARE, PLANTS_SHARE, REMEDIES_SHARE = 0.05, 0.01, 0.5, 0.3
+INVERSION_SHARE, CLOSED_FORM_SHARE, PLANTS_SHARE, REMEDIES_SHARE = 0.05, 0.01, 0.47, 0.3
 _SIMILARITY_SHARE, _CLASSES_SHARE = 0.05, 0.05
 # Iterations that fewer images are taken for, and at least; images that are reconstructed at least,
 # and planted images per setting.

@@ -35,6 +35,8 @@ BEAM_IN_NOISE = 8
 NEAREST_IN_NOISE = 8
 # Else, where no token lies in the first span, or all do.
 NEAREST = 4
+# Of so few tokens all are followed, also where the first span is the whole space.
+SMALL_VOCABULARY = 128
 # Deeper layers that a sentence is checked against.
 DEPTH = 3
 # Of an encoder: random orders that are improved, per sentence.
@@ -198,8 +200,8 @@ def _outputs(group: tuple[TokenLayer, ...]) -> int:
 def token_filter(spans: Spans, target: Target) -> list[torch.Tensor]:
     """For every position the tokens whose rows lie in the first span, the nearest first.
 
-    Where none lies in it, and under noise, a few of the nearest ones per sentence; where all do,
-    because the span is the whole space, no more than these.
+    Where none lies in it, and under noise, a few of the nearest ones per sentence; where all of a
+    large vocabulary do, because the span is the whole space, no more than these.
     """
     distances = first_distances(spans, target)
     candidates = []
@@ -210,7 +212,8 @@ def token_filter(spans: Spans, target: Target) -> list[torch.Tensor]:
         order = distances[:, t].argsort()
         inside = int((distances[:, t] < NEAR * spans.loose).sum())
         few = (NEAREST_IN_NOISE if spans.noisy else NEAREST) * target.batch_size
-        if spans.first.is_full or not inside or spans.noisy:
+        every = spans.first.is_full and len(order) <= SMALL_VOCABULARY
+        if (spans.first.is_full and not every) or not inside or spans.noisy:
             inside = few if spans.first.is_full else max(few, inside)
         candidates.append(order[: min(inside, MAX_CANDIDATES)])
     return candidates
