@@ -5,7 +5,8 @@ standard deviation 0.2), so that its prior is known exactly. Its gradient gets n
 known standard deviation; classes are known. Every attack gets the same noisy gradient. Beside
 their mean squared errors stand the bound of Cramér and Rao (attacks without bias) and van Trees'
 (any attack, mean over the prior). An attack violates a bound where the 95 % interval of its mean
-error, by bootstrap over images, lies below the bound.
+error, by bootstrap over images, lies below the bound. Two attacks show how near one can come: the
+likeliest images, and those that are likeliest to one who knows the prior.
 
     python -m benchmarks.bounds
 """
@@ -27,6 +28,7 @@ from tqdm import tqdm
 import gradinvbench as gib
 from attack.bounds.information import Identifiability, decibels, mean_smallest_error
 from attack.bounds.jacobian import gradient_jacobian
+from attack.bounds.likelihood import NormalPrior, likeliest
 from attack.bounds.private import identification, mean_reconstruction_error, reconstruction
 from benchmarks.show.statistics import bootstrap_interval
 from core.errors import exit_status
@@ -40,6 +42,9 @@ NOISES = (1e-4, 1e-3, 1e-2)
 NETWORKS = ("linear", "fully connected", "convolutional")
 # Iterations of those that iterate; "analytic" is a closed form of a first dense layer.
 ATTACKS: dict[str, int | None] = {"analytic": None, "spectral": 300}
+# Both start from what the last of those found; the second knows the prior.
+LIKELIEST, KNOWING = "likeliest", "likeliest, prior known"
+COLUMNS = (*ATTACKS, LIKELIEST, KNOWING)
 # DP-SGD: noise multipliers, and what counts as recovered.
 SIGMAS = (0.01, 0.1, 0.5, 1.0, 2.0)
 RECOVERED_DB, CANDIDATES = 20.0, 10
@@ -55,6 +60,7 @@ class Row:
         images: Runs of each attack.
         errors: Mean squared error of every run, by attack.
         unbiased: Bound of Cramér and Rao, the mean over the same images.
+        instance: What the best reconstruction of each image is expected to have, their mean.
         any_attack: Van Trees' bound.
         prior: Error of the prior's mean, without a gradient.
         identified: Directions of 64 that the gradient tells more of than the prior, mean.
@@ -66,6 +72,7 @@ class Row:
     images: int
     errors: dict[str, list[float]] = field(default_factory=dict)
     unbiased: float = 0.0
+    instance: float = 0.0
     any_attack: float = 0.0
     prior: float = 0.0
     identified: float = 0.0
@@ -96,9 +103,10 @@ def measure(
 ) -> Row:
     """Attack `images` noisy gradients and compute the bounds at the same images."""
     spread = covariance()
+    prior = NormalPrior(torch.full((SIDE**2,), MEAN, dtype=torch.float64), spread)
     factor = torch.linalg.cholesky(spread)
     row = Row(name, noise, images, prior=float(spread.diagonal().mean()))
-    jacobians, bounds, identified = [], [], []
+    jacobians, bounds, expected, identified = [], [], [], []
     for number in range(images):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + number)
@@ -112,10 +120,14 @@ def measure(
         jacobians.append(gradient_jacobian(target, truth))
         spectrum = Identifiability.of(jacobians[-1])
         bounds.append(spectrum.smallest_error(noise))
+        expected.append(spectrum.expected_error(noise, spread))
         identified.append(spectrum.identified(noise, SPREAD))
         for attack, found in _reconstructions(name, target, label, seed + number, attacks):
-            error = float((found - image).square().mean())
-            row.errors.setdefault(attack, []).append(error)
+            row.errors.setdefault(attack, []).append(_error(found, image))
+        for attack, known in ((LIKELIEST, None), (KNOWING, prior)):
+            best = likeliest(target, found, label, noise, prior=known)
+            row.errors.setdefault(attack, []).append(_error(best, image))
+    row.instance = float(np.mean(expected))
     row.unbiased, row.identified = float(np.mean(bounds)), float(np.mean(identified))
     row.any_attack = mean_smallest_error(jacobians, noise, spread)
     row.violations = tuple(
@@ -124,6 +136,10 @@ def measure(
         if bootstrap_interval(np.asarray(errors), seed)[1] < row.any_attack
     )
     return row
+
+
+def _error(found: torch.Tensor, image: torch.Tensor) -> float:
+    return float((found - image).square().mean())
 
 
 def _reconstructions(
@@ -201,18 +217,23 @@ def _page(stored: Mapping[str, Any]) -> str:
     rows = [Row(**row) for row in stored["rows"]]
     return _PAGE.format(
         images=stored["images"],
-        runs=sum(row.images for row in rows),
-        gap=max(
-            decibels(r.unbiased) - decibels(float(np.mean(r.errors["spectral"]))) for r in rows
-        ),
+        runs=sum(len(errors) for row in rows for errors in row.errors.values()),
+        spectral=max(_behind(row.unbiased, row, "spectral") for row in rows),
+        likeliest=max(abs(_behind(row.unbiased, row, LIKELIEST)) for row in rows),
+        knowing=max(abs(_behind(row.instance, row, KNOWING)) for row in rows),
         violations=sum(len(row.violations) for row in rows),
-        names=" | ".join(ATTACKS),
-        rulers=" | ".join("---:" for _ in ATTACKS),
+        names=" | ".join(COLUMNS),
+        rulers=" | ".join("---:" for _ in COLUMNS),
         attacks="\n".join(_line(row) for row in rows),
         private="\n".join(_private_line(row) for row in stored["private"]),
         db=f"{RECOVERED_DB:g}",
         candidates=CANDIDATES,
     )
+
+
+def _behind(bound: float, row: Row, attack: str) -> float:
+    """Decibels by which an attack's mean error stays behind a bound."""
+    return decibels(bound) - decibels(_mean(row.errors[attack]))
 
 
 def _mean(errors: Sequence[float]) -> float:
@@ -221,10 +242,10 @@ def _mean(errors: Sequence[float]) -> float:
 
 def _line(row: Row) -> str:
     cells = [row.network, f"{row.noise:g}"]
-    for attack in ATTACKS:
+    for attack in COLUMNS:
         errors = row.errors.get(attack)
         cells.append("–" if errors is None else _in_decibels(errors))
-    values = (row.unbiased, row.any_attack, row.prior)
+    values = (row.unbiased, row.instance, row.any_attack, row.prior)
     cells += [f"{decibels(value):.1f}" for value in values] + [f"{row.identified:.0f}"]
     return f"| {' | '.join(cells)} |"
 
@@ -255,18 +276,27 @@ A smooth random image of 8 x 8 values (mean 0.5, standard deviation 0.2), one gr
 untrained network, normal noise on every shared number. PSNR in dB of the mean squared error over
 {images} images, with its 95 % interval by bootstrap over images; classes are known.
 
+- *Likeliest*: the images that the noisy gradient makes likeliest, by Gauss-Newton steps on the
+  whole Jacobian from what `spectral` found (`attack.bounds.likelihood`); *prior known*: likeliest
+  to one who also knows the images' mean and covariance.
 - *Unbiased* is the bound of Cramér and Rao, at the same images. It holds for attacks whose
   reconstructions are right on average. One that prefers smooth images has a bias and may exceed it.
+- *Instance* is what the best reconstruction of just these images is expected to have, where the
+  gradient is linear in the image near the truth: the risk that follows from J's singular values
+  and the prior.
 - *Any* is van Trees' bound of any attack, the mean over the prior. Nothing exceeds it on average,
   whatever it knows of the images. *Prior* is what the prior's mean has, without a gradient.
 - *Identified*: of 64 directions, how many the gradient tells more of than the prior.
 
-| network | noise | {names} | unbiased | any | prior | identified |
-| :--- | ---: | {rulers} | ---: | ---: | ---: | ---: |
+| network | noise | {names} | unbiased | instance | any | prior | identified |
+| :--- | ---: | {rulers} | ---: | ---: | ---: | ---: | ---: |
 {attacks}
 
-In {runs} runs `spectral` comes within {gap:.1f} dB of the bound of Cramér and Rao in every row.
-Mean errors of an attack that lie significantly below the bound of any attack: {violations}.
+In every row the likeliest images come within {likeliest:.1f} dB of the bound of Cramér and Rao,
+and those likeliest to one who knows the prior within {knowing:.1f} dB of what is expected of these
+images; `spectral`, which compares directions and knows no noise, within {spectral:.1f} dB of the
+former.
+Mean errors that lie significantly below the bound of any attack, in {runs} runs: {violations}.
 `python -m benchmarks.bounds` computes the table.
 
 ## Of your own client
@@ -278,11 +308,13 @@ from torch import nn
 import gradinvbench as gib
 from attack.bounds.information import Identifiability, decibels
 from attack.bounds.jacobian import gradient_jacobian
+from attack.bounds.likelihood import NormalPrior, likeliest
 
 model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Sigmoid(), nn.Linear(16, 4))
 target, truth = gib.share(model, torch.rand(1, 1, 8, 8), [0])
 spectrum = Identifiability.of(gradient_jacobian(target, truth))
 print(spectrum.rank, decibels(spectrum.smallest_error(noise=0.01)))
+print(decibels(spectrum.expected_error(0.01, covariance=0.04 * torch.eye(64).double())))
 ```
 
 `spectrum.moved_by(perturbation, jacobian)` says to first order where a defense that changes the

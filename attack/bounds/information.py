@@ -76,6 +76,28 @@ class Identifiability:
             return math.inf
         return float((noise / self.singular_values).square().mean())
 
+    def expected_error(self, noise: float, covariance: torch.Tensor) -> float:
+        """Mean squared error per value of the best reconstruction of images near these.
+
+        Near the truth the gradient is linear in the images; of a linear one the best
+        reconstruction is known, and its error is a function of the Jacobian's spectrum and of the
+        prior. It is a risk of this one client, before any attack.
+
+        Args:
+            noise: Standard deviation of the noise on every shared number; positive.
+            covariance: n x n, of a normal prior.
+
+        Returns:
+            In squared units of the images.
+
+        Source: the linear Bayes estimate, Kay 1993, section 10.6. InvLoss (Xu et al., "From Risk
+            to Resilience", https://arxiv.org/abs/2512.15460) states the same dependence on the
+            spectrum without a prior; only its abstract could be read.
+        """
+        scaled = self.singular_values[:, None] * self.directions
+        information = scaled.T @ scaled / noise**2 + torch.linalg.inv(covariance)
+        return float(torch.linalg.inv(information).trace() / len(covariance))
+
     def moved_by(self, perturbation: torch.Tensor, jacobian: torch.Tensor) -> torch.Tensor:
         """Where, to first order, a perturbed gradient moves the images that explain it best.
 

@@ -13,11 +13,70 @@ from core.target import Target, Truth
 LARGEST = 1 << 28
 
 
+class GradientOfImages:
+    """What a client would share of images, in float64, and its derivative in them.
+
+    Args:
+        target: What the client shared: one gradient of one step.
+        labels: What the loss compares the outputs with.
+        n: Values of the images.
+
+    Raises:
+        InputError: Several local steps, active dropout, or a Jacobian that is too large.
+    """
+
+    def __init__(self, target: Target, labels: torch.Tensor, n: int) -> None:
+        self.numbers = sum(g.numel() for g in target.gradient.values())
+        _check(target, n, self.numbers)
+        self._target = target
+        self._model = target.build_model().double()
+        parameters = dict(self._model.named_parameters())
+        self._shared = [parameters[name].requires_grad_() for name in target.gradient]
+        self._labels = labels.double() if labels.is_floating_point() else labels
+
+    def loss(self, images: torch.Tensor) -> torch.Tensor:
+        """The client's loss of N x C x ... images in float64."""
+        return self._target.loss(self._model(self._target.data.normalize(images)), self._labels)
+
+    def __call__(self, images: torch.Tensor, *, create_graph: bool = False) -> torch.Tensor:
+        """The shared numbers in the order of `target.gradient`, m of them."""
+        gradient = torch.autograd.grad(
+            self.loss(images), self._shared, create_graph=create_graph, materialize_grads=True
+        )
+        return torch.cat([part.flatten() for part in gradient])
+
+    def jacobian(self, images: torch.Tensor, *, progress: bool = False) -> torch.Tensor:
+        """The m x n Jacobian at images.
+
+        A column J v comes from two products with the transpose, which reverse mode gives: J^T u
+        is linear in u, so that its derivative in u along v is J v.
+
+        Args:
+            images: N x C x ... in float64.
+            progress: Show a bar.
+        """
+        images = images.detach().requires_grad_()
+        flat = self(images, create_graph=True)
+        u = torch.zeros_like(flat, requires_grad=True)
+        (transposed,) = torch.autograd.grad(
+            flat, images, u, create_graph=True, materialize_grads=True
+        )
+        n = images.numel()
+        columns = torch.empty(len(flat), n, dtype=torch.float64)
+        if not transposed.requires_grad:
+            return columns.zero_()
+        for k in tqdm(range(n), desc="Jacobian", disable=not progress, leave=False):
+            along = torch.zeros(n, dtype=torch.float64)
+            along[k] = 1
+            (column,) = torch.autograd.grad(
+                transposed, u, along.view_as(transposed), retain_graph=True, materialize_grads=True
+            )
+            columns[:, k] = column
+        return columns
+
+
 def gradient_jacobian(target: Target, truth: Truth, *, progress: bool = False) -> torch.Tensor:
     """The Jacobian of the shared gradient in the values of the images, at the truth.
-
-    A column J v comes from two products with the transpose, which reverse mode gives: J^T u is
-    linear in u, so that its derivative in u along v is J v.
 
     Args:
         target: What the client shared: one gradient of one step.
@@ -31,31 +90,8 @@ def gradient_jacobian(target: Target, truth: Truth, *, progress: bool = False) -
     Raises:
         InputError: Several local steps, active dropout, or a matrix that is too large.
     """
-    n, m = truth.images.numel(), sum(g.numel() for g in target.gradient.values())
-    _check(target, n, m)
-    model = target.build_model().double()
-    parameters = dict(model.named_parameters())
-    shared = [parameters[name].requires_grad_() for name in target.gradient]
-    images = truth.images.double().requires_grad_()
-    targets = truth.labels.double() if truth.labels.is_floating_point() else truth.labels
-    outputs = model(target.data.normalize(images))
-    gradient = torch.autograd.grad(
-        target.loss(outputs, targets), shared, create_graph=True, materialize_grads=True
-    )
-    flat = torch.cat([part.flatten() for part in gradient])
-    u = torch.zeros_like(flat, requires_grad=True)
-    (transposed,) = torch.autograd.grad(flat, images, u, create_graph=True, materialize_grads=True)
-    columns = torch.empty(m, n, dtype=torch.float64)
-    if not transposed.requires_grad:
-        return columns.zero_()
-    for k in tqdm(range(n), desc="Jacobian", disable=not progress, leave=False):
-        along = torch.zeros(n, dtype=torch.float64)
-        along[k] = 1
-        (column,) = torch.autograd.grad(
-            transposed, u, along.view_as(transposed), retain_graph=True, materialize_grads=True
-        )
-        columns[:, k] = column
-    return columns
+    gradient = GradientOfImages(target, truth.labels, truth.images.numel())
+    return gradient.jacobian(truth.images.double(), progress=progress)
 
 
 def _check(target: Target, n: int, m: int) -> None:
