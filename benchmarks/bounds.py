@@ -292,11 +292,11 @@ untrained network, normal noise on every shared number. PSNR in dB of the mean s
 | :--- | ---: | {rulers} | ---: | ---: | ---: | ---: | ---: |
 {attacks}
 
-In every row the likeliest images come within {likeliest:.1f} dB of the bound of Cramér and Rao,
-and those likeliest to one who knows the prior within {knowing:.1f} dB of what is expected of these
+In every row the likeliest images come within {likeliest:.1f} dB of the bound of Cramér and Rao, and
+those likeliest to one who knows the prior within {knowing:.1f} dB of what is expected of these
 images; `spectral`, which compares directions and knows no noise, within {spectral:.1f} dB of the
-former.
-Mean errors that lie significantly below the bound of any attack, in {runs} runs: {violations}.
+former. Mean errors that lie significantly below the bound of any attack, in {runs} runs:
+{violations}.
 `python -m benchmarks.bounds` computes the table.
 
 ## Of your own client
@@ -308,7 +308,6 @@ from torch import nn
 import gradinvbench as gib
 from attack.bounds.information import Identifiability, decibels
 from attack.bounds.jacobian import gradient_jacobian
-from attack.bounds.likelihood import NormalPrior, likeliest
 
 model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Sigmoid(), nn.Linear(16, 4))
 target, truth = gib.share(model, torch.rand(1, 1, 8, 8), [0])
