@@ -43,6 +43,7 @@ a table 20,000 cells: rows times runs times stages.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import itertools
 import math
@@ -257,6 +258,9 @@ class _Expansion:
         self._data = str(data or self._last("data", DEFAULT_DATA))
         self._asked_data = data or ""
         self._folders: dict[str, str] = {}
+        self._known: dict[str, dict[str, argparse.Action]] = {}
+        # Thousands of cells differ in a few flags: each value is looked at once.
+        self._checked: set[tuple[str, str, str]] = set()
 
     def _last(self, key: str, default: str) -> Any:
         """What the last layer that has a key says of it."""
@@ -441,14 +445,23 @@ class _Expansion:
         return data
 
     def _check_flags(self, stage: str, config: Flags) -> None:
-        known = known_flags(self._stages[stage])
+        known = self._known_flags(stage)
         for flag, value in config.items():
-            place = self._place_of(stage, flag, value)
+            if (stage, flag, repr(value)) in self._checked:
+                continue
             if known and flag not in known:
-                raise self._document.error(unknown(f"flag of {stage},", flag, known), *place)
+                message = unknown(f"flag of {stage},", flag, known)
+                raise self._document.error(message, *self._place_of(stage, flag, value))
             wrong = complaint(known.get(flag), value)
             if wrong:
-                raise self._document.error(f"{stage} --{flag} {value}: {wrong}", *place)
+                message = f"{stage} --{flag} {value}: {wrong}"
+                raise self._document.error(message, *self._place_of(stage, flag, value))
+            self._checked.add((stage, flag, repr(value)))
+
+    def _known_flags(self, stage: str) -> dict[str, argparse.Action]:
+        if stage not in self._known:
+            self._known[stage] = known_flags(self._stages[stage])
+        return self._known[stage]
 
     def _place_of(self, stage: str, flag: str, value: Any) -> tuple[Any, ...]:
         """Where the file gives a flag this value; where it gives it any, if nowhere."""

@@ -117,7 +117,7 @@ def code_version(paths: tuple[str, ...], root: Path = ROOT) -> str:
     digest = hashlib.sha256()
     for path in _python_files(paths, root):
         digest.update(path.relative_to(root).as_posix().encode())
-        digest.update(_without_docstrings(path.read_text(encoding="utf-8")).encode())
+        digest.update(_meaning(path.read_text(encoding="utf-8")))
     return digest.hexdigest()[:12]
 
 
@@ -125,6 +125,12 @@ def _python_files(paths: Sequence[str], root: Path) -> Iterator[Path]:
     for name in paths:
         path = root / name
         yield from [path] if path.is_file() else sorted(path.rglob("*.py"))
+
+
+@functools.cache
+def _meaning(source: str) -> bytes:
+    """Hash of what one file does; most stages share most files."""
+    return hashlib.sha256(_without_docstrings(source).encode()).digest()
 
 
 def _without_docstrings(source: str) -> str:
