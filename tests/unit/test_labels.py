@@ -287,3 +287,8 @@ def test_capabilities() -> None:
 )
 def test_accuracy_is_multiset_overlap(found: list[int], truth: list[int], expected: float) -> None:
     assert label_accuracy(torch.tensor(found), torch.tensor(truth)) == pytest.approx(expected)
+
+
+def test_of_recovered_probabilities_the_likeliest_classes_count() -> None:
+    found = torch.tensor([[0.2, 0.7, 0.1], [0.4, 0.3, 0.3]])
+    assert label_accuracy(found, torch.tensor([1, 2])) == 0.5

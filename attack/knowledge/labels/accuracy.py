@@ -21,13 +21,16 @@ def label_accuracy(recovered: torch.Tensor, labels: torch.Tensor) -> float:
     """Share of labels recovered, as multisets: overlap / K, whatever their order.
 
     Args:
-        recovered: K class indices, or K x ... other targets.
+        recovered: K class indices, or K x ... other targets; K x C probabilities, of which the
+            likeliest classes count, where the true ones are indices.
         labels: The true ones. Of targets that are no class indices, each output's are compared
             in order of size, and those that differ by at most 0.05 are right.
     """
     if labels.dim() > 1 or labels.is_floating_point():
         found, true = (each.double().flatten(1).sort(0).values for each in (recovered, labels))
         return float(((found - true).abs() <= _TOLERANCE).double().mean())
+    if recovered.dim() > 1:
+        recovered = recovered.argmax(1)
     overlap = Counter(recovered.tolist()) & Counter(labels.tolist())
     return overlap.total() / len(labels)
 
