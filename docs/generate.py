@@ -15,7 +15,6 @@ import importlib.util
 import inspect
 import json
 import re
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -101,21 +100,21 @@ RECORDED = {
 
 
 def main() -> None:
-    """Replace the folder of generated pages, and what attacks' docstrings say of the record."""
+    """Write the generated pages anew, and what attacks' docstrings say of the record."""
     from benchmarks.fidelity.docstrings import restate
     from benchmarks.fidelity.record import Record
 
+    # The docstrings first, which cards show; all that can fail comes before the first page.
     for path, text in restate(Record.read(ROOT / "results" / "fidelity")).items():
         path.write_text(text, encoding="utf-8")
-    written = pages()
-    shutil.rmtree(GENERATED, ignore_errors=True)
-    for name, text in recorded_pages().items():
-        (ROOT / "docs" / name).write_text(text, encoding="utf-8")
-    AUDIT_RECORD.write_text(audit_record_page(), encoding="utf-8")
-    for name, text in written.items():
-        path = GENERATED / name
+    files = {ROOT / "docs" / name: text for name, text in recorded_pages().items()}
+    files[AUDIT_RECORD] = audit_record_page()
+    generated = {GENERATED / name: text for name, text in pages().items()}
+    for path, text in {**files, **generated}.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
+    for stale in set(GENERATED.rglob("*.md")) - set(generated):
+        stale.unlink()
 
 
 def recorded_pages() -> dict[str, str]:
