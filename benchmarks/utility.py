@@ -122,6 +122,8 @@ ENTRIES = (
     Entry("layerdrop:0.5"),
     # The published 1000 iterations, in every round of every client, take hours.
     Entry("dcs2:50"),
+    Entry("refiner"),
+    Entry("shadow"),
 )
 
 

@@ -191,8 +191,8 @@ def _add_defense_arguments(parser: argparse.ArgumentParser) -> None:
         "freeze (free layers: their number, or names joined by +), gaussian (std), graddefense "
         "(slices, perturbed, scale), instahide (mixed), laplace (scale), layerdrop (share), mixup "
         "(alpha), outpost (noise, prune, phi), percentile-noise (sigma0, percentile), precode "
-        "(size, beta), prune (fraction), quantize (levels), sign, soteria (fraction), svdefense "
-        "(energy), topk (share)",
+        "(size, beta), prune (fraction), quantize (levels), refiner (weight, iterations, share), "
+        "shadow (std, area), sign, soteria (fraction), svdefense (energy), topk (share)",
     )
 
 

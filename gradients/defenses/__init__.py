@@ -34,6 +34,8 @@ from gradients.defenses.pipeline import Pipeline, as_transform
 from gradients.defenses.precode import Precode
 from gradients.defenses.prune import Prune
 from gradients.defenses.quantize import Quantize
+from gradients.defenses.refiner import Refiner
+from gradients.defenses.shadow import Shadow
 from gradients.defenses.sign import Sign
 from gradients.defenses.soteria import Soteria
 from gradients.defenses.svdefense import SVDefense
@@ -61,7 +63,9 @@ __all__ = [
     "Precode",
     "Prune",
     "Quantize",
+    "Refiner",
     "SVDefense",
+    "Shadow",
     "Sign",
     "Soteria",
     "TopK",

@@ -10,6 +10,8 @@ from attack.knowledge.answers.dcs2 import with_concealing_images
 from attack.knowledge.answers.instahide import likeliest_encoding
 from attack.knowledge.answers.mixup import likeliest_mixture
 from attack.knowledge.answers.precode import likeliest_noise
+from attack.knowledge.answers.refiner import likeliest_refinement
+from attack.knowledge.answers.shadow import likeliest_noise_map
 from attack.knowledge.likely import Attempt, Likely
 from core.settings import Value
 
@@ -38,6 +40,8 @@ SEARCHES: dict[str, Callable[[Target, torch.Tensor, Attempt], Likely]] = {
     "instahide": likeliest_encoding,
     "mixup": _mixture,
     "precode": likeliest_noise,
+    "refiner": likeliest_refinement,
+    "shadow": likeliest_noise_map,
 }
 
 

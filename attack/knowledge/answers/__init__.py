@@ -14,6 +14,8 @@ from attack.knowledge.answers import (
     mixup,
     outpost,
     precode,
+    refiner,
+    shadow,
     svdefense,
 )
 
@@ -27,5 +29,7 @@ __all__ = [
     "mixup",
     "outpost",
     "precode",
+    "refiner",
+    "shadow",
     "svdefense",
 ]
