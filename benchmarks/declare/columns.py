@@ -5,7 +5,7 @@ A table names a column in one of these ways:
 - a name of `COLUMNS` ("validation accuracy", "epsilon", "seconds", ...);
 - a metric of `attack.metrics`, one that a plugin registers too ("psnr"), or "worst-case psnr",
   where an ensemble attacked;
-- "labels by RULE" and "rdlv SITE", "rdlv SITE round N";
+- "labels by RULE", "recovered at N dB" and "rdlv SITE", "rdlv SITE round N";
 - "STAGE.KEY.KEY...", for any number of the records (`benchmarks.declare.records`).
 
 "worst NAME" shows the value of greatest leakage in place of the mean, "interval NAME" the 95 %
@@ -81,10 +81,10 @@ def _threat(run: Run) -> str | None:
     return "; ".join(["custom", *more])
 
 
-def _recovered(run: Run) -> list[float]:
-    """The share of the batch that is recovered up to rounding: its spread is over batches."""
+def _recovered(run: Run, above: float = RECOVERED_DB) -> list[float]:
+    """The share of the batch above a PSNR: its spread is over batches."""
     values = run.numbers("attack.evaluation.per_image.psnr")
-    return [sum(value > RECOVERED_DB for value in values) / len(values)] if values else []
+    return [sum(value > above for value in values) / len(values)] if values else []
 
 
 def _wholly_recovered(run: Run) -> list[float]:
@@ -182,6 +182,7 @@ _IN_PRINT = {
 }
 BY_WORST_ATTACK = "worst-case "
 BY_RULE = "labels by "
+_RECOVERED_AT = re.compile(r"recovered at (\d+(?:\.\d+)?) dB")
 _RDLV = re.compile(r"rdlv (\S+?)(?: round (\d+))?")
 
 
@@ -225,6 +226,15 @@ def _label_rule(name: str) -> Column | None:
         return run.text(f"{place}.reason")
 
     return Column(name, rule, _path(f"{place}.accuracy"), 2, "high", note=note)
+
+
+def _recovered_column(name: str) -> Column | None:
+    """`recovered at N dB`: the share of images above a PSNR that a person recognises them at."""
+    found = _RECOVERED_AT.fullmatch(name)
+    if found is None:
+        return None
+    above = float(found.group(1))
+    return Column(name, f"> {above:g} dB", lambda run: _recovered(run, above), 2, "high")
 
 
 def _rdlv_column(name: str) -> Column | None:
@@ -282,7 +292,7 @@ def find_column(name: str) -> Column:
     Raises:
         InputError: There is no such column; names those that are near.
     """
-    kinds = (_rdlv_column, _label_rule, _metric_column, _record_column)
+    kinds = (_rdlv_column, _recovered_column, _label_rule, _metric_column, _record_column)
     found = COLUMNS.get(name) or next(filter(None, (kind(name) for kind in kinds)), None)
     if found is None:
         raise InputError(_unknown(name))
@@ -294,7 +304,7 @@ def _unknown(name: str) -> str:
     if "." in name:
         return unknown("column", name, example_paths(metrics), "the stages record no such value")
     names = [*COLUMNS, *metrics, *(f"{BY_WORST_ATTACK}{metric}" for metric in metrics)]
-    more = ("labels by RULE", "rdlv SITE", "STAGE.KEY.KEY of the records")
+    more = ("labels by RULE", "recovered at N dB", "rdlv SITE", "STAGE.KEY.KEY of the records")
     return unknown("column", name, names, f"known are {', '.join([*names, *more])}")
 
 

@@ -36,6 +36,7 @@ from benchmarks.show.render import (
 from benchmarks.show.report import to_html
 from benchmarks.show.results import TableResult, collect
 from benchmarks.show.statistics import bootstrap_interval, summarize
+from core.errors import InputError
 from tests.browser import Page, find_browser
 from tests.example_results import TABLE, attack_record, example, fill, load
 
@@ -67,6 +68,17 @@ def test_bootstrap_interval_covers_the_mean_95_times_in_100() -> None:
     assert 0.90 <= covered <= 0.98
     width = np.mean([high - low for low, high in intervals])
     assert width == pytest.approx(2 * 1.96 * 2.0 / np.sqrt(40), rel=0.06)
+
+
+def test_recovered_counts_images_of_a_batch_above_a_psnr() -> None:
+    images = [{"psnr": value} for value in (19.0, 25.0, 61.0, 100.0)]
+    run = Run({"attack": {"evaluation": {"per_image": images}}})
+    names = ("recovered", "recovered at 30 dB", "recovered at 20 dB", "recovered at 99.5 dB")
+    shares = [find_column(name).values(run) for name in names]
+    assert shares == [[0.5], [0.5], [0.75], [0.25]]
+    assert find_column("recovered at 20 dB").header == "> 20 dB"
+    with pytest.raises(InputError, match="unknown column recovered at dB"):
+        find_column("recovered at dB")
 
 
 def test_text_table(result: TableResult) -> None:
