@@ -19,6 +19,7 @@ from audit.data import SiteData, chosen
 from audit.local import Client, ToldTraining, completed, cosine, told_training
 from audit.permutations import n_memberships, non_members_needed
 from audit.received import received_model, state_after, target_of, without_masks
+from audit.record import ReceivedSection
 from audit.show.words import count
 from core.client import fitted_targets, outputs_of, with_classes
 from core.errors import InputError, nearest
@@ -117,6 +118,8 @@ class AuditRequest:
         warnings: What limits the audit, one sentence each.
         previous: What the site received a round before; None: that of `rounds` which stands before
             the received one, if both are among them.
+        looked: What detectors said of the received model before anything was trained; None: they
+            have not looked yet.
     """
 
     update: SharedUpdate
@@ -131,6 +134,7 @@ class AuditRequest:
     single_site: tuple[State, ...] = ()
     warnings: tuple[str, ...] = ()
     previous: State | None = None
+    looked: ReceivedSection | None = None
 
     @cached_property
     def before(self) -> nn.Module | None:

@@ -70,7 +70,9 @@ def audit(
     began = time.perf_counter()
     stages = Stages(report, request.digest)
     with _bar(progress) as bar:
-        received = stages.once("received", ReceivedSection, lambda: look_at_request(request))
+        received = stages.once(
+            "received", ReceivedSection, lambda: request.looked or look_at_request(request)
+        )
         if not bar.disable:
             bar.write(words_of(received), file=sys.stderr)
         plan = stages.once("plan", Plan, lambda: plan_for(request))

@@ -17,6 +17,7 @@ _COMPONENTS = {
     "GradInversionInverter": "federated.flare.inverter",
     "ImageSimMetric": "audit.similarity",
     "Inverter": "federated.flare.inverter",
+    "ReceivedModelFilter": "federated.flare.received_filter",
     "RelativeDataLeakageValueFilter": "federated.flare.rdlv_filter",
     "SimMetric": "audit.similarity",
 }

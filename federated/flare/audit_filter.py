@@ -18,7 +18,7 @@ from audit.show.store import write_audit
 from core.client import loss_named
 from core.errors import InputError
 from core.named_objects import called
-from federated.flare.withholding import GLOBAL_WEIGHTS, FailClosedFilter
+from federated.flare.withholding import GLOBAL_WEIGHTS, LOOKED, FailClosedFilter
 from federated.gate.allowed import array_of
 from federated.gate.passage import Schedule, WithheldError, reason_of
 from federated.gate.site_audit import (
@@ -36,7 +36,8 @@ class AuditFilter(FailClosedFilter):
 
     A round's audit is `audit_roundN.json` in the site's app folder. Put the filter after those
     that change the update, and add a `GlobalModelTap` for tasks: the site must have seen the
-    global model.
+    global model. A `ReceivedModelFilter` in its place says before anything is trained whether
+    that model may have been made to leak.
 
     Args:
         model: Builds the model that the site trains, `module:function` of the job's custom
@@ -139,7 +140,7 @@ class AuditFilter(FailClosedFilter):
             )
         sent = {name: array_of(value) for name, value in dxo.data.items()}
         kind = "difference" if dxo.data_kind == DataKind.WEIGHT_DIFF else "weights"
-        record = self._audit(received, sent, kind)
+        record = self._audit(received, sent, kind, fl_ctx.get_prop(LOOKED))
         folder = Path(fl_ctx.get_prop(FLContextKey.APP_ROOT))
         write_audit(record, folder, RECORD_NAME.format(self._passage.name))
         self._passage.reason = reason_in(record)

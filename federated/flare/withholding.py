@@ -47,6 +47,8 @@ from federated.gate.passage import Passage, Rounds, WithheldError, reason_of
 GLOBAL_WEIGHTS = "gradinvbench.global_weights"
 ROUND = "gradinvbench.round"
 WITHHELD = "gradinvbench.withheld"
+# What a look at the global model found before anything was trained.
+LOOKED = "gradinvbench.looked"
 # In an update's own meta data, as far as the first filter: why there is none.
 DIVERGED = "gradinvbench.diverged"
 # An average with such a weight is that of the others; alone, it is the zero difference.

@@ -13,11 +13,14 @@ from torch import nn
 
 from audit import gate_log
 from audit.data import site_data
+from audit.record import ReceivedSection
 from audit.request import AuditSettings
+from audit.show.received import words_of
 from audit.show.store import write_audit
 from core.errors import InputError
 from core.locks import LOCK_NAME, locked
 from core.losses import Function, Loss
+from federated.flower.kept_model import KEPT, exchanged
 from federated.flower.received import Received, failure, withheld
 from federated.flower.records import Arrays, cleared, digest, left_out, only_arrays, same
 from federated.gate.allowed import NotAllowedError, is_round
@@ -36,6 +39,7 @@ from federated.gate.site_audit import (
     SiteAudit,
     reason_in,
     setting_of,
+    write_look,
 )
 
 log = logging.getLogger(__name__)
@@ -48,6 +52,19 @@ FOLDER_KEY = "audit-folder"
 _WAIT = 3600.0
 
 
+@dataclass(frozen=True)
+class _Look:
+    """What a site knows before anything is trained.
+
+    Attributes:
+        due: Whether this update is measured; None: it was not decided.
+        looked: What the detectors say of the global model; None: they did not look.
+    """
+
+    due: bool | None = None
+    looked: ReceivedSection | None = None
+
+
 @dataclass
 class _Visit:
     """One message at a site.
@@ -58,12 +75,14 @@ class _Visit:
         folder: The site's results of this run.
         rounds: The updates that were counted, by the site's own log: Flower runs an app in a
             new process for every message, and nothing else remembers.
+        look: What was said of the global model before the app saw it.
         passage: What becomes of the answer.
     """
 
     received: Received
     context: Context
     folder: Path
+    look: _Look
     rounds: Rounds = field(init=False)
     passage: Passage = field(init=False)
 
@@ -79,6 +98,10 @@ class _Visit:
 
 class AuditMod:
     """A client mod that audits every outgoing update and lets only harmless ones pass.
+
+    Before the app trains, the global model that came in is looked at: whether it may have been
+    made to leak (`received_roundN.json`, and the log). It is compared with that of the round
+    before, which the site keeps.
 
     Put it first in the app's list of mods: the first one sees last what leaves. An update that
     leaks is answered with an error message without content; strategies leave failed clients out.
@@ -98,6 +121,8 @@ class AuditMod:
         settings: How the audit is made otherwise.
         withhold_cannot_tell: Whether an update also stays where the audit cannot tell.
         record_only: Let updates pass whatever the verdict is; what may leave is checked still.
+        refuse_suspicious: Train nothing on a global model that looks as if it was made to leak; at
+            most a share `alpha` of honest ones does.
         frequency: Measure every that many updates of the site.
         start_round: The first update to measure, from 0.
         random_rounds: Measure each update with probability 1 / frequency instead.
@@ -121,6 +146,7 @@ class AuditMod:
         settings: AuditSettings = SETTINGS,
         withhold_cannot_tell: bool = False,
         record_only: bool = False,
+        refuse_suspicious: bool = False,
         frequency: int = 1,
         start_round: int = 0,
         random_rounds: bool = False,
@@ -131,7 +157,7 @@ class AuditMod:
         self.model, self.data, self.loss, self.local = model, data, loss, local
         self.folder = Path(folder)
         self.settings = replace(settings, budget=budget)
-        self.policy = Policy(withhold_cannot_tell, record_only)
+        self.policy = Policy(withhold_cannot_tell, record_only, refuse_suspicious)
         self.schedule = Schedule(frequency, start_round, random_rounds)
 
     def __call__(self, message: Message, context: Context, call_next: App) -> Message:
@@ -141,16 +167,24 @@ class AuditMod:
         except Exception:
             log.exception("the message cannot be read")
             return Message(withheld(), reply_to=message)
+        look = _Look()
         answered: Message | Exception
         try:
-            answered = call_next(message, context)
+            look = self._look(received, context)
+        except Exception:
+            log.exception("the global model cannot be looked at before it is trained")
+        try:
+            if self.policy.refuses(look.looked):
+                answered = WithheldError("the global model is suspicious: nothing was trained")
+            else:
+                answered = call_next(message, context)
         except Exception as error:
             log.exception("the app failed")
             answered = error
         try:
             folder = self.folder_of(context)
             with locked(folder / LOCK_NAME, f"folder {folder}", wait=_WAIT):
-                visit = _Visit(received, context, folder)
+                visit = _Visit(received, context, folder, look)
                 sent = self._gated(answered, visit)
                 self._log(sent, visit)
         except Exception:
@@ -170,9 +204,36 @@ class AuditMod:
         site = f"node-{context.node_id}" if partition is None else f"partition-{partition}"
         return Path(str(config.get(FOLDER_KEY, self.folder))) / site / f"run-{context.run_id}"
 
+    def _look(self, received: Received, context: Context) -> _Look:
+        """Look at the global model that an update is asked of, and keep what is found.
+
+        Raises:
+            Exception: Whatever the user's model or data raise.
+        """
+        if not received.is_training or received.arrays is None:
+            return _Look()
+        folder = self.folder_of(context)
+        with locked(folder / LOCK_NAME, f"folder {folder}", wait=_WAIT):
+            passage = _Visit(received, context, folder, _Look()).passage
+            previous = exchanged(folder / KEPT, received.arrays)
+        if not self.schedule.due(passage.count):
+            return _Look(False)
+        looked = self._site_audit(context).look(received.arrays, previous)
+        write_look(looked, folder, passage.name)
+        if looked.suspicious:
+            log.warning("%s: %s", folder, words_of(looked))
+        return _Look(True, looked)
+
+    def _site_audit(self, context: Context) -> SiteAudit:
+        data = site_data(self.data(context), self.settings.seed, "data")
+        return SiteAudit(self.model, data, self.loss, self.local, self.settings)
+
     def _gated(self, answered: Any, visit: _Visit) -> RecordDict | Error:
         """What leaves in place of an answer."""
         passage = visit.passage
+        if isinstance(answered, WithheldError):
+            passage.verdict, passage.reason = "withheld", reason_of(answered)
+            return withheld()
         failed = failure(answered)
         if failed is not None:
             passage.verdict, passage.reason = "no result", repr(answered)[:MAX_REASON]
@@ -207,12 +268,16 @@ class AuditMod:
         visit.rounds.take(received.stated)
         if same(update, received.arrays):
             passage.reason = "the update is the global model again"
-        elif not self.schedule.due(passage.count):
+        elif not self._due(visit):
             passage.verdict = "passed unmeasured"
             passage.reason = f"update {passage.count} with {self.schedule}"
         else:
             self._measure(received.arrays, update, visit)
         return allowed
+
+    def _due(self, visit: _Visit) -> bool:
+        due = visit.look.due
+        return self.schedule.due(visit.passage.count) if due is None else due
 
     def _measure(self, before: Arrays, update: Arrays, visit: _Visit) -> None:
         """Audit an update.
@@ -222,9 +287,8 @@ class AuditMod:
         """
         passage = visit.passage
         try:
-            data = site_data(self.data(visit.context), self.settings.seed, "data")
-            checked = SiteAudit(self.model, data, self.loss, self.local, self.settings)
-            record = checked(before, update, "weights")
+            checked = self._site_audit(visit.context)
+            record = checked(before, update, "weights", visit.look.looked)
             write_audit(record, visit.folder, RECORD_NAME.format(passage.name))
         except Exception as error:
             if not self.policy.record_only:
@@ -249,6 +313,7 @@ class AuditMod:
                 "count": passage.count,
                 "verdict": passage.verdict,
                 "reason": passage.reason,
+                "received": None if visit.look.looked is None else words_of(visit.look.looked),
                 "sent": f"error {sent.code}" if isinstance(sent, Error) else digest(sent),
                 "updates": rounds.count,
                 "last_round": rounds.last,

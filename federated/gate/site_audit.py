@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,13 +12,18 @@ from torch import nn
 
 from audit.data import SiteData
 from audit.decision import Verdict
-from audit.record import AuditRecord
+from audit.record import AuditRecord, ReceivedSection
 from audit.request import AuditSettings, make_request
 from audit.run import audit
+from audit.suspicion import look_before_training
 from core.errors import InputError
 from core.losses import Function, Loss
+from core.models.architecture import GivenModel
+from core.storage import write_record
 
 RECORD_NAME = "audit_round{}.json"
+# What the look at the received model found, before anything was trained.
+LOOK_NAME = "received_round{}.json"
 # A round of a federation waits for the audit.
 BUDGET = 600.0
 # A site's gate measures the update; the rest of an audit is for the command.
@@ -35,6 +41,7 @@ class Policy:
     Attributes:
         withhold_cannot_tell: Whether an update also stays where the audit cannot tell.
         record_only: Whether updates leave whatever the verdict is.
+        refuse_suspicious: Whether nothing is trained on a received model that is suspicious.
 
     Raises:
         InputError: A value that is not true or false.
@@ -42,6 +49,7 @@ class Policy:
 
     withhold_cannot_tell: bool = False
     record_only: bool = False
+    refuse_suspicious: bool = False
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -56,6 +64,10 @@ class Policy:
         known = {each.value for each in Verdict}
         return not self.record_only and (verdict in stays or verdict not in known)
 
+    def refuses(self, looked: ReceivedSection | None) -> bool:
+        """Whether a received model is not trained on."""
+        return self.refuse_suspicious and looked is not None and looked.suspicious
+
 
 def setting_of(settings: AuditSettings) -> dict[str, object]:
     """What decides how strong an audit is, for a gate's log."""
@@ -65,6 +77,11 @@ def setting_of(settings: AuditSettings) -> dict[str, object]:
 def reason_in(record: AuditRecord) -> str:
     """The verdict in words, with what limits it."""
     return " ".join([record.statement, *record.warnings])
+
+
+def write_look(looked: ReceivedSection, folder: Path, name: int) -> None:
+    """Keep what was said of a received model, beside the audit of the update that follows."""
+    write_record(folder / LOOK_NAME.format(name), asdict(looked))
 
 
 @dataclass(frozen=True)
@@ -86,29 +103,52 @@ class SiteAudit:
     local: str | None = None
     settings: AuditSettings = field(default=SETTINGS)
 
-    def __call__(self, received: Arrays, sent: Arrays, kind: str) -> AuditRecord:
+    def look(self, received: Arrays, previous: Arrays | None = None) -> ReceivedSection:
+        """Whether a received model looks as if it was made to leak, before it is trained.
+
+        Args:
+            received: The global model's state by name, or by numbers in its order.
+            previous: That of the round before; None where it is not at hand.
+
+        Raises:
+            InputError: One sentence on what does not fit the model.
+        """
+        with torch.random.fork_rng(devices=[]):
+            model = self.model()
+            earlier = None if previous is None else named_by(model, previous)
+            return look_before_training(
+                named_by(model, received), model=GivenModel(model), data=self.data, loss=self.loss,
+                local=self.local, previous=earlier, settings=self.settings,
+            )  # fmt: skip
+
+    def __call__(
+        self, received: Arrays, sent: Arrays, kind: str, looked: ReceivedSection | None = None
+    ) -> AuditRecord:
         """Audit an update.
 
         Args:
             received: The global model's state by name, or by numbers in its order.
             sent: What is about to leave, by the same names.
             kind: "weights" or "difference".
+            looked: What `look` said of the received model; None: the audit looks itself.
 
         Raises:
             InputError: The update cannot be audited; one sentence says why.
         """
         # The site's own training draws from the same random numbers.
         with torch.random.fork_rng(devices=[]):
-            return self._audited(received, sent, kind)
+            return self._audited(received, sent, kind, looked)
 
-    def _audited(self, received: Arrays, sent: Arrays, kind: str) -> AuditRecord:
+    def _audited(
+        self, received: Arrays, sent: Arrays, kind: str, looked: ReceivedSection | None
+    ) -> AuditRecord:
         model = self.model()
         before, after = (named_by(model, arrays) for arrays in (received, sent))
         request = make_request(
             before, after, kind=kind, model=model, data=self.data, loss=self.loss,
             local=self.local, settings=self.settings,
         )  # fmt: skip
-        return audit(request)
+        return audit(replace(request, looked=looked))
 
 
 def named_by(model: nn.Module, arrays: Arrays) -> dict[str, torch.Tensor]:

@@ -47,6 +47,15 @@ def received() -> dict[str, np.ndarray]:
         return arrays(build())
 
 
+def made_to_leak() -> dict[str, np.ndarray]:
+    """A global model whose neurons all measure the brightness: a block of bins."""
+    found = received()
+    rows, columns = found["1.weight"].shape
+    found["1.weight"] = np.full((rows, columns), 1 / columns, np.float32)
+    found["1.bias"] = -np.linspace(0.2, 0.8, rows, dtype=np.float32)
+    return found
+
+
 def sent(data: gib.GivenData) -> dict[str, np.ndarray]:
     """The model after one local epoch."""
     model = build()

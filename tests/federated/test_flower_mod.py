@@ -31,6 +31,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from audit import gate_log
 from audit.show.store import read_audit
 from core.errors import InputError
+from core.reading import read_json_object
 from federated.flower import AuditMod
 from tests.federated import audited_site
 
@@ -66,9 +67,9 @@ def record_of(values: Arrays) -> ArrayRecord:
     return ArrayRecord({name: Array(value) for name, value in values.items()})
 
 
-def message(round_number: Any = 1, kind: str = "train") -> Message:
+def message(round_number: Any = 1, kind: str = "train", weights: Arrays | None = None) -> Message:
     """As `FedAvg` sends it."""
-    content = RecordDict({"arrays": record_of(audited_site.received())})
+    content = RecordDict({"arrays": record_of(weights or audited_site.received())})
     content["config"] = ConfigRecord({"server-round": round_number, "lr": 0.1})
     return addressed(content, kind)
 
@@ -101,6 +102,65 @@ def says_nothing(reply: Message) -> bool:
     return reply.has_error() and not reply.has_content() and reply.error.reason in (
         "withheld by the site", "the client failed; its site has the reason",
     )  # fmt: skip
+
+
+# --- The received model -----------------------------------------------------------
+
+
+def test_the_global_model_is_looked_at_before_the_app_trains(tmp_path: Path) -> None:
+    folder = tmp_path / "partition-4" / "run-7"
+    seen: list[dict[str, Any]] = []
+
+    def trains(msg: Message, node: Context) -> Message:
+        name = f"received_round{len(seen) + 1}.json"
+        seen.append(read_json_object(folder / name, what="look"))
+        return app_with(audited_site.sent(audited_site.many_pictures()))(msg, node)
+
+    for number, weights in ((1, audited_site.received()), (2, audited_site.made_to_leak())):
+        # Flower builds the app anew for every message.
+        a_mod(tmp_path, audited_site.many_pictures, record_only=True)(
+            message(number, weights=weights), context(), trains
+        )
+    assert [(each["suspicious"], each["compared"]) for each in seen] == [
+        (False, False), (True, True),
+    ]  # fmt: skip
+    record = read_audit(folder / "audit_round2.json")
+    assert record.received is not None
+    assert record.received.p_value == seen[1]["p_value"]
+    said = [entry["received"] for entry in log(tmp_path)]
+    assert "does not look as if" in said[0]
+    assert "Do not train it" in said[1]
+
+
+def test_a_suspicious_model_is_not_trained_on_where_a_site_says_so(tmp_path: Path) -> None:
+    def must_not_train(msg: Message, node: Context) -> Message:
+        raise AssertionError("the app was called")
+
+    mod = a_mod(tmp_path, audited_site.many_pictures, refuse_suspicious=True)
+    mod(message(1), context(), leaking())
+    reply = mod(message(2, weights=audited_site.made_to_leak()), context(), must_not_train)
+    assert says_nothing(reply)
+    entry = log(tmp_path)[-1]
+    assert entry["verdict"] == "withheld"
+    assert entry["reason"] == "the global model is suspicious: nothing was trained"
+
+
+def test_what_cannot_be_looked_at_is_audited_as_before(tmp_path: Path) -> None:
+    def broken() -> Any:
+        raise RuntimeError("no data")
+
+    reply = a_mod(tmp_path, broken, refuse_suspicious=True)(message(), context(), leaking())
+    assert says_nothing(reply)
+    entry = log(tmp_path)[-1]
+    assert (entry["verdict"], entry["received"]) == ("withheld", None)
+    assert "no data" in entry["reason"]
+
+
+def test_only_measured_updates_are_looked_at(tmp_path: Path) -> None:
+    unmeasured(tmp_path)(message(), context(), leaking())
+    a_mod(tmp_path)(message(2, "evaluate"), context(), leaking())
+    assert not list(tmp_path.rglob("received_round*.json"))
+    assert [entry["received"] for entry in log(tmp_path)] == [None, None]
 
 
 # --- The verdict --------------------------------------------------------------------

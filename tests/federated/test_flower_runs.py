@@ -117,6 +117,9 @@ def check_both_sites(folder: Path, *others: str) -> None:
     runs = [only_run(folder, partition) for partition in (0, 1)]
     verdicts = [[entry["verdict"] for entry in gate_log.verify(run)] for run in runs]
     assert verdicts == [["withheld", *others], ["passed", *others]]
+    # Both looked at the global model, and neither audit did again.
+    assert [(run / "received_round1.json").exists() for run in runs] == [True, True]
+    assert all(gate_log.verify(run)[0]["received"] for run in runs)
     records = [read_audit(run / "audit_round1.json") for run in runs]
     assert [record.verdict for record in records] == ["leaks", "no leak found"]
 

@@ -17,8 +17,10 @@ from nvflare.app_common.app_constant import AppConstants
 from audit import gate_log
 from audit.show.store import read_audit
 from core.errors import InputError
-from federated import AuditFilter
+from core.reading import read_json_object
+from federated import AuditFilter, ReceivedModelFilter
 from federated.flare.taps import GlobalModelTap
+from federated.gate.passage import WithheldError
 from tests.federated import audited_site
 from tests.federated.site_context import Site
 
@@ -37,6 +39,18 @@ def site(folder: Path) -> Site:
     task.set_header(AppConstants.CURRENT_ROUND, 3)
     GlobalModelTap().process(task, found.context)
     return found
+
+
+def asked(weights: dict[str, np.ndarray], number: int) -> Shareable:
+    """A task with a global model."""
+    task = DXO(DataKind.WEIGHTS, weights).to_shareable()
+    task.set_header(AppConstants.CURRENT_ROUND, number)
+    return task
+
+
+def looks(**more: Any) -> ReceivedModelFilter:
+    settings = {"local": audited_site.LOCAL, **more}
+    return ReceivedModelFilter(f"{MODULE}:build", f"{MODULE}:many_pictures", **settings)
 
 
 def update(data: Any) -> Shareable:
@@ -79,6 +93,53 @@ def test_a_filter_that_records_withholds_nothing(tmp_path: Path) -> None:
     assert leaves(a_filter(record_only=True), given, site(tmp_path))
     assert read_audit(tmp_path / "audit_round3.json").verdict == "leaks"
     assert gate_log.verify(tmp_path)[-1]["setting"]["record_only"] is True
+
+
+def test_a_model_is_looked_at_before_anything_is_trained(tmp_path: Path) -> None:
+    at, looking = Site(tmp_path), looks()
+    task = asked(audited_site.received(), 3)
+    assert looking.process(task, at.context) is task
+    # Nothing is trained yet, and the site knows.
+    first = read_json_object(tmp_path / "received_round3.json", what="look")
+    assert (first["suspicious"], first["compared"]) == (False, False)
+    assert first["rounds"] > 0
+    looking.process(asked(audited_site.made_to_leak(), 4), at.context)
+    second = read_json_object(tmp_path / "received_round4.json", what="look")
+    assert (second["suspicious"], second["compared"]) == (True, True)
+    lines = gate_log.verify(tmp_path)
+    assert [(each["round"], each["verdict"]) for each in lines] == [
+        (3, "not suspicious"), (4, "suspicious"),
+    ]  # fmt: skip
+    assert "Do not train it" in lines[1]["reason"]
+    # The audit of what was trained takes over what was said, and does not look again.
+    checked = a_filter("many_pictures", record_only=True)
+    checked.process(update(audited_site.many_pictures()), at.context)
+    record = read_audit(tmp_path / "audit_round4.json")
+    assert record.received is not None
+    assert record.received.suspicious
+    assert record.received.p_value == second["p_value"]
+
+
+def test_a_suspicious_model_is_not_trained_on_where_a_site_says_so(tmp_path: Path) -> None:
+    at, looking = Site(tmp_path), looks(refuse_suspicious=True)
+    looking.process(asked(audited_site.received(), 0), at.context)
+    with pytest.raises(WithheldError, match="nothing is trained"):
+        looking.process(asked(audited_site.made_to_leak(), 1), at.context)
+    assert gate_log.verify(tmp_path)[-1]["verdict"] == "refused"
+
+
+def test_a_model_that_cannot_be_looked_at_is_trained_all_the_same(tmp_path: Path) -> None:
+    at, looking = Site(tmp_path), looks(refuse_suspicious=True)
+    task = asked({"other": np.zeros(3, np.float32)}, 0)
+    assert looking.process(task, at.context) is task
+    entry = gate_log.verify(tmp_path)[-1]
+    assert entry["verdict"] == "not looked at"
+    assert entry["reason"]
+    # A task without a model says nothing, and the next look has nothing to compare with.
+    assert looking.process(Shareable(), at.context).get_return_code() is not None
+    assert len(gate_log.verify(tmp_path)) == 1
+    with pytest.raises(InputError, match="model"):
+        ReceivedModelFilter("", "m:data")
 
 
 @pytest.mark.parametrize("record_only", [False, True])

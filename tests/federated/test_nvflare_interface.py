@@ -101,6 +101,7 @@ def test_every_argument_is_kept_under_its_name(tmp_path: Path) -> None:
     data = {"data_root": str(tmp_path), "dataset_json": str(datalist)}
     built = [
         federated.AuditFilter("mysite:build", "mysite:data"),
+        federated.ReceivedModelFilter("mysite:build", "mysite:data"),
         federated.GaussianPrivacy(),
         federated.RelativeDataLeakageValueFilter(**data),
         federated.GradInversionInverter(),
