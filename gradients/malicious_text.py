@@ -15,8 +15,10 @@ from core.models.transformer_blocks import Block, Matrix, transformer_blocks
 from core.models.unchanged import in_mode, unchanged
 from gradients.servers.base import MARGIN, spread_ties
 
-# Logits between the first position and every other one: the others' share is e^-60.
+# Logits between the position that a head reads and every other one: their share is e^-60.
 FIRST = 60.0
+# First tokens of a sentence that name it, at most: one per head of the first attention.
+NAMED = 4
 # Largest distance between two thresholds in units of what a smooth activation needs to switch.
 SHARP = 50.0
 # What the feed-forward networks add to the stream of hidden states, against the embeddings.
@@ -75,12 +77,13 @@ def _set_decepticons(model: nn.Module, features: int, public_ids: torch.Tensor) 
     """The first attention names sentences, the feed-forward networks measure tokens.
 
     The last features of every hidden state are emptied. The first attention looks at the first
-    token of the sentence only, and writes what it reads there into them; the others write
+    tokens of the sentence only, and writes what it reads there into them; the others write
     nothing. Every feed-forward network measures what reaches it along a direction of its own
     against one threshold per neuron.
 
-    Source: Fowl et al. 2022, section 3, https://arxiv.org/abs/2201.12675; there all networks
-        measure along one direction and share its thresholds out.
+    Source: Fowl et al. 2022, section 3, https://arxiv.org/abs/2201.12675; there the first token
+        alone names a sentence, and all networks measure along one direction and share its
+        thresholds out.
     """
     blocks = transformer_blocks(model)
     width = blocks[0].first.weight.shape[1]
@@ -112,23 +115,44 @@ def _level(model: nn.Module, width: int, features: int) -> None:
 def _name_sentences(
     model: nn.Module, block: Block, features: int, public_ids: torch.Tensor
 ) -> None:
-    """Attend to the first token from everywhere; write a projection of it as the name."""
+    """Attend to the first tokens from everywhere, one per head; write projections as the name.
+
+    A head that does not see its token, under a causal mask or in a short sentence, attends to the
+    first one. Heads whose position cannot be told from the others stay silent.
+    """
     rows = rows_at(model, block.attended, public_ids)
-    direction, margin = _first_position(rows)
     size = block.query.weight.shape[0] // block.heads
+    most = min(block.heads if size > 1 else 1, NAMED, rows.shape[1])
+    found = [_position(rows, 0)]
+    while len(found) < most and (told := _told_apart(rows, len(found))) is not None:
+        found.append(told)
     for matrix in (block.query, block.key, block.value):
         matrix.weight.zero_()
         matrix.bias.zero_()
-    heads = torch.arange(block.heads) * size
-    block.key.weight[heads] = direction.to(block.key.weight)
-    block.query.bias[heads] = FIRST * size**0.5 / margin
-    first = rows[:, 0]
-    projection = _random((features, rows.shape[2]), 3)
-    projection = projection / (first @ projection.T).std().clamp_min(1e-12)
-    block.value.weight[:features] = projection.to(block.value.weight)
-    block.value.bias[:features] = -(first.mean(0) @ projection.T).to(block.value.bias)
-    scale = _spread_of_embeddings(model, rows.shape[2], features)
-    block.out.weight[-features:, :features] = scale * torch.eye(features).to(block.out.weight)
+    scale = _spread_of_embeddings(model, rows.shape[2], features) / len(found) ** 0.5
+    first, margin = found[0]
+    logits = FIRST / margin
+    range_of_first = float((rows @ first).max() - (rows @ first).min())
+    for number, (direction, margin) in enumerate(found):
+        at = number * size
+        own = logits if number == 0 else (FIRST + logits * range_of_first) / margin
+        block.key.weight[at] = direction.to(block.key.weight)
+        block.query.bias[at] = own * size**0.5
+        if number:
+            block.key.weight[at + 1] = first.to(block.key.weight)
+            block.query.bias[at + 1] = logits * size**0.5
+        _write_name(block, slice(at, at + min(size, features)), features, rows[:, number], scale)
+
+
+def _write_name(block: Block, at: slice, features: int, rows: torch.Tensor, scale: float) -> None:
+    """A projection of what a head attends to (N x width) into the last features."""
+    rank = at.stop - at.start
+    projection = _random((rank, rows.shape[1]), 3 + at.start)
+    projection = projection / (rows @ projection.T).std().clamp_min(1e-12)
+    block.value.weight[at] = projection.to(block.value.weight)
+    block.value.bias[at] = -(rows.mean(0) @ projection.T).to(block.value.bias)
+    spread = torch.linalg.qr(_random((features, rank), 4 + at.start))[0]
+    block.out.weight[-features:, at] = scale * spread.to(block.out.weight)
 
 
 def _spread_of_embeddings(model: nn.Module, width: int, features: int) -> float:
@@ -138,8 +162,16 @@ def _spread_of_embeddings(model: nn.Module, width: int, features: int) -> float:
     return float(most.weight[:, :-features].std())
 
 
-def _first_position(rows: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """A direction in which a sentence's first row (N x T x width) lies above all others.
+def _told_apart(rows: torch.Tensor, place: int) -> tuple[torch.Tensor, float] | None:
+    """What `_position` finds; None where there is no such direction."""
+    try:
+        return _position(rows, place)
+    except InputError:
+        return None
+
+
+def _position(rows: torch.Tensor, place: int) -> tuple[torch.Tensor, float]:
+    """A direction in which the rows (N x T x width) at one position lie above all others.
 
     Returns:
         The direction, and by how much at least.
@@ -147,15 +179,16 @@ def _first_position(rows: torch.Tensor) -> tuple[torch.Tensor, float]:
     Raises:
         InputError: There is none.
     """
-    first, others = rows[:, 0], rows[:, 1:].flatten(0, 1)
-    spread = sum(torch.cov(part.T) for part in (first, others))
+    here = rows[:, place]
+    others = torch.cat([rows[:, :place], rows[:, place + 1 :]], 1).flatten(0, 1)
+    spread = sum(torch.cov(part.T) for part in (here, others))
     assert isinstance(spread, torch.Tensor)
     spread.diagonal().add_(1e-2 * spread.diagonal().mean().clamp_min(1e-12))
-    direction = torch.linalg.solve(spread, first.mean(0) - others.mean(0))
-    margin = float((first @ direction).min() - (others @ direction).max())
+    direction = torch.linalg.solve(spread, here.mean(0) - others.mean(0))
+    margin = float((here @ direction).min() - (others @ direction).max())
     if not margin > 0:
         raise InputError(
-            "--malicious decepticons: the first attention cannot tell the first position of a "
+            f"--malicious decepticons: the first attention cannot tell position {place} of a "
             "sentence from the others"
         )
     return direction, margin
