@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -98,7 +99,17 @@ def _set_decepticons(model: nn.Module, features: int, public_ids: torch.Tensor) 
         block.out.bias.zero_()
         if number == 0:
             _name_sentences(model, block, features, public_ids)
-        _measure_tokens(model, block, features, number, public_ids)
+    quiet = QUIET * _spread_of_embeddings(model, width, features)
+    handles = [
+        block.widened.register_forward_pre_hook(_Measuring(block, features, number, quiet))
+        for number, block in enumerate(blocks)
+    ]
+    # One pass sets every network, before it runs itself.
+    try:
+        rows_at(model, blocks[-1].second_layer, public_ids)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _level(model: nn.Module, width: int, features: int) -> None:
@@ -194,26 +205,40 @@ def _position(rows: torch.Tensor, place: int) -> tuple[torch.Tensor, float]:
     return direction, margin
 
 
-def _measure_tokens(
-    model: nn.Module, block: Block, features: int, number: int, public_ids: torch.Tensor
-) -> None:
-    """Every neuron of a feed-forward network measures tokens against its threshold.
+@dataclass(frozen=True)
+class _Measuring:
+    """Lets every neuron of a feed-forward network measure tokens against its threshold.
 
     All neurons answer alike, in features that name no sentence: all have the same gradient per
     token. The measurement is steep, so that a smooth activation switches as a step does.
+
+    Attributes:
+        block: Whose network.
+        features: That name a sentence.
+        number: Of the block.
+        quiet: What the network adds to the stream of hidden states, at most.
     """
-    rows = rows_at(model, block.widened, public_ids).flatten(0, 1)
-    width, bins = rows.shape[1], len(block.first.bias)
-    direction = _random(width, 10 + number)
-    direction = direction / (rows @ direction).std().clamp_min(1e-12)
-    steep = SHARP * bins
-    thresholds = _thresholds(rows @ direction, bins)
-    _fill(block.first, steep * direction, -steep * thresholds)
-    answer = _random(width, 1000 + number)
-    answer[-features:] = 0
-    quiet = QUIET * _spread_of_embeddings(model, width, features) / (steep * bins)
-    block.second.weight.copy_((quiet * answer)[:, None].expand_as(block.second.weight))
-    block.second.bias.zero_()
+
+    block: Block
+    features: int
+    number: int
+    quiet: float
+
+    @torch.no_grad()
+    def __call__(self, module: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        """Set the network, from what reaches its first layer (N x T x width)."""
+        rows = given[0].flatten(0, 1).double().cpu()
+        width, bins = rows.shape[1], len(self.block.first.bias)
+        direction = _random(width, 10 + self.number)
+        direction = direction / (rows @ direction).std().clamp_min(1e-12)
+        steep = SHARP * bins
+        thresholds = _thresholds(rows @ direction, bins)
+        _fill(self.block.first, steep * direction, -steep * thresholds)
+        answer = _random(width, 1000 + self.number)
+        answer[-self.features :] = 0
+        answer *= self.quiet / (steep * bins)
+        self.block.second.weight.copy_(answer[:, None].expand_as(self.block.second.weight))
+        self.block.second.bias.zero_()
 
 
 def _fill(matrix: Matrix, row: torch.Tensor, bias: torch.Tensor) -> None:

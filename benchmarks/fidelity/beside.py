@@ -71,7 +71,12 @@ def version(package: str) -> str:
     return f"{package} {said}"
 
 
-def _breaching() -> ModuleType:
+def breaching() -> ModuleType:
+    """The package.
+
+    Raises:
+        InputError: It is absent.
+    """
     try:
         return importlib.import_module(PACKAGE)
     except ImportError:
@@ -148,7 +153,7 @@ def _reconstructed(
     labels: torch.Tensor | None,
     trial: Trial,
 ) -> Reconstruction:
-    package = _breaching()
+    package = breaching()
     began = time.perf_counter()
     config = package.get_attack_config(attack.name, overrides=list(attack.overrides))
     is_text = target.loss.targets is Targets.TOKENS
@@ -210,7 +215,7 @@ class BreachingApril:
 
     def __call__(self, target: Target, labels: torch.Tensor, trial: Trial) -> Reconstruction:
         """See `Beside`."""
-        home = importlib.import_module(f"{_breaching().__name__}.attacks.analytic_attack")
+        home = importlib.import_module(f"{breaching().__name__}.attacks.analytic_attack")
         model: Any = target.build_model()
         first = next(iter(model.encoder.layers.named_children()))[0]
         name = f"encoder.layers.{first}.self_attention.in_proj_weight"
@@ -243,7 +248,7 @@ class BreachingImprint:
 
     def __call__(self, target: Target, labels: torch.Tensor, trial: Trial) -> Reconstruction:
         """See `Beside`."""
-        package = _breaching()
+        package = breaching()
         model = target.build_model()
         names = list(target.gradient)
         weight, bias = names.index("imprint.1.weight"), names.index("imprint.1.bias")

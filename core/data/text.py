@@ -106,6 +106,17 @@ def text_data(
     )
 
 
+def token_stream(data: str = PYDOC_TOPICS) -> torch.Tensor:
+    """All sentences of a text as one row of token ids.
+
+    Args:
+        data: See `is_text`.
+    """
+    corpus, vocabulary = _corpus(data), _vocabulary(data)
+    parts = [each.ids for text in corpus.sentences for each in vocabulary.encode_batch(list(text))]
+    return torch.tensor([number for part in parts for number in part])
+
+
 def split_sentences(text: str) -> list[str]:
     """Sentences, each in one line; those with endless words are none."""
     parts = [part.split() for part in re.split(r"(?<=[.!?:])\s+|\n\s*\n", text)]
