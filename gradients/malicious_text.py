@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from core.errors import InputError
-from core.losses import Loss, NextToken, Targets
+from core.losses import Loss, NextToken, Targets, pad_of
 from core.models.malicious import ImprintedEmbedding, add_to_language_model, parse_text_malice
 from core.models.module_inputs import inputs_of
 from core.models.transformer_blocks import Block, Matrix, transformer_blocks
@@ -45,7 +45,9 @@ def tamper_with_text(
     if malice.kind == "imprint":
         _set_imprint(sent, public_ids)
     else:
-        _set_decepticons(sent, malice.number, public_ids)
+        pad = None if loss is None else pad_of(loss)
+        words = torch.ones_like(public_ids, dtype=torch.bool) if pad is None else public_ids != pad
+        _set_decepticons(sent, malice.number, public_ids, words)
     _check_reached(sent, public_ids, loss or NextToken())
     return sent
 
@@ -74,7 +76,9 @@ def _set_imprint(model: nn.Module, public_ids: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def _set_decepticons(model: nn.Module, features: int, public_ids: torch.Tensor) -> None:
+def _set_decepticons(
+    model: nn.Module, features: int, public_ids: torch.Tensor, words: torch.Tensor
+) -> None:
     """The first attention names sentences, the feed-forward networks measure tokens.
 
     The last features of every hidden state are emptied. The first attention looks at the first
@@ -98,10 +102,10 @@ def _set_decepticons(model: nn.Module, features: int, public_ids: torch.Tensor) 
         block.out.weight.zero_()
         block.out.bias.zero_()
         if number == 0:
-            _name_sentences(model, block, features, public_ids)
+            _name_sentences(model, block, features, public_ids, words)
     quiet = QUIET * _spread_of_embeddings(model, width, features)
     handles = [
-        block.widened.register_forward_pre_hook(_Measuring(block, features, number, quiet))
+        block.widened.register_forward_pre_hook(_Measuring(block, features, number, quiet, words))
         for number, block in enumerate(blocks)
     ]
     # One pass sets every network, before it runs itself.
@@ -124,7 +128,11 @@ def _level(model: nn.Module, width: int, features: int) -> None:
 
 
 def _name_sentences(
-    model: nn.Module, block: Block, features: int, public_ids: torch.Tensor
+    model: nn.Module,
+    block: Block,
+    features: int,
+    public_ids: torch.Tensor,
+    words: torch.Tensor,
 ) -> None:
     """Attend to the first tokens from everywhere, one per head; write projections as the name.
 
@@ -134,8 +142,8 @@ def _name_sentences(
     rows = rows_at(model, block.attended, public_ids)
     size = block.query.weight.shape[0] // block.heads
     most = min(block.heads if size > 1 else 1, NAMED, rows.shape[1])
-    found = [_position(rows, 0)]
-    while len(found) < most and (told := _told_apart(rows, len(found))) is not None:
+    found = [_position(rows, words, 0)]
+    while len(found) < most and (told := _told_apart(rows, words, len(found))) is not None:
         found.append(told)
     for matrix in (block.query, block.key, block.value):
         matrix.weight.zero_()
@@ -152,7 +160,8 @@ def _name_sentences(
         if number:
             block.key.weight[at + 1] = first.to(block.key.weight)
             block.query.bias[at + 1] = logits * size**0.5
-        _write_name(block, slice(at, at + min(size, features)), features, rows[:, number], scale)
+        here = rows[words[:, number], number]
+        _write_name(block, slice(at, at + min(size, features)), features, here, scale)
 
 
 def _write_name(block: Block, at: slice, features: int, rows: torch.Tensor, scale: float) -> None:
@@ -173,16 +182,23 @@ def _spread_of_embeddings(model: nn.Module, width: int, features: int) -> float:
     return float(most.weight[:, :-features].std())
 
 
-def _told_apart(rows: torch.Tensor, place: int) -> tuple[torch.Tensor, float] | None:
+def _told_apart(
+    rows: torch.Tensor, words: torch.Tensor, place: int
+) -> tuple[torch.Tensor, float] | None:
     """What `_position` finds; None where there is no such direction."""
     try:
-        return _position(rows, place)
+        return _position(rows, words, place)
     except InputError:
         return None
 
 
-def _position(rows: torch.Tensor, place: int) -> tuple[torch.Tensor, float]:
+def _position(rows: torch.Tensor, words: torch.Tensor, place: int) -> tuple[torch.Tensor, float]:
     """A direction in which the rows (N x T x width) at one position lie above all others.
+
+    Args:
+        rows: Of sentences.
+        words: N x T, which of them are no padding.
+        place: The position.
 
     Returns:
         The direction, and by how much at least.
@@ -190,8 +206,12 @@ def _position(rows: torch.Tensor, place: int) -> tuple[torch.Tensor, float]:
     Raises:
         InputError: There is none.
     """
-    here = rows[:, place]
-    others = torch.cat([rows[:, :place], rows[:, place + 1 :]], 1).flatten(0, 1)
+    here = rows[words[:, place], place]
+    elsewhere = words.clone()
+    elsewhere[:, place] = False
+    others = rows[elsewhere]
+    if len(here) < 2 or len(others) < 2:
+        raise InputError("--malicious decepticons: the server has too few sentences")
     spread = sum(torch.cov(part.T) for part in (here, others))
     assert isinstance(spread, torch.Tensor)
     spread.diagonal().add_(1e-2 * spread.diagonal().mean().clamp_min(1e-12))
@@ -217,17 +237,19 @@ class _Measuring:
         features: That name a sentence.
         number: Of the block.
         quiet: What the network adds to the stream of hidden states, at most.
+        words: N x T, which of the server's tokens are no padding.
     """
 
     block: Block
     features: int
     number: int
     quiet: float
+    words: torch.Tensor
 
     @torch.no_grad()
     def __call__(self, module: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
         """Set the network, from what reaches its first layer (N x T x width)."""
-        rows = given[0].flatten(0, 1).double().cpu()
+        rows = given[0].cpu()[self.words].double()
         width, bins = rows.shape[1], len(self.block.first.bias)
         direction = _random(width, 10 + self.number)
         direction = direction / (rows @ direction).std().clamp_min(1e-12)
@@ -286,7 +308,8 @@ def _check_reached(model: nn.Module, ids: torch.Tensor, loss: Loss) -> None:
     finally:
         handle.remove()
     (slopes,) = torch.autograd.grad(value, seen[:1], allow_unused=True)
-    reached = 0.0 if slopes is None else float((slopes != 0).any(-1).double().mean())
+    words = ids != pad_of(loss) if pad_of(loss) is not None else ids == ids
+    reached = 0.0 if slopes is None else float((slopes != 0).any(-1)[words].double().mean())
     if reached < 0.5:
         raise InputError(
             f"--malicious: the loss of {type(model).__name__} depends on {reached:.0%} of the "

@@ -407,7 +407,7 @@ _TEXT = (
             32,
             "tokens_placed",
             malicious="decepticons:16",
-            server=BreachingDecepticons(TRANSFORMER3, 6, attack=("matcher=corrcoef",)),
+            server=BreachingDecepticons(TRANSFORMER3, 6),
         ),
         seconds=60,
         differs=_OTHER_TEXT + "; every network measures along a direction of its own, and the "

@@ -14,7 +14,7 @@ from attack.attacks.base import Attack, register_attack
 from attack.attacks.parts.bins import read_bins
 from attack.attacks.text.parts.last_labels import last_labels
 from attack.attacks.text.parts.optimised import labels_of
-from attack.attacks.text.parts.result import as_many, text_reconstruction
+from attack.attacks.text.parts.result import as_many, lengths_of, text_reconstruction
 from attack.attacks.text.parts.sentence_names import (
     SAME,
     SentenceNames,
@@ -116,9 +116,10 @@ class Decepticons(Attack):
         rows = _tokens_alone(target)
         read = read_rows(target, rows, features)
         names = sentence_names(target, features)
-        ids, sentences = sentences_of(read, names, target.batch_size, target.data.shape[0])
+        ids, sentences = sentences_of(read, names, target)
         if target.loss.targets is Targets.TOKENS:
-            ids[:, -1] = last_labels(target, ids)
+            last = lengths_of(ids, target.data) - 1
+            ids[torch.arange(len(ids)), last] = last_labels(target, ids)
         alone = int((read.score > ALONE).sum())
         details = {"rows": len(rows), "alone": alone, "sentences": sentences}
         return text_reconstruction(target, ids, labels_of(target, labels), began, details)
@@ -200,8 +201,14 @@ def _inputs(target: Target, sentences: Iterable[torch.Tensor]) -> Iterator[Part]
 def _of_vocabulary(target: Target) -> Iterator[Part]:
     """Every token at every position, as sentences of one repeated token each."""
     length = target.data.shape[0]
-    tokens = torch.arange(target.data.n_tokens).split(CHUNK)
+    tokens = _words(target).split(CHUNK)
     return _inputs(target, (part[:, None].expand(-1, length) for part in tokens))
+
+
+def _words(target: Target) -> torch.Tensor:
+    """Every token but padding, to which nothing attends."""
+    every = torch.arange(target.data.n_tokens)
+    return every[target.data.is_word(every)]
 
 
 def _of_likely(target: Target, held: torch.Tensor, features: int) -> Iterator[Part]:
@@ -216,7 +223,8 @@ def _of_likely(target: Target, held: torch.Tensor, features: int) -> Iterator[Pa
         features: How many of the last features name a sentence.
     """
     length, n_tokens = target.data.shape[0], target.data.n_tokens
-    every = torch.arange(-(-n_tokens // length) * length) % n_tokens
+    words = _words(target)
+    every = words[torch.arange(-(-n_tokens // length) * length) % len(words)]
     shifts = {int(i * length / SHIFTS) for i in range(SHIFTS)}
     seen = [every.view(-1, length).roll(shift, 1) for shift in sorted(shifts)]
     of_token = torch.zeros((n_tokens, held.shape[1]), dtype=held.dtype)
@@ -236,20 +244,21 @@ def _of_likely(target: Target, held: torch.Tensor, features: int) -> Iterator[Pa
         likely = ((held - of_place[places]) @ of_token.T).topk(min(LIKELY, n_tokens)).indices
         for place, tokens in zip(places.tolist(), likely.tolist(), strict=True):
             packed[place].update(tokens)
-    tried = torch.zeros((max(map(len, packed)), length), dtype=torch.long)
+    tried = torch.full((max(map(len, packed)), length), target.data.any_word)
     for place, tokens in enumerate(packed):
         tried[: len(tokens), place] = torch.tensor(sorted(tokens), dtype=torch.long)
     return _inputs(target, tried.split(PACKED))
 
 
-def sentences_of(
-    read: ReadRows, names: SentenceNames, batch_size: int, length: int
-) -> tuple[torch.Tensor, int]:
+def sentences_of(read: ReadRows, names: SentenceNames, target: Target) -> tuple[torch.Tensor, int]:
     """Sentences (N x T) from single tokens, the surest first; and how many were found.
 
     Rows of one name are one sentence, or as many as there are different tokens at one place: those
-    begin alike.
+    begin alike. A sentence that may be short ends behind the last token that was read, a language
+    model's one token later.
     """
+    batch_size, length, data = target.batch_size, target.data.shape[0], target.data
+    behind = 1 + (target.loss.targets is Targets.TOKENS)
     groups = _groups(read, names, batch_size)
     slots: list[list[list[int]]] = [[[] for _ in range(length)] for _ in groups]
     heads = _heads(read, names, groups)
@@ -264,15 +273,18 @@ def sentences_of(
                 continue
             alone = bool(read.score[index] > ALONE)
             nearest = int(likeness[index].argmax())
-            slot = slots[nearest][place]
+            here = slots[nearest][place]
             # A mixture is a guess, for where nothing better is known.
-            if token not in slot and (alone or not slot):
-                slot.append(token)
-    found = [
-        [p[min(number, len(p) - 1)] if p else 0 for p in places]
-        for places in slots
-        for number in range(max(map(len, places)))
-    ]
+            if token not in here and (alone or not here):
+                here.append(token)
+    found: list[list[int]] = []
+    for places in slots:
+        end = max(place for place, tokens in enumerate(places) if tokens) + behind
+        # What nothing was read of is filled up, or unknown.
+        fill = [data.any_word if t < end or data.pad is None else data.pad for t in range(length)]
+        for number in range(max(map(len, places))):
+            pairs = zip(places, fill, strict=True)
+            found.append([p[min(number, len(p) - 1)] if p else other for p, other in pairs])
     kept = torch.tensor(found, dtype=torch.long).reshape(-1, length)[:batch_size]
     return as_many(kept, batch_size), len(found)
 

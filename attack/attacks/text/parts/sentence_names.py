@@ -107,7 +107,10 @@ def sentence_names(target: Target, features: int) -> SentenceNames:
     depth = sum(bool(block.out.weight[:, head].any()) for head in heads)
     depth = min(depth, target.data.shape[0])
     parts = []
-    for part in torch.arange(target.data.n_tokens).split(CHUNK):
+    every = torch.arange(target.data.n_tokens)
+    # Nothing attends to padding, and no sentence begins with it.
+    every[~target.data.is_word(every)] = target.data.any_word
+    for part in every.split(CHUNK):
         with torch.enable_grad():
             (rows,) = inputs_of(model, [block.attended], part[:, None].expand(-1, depth))
         parts.append(
@@ -124,8 +127,9 @@ def _term(block: Block, head: slice, features: int, rows: torch.Tensor) -> torch
 
 def _is_whole(model: torch.nn.Module, block: Block, target: Target) -> bool:
     """Whether the first row of a sentence depends on its later tokens."""
-    ids = torch.zeros((2, target.data.shape[0]), dtype=torch.long)
-    ids[1, 1:] = 1
+    words = torch.arange(3)[target.data.is_word(torch.arange(3))]
+    ids = words[:1].repeat(2, target.data.shape[0])
+    ids[1, 1:] = words[1]
     with torch.enable_grad():
         (rows,) = inputs_of(model, [block.widened], ids)
     return not torch.allclose(rows[0, 0], rows[1, 0])
