@@ -284,9 +284,14 @@ def _random(shape: int | tuple[int, ...], seed: int) -> torch.Tensor:
 def rows_at(model: nn.Module, module: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """What reaches a module of a model for sentences (N x T): N x T x width, in float64."""
     device = next(model.parameters()).device
-    # Torch's own encoder skips its modules where no gradient is asked for.
-    with torch.enable_grad(), unchanged(model):
-        (rows,) = inputs_of(in_mode(model, False), [module], ids.to(device))
+    # Torch's own encoder would skip its modules where no gradient is asked for.
+    quick = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), unchanged(model):
+            (rows,) = inputs_of(in_mode(model, False), [module], ids.to(device))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(quick)
     return rows.double().cpu()
 
 

@@ -20,7 +20,7 @@ from benchmarks.fidelity.beside import Beside
 from benchmarks.fidelity.beside_text import BreachingDecepticons
 from benchmarks.fidelity.declare import Outcome, Trial
 from benchmarks.fidelity.networks import CIFAR10_MEAN, CIFAR10_STD
-from benchmarks.fidelity.samples import CIFAR10, IMAGENET, TABLE, TEXT, Images
+from benchmarks.fidelity.samples import CIFAR10, IMAGENET, RUNNING, TABLE, TEXT, Images
 from core.data.records import load_table
 from core.data.specs import IMAGENET_MEAN, IMAGENET_STD, DataSpec
 from core.errors import InputError
@@ -40,8 +40,8 @@ from gradinvbench import share
 Value = str | int | float | bool | tuple[float, ...] | None
 # From a trial's reconstruction and truth to the published quantity.
 Measure = Callable[["Case", Reconstruction], Outcome]
-# Images of a malicious server's own, and tokens.
-PUBLIC, PUBLIC_TOKENS = 2000, 16000
+# Images of a malicious server's own; sentences, and long texts.
+PUBLIC, PUBLIC_SENTENCES, PUBLIC_TEXTS = 2000, 500, 8
 # Of the images of label rules, in pixels.
 SIDE = 32
 # Mean and standard deviation of a kind of images.
@@ -346,9 +346,8 @@ class MaliciousTextAttack(TextAttack):
         """The client's sentences, the server's own and the honest model."""
         drawn = trial.number, self.batch, self.length
         ids = trial.samples.sentences(*drawn)
-        public = trial.samples.public_sentences(
-            *drawn, max(8, min(500, PUBLIC_TOKENS // self.length))
-        )
+        most = PUBLIC_SENTENCES if self.length <= RUNNING else PUBLIC_TEXTS
+        public = trial.samples.public_sentences(*drawn, most)
         torch.manual_seed(trial.number)
         return ids, public, self.model().eval()
 

@@ -112,6 +112,16 @@ def test_dager_reads_sentences_of_unequal_length(defense: str) -> None:
     assert gib.evaluate(found, truth).summary()["sentence_exact"]["mean"] == 1
 
 
+def test_a_sentence_that_begins_another_is_found() -> None:
+    ids = sentences([9, 5, 8], 9)
+    ids[1, :5] = ids[0, :5]
+    ids[1, 4] = 3
+    assert ids[0, 4] != 3
+    target, _ = share(padded_gpt2(), ids)
+    found = gib.invert(target, attack="dager", progress=False)
+    assert as_set(found.images) == as_set(ids)
+
+
 def test_dager_reads_an_encoder_s_sentences_of_unequal_length() -> None:
     ids = sentences([5, 8], 4)
     target, _ = gib.share(padded_bert(), ids, [0, 2], pad=0)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from attack.attacks.base import Attack, register_attack
+from attack.attacks.parts.closed_form import gradient_loss
 from attack.attacks.text.parts.last_tokens import last_tokens
 from attack.attacks.text.parts.layers import TokenLayer, TokenLayers, token_layers
 from attack.attacks.text.parts.result import (
@@ -111,10 +112,12 @@ class Dager(Attack):
         generator = torch.Generator().manual_seed(seed)
         search = _decoder_search if spans.layers.causal else _encoder_search
         found = search(spans, candidates, target, generator)
+        reads_last = target.loss.targets is Targets.TOKENS and not spans.first.reached[-1]
+        if target.data.pad is not None and reads_last and len(found.ids):
+            found = _with_beginnings(found, spans, target)
         ids = _filled(found, candidates, target)
-        if target.loss.targets is Targets.TOKENS and not spans.first.reached[-1]:
-            last = lengths_of(ids, target.data) - 1
-            ids[torch.arange(len(ids)), last] = last_tokens(spans.layers, ids, target)
+        if reads_last:
+            ids = _completed(ids, spans, target)
         details = {
             "rank": spans.first.basis.shape[1],
             "width": spans.first.basis.shape[0],
@@ -293,6 +296,32 @@ def _unequal_sentences(spans: Spans, candidates: list[torch.Tensor], target: Tar
         return Found(torch.empty((0, length), dtype=torch.long), torch.empty(0))
     best = torch.tensor(distances).argsort(stable=True)[: target.batch_size]
     return Found(torch.stack(ended)[best], torch.tensor(distances)[best])
+
+
+def _completed(ids: torch.Tensor, spans: Spans, target: Target) -> torch.Tensor:
+    """The sentences with their last tokens, which are labels only."""
+    ids, last = ids.clone(), lengths_of(ids, target.data) - 1
+    ids[torch.arange(len(ids)), last] = last_tokens(spans.layers, ids, target)
+    return ids
+
+
+def _with_beginnings(found: Found, spans: Spans, target: Target) -> Found:
+    """Sentences that are missing, as beginnings of others: those that explain the gradient best."""
+    assert target.data.pad is not None
+    while 0 < len(found.ids) < target.batch_size:
+        tried: list[tuple[float, torch.Tensor]] = []
+        for whole in found.ids:
+            for end in range(2, int(lengths_of(whole[None], target.data)) + 1):
+                cut = whole.clone()
+                cut[end - 1 :] = target.data.pad
+                cut[end - 1] = target.data.any_word
+                ids = _completed(torch.cat([found.ids, cut[None]]), spans, target)
+                tried.append((gradient_loss(target, ids, ids, ids.device), cut))
+        best = min(tried, key=lambda each: each[0])[1]
+        found = Found(
+            torch.cat([found.ids, best[None]]), torch.cat([found.distances, torch.zeros(1)])
+        )
+    return found
 
 
 def _continued(spans: Spans, found: Found, tokens: torch.Tensor, target: Target) -> Found:

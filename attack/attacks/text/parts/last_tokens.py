@@ -56,8 +56,43 @@ def last_tokens(layers: TokenLayers, ids: torch.Tensor, target: Target) -> torch
     known = mean[told] - moved[told, labels[told]]
     scale = (known * measured[told]).sum() / measured[told].square().sum().clamp_min(1e-300)
     scale = scale if bool(told.any()) else torch.ones_like(scale)
-    wanted = mean[last] - scale * measured[last]
+    wanted = mean[last] - scale * _of_one(measured, known / scale, told, ids, labelled, shares)
     return (moved[last] - wanted[:, None]).square().sum(-1).argmin(1)
+
+
+def _of_one(
+    measured: torch.Tensor,
+    known: torch.Tensor,
+    told: torch.Tensor,
+    ids: torch.Tensor,
+    labelled: torch.Tensor,
+    shares: torch.Tensor,
+) -> torch.Tensor:
+    """What the last row of every sentence adds to the gradient, without rows that are the same.
+
+    Beginnings that two sentences share have the same rows, whose dual vectors are shared as well:
+    together they show the sum of all, from which those whose labels are known are taken.
+
+    Args:
+        measured: R x directions, of the labelled rows, in units of their shares.
+        known: Of those rows whose labels are known.
+        told: R, which these are.
+        ids: N x T.
+        labelled: N x T - 1.
+        shares: R, one over the weight of each row.
+    """
+    sentence, place = labelled.nonzero(as_tuple=True)
+    parts = torch.zeros_like(measured)
+    parts[told] = known
+    rows = []
+    for row in (~told).nonzero().flatten().tolist():
+        begins = ids[sentence, : int(place[row]) + 1] == ids[sentence[row], : int(place[row]) + 1]
+        same = (place == place[row]) & begins.all(1)
+        total = (measured[same] / shares[same, None]).sum(0)
+        others = (parts[same & told] / shares[same & told, None]).sum(0)
+        alone = int((same & ~told).sum())
+        rows.append((total - others) * shares[row] / alone)
+    return torch.stack(rows)
 
 
 def _derivative(
