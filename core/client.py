@@ -192,7 +192,14 @@ def own_data(found: object, model: nn.Module, loss: Loss, seed: int, place: str)
     return dataclasses.replace(data, spec=with_classes(data.spec, loss, outputs))
 
 
-def named_data(data: str, length: int, model: nn.Module, loss: Loss, seed: int) -> DataSets | None:
+def named_data(
+    data: str,
+    length: int,
+    model: nn.Module,
+    loss: Loss,
+    seed: int,
+    shortest: int | None = None,
+) -> DataSets | None:
     """What `--data` names for the user's own model: own samples, or text.
 
     Args:
@@ -201,6 +208,7 @@ def named_data(data: str, length: int, model: nn.Module, loss: Loss, seed: int) 
         model: In the mode that the client runs it in.
         loss: What the client minimises.
         seed: Seed of random numbers that the user's code draws.
+        shortest: Tokens of the shortest sentence; None: all have `length`.
 
     Returns:
         None where these are images of ours.
@@ -211,7 +219,9 @@ def named_data(data: str, length: int, model: nn.Module, loss: Loss, seed: int) 
     if not is_object_name(data) and not is_text(data):
         return None
     found = (
-        called(data, "--data") if is_object_name(data) else text_data(data, length, loss.targets)
+        called(data, "--data")
+        if is_object_name(data)
+        else text_data(data, length, loss.targets, shortest)
     )
     return own_data(found, model, loss, seed, f"--data {data}")
 

@@ -114,6 +114,12 @@ def add_text_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--tokens", type=int, default=16, metavar="T", help="of text: tokens of a sentence"
     )
+    group.add_argument(
+        "--shortest",
+        type=int,
+        metavar="T",
+        help="of text: keep sentences of so many tokens and more, and pad them (default: --tokens)",
+    )
 
 
 def add_launch_arguments(parser: argparse.ArgumentParser) -> None:

@@ -258,7 +258,9 @@ def share_right(
         return met.double().flatten(1).mean(1)
     if loss.targets is Targets.TOKENS:
         met = main_output(outputs)[:, :-1].argmax(-1) == targets[:, 1:]
-        return met.double().mean(1)
+        pad = pad_of(loss)
+        counts = torch.ones_like(met) if pad is None else targets[:, 1:].ne(pad)
+        return (met & counts).double().sum(1) / counts.sum(1).clamp_min(1)
     return None
 
 
@@ -626,19 +628,35 @@ def _one_hot(targets: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 @register_loss
 class NextToken(Loss):
-    """Cross-entropy of every token given those before it, the mean over a sentence's T - 1.
+    """Cross-entropy of every token given those before it: the mean over a sentence, then over all.
 
     For language models that give N x T x tokens logits; the targets are the token ids (N x T)
-    that the model reads, or N x T x tokens probabilities. All sentences have one length.
+    that the model reads, or N x T x tokens probabilities.
+
+    Args:
+        pad: The token id that fills up sentences that are shorter than T, at their end; it counts
+            in no mean. None: all sentences have T tokens.
     """
 
     name = "next-token"
     targets = Targets.TOKENS
 
+    def __init__(self, pad: int | None = None) -> None:
+        if pad is not None and not (isinstance(pad, int) and pad >= 0):
+            raise InputError(f"the loss next-token takes a token id as pad, not {pad!r:.40}")
+        self.pad = pad
+
     def __call__(self, outputs: Outputs, targets: torch.Tensor) -> torch.Tensor:
         """See `Loss`."""
-        logits = main_output(outputs)[:, :-1]
-        return F.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten(0, 1))
+        logits, wanted = main_output(outputs)[:, :-1], targets[:, 1:]
+        if self.pad is None or wanted.dim() > 2:
+            return F.cross_entropy(logits.flatten(0, 1), wanted.flatten(0, 1))
+        each = F.cross_entropy(logits.mT, wanted, ignore_index=self.pad, reduction="none")
+        return (each.sum(1) / (wanted != self.pad).sum(1).clamp_min(1)).mean()
+
+    def describe(self) -> Description:
+        """See `Loss`."""
+        return super().describe() | ({} if self.pad is None else {"pad": self.pad})
 
     def fitted(self, outputs: Outputs, targets: torch.Tensor) -> torch.Tensor:
         """See `Loss`."""
@@ -654,6 +672,16 @@ class NextToken(Loss):
                 f"reads, not {targets.dtype} of shape {tuple(targets.shape)}"
             )
         return _checked_indices(targets, logits.shape[2])
+
+
+def pad_of(loss: Loss) -> int | None:
+    """The token id that fills up short sentences; None where there is none."""
+    return loss.pad if isinstance(loss, NextToken) else None
+
+
+def ignoring(loss: Loss, pad: int | None) -> Loss:
+    """The loss for sentences that this token id fills up."""
+    return NextToken(pad) if isinstance(loss, NextToken) and pad is not None else loss
 
 
 @register_loss

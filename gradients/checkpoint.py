@@ -564,6 +564,8 @@ def _check_vocabulary(data: DataSpec) -> None:
         raise InputError(f"its sentences of shape {data.shape} have {data.n_tokens} tokens")
     if data.tokens and len(data.tokens) != data.n_tokens:
         raise InputError(f"it has {len(data.tokens)} words for {data.n_tokens} tokens")
+    if data.pad is not None and not 0 <= data.pad < data.n_tokens:
+        raise InputError(f"it fills sentences up with token {data.pad} of {data.n_tokens}")
 
 
 def _model_spec(raw: Mapping[str, Any], data: DataSpec) -> ModelSpec:

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from core.data.data_sets import DataSets, derived_seed, take_samples
+from core.data.specs import DataSpec
 from core.errors import InputError
 
 
@@ -117,7 +118,7 @@ def validation_guesses(
     n = len(data.val)
     chosen = range(0, n, max(1, -(-n // limit)))
     if data.spec.n_tokens and n:
-        return sentence_guesses(take_samples(data.val, chosen, data.spec)[0], originals)
+        return sentence_guesses(take_samples(data.val, chosen, data.spec)[0], originals, data.spec)
     pieces = [chosen[start : start + 50] for start in range(0, len(chosen), 50)]
     if not pieces:
         return None, None
@@ -136,20 +137,22 @@ def validation_guesses(
 
 
 def sentence_guesses(
-    known: torch.Tensor, originals: torch.Tensor
+    known: torch.Tensor, originals: torch.Tensor, data: DataSpec
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What sentences that are not the client's tell of the client's, without any gradient.
 
     Args:
         known: M x T token ids.
         originals: The client's, N x T.
+        data: Says what fills up sentences.
 
     Returns:
         The T most frequent tokens, the most frequent first; and for each original the known
         sentence with most tokens in their places (N x T).
     """
     length = known.shape[1]
-    frequent = known.flatten().bincount(minlength=length).argsort(descending=True, stable=True)
+    words = known[data.is_word(known)]
+    frequent = words.bincount(minlength=length).argsort(descending=True, stable=True)
     alike = (originals[:, None] == known[None]).sum(-1)
     return frequent[:length], known[alike.argmax(1)]
 

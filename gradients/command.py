@@ -288,6 +288,7 @@ def extract_settings(args: argparse.Namespace, given: Mapping[str, Any]) -> Extr
             split_seed=args.split_seed,
             workers=args.workers,
             tokens=args.tokens,
+            shortest=args.shortest,
         ),
         batch=BatchSettings(
             size=args.batch_size,

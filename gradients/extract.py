@@ -24,6 +24,7 @@ from core.data.data_sets import DataSets, load_data, take_samples
 from core.data.records import is_table, load_table, table_data_sets
 from core.data.specs import DataSpec
 from core.errors import InputError
+from core.losses import ignoring
 from core.models.architecture import Architecture, GivenModel
 from core.models.building import (
     DEFAULT_POOL_KERNEL,
@@ -194,13 +195,15 @@ def _own(settings: ExtractSettings, pretrained: Pretrained | None) -> _Received:
     assert architecture is not None
     model = in_mode(in_full_precision(architecture.build()), client.train_mode)
     text = settings.data.data
-    own = named_data(text, settings.data.tokens, model, client.loss, settings.seed)
+    words = settings.data.tokens, settings.data.shortest
+    own = named_data(text, words[0], model, client.loss, settings.seed, words[1])
     data, spec = (
         _load_data(settings.data, pretrained, settings.seed) if own is None else (own, own.spec)
     )
     if pretrained is not None:
         load_own(model, pretrained, _first_input(data, spec, model))
     if own is not None:
+        client = dataclasses.replace(client, loss=ignoring(client.loss, spec.pad))
         return _Received(architecture, data, spec, client, lambda: model)
     outputs = check_fits(model, data, client.loss)
     # A site may have fewer classes than its model; then their names are not those of the outputs.
@@ -235,7 +238,8 @@ def _tampered(
         raise InputError(f"--malicious {malicious}: is for our architectures, or for text")
     public, classes = public_samples(data, settings.data.workers)
     if isinstance(spec, GivenModel):
-        model = tamper_with_text(model, malicious, public, settings.client.loss)
+        loss = ignoring(settings.client.loss, described.pad)
+        model = tamper_with_text(model, malicious, public, loss)
         return GivenModel(model, spec.builder, described.shape, malicious), model
     assert isinstance(spec, ModelSpec)
     spec = dataclasses.replace(spec, malicious=malicious)

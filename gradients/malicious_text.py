@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from core.errors import InputError
-from core.losses import Loss, NextToken, Targets
+from core.losses import Loss, NextToken, Targets, pad_of
 from core.models.malicious import ImprintedEmbedding, add_to_language_model, parse_text_malice
 from core.models.module_inputs import inputs_of
 from core.models.transformer_blocks import Block, Matrix, transformer_blocks
 from core.models.unchanged import in_mode, unchanged
 from gradients.servers.base import MARGIN, spread_ties
 
-# Logits between the first position and every other one: the others' share is e^-60.
+# Logits between the position that a head reads and every other one: their share is e^-60.
 FIRST = 60.0
+# First tokens of a sentence that name it, at most: one per head of the first attention.
+NAMED = 4
 # Largest distance between two thresholds in units of what a smooth activation needs to switch.
 SHARP = 50.0
 # What the feed-forward networks add to the stream of hidden states, against the embeddings.
@@ -42,7 +45,9 @@ def tamper_with_text(
     if malice.kind == "imprint":
         _set_imprint(sent, public_ids)
     else:
-        _set_decepticons(sent, malice.number, public_ids)
+        pad = None if loss is None else pad_of(loss)
+        words = torch.ones_like(public_ids, dtype=torch.bool) if pad is None else public_ids != pad
+        _set_decepticons(sent, malice.number, public_ids, words)
     _check_reached(sent, public_ids, loss or NextToken())
     return sent
 
@@ -71,16 +76,19 @@ def _set_imprint(model: nn.Module, public_ids: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def _set_decepticons(model: nn.Module, features: int, public_ids: torch.Tensor) -> None:
+def _set_decepticons(
+    model: nn.Module, features: int, public_ids: torch.Tensor, words: torch.Tensor
+) -> None:
     """The first attention names sentences, the feed-forward networks measure tokens.
 
     The last features of every hidden state are emptied. The first attention looks at the first
-    token of the sentence only, and writes what it reads there into them; the others write
+    tokens of the sentence only, and writes what it reads there into them; the others write
     nothing. Every feed-forward network measures what reaches it along a direction of its own
     against one threshold per neuron.
 
-    Source: Fowl et al. 2022, section 3, https://arxiv.org/abs/2201.12675; there all networks
-        measure along one direction and share its thresholds out.
+    Source: Fowl et al. 2022, section 3, https://arxiv.org/abs/2201.12675; there the first token
+        alone names a sentence, and all networks measure along one direction and share its
+        thresholds out.
     """
     blocks = transformer_blocks(model)
     width = blocks[0].first.weight.shape[1]
@@ -94,8 +102,18 @@ def _set_decepticons(model: nn.Module, features: int, public_ids: torch.Tensor) 
         block.out.weight.zero_()
         block.out.bias.zero_()
         if number == 0:
-            _name_sentences(model, block, features, public_ids)
-        _measure_tokens(model, block, features, number, public_ids)
+            _name_sentences(model, block, features, public_ids, words)
+    quiet = QUIET * _spread_of_embeddings(model, width, features)
+    handles = [
+        block.widened.register_forward_pre_hook(_Measuring(block, features, number, quiet, words))
+        for number, block in enumerate(blocks)
+    ]
+    # One pass sets every network, before it runs itself.
+    try:
+        rows_at(model, blocks[-1].second_layer, public_ids)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _level(model: nn.Module, width: int, features: int) -> None:
@@ -110,25 +128,51 @@ def _level(model: nn.Module, width: int, features: int) -> None:
 
 
 def _name_sentences(
-    model: nn.Module, block: Block, features: int, public_ids: torch.Tensor
+    model: nn.Module,
+    block: Block,
+    features: int,
+    public_ids: torch.Tensor,
+    words: torch.Tensor,
 ) -> None:
-    """Attend to the first token from everywhere; write a projection of it as the name."""
+    """Attend to the first tokens from everywhere, one per head; write projections as the name.
+
+    A head that does not see its token, under a causal mask or in a short sentence, attends to the
+    first one. Heads whose position cannot be told from the others stay silent.
+    """
     rows = rows_at(model, block.attended, public_ids)
-    direction, margin = _first_position(rows)
     size = block.query.weight.shape[0] // block.heads
+    most = min(block.heads if size > 1 else 1, NAMED, rows.shape[1])
+    found = [_position(rows, words, 0)]
+    while len(found) < most and (told := _told_apart(rows, words, len(found))) is not None:
+        found.append(told)
     for matrix in (block.query, block.key, block.value):
         matrix.weight.zero_()
         matrix.bias.zero_()
-    heads = torch.arange(block.heads) * size
-    block.key.weight[heads] = direction.to(block.key.weight)
-    block.query.bias[heads] = FIRST * size**0.5 / margin
-    first = rows[:, 0]
-    projection = _random((features, rows.shape[2]), 3)
-    projection = projection / (first @ projection.T).std().clamp_min(1e-12)
-    block.value.weight[:features] = projection.to(block.value.weight)
-    block.value.bias[:features] = -(first.mean(0) @ projection.T).to(block.value.bias)
-    scale = _spread_of_embeddings(model, rows.shape[2], features)
-    block.out.weight[-features:, :features] = scale * torch.eye(features).to(block.out.weight)
+    scale = _spread_of_embeddings(model, rows.shape[2], features) / len(found) ** 0.5
+    first, margin = found[0]
+    logits = FIRST / margin
+    range_of_first = float((rows @ first).max() - (rows @ first).min())
+    for number, (direction, margin) in enumerate(found):
+        at = number * size
+        own = logits if number == 0 else (FIRST + logits * range_of_first) / margin
+        block.key.weight[at] = direction.to(block.key.weight)
+        block.query.bias[at] = own * size**0.5
+        if number:
+            block.key.weight[at + 1] = first.to(block.key.weight)
+            block.query.bias[at + 1] = logits * size**0.5
+        here = rows[words[:, number], number]
+        _write_name(block, slice(at, at + min(size, features)), features, here, scale)
+
+
+def _write_name(block: Block, at: slice, features: int, rows: torch.Tensor, scale: float) -> None:
+    """A projection of what a head attends to (N x width) into the last features."""
+    rank = at.stop - at.start
+    projection = _random((rank, rows.shape[1]), 3 + at.start)
+    projection = projection / (rows @ projection.T).std().clamp_min(1e-12)
+    block.value.weight[at] = projection.to(block.value.weight)
+    block.value.bias[at] = -(rows.mean(0) @ projection.T).to(block.value.bias)
+    spread = torch.linalg.qr(_random((features, rank), 4 + at.start))[0]
+    block.out.weight[-features:, at] = scale * spread.to(block.out.weight)
 
 
 def _spread_of_embeddings(model: nn.Module, width: int, features: int) -> float:
@@ -138,8 +182,23 @@ def _spread_of_embeddings(model: nn.Module, width: int, features: int) -> float:
     return float(most.weight[:, :-features].std())
 
 
-def _first_position(rows: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """A direction in which a sentence's first row (N x T x width) lies above all others.
+def _told_apart(
+    rows: torch.Tensor, words: torch.Tensor, place: int
+) -> tuple[torch.Tensor, float] | None:
+    """What `_position` finds; None where there is no such direction."""
+    try:
+        return _position(rows, words, place)
+    except InputError:
+        return None
+
+
+def _position(rows: torch.Tensor, words: torch.Tensor, place: int) -> tuple[torch.Tensor, float]:
+    """A direction in which the rows (N x T x width) at one position lie above all others.
+
+    Args:
+        rows: Of sentences.
+        words: N x T, which of them are no padding.
+        place: The position.
 
     Returns:
         The direction, and by how much at least.
@@ -147,40 +206,61 @@ def _first_position(rows: torch.Tensor) -> tuple[torch.Tensor, float]:
     Raises:
         InputError: There is none.
     """
-    first, others = rows[:, 0], rows[:, 1:].flatten(0, 1)
-    spread = sum(torch.cov(part.T) for part in (first, others))
+    here = rows[words[:, place], place]
+    elsewhere = words.clone()
+    elsewhere[:, place] = False
+    others = rows[elsewhere]
+    if len(here) < 2 or len(others) < 2:
+        raise InputError("--malicious decepticons: the server has too few sentences")
+    spread = sum(torch.cov(part.T) for part in (here, others))
     assert isinstance(spread, torch.Tensor)
     spread.diagonal().add_(1e-2 * spread.diagonal().mean().clamp_min(1e-12))
-    direction = torch.linalg.solve(spread, first.mean(0) - others.mean(0))
-    margin = float((first @ direction).min() - (others @ direction).max())
+    direction = torch.linalg.solve(spread, here.mean(0) - others.mean(0))
+    margin = float((here @ direction).min() - (others @ direction).max())
     if not margin > 0:
         raise InputError(
-            "--malicious decepticons: the first attention cannot tell the first position of a "
+            f"--malicious decepticons: the first attention cannot tell position {place} of a "
             "sentence from the others"
         )
     return direction, margin
 
 
-def _measure_tokens(
-    model: nn.Module, block: Block, features: int, number: int, public_ids: torch.Tensor
-) -> None:
-    """Every neuron of a feed-forward network measures tokens against its threshold.
+@dataclass(frozen=True)
+class _Measuring:
+    """Lets every neuron of a feed-forward network measure tokens against its threshold.
 
     All neurons answer alike, in features that name no sentence: all have the same gradient per
     token. The measurement is steep, so that a smooth activation switches as a step does.
+
+    Attributes:
+        block: Whose network.
+        features: That name a sentence.
+        number: Of the block.
+        quiet: What the network adds to the stream of hidden states, at most.
+        words: N x T, which of the server's tokens are no padding.
     """
-    rows = rows_at(model, block.widened, public_ids).flatten(0, 1)
-    width, bins = rows.shape[1], len(block.first.bias)
-    direction = _random(width, 10 + number)
-    direction = direction / (rows @ direction).std().clamp_min(1e-12)
-    steep = SHARP * bins
-    thresholds = _thresholds(rows @ direction, bins)
-    _fill(block.first, steep * direction, -steep * thresholds)
-    answer = _random(width, 1000 + number)
-    answer[-features:] = 0
-    quiet = QUIET * _spread_of_embeddings(model, width, features) / (steep * bins)
-    block.second.weight.copy_((quiet * answer)[:, None].expand_as(block.second.weight))
-    block.second.bias.zero_()
+
+    block: Block
+    features: int
+    number: int
+    quiet: float
+    words: torch.Tensor
+
+    @torch.no_grad()
+    def __call__(self, module: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        """Set the network, from what reaches its first layer (N x T x width)."""
+        rows = given[0].cpu()[self.words].double()
+        width, bins = rows.shape[1], len(self.block.first.bias)
+        direction = _random(width, 10 + self.number)
+        direction = direction / (rows @ direction).std().clamp_min(1e-12)
+        steep = SHARP * bins
+        thresholds = _thresholds(rows @ direction, bins)
+        _fill(self.block.first, steep * direction, -steep * thresholds)
+        answer = _random(width, 1000 + self.number)
+        answer[-self.features :] = 0
+        answer *= self.quiet / (steep * bins)
+        self.block.second.weight.copy_(answer[:, None].expand_as(self.block.second.weight))
+        self.block.second.bias.zero_()
 
 
 def _fill(matrix: Matrix, row: torch.Tensor, bias: torch.Tensor) -> None:
@@ -204,9 +284,14 @@ def _random(shape: int | tuple[int, ...], seed: int) -> torch.Tensor:
 def rows_at(model: nn.Module, module: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """What reaches a module of a model for sentences (N x T): N x T x width, in float64."""
     device = next(model.parameters()).device
-    # Torch's own encoder skips its modules where no gradient is asked for.
-    with torch.enable_grad(), unchanged(model):
-        (rows,) = inputs_of(in_mode(model, False), [module], ids.to(device))
+    # Torch's own encoder would skip its modules where no gradient is asked for.
+    quick = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), unchanged(model):
+            (rows,) = inputs_of(in_mode(model, False), [module], ids.to(device))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(quick)
     return rows.double().cpu()
 
 
@@ -228,7 +313,8 @@ def _check_reached(model: nn.Module, ids: torch.Tensor, loss: Loss) -> None:
     finally:
         handle.remove()
     (slopes,) = torch.autograd.grad(value, seen[:1], allow_unused=True)
-    reached = 0.0 if slopes is None else float((slopes != 0).any(-1).double().mean())
+    words = ids != pad_of(loss) if pad_of(loss) is not None else ids == ids
+    reached = 0.0 if slopes is None else float((slopes != 0).any(-1)[words].double().mean())
     if reached < 0.5:
         raise InputError(
             f"--malicious: the loss of {type(model).__name__} depends on {reached:.0%} of the "

@@ -26,6 +26,7 @@ class DataSettings:
         split_seed: Of a held-out validation part, as in training.
         workers: Threads that read images.
         tokens: Of a sentence of text.
+        shortest: Tokens of the shortest one, which is padded; None: all have as many.
     """
 
     data: str
@@ -35,6 +36,7 @@ class DataSettings:
     split_seed: int = 0
     workers: int = 4
     tokens: int = 16
+    shortest: int | None = None
 
 
 @dataclass(frozen=True)

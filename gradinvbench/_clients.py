@@ -60,7 +60,11 @@ def data_spec(
 
 
 def token_spec(
-    model: nn.Module, ids: torch.Tensor, class_names: Sequence[str], tokens: Sequence[str]
+    model: nn.Module,
+    ids: torch.Tensor,
+    class_names: Sequence[str],
+    tokens: Sequence[str],
+    pad: int | None = None,
 ) -> DataSpec:
     """The description of sentences of token ids; the number of classes is still open.
 
@@ -69,6 +73,7 @@ def token_spec(
         ids: N x T.
         class_names: Names in the order of labels.
         tokens: The text of every token; may be empty.
+        pad: The token id that fills up short sentences at their end.
 
     Raises:
         InputError: The model looks up no tokens, or not these.
@@ -78,5 +83,8 @@ def token_spec(
         raise InputError(f"token ids must lie in 0..{n_tokens - 1}, the vocabulary of the model")
     if tokens and len(tokens) != n_tokens:
         raise InputError(f"{len(tokens)} tokens for a vocabulary of {n_tokens}")
-    spec = DataSpec.of_tokens("given text", ids.shape[1], n_tokens, tokens)
+    spec = DataSpec.of_tokens("given text", ids.shape[1], n_tokens, tokens, pad)
+    words = spec.is_word(ids)
+    if not bool(words[:, :2].all()) or bool((words[:, 1:] & ~words[:, :-1]).any()):
+        raise InputError("padding stands behind the two or more tokens of a sentence alone")
     return dataclasses.replace(spec, class_names=tuple(class_names))

@@ -12,7 +12,7 @@ from torch import nn
 from core.client import SHAPES, fitted_targets, in_full_precision, outputs_of, with_classes
 from core.data.records import Table
 from core.errors import InputError, nearest
-from core.losses import Function, Loss, as_loss
+from core.losses import Function, Loss, as_loss, ignoring
 from core.models.architecture import Architecture, GivenModel
 from core.processes.distributed import Process
 from core.target import LocalTraining, Target, Truth
@@ -41,6 +41,7 @@ def share(
     std: float | Sequence[float] | None = None,
     class_names: Sequence[str] = (),
     tokens: Sequence[str] = (),
+    pad: int | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
     aggregate: int | Aggregation = 1,
@@ -75,6 +76,8 @@ def share(
         std: Standard deviation of it; None: 1.
         class_names: Names in the order of labels.
         tokens: The text of every token of the vocabulary, in the order of ids.
+        pad: The token id that fills up sentences shorter than T, at their end: it has no loss.
+            A model that looks ahead must not see it, see `core.models.language.Padded`.
         seed: Of the random numbers of defenses, dropout and a `ModelSpec`'s parameters.
         device: Where to compute; default: where the model is.
         aggregate: Number of clients whose mean update is shared, as a server sees it under secure
@@ -105,7 +108,8 @@ def share(
         )
         received = in_full_precision(architecture.build())
     if text:
-        data = token_spec(received, given, class_names, tokens)
+        data = token_spec(received, given, class_names, tokens, pad)
+        chosen = ignoring(chosen, pad)
     else:
         data = data_spec(given.shape[1:], mean, std, class_names, bounds is not None)
     data = dataclasses.replace(data, columns=columns)

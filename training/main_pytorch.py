@@ -317,6 +317,7 @@ def run_settings(args: argparse.Namespace) -> RunSettings:
             image_size=args.image_size,
             split_seed=args.split_seed,
             tokens=args.tokens,
+            shortest=args.shortest,
         ),
         model=ModelSettings(
             arch=args.arch,

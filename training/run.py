@@ -16,7 +16,7 @@ from core.data.records import is_table, load_table, table_data_sets
 from core.errors import InputError
 from core.escaping import log_to_terminal
 from core.locks import LOCK_NAME, check_unlocked, locked, remove_left_behind
-from core.losses import Loss
+from core.losses import Loss, ignoring
 from core.models.architecture import GivenModel
 from core.models.building import DEFAULT_POOL_KERNEL
 from core.models.kinds import BatchNorm
@@ -131,7 +131,7 @@ def _make_trainer(process: Process, settings: RunSettings) -> Trainer:
         settings.root,
         flags=settings.flags,
         print_freq=settings.print_freq,
-        loss=loss,
+        loss=ignoring(loss, data.spec.pad),
     )
 
 
@@ -140,7 +140,8 @@ def _load_data(settings: DataSettings, own: GivenModel | None, loss: Loss, seed:
     if own is None:
         refuse_own_data(settings.data)
     else:
-        found = named_data(settings.data, settings.tokens, in_mode(own.build(), True), loss, seed)
+        model = in_mode(own.build(), True)
+        found = named_data(settings.data, settings.tokens, model, loss, seed, settings.shortest)
         if found is not None:
             return found
     if is_table(settings.data):

@@ -158,6 +158,7 @@ class DataSettings:
         image_size: Side in pixels; None for the data set's own.
         split_seed: Of a held-out validation part.
         tokens: Of a sentence of text.
+        shortest: Tokens of the shortest one, which is padded; None: all have as many.
     """
 
     data: str = "photo-patches"
@@ -166,6 +167,7 @@ class DataSettings:
     image_size: int | None = None
     split_seed: int = 0
     tokens: int = 16
+    shortest: int | None = None
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from attack.attacks.base import Attack, get_attack
 from attack.attacks.text.parts.embedding_space import embedding_space
-from attack.knowledge.clients import require_classes
+from attack.knowledge.clients import reads_inputs, require_classes
 from attack.knowledge.known_defenses import Adaptation, adapt
 from attack.knowledge.label_search import (
     arrangements,
@@ -186,7 +186,7 @@ class Ensemble:
     def _members(self) -> Iterator[Member]:
         for name in self.config.members:
             attack = get_attack(name)
-            if self.is_text and not attack.reads_tokens:
+            if not reads_inputs(attack, self.target):
                 continue
             yield self._admitted(Member(name, attack))
             if attack.published is None or name != "spectral":
@@ -199,7 +199,7 @@ class Ensemble:
                 yield self._admitted(Member(f"{name}, unaware", attack, {"adaptive": False}))
 
     def _admitted(self, member: Member) -> Member:
-        if self.is_text and self.target.loss.targets not in member.attack.fits:
+        if self.target.loss.targets not in member.attack.fits:
             member.status = "not applicable"
             member.reason = f"this client's loss is {self.target.loss.name}"
         missing = set(member.attack.requires) - self.config.capabilities
@@ -339,8 +339,15 @@ class Ensemble:
         given: dict[str, Any] = {}
         if self.config.time_budget is not None:
             given["time_budget"] = SHARE_FOR_CLOSED_FORMS * self.config.time_budget
+        share = max(1, int(SHARE_FOR_CLOSED_FORMS * self.budget))
         for member in self._waiting(optimising=False):
-            self._attempt(member, member.attack.configured(given), labels, 0)
+            # One with a loop of its own, whose starts run at once, pays for its iterations.
+            own = member.attack.configured(given).iterations
+            paid = {} if own is None else {"iterations": min(own, share)}
+            spent = paid.get("iterations", 0)
+            self._attempt(member, member.attack.configured(given | paid), labels, spent)
+            if member.result is not None:
+                self.budget = max(1, self.budget - spent)
 
     def _waiting(self, optimising: bool) -> list[Member]:
         return [m for m in self.members if m.status == "waiting" and m.optimises == optimising]

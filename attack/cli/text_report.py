@@ -84,7 +84,10 @@ def sample(target: Target, seed: int = 0) -> torch.Tensor:
     ids = first
     with torch.no_grad():
         for _ in range(target.data.shape[0] - 1):
-            chances = main_output(model(ids))[:, -1, : target.data.n_tokens].float().softmax(-1)
+            logits = main_output(model(ids))[:, -1, : target.data.n_tokens].float()
+            if target.data.pad is not None:
+                logits[:, target.data.pad] = -torch.inf
+            chances = logits.softmax(-1)
             ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], 1)
     return ids
 

@@ -51,13 +51,18 @@ def require_targets(what: str, fits: Collection[Targets], loss: Loss) -> None:
         )
 
 
+def reads_inputs(attack: Attack | type[Attack], target: Target) -> bool:
+    """Whether an attack is made for inputs of the client's kind: sentences, or numbers."""
+    return attack.reads_anything or attack.reads_tokens == bool(target.data.n_tokens)
+
+
 def check_client(attack: Attack, target: Target) -> None:
     """Refuse an attack, or a setting of it, on a client that it is not made for.
 
     Raises:
         InputError: Names the attack or the flag, and the client's loss.
     """
-    if not attack.reads_anything and attack.reads_tokens != bool(target.data.n_tokens):
+    if not reads_inputs(attack, target):
         kinds = ("images and numbers", "text")
         made, given = kinds[attack.reads_tokens], kinds[bool(target.data.n_tokens)]
         raise InputError(f"--attack {attack.name} is made for {made}, and this client has {given}")

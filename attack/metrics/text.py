@@ -58,11 +58,13 @@ def evaluate_text(
     ids, originals = ids.cpu(), truth.images.cpu()
     text = data.text if data is not None else _ids_as_words
     scores, missing = _scores(names)
-    order = assign_sentences(ids, originals)
+    order = assign_sentences(ids, originals, data)
+
+    is_word = data.is_word if data is not None else torch.ones_like
 
     def measured(found: torch.Tensor) -> dict[str, list[float | None]]:
         pairs = [
-            (f.tolist(), o.tolist(), text(f), text(o))
+            (f[is_word(f) > 0].tolist(), o[is_word(o) > 0].tolist(), text(f), text(o))
             for f, o in zip(found, originals, strict=True)
         ]
         nothing: list[float | None] = [None] * len(pairs)
@@ -72,7 +74,7 @@ def evaluate_text(
     guessed = {**_guesses(truth), **(guesses or {})}
     baselines = {}
     for name, guess in guessed.items():
-        found = measured(guess[assign_sentences(guess, originals)])
+        found = measured(guess[assign_sentences(guess, originals, data)])
         baselines[name] = {metric: mean_and_std(numbers) for metric, numbers in found.items()}
     return Evaluation(
         metrics=names,
@@ -116,12 +118,20 @@ def _ids_as_words(ids: torch.Tensor) -> str:
     return " ".join(map(str, ids.tolist()))
 
 
-def assign_sentences(ids: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
+def assign_sentences(
+    ids: torch.Tensor, originals: torch.Tensor, data: DataSpec | None = None
+) -> torch.Tensor:
     """For each of N originals the sentence of M that is assigned to it.
 
     Tokens in their places count; between equals, those anywhere in the sentence.
+
+    Args:
+        ids: M x T.
+        originals: N x T.
+        data: Says what fills up short sentences, which counts as no token.
     """
-    placed = (originals[:, None] == ids[None]).double().mean(-1)
+    words = data.is_word(originals) if data is not None else originals == originals
+    placed = ((originals[:, None] == ids[None]) & words[:, None]).double().mean(-1)
     anywhere = torch.tensor(
         [[_tokens_found(f, o, "", "") for f in ids.tolist()] for o in originals.tolist()]
     )
@@ -139,7 +149,7 @@ def _guesses(truth: Truth) -> dict[str, torch.Tensor]:
 
 
 def _tokens_placed(found: Sequence[int], true: Sequence[int], _: str, __: str) -> float:
-    return sum(f == t for f, t in zip(found, true, strict=True)) / len(true)
+    return sum(f == t for f, t in zip(found, true, strict=False)) / len(true)
 
 
 def _tokens_found(found: Sequence[int], true: Sequence[int], _: str, __: str) -> float:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attack.reconstruction import Reconstruction
 from benchmarks.fidelity.declare import Trial
@@ -70,7 +71,12 @@ def version(package: str) -> str:
     return f"{package} {said}"
 
 
-def _breaching() -> ModuleType:
+def breaching() -> ModuleType:
+    """The package.
+
+    Raises:
+        InputError: It is absent.
+    """
     try:
         return importlib.import_module(PACKAGE)
     except ImportError:
@@ -147,7 +153,7 @@ def _reconstructed(
     labels: torch.Tensor | None,
     trial: Trial,
 ) -> Reconstruction:
-    package = _breaching()
+    package = breaching()
     began = time.perf_counter()
     config = package.get_attack_config(attack.name, overrides=list(attack.overrides))
     is_text = target.loss.targets is Targets.TOKENS
@@ -156,7 +162,9 @@ def _reconstructed(
     attacker: Any = package.attacks.prepare_attack(model, loss, config, setup)
     torch.manual_seed(trial.number)
     payload, shared = as_exchanged(target, model, labels, trial.device)
-    found, stats = attacker.reconstruct([payload], [shared], {}, dryrun=False)
+    # Of torch's attention one way alone has a second derivative.
+    with sdpa_kernel(SDPBackend.MATH):
+        found, stats = attacker.reconstruct([payload], [shared], {}, dryrun=False)
     images = found["data"].detach().cpu()
     if not is_text:
         images = target.data.clamp(target.data.denormalize(images.float()))
@@ -207,7 +215,7 @@ class BreachingApril:
 
     def __call__(self, target: Target, labels: torch.Tensor, trial: Trial) -> Reconstruction:
         """See `Beside`."""
-        home = importlib.import_module(f"{_breaching().__name__}.attacks.analytic_attack")
+        home = importlib.import_module(f"{breaching().__name__}.attacks.analytic_attack")
         model: Any = target.build_model()
         first = next(iter(model.encoder.layers.named_children()))[0]
         name = f"encoder.layers.{first}.self_attention.in_proj_weight"
@@ -240,7 +248,7 @@ class BreachingImprint:
 
     def __call__(self, target: Target, labels: torch.Tensor, trial: Trial) -> Reconstruction:
         """See `Beside`."""
-        package = _breaching()
+        package = breaching()
         model = target.build_model()
         names = list(target.gradient)
         weight, bias = names.index("imprint.1.weight"), names.index("imprint.1.bias")

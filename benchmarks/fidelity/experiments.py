@@ -17,9 +17,10 @@ from attack.knowledge.requirements import Knowledge
 from attack.metrics import evaluate, evaluate_text
 from attack.reconstruction import Reconstruction
 from benchmarks.fidelity.beside import Beside
+from benchmarks.fidelity.beside_text import BreachingDecepticons
 from benchmarks.fidelity.declare import Outcome, Trial
 from benchmarks.fidelity.networks import CIFAR10_MEAN, CIFAR10_STD
-from benchmarks.fidelity.samples import CIFAR10, IMAGENET, TABLE, TEXT, Images
+from benchmarks.fidelity.samples import CIFAR10, IMAGENET, RUNNING, TABLE, TEXT, Images
 from core.data.records import load_table
 from core.data.specs import IMAGENET_MEAN, IMAGENET_STD, DataSpec
 from core.errors import InputError
@@ -39,8 +40,8 @@ from gradinvbench import share
 Value = str | int | float | bool | tuple[float, ...] | None
 # From a trial's reconstruction and truth to the published quantity.
 Measure = Callable[["Case", Reconstruction], Outcome]
-# Images of a malicious server's own.
-PUBLIC = 2000
+# Images of a malicious server's own; sentences, and long texts.
+PUBLIC, PUBLIC_SENTENCES, PUBLIC_TEXTS = 2000, 500, 8
 # Of the images of label rules, in pixels.
 SIDE = 32
 # Mean and standard deviation of a kind of images.
@@ -312,18 +313,43 @@ class MaliciousTextAttack(TextAttack):
 
     Attributes:
         malicious: What it did, in the words of `--malicious`.
+        server: Another implementation of server and attack, from the same parameters and on the
+            same sentences.
     """
 
     malicious: str = ""
+    server: BreachingDecepticons | None = None
+
+    @property
+    def second(self) -> str:
+        """See `Experiment`."""
+        return self.server.package if self.server else super().second
+
+    def beside(self, trial: Trial) -> Outcome:
+        """See `Experiment`."""
+        if self.server is None:
+            return super().beside(trial)
+        ids, public, model = self._parts(trial)
+        found = self.server.attacked(model, ids, public, trial)
+        truth = Truth(ids, ids)
+        summary = evaluate_text(found.images, None, truth, metrics=(self.metric,)).summary()
+        return Outcome(_mean(summary, self.metric))
 
     def case(self, trial: Trial) -> Case:
         """See `TextAttack.case`."""
-        drawn = trial.number, self.batch, self.length
-        ids, public = trial.samples.sentences(*drawn), trial.samples.public_sentences(*drawn, 500)
-        torch.manual_seed(trial.number)
-        model = tamper_with_text(self.model().eval(), self.malicious, public)
+        ids, public, honest = self._parts(trial)
+        model = tamper_with_text(honest, self.malicious, public)
         sent = GivenModel(model, shape=(self.length,), malicious=self.malicious)
         return Case(*share(sent, ids, ids, loss=as_loss("next-token"), seed=trial.number))
+
+    def _parts(self, trial: Trial) -> tuple[torch.Tensor, torch.Tensor, nn.Module]:
+        """The client's sentences, the server's own and the honest model."""
+        drawn = trial.number, self.batch, self.length
+        ids = trial.samples.sentences(*drawn)
+        most = PUBLIC_SENTENCES if self.length <= RUNNING else PUBLIC_TEXTS
+        public = trial.samples.public_sentences(*drawn, most)
+        torch.manual_seed(trial.number)
+        return ids, public, self.model().eval()
 
 
 @dataclass(frozen=True)

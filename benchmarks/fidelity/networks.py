@@ -7,6 +7,7 @@ import math
 import torch
 from torch import nn
 
+from core.errors import InputError
 from core.models.language import causal_model
 
 # Of the packages that the values were published with.
@@ -53,6 +54,19 @@ class Transformer3(nn.Module):
 def gpt2_base() -> nn.Module:
     """GPT-2 of twelve layers and width 768, on this project's vocabulary."""
     return causal_model(768, 12, 12)
+
+
+def bert_base() -> nn.Module:
+    """BERT base from its configuration, without dropout, with a head for every token."""
+    try:
+        from transformers import BertConfig, BertForMaskedLM
+    except ImportError:
+        raise InputError("needs transformers: pip install 'gradinvbench[text]'") from None
+    config = BertConfig(
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attn_implementation="eager"
+    )
+    model: nn.Module = BertForMaskedLM(config)
+    return model
 
 
 def lenet5(n_classes: int) -> nn.Module:

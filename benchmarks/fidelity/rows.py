@@ -11,6 +11,12 @@ from benchmarks.fidelity.beside import (
     BreachingImprint,
 )
 from benchmarks.fidelity.beside_tableak import TabLeakOfItsAuthors
+from benchmarks.fidelity.beside_text import (
+    BERT,
+    TRANSFORMER3,
+    BreachingDecepticons,
+    BreachingTextImprint,
+)
 from benchmarks.fidelity.declare import Published, Row
 from benchmarks.fidelity.experiments import (
     ImageAttack,
@@ -25,6 +31,7 @@ from benchmarks.fidelity.experiments import (
 from benchmarks.fidelity.networks import (
     GPT2_TOKENS,
     Transformer3,
+    bert_base,
     gpt2_base,
     lenet5,
     tableak_network,
@@ -400,10 +407,48 @@ _TEXT = (
             32,
             "tokens_placed",
             malicious="decepticons:16",
+            server=BreachingDecepticons(TRANSFORMER3, 6),
         ),
         seconds=60,
         differs=_OTHER_TEXT + "; every network measures along a direction of its own, and the "
-        "last token is read off the last layer",
+        "last token is read off the last layer. The second implementation has its own server, "
+        "from the same parameters and on the same sentences",
+    ),
+    Row(
+        "decepticons-bert",
+        "decepticons",
+        "BERT base from its configuration (12 layers, width 768, 30,522 tokens), random weights, "
+        "one text of 512 tokens, 32 features that name a sentence",
+        Published(
+            0.910,
+            "share",
+            *_notebook("Decepticons -  Analytic Attack - BERT on Wikitext"),
+            note="tokens in their place, of masked language modelling; .955 and .964 of the "
+            "tokens anywhere",
+        ),
+        MaliciousTextAttack(
+            "decepticons",
+            bert_base,
+            1,
+            512,
+            "tokens_placed",
+            malicious="decepticons:32",
+            server=BreachingDecepticons(
+                BERT,
+                32,
+                (
+                    ("reset_embedding", True),
+                    ("eps", 1e-8),
+                    ("measurement_scale", 1e8),
+                    ("softmax_skew", 1e8),
+                ),
+                ("token_strategy=embedding-norm", "embedding_token_weight=0.25"),
+            ),
+        ),
+        seconds=300,
+        differs="tokens of Python's documentation among the model's 30,522 for WikiText, running "
+        "on over the ends of sentences; every token has a next-token loss, for both "
+        "implementations, where a masked one has it there",
     ),
     Row(
         "robbing-the-fed-text",
@@ -424,6 +469,7 @@ _TEXT = (
             32,
             "tokens_placed",
             malicious="imprint:512",
+            same=BreachingTextImprint(),
         ),
         seconds=60,
         differs=_OTHER_TEXT,

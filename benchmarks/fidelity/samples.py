@@ -20,6 +20,8 @@ CIFAR10, IMAGENET, TEXT, TABLE = "cifar10", "imagenet", "text", "table"
 KINDS = (CIFAR10, IMAGENET)
 # What stands in for a folder of images.
 EMBEDDED = {CIFAR10: "photo-patches", IMAGENET: "photo-patches-64"}
+# Tokens beyond which few sentences are as long, and pieces of running text are taken.
+RUNNING = 64
 # Of the order in which images are taken.
 ORDER_SEED = 0
 
@@ -135,11 +137,24 @@ class _Sentences(dict[int, torch.Tensor]):
     """Embedded sentences by their length, in a fixed random order."""
 
     def __missing__(self, length: int) -> torch.Tensor:
-        from core.data.text import text_data
-
-        given = text_data(length=length).train
-        assert isinstance(given, tuple)
-        ids = given[0]
+        ids = _running(length) if length > RUNNING else _whole(length)
         drawn = np.random.default_rng(ORDER_SEED).permutation(len(ids))
         self[length] = ids[torch.from_numpy(drawn)]
         return self[length]
+
+
+def _whole(length: int) -> torch.Tensor:
+    """Sentences of at least so many tokens, cut: N x length."""
+    from core.data.text import text_data
+
+    given = text_data(length=length).train
+    assert isinstance(given, tuple)
+    return given[0]
+
+
+def _running(length: int) -> torch.Tensor:
+    """Pieces of so many tokens of the text, whatever sentences end in them: N x length."""
+    from core.data.text import token_stream
+
+    ids = token_stream()
+    return ids[: len(ids) // length * length].view(-1, length)

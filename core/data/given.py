@@ -46,6 +46,7 @@ class GivenData:
         name: For file names and tables.
         n_tokens: Size of the vocabulary, where inputs are token ids (T whole numbers each).
         tokens: The text of every token, in the order of ids; may be empty.
+        pad: The token id that fills up sentences shorter than the longest, at their end.
     """
 
     train: Samples | tuple[torch.Tensor, torch.Tensor]
@@ -57,6 +58,7 @@ class GivenData:
     name: str = "own-data"
     n_tokens: int = 0
     tokens: Sequence[str] = ()
+    pad: int | None = None
 
 
 class GivenSamples(Dataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -217,7 +219,7 @@ def _spec_of_tokens(given: GivenData, first: torch.Tensor, place: str) -> DataSp
             f"{place}: whole numbers are read as token ids; give GivenData(n_tokens=...), the size "
             "of the vocabulary, or floating-point inputs"
         )
-    spec = DataSpec.of_tokens(given.name, len(first), given.n_tokens, given.tokens)
+    spec = DataSpec.of_tokens(given.name, len(first), given.n_tokens, given.tokens, given.pad)
     return dataclasses.replace(spec, class_names=tuple(given.class_names))
 
 

@@ -53,6 +53,7 @@ class DataSpec:
         n_tokens: Size of the vocabulary where inputs are token ids (N x T, whole numbers, which
             have no normalisation); 0 where they are numbers.
         tokens: The text of every token, in the order of ids; may be empty.
+        pad: The token id that fills up sentences shorter than T, at their end; None: none does.
     """
 
     name: str
@@ -65,13 +66,43 @@ class DataSpec:
     columns: Columns | None = None
     n_tokens: int = 0
     tokens: tuple[str, ...] = ()
+    pad: int | None = None
 
     @staticmethod
-    def of_tokens(name: str, length: int, n_tokens: int, tokens: Sequence[str] = ()) -> DataSpec:
-        """The description of sentences of that many token ids; the number of classes is open."""
+    def of_tokens(
+        name: str,
+        length: int,
+        n_tokens: int,
+        tokens: Sequence[str] = (),
+        pad: int | None = None,
+    ) -> DataSpec:
+        """The description of sentences of that many token ids; the number of classes is open.
+
+        Raises:
+            InputError: `pad` is no token.
+        """
+        if pad is not None and not (isinstance(pad, int) and 0 <= pad < n_tokens):
+            raise InputError(f"pad: a token id in 0..{n_tokens - 1}, not {pad!r:.40}")
         return DataSpec(
-            name, (length,), (), (), 0, bounded=False, n_tokens=n_tokens, tokens=tuple(tokens)
+            name,
+            (length,),
+            (),
+            (),
+            0,
+            bounded=False,
+            n_tokens=n_tokens,
+            tokens=tuple(tokens),
+            pad=pad,
         )
+
+    def is_word(self, ids: torch.Tensor) -> torch.Tensor:
+        """Which of these token ids (any shape) are of the sentences, and no padding."""
+        return torch.ones_like(ids, dtype=torch.bool) if self.pad is None else ids != self.pad
+
+    @property
+    def any_word(self) -> int:
+        """A token id that is no padding, for places whose token is unknown."""
+        return 1 if self.pad == 0 else 0
 
     def placed(self, inputs: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """Inputs on a parameter's device, in its precision unless they are token ids."""
@@ -79,6 +110,7 @@ class DataSpec:
 
     def text(self, ids: torch.Tensor) -> str:
         """What a sentence of T token ids reads; the ids themselves where tokens have no text."""
+        ids = ids[self.is_word(ids)]
         if not self.tokens:
             return " ".join(map(str, ids.tolist()))
         return "".join(self.tokens[number] for number in ids.tolist())
@@ -115,6 +147,8 @@ class DataSpec:
             del values["bounded"]
         if not self.n_tokens:
             del values["n_tokens"], values["tokens"]
+        if self.pad is None:
+            del values["pad"]
         del values["columns"]
         if self.columns is not None:
             values["columns"] = self.columns.to_list()
@@ -134,6 +168,7 @@ class DataSpec:
                 bounded=bool(values.get("bounded", True)),
                 n_tokens=int(values.get("n_tokens", 0)),
                 tokens=tuple(values.get("tokens", ())),
+                pad=int(values["pad"]) if values.get("pad") is not None else None,
                 columns=Columns.from_list(values["columns"]) if "columns" in values else None,
             )
         except (KeyError, TypeError, ValueError) as error:

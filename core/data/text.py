@@ -26,6 +26,8 @@ PYDOC_TOPICS = "pydoc-topics"
 VOCABULARY = 4096
 # Tokens of a sentence, where nothing else is said.
 LENGTH = 16
+# Fills up short sentences, where they are kept.
+PAD, PAD_TEXT = 0, "<pad>"
 # The longest texts are the classes of a classifier.
 CLASSES = 8
 _ENDINGS = (".txt", ".md", ".rst")
@@ -63,15 +65,20 @@ def is_text(data: str) -> bool:
 
 
 def text_data(
-    data: str = PYDOC_TOPICS, length: int = LENGTH, targets: Targets | str = Targets.TOKENS
+    data: str = PYDOC_TOPICS,
+    length: int = LENGTH,
+    targets: Targets | str = Targets.TOKENS,
+    shortest: int | None = None,
 ) -> GivenData:
     """Sentences of token ids; every tenth is for validation.
 
-    Sentences that are shorter are left out, longer ones are cut, each is taken once.
+    Sentences that are too short are left out, longer ones are cut, each is taken once.
 
     Args:
         data: See `is_text`.
         length: Tokens of each sentence.
+        shortest: Sentences of so many tokens and more are kept and filled up with the token
+            `PAD`, which the vocabulary has then; None: all have `length` tokens.
         targets: Of the client's loss: of "tokens" the ids themselves, of "classes" the number of
             the text that a sentence is from, of the eight with the most sentences.
 
@@ -81,16 +88,21 @@ def text_data(
     """
     targets = Targets(targets)
     corpus = _corpus(data)
-    vocabulary = _vocabulary(data)
+    padded = shortest is not None
+    vocabulary = _vocabulary(data, padded)
+    least = length if shortest is None else shortest
+    if not 2 <= least <= length:
+        raise InputError(f"the shortest sentence has 2 to {length} tokens, not {least}")
     chosen = _classes(corpus) if targets is Targets.CLASSES else range(len(corpus.titles))
     # By sentence: one that occurs twice would be both the client's and known.
     texts: dict[tuple[int, ...], int] = {}
     for number, text in enumerate(chosen):
         for encoded in vocabulary.encode_batch(list(corpus.sentences[text])):
-            if len(encoded.ids) >= length:
-                texts.setdefault(tuple(encoded.ids[:length]), number)
+            if len(encoded.ids) >= least:
+                fill = [PAD] * (length - len(encoded.ids))
+                texts.setdefault(tuple(encoded.ids[:length] + fill), number)
     if len(texts) < _VALIDATED:
-        raise InputError(f"--data {data}: has {len(texts)} sentences of {length} tokens")
+        raise InputError(f"--data {data}: has {len(texts)} sentences of {least} tokens")
     ids = torch.tensor(list(texts))
     known = {Targets.TOKENS: ids, Targets.CLASSES: torch.tensor(list(texts.values()))}
     if targets not in known:
@@ -103,7 +115,19 @@ def text_data(
         n_tokens=vocabulary.get_vocab_size(),
         tokens=[vocabulary.decode([number]) for number in range(vocabulary.get_vocab_size())],
         class_names=[corpus.titles[text] for text in chosen] if targets is Targets.CLASSES else (),
+        pad=PAD if padded else None,
     )
+
+
+def token_stream(data: str = PYDOC_TOPICS) -> torch.Tensor:
+    """All sentences of a text as one row of token ids.
+
+    Args:
+        data: See `is_text`.
+    """
+    corpus, vocabulary = _corpus(data), _vocabulary(data)
+    parts = [each.ids for text in corpus.sentences for each in vocabulary.encode_batch(list(text))]
+    return torch.tensor([number for part in parts for number in part])
 
 
 def split_sentences(text: str) -> list[str]:
@@ -112,8 +136,15 @@ def split_sentences(text: str) -> list[str]:
     return [" ".join(words) for words in parts if words and max(map(len, words)) <= MAX_WORD]
 
 
-def train_vocabulary(sentences: list[str], size: int = VOCABULARY) -> Tokenizer:
+def train_vocabulary(
+    sentences: list[str], size: int = VOCABULARY, padded: bool = False
+) -> Tokenizer:
     """A byte-pair vocabulary of at most that many tokens, the same for the same sentences.
+
+    Args:
+        sentences: To be trained on.
+        size: Tokens, at most.
+        padded: Whether the first token is one for padding, which no text has.
 
     Raises:
         InputError: `tokenizers` is absent.
@@ -127,7 +158,10 @@ def train_vocabulary(sentences: list[str], size: int = VOCABULARY) -> Tokenizer:
     vocabulary.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=size, initial_alphabet=sorted(alphabet), show_progress=False
+        vocab_size=size,
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
+        special_tokens=[PAD_TEXT] if padded else [],
     )
     vocabulary.train_from_iterator(sentences, trainer)
     return vocabulary
@@ -146,8 +180,8 @@ def _corpus(data: str) -> Corpus:
 
 
 @functools.cache
-def _vocabulary(data: str) -> Tokenizer:
-    return train_vocabulary([s for text in _corpus(data).sentences for s in text])
+def _vocabulary(data: str, padded: bool = False) -> Tokenizer:
+    return train_vocabulary([s for text in _corpus(data).sentences for s in text], padded=padded)
 
 
 def _classes(corpus: Corpus) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from core.data.text import PAD
 from core.errors import InputError
 
 # What the vocabulary of `core.data.text` has at most.
@@ -75,6 +76,23 @@ def sentence_classifier(
     )  # fmt: skip
     model: nn.Module = BertForSequenceClassification(config)
     return model
+
+
+class Padded(nn.Module):
+    """A model that sees no padding: its attention mask leaves out what fills up a sentence.
+
+    Args:
+        model: Takes `input_ids` and `attention_mask`, as those of `transformers` do.
+        pad: The token id that fills up.
+    """
+
+    def __init__(self, model: nn.Module, pad: int = PAD) -> None:
+        super().__init__()
+        self.model, self.pad = model, pad
+
+    def forward(self, ids: torch.Tensor) -> object:
+        """The outputs for N x T token ids."""
+        return self.model(input_ids=ids, attention_mask=(ids != self.pad).long())
 
 
 class LowRank(nn.Module):
@@ -148,6 +166,16 @@ def bert() -> nn.Module:
 def bert_wide() -> nn.Module:
     """Two layers of width 256 that tell eight classes."""
     return sentence_classifier(256)
+
+
+def gpt2_padded() -> nn.Module:
+    """`gpt2` for sentences of unequal length."""
+    return Padded(gpt2())
+
+
+def bert_padded() -> nn.Module:
+    """`bert` for sentences of unequal length."""
+    return Padded(bert())
 
 
 def _absent() -> InputError:

@@ -50,6 +50,7 @@ class Block:
         widened: The module whose input the feed-forward network reads: its first layer.
         first: Its matrix.
         second: That of the second layer.
+        second_layer: The module of it.
     """
 
     heads: int
@@ -61,6 +62,7 @@ class Block:
     widened: nn.Module
     first: Matrix
     second: Matrix
+    second_layer: nn.Module
 
 
 def transformer_blocks(model: nn.Module) -> list[Block]:
@@ -123,7 +125,7 @@ def _of_gpt2(module: nn.Module, prefix: str) -> Block | None:
     )
     query, key, value = _thirds(joint)
     heads = int(getattr(_at(module, "attn"), "num_heads", 1))
-    return Block(heads, parts[0], query, key, value, out, parts[2], first, second)
+    return Block(heads, parts[0], query, key, value, out, parts[2], first, second, parts[3])
 
 
 def _of_bert(module: nn.Module, prefix: str) -> Block | None:
@@ -136,7 +138,7 @@ def _of_bert(module: nn.Module, prefix: str) -> Block | None:
         _matrix(part, prefix + name) for part, name in zip(parts, names, strict=True)
     )
     heads = int(getattr(_at(module, "attention.self"), "num_attention_heads", 1))
-    return Block(heads, parts[0], query, key, value, out, parts[4], first, second)
+    return Block(heads, parts[0], query, key, value, out, parts[4], first, second, parts[5])
 
 
 def _of_torch(module: nn.Module, prefix: str) -> Block | None:
@@ -151,4 +153,4 @@ def _of_torch(module: nn.Module, prefix: str) -> Block | None:
     out = _matrix(parts[0], f"{prefix}self_attn.out_proj")
     first, second = (_matrix(parts[i], f"{prefix}linear{i}") for i in (1, 2))
     heads = attention.num_heads
-    return Block(heads, attention, query, key, value, out, parts[1], first, second)
+    return Block(heads, attention, query, key, value, out, parts[1], first, second, parts[2])

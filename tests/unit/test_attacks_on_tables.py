@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 import gradinvbench as gib
+from attack.attacks.auto import Auto
+from attack.attacks.ensemble import SHARE_FOR_CLOSED_FORMS, EnsembleConfig
 from attack.attacks.parts.closed_form import gradient_loss
 from attack.matching.many_starts import ClientOfManyStarts
 from attack.recovered import Recovered
@@ -213,3 +215,20 @@ def test_the_figure_shows_shares_with_wilson_s_intervals(tmp_path: Path) -> None
     assert picture.file.stat().st_size > 1000
     assert not points_of(result.rows[0])
     assert Run({"tabular": {"batches": batches}}).entries("tabular.batches") == batches
+
+
+def test_auto_reads_a_table(table: Table) -> None:
+    """TabLeak takes part and pays for its iterations; what reads text is not even tried."""
+    target, truth = gib.share(model(table, 64), table.batch(4, seed=3))
+    members = ("analytic", "tableak", "inverting-gradients", "tag", "lamp")
+    attack = Auto(EnsembleConfig(members=members, iterations=60))
+    found = attack.reconstruct(target, labels=truth.labels, device=CPU, seed=0)
+    records = found.details["members"]
+    assert {*records} == {"analytic", "tableak", "inverting-gradients"}
+    spent = int(SHARE_FOR_CLOSED_FORMS * 60)
+    assert records["tableak"]["evaluations"] == spent
+    # One optimiser is left: no rounds are played, and all that is left is its own.
+    assert records["inverting-gradients"]["rounds"] == 1
+    assert records["inverting-gradients"]["evaluations"] == found.details["budget"] == 60 - spent
+    assert found.members["tableak"].images.shape == truth.images.shape
+    assert found.details["chosen"] == min(records, key=lambda n: records[n]["gradient_loss"])

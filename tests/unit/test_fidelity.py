@@ -12,6 +12,7 @@ import torch
 from attack.attacks import get_attack
 from attack.knowledge.labels import rule_names
 from benchmarks.command import main
+from benchmarks.fidelity.beside_text import placed
 from benchmarks.fidelity.declare import Outcome, Published, Row, Trial
 from benchmarks.fidelity.docstrings import restate, restated
 from benchmarks.fidelity.experiments import ImageAttack, alone_in_a_bin
@@ -240,3 +241,23 @@ def test_bad_input_is_one_sentence(
 ) -> None:
     assert main(["fidelity", *words, "--output", str(tmp_path)]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_gradients_stand_where_breaching_looks_for_them() -> None:
+    named = {name: torch.zeros(1) for name in ("emb", "a", "b", "weight", "bias", "c")}
+    order = placed(named, "transformer3", "emb", "bias")
+    assert (order[-3], order[-1]) == ("emb", "bias")
+    order = placed(named, "bert-base-uncased", "emb", "bias")
+    assert (order[0], order[-5]) == ("emb", "bias")
+    assert sorted(order) == sorted(named)
+
+
+def test_long_texts_run_over_the_ends_of_sentences() -> None:
+    pytest.importorskip("tokenizers")
+    samples = Samples()
+    first, second = (samples.sentences(number, 1, 512) for number in range(2))
+    assert first.shape == second.shape == (1, 512)
+    assert not torch.equal(first, second)
+    public = samples.public_sentences(0, 1, 512, 8)
+    assert len(public) == 8
+    assert not any(torch.equal(first[0], text) for text in public)

@@ -369,3 +369,17 @@ def test_tables_need_a_checkout(
     monkeypatch.setattr(command, "CHECKOUT", tmp_path)
     assert command.main(["table", "schemes"]) == 2
     assert "from a checkout" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("table", ["text", "tabular"])
+def test_a_table_prints_what_is_committed(
+    table: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the committed results of all cells at hand nothing is left to compute."""
+    committed = ROOT / "results" / "reference" / table
+    words = ["table", table, "--from", str(committed / f"{table}.json"), "--quiet"]
+    words += ["--store", str(tmp_path / "store"), "--output", str(tmp_path / "out")]
+    assert command.main(words) == 0
+    shown = capsys.readouterr().out
+    assert (committed / f"{table}.txt").read_text().strip() in shown
+    assert "results" in (tmp_path / "out" / "report.html").read_text()

@@ -10,14 +10,16 @@ from torch import nn
 
 import gradinvbench as gib
 from attack.attacks.parts.bins import read_bins
+from attack.attacks.text import decepticons
 from attack.attacks.text.decepticons import read_rows
+from attack.attacks.text.parts.sentence_names import SAME, plain, sentence_names
 from benchmarks.fidelity.networks import Transformer3
 from core.errors import InputError
 from core.losses import as_loss
 from core.models.architecture import GivenModel
 from core.models.malicious import ImprintedEmbedding, add_to_language_model
 from core.models.transformer_blocks import transformer_blocks
-from gradients.malicious_text import rows_at, tamper_with_text
+from gradients.malicious_text import NAMED, rows_at, tamper_with_text
 
 TOKENS, LENGTH = 60, 6
 
@@ -68,13 +70,14 @@ def test_a_whole_batch_is_read(kind: str, attack: str, malicious: str) -> None:
 def test_behind_the_first_attention_a_token_sees_the_first_of_its_sentence_alone() -> None:
     model = sent("encoder", "decepticons:12").build().double()
     one = sentences(1, 3).expand(3, -1).clone()
-    one[1, 1:] = (one[1, 1:] + 1) % TOKENS
-    one[1, 4] = one[0, 4]
-    one[2, 0] = (one[0, 0] + 1) % TOKENS
+    # The second differs behind the tokens that name it, but for position 5; the third in one.
+    one[1, NAMED:] = (one[1, NAMED:] + 1) % TOKENS
+    one[1, 5] = one[0, 5]
+    one[2, 1] = (one[0, 1] + 1) % TOKENS
     for block in transformer_blocks(model):
         rows = rows_at(model, block.widened, one)
-        assert torch.allclose(rows[0, [0, 4]], rows[1, [0, 4]], atol=1e-6)
-        assert not torch.allclose(rows[0, 4], rows[2, 4], atol=1e-2)
+        assert torch.allclose(rows[0, [0, 5]], rows[1, [0, 5]], atol=1e-6)
+        assert not torch.allclose(rows[0, 5], rows[2, 5], atol=1e-2)
 
 
 def test_bins_give_what_is_alone_in_them() -> None:
@@ -88,25 +91,56 @@ def test_bins_give_what_is_alone_in_them() -> None:
     assert torch.allclose(found, torch.stack([inputs[3], mixed, inputs[0]]), atol=1e-5)
 
 
-def test_rows_say_sentence_position_and_token() -> None:
+@pytest.mark.parametrize("every", [True, False])
+def test_rows_say_sentence_position_and_token(every: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where only the likeliest tokens of a long sentence are tried."""
+    monkeypatch.setattr(decepticons, "ALL", 10**9 if every else 0)
     ids = sentences(4, 5)
     target, _ = gib.share(sent("encoder", "decepticons:12"), ids, ids, loss="next-token")
     model = target.build_model().double()
     rows = rows_at(model, transformer_blocks(model)[1].widened, ids)
     read = read_rows(target, rows.flatten(0, 1), 12)
     assert torch.equal(read.tokens.view(4, -1), ids)
-    assert torch.equal(read.names.view(4, -1), ids[:, :1].expand(-1, LENGTH))
     assert torch.equal(read.places.view(4, -1), torch.arange(LENGTH).expand(4, -1))
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "encoder"])
+def test_the_first_tokens_name_a_sentence(kind: str) -> None:
+    ids = sentences(3, 5)
+    # Two begin alike and differ in the last token that names them.
+    ids[1, : NAMED - 1] = ids[0, : NAMED - 1]
+    target, _ = gib.share(sent(kind, "decepticons:12"), ids, ids, loss="next-token")
+    model = target.build_model().double()
+    names = sentence_names(target, 12)
+    assert names.whole == (kind == "encoder")
+    rows = rows_at(model, transformer_blocks(model)[-1].widened, ids)
+    borne = plain(rows[..., -12:])[:, names.first_named :]
+    wanted = names.of(ids[:, : names.depth])
+    assert torch.allclose(borne, wanted[:, None].expand_as(borne), atol=1e-4)
+    # Of one token nothing is known, and of the others that they are among a few.
+    candidates = [[0], *([each, 0] for each in ids[1, 1 : names.depth].tolist())]
+    decoded, cosine = names.decoded(wanted[1], candidates)
+    assert decoded == ids[1, : names.depth].tolist()
+    assert cosine > SAME
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "encoder"])
+def test_sentences_that_begin_alike_are_kept_apart(kind: str) -> None:
+    ids = sentences(4, 6)
+    ids[1:3, 0] = ids[0, 0]
+    target, truth = gib.share(sent(kind, "decepticons:12"), ids, ids, loss="next-token")
+    found = gib.invert(target, attack="decepticons", progress=False)
+    assert {*map(tuple, found.images.tolist())} == {*map(tuple, truth.images.tolist())}
+
+
 def test_sentences_share_a_bin_or_a_name() -> None:
-    """What is not alone is not read: as many bins as sentences, and equal first tokens."""
+    """What is not alone is not read: as many bins as sentences, and equal beginnings."""
     ids = sentences(5, 2)
     target, truth = gib.share(sent("encoder", "imprint:2"), ids, ids, loss="next-token")
     found = gib.invert(target, attack="robbing-the-fed-text", progress=False)
     assert found.details["filled_bins"] <= 2
     assert (gib.evaluate(found, truth).summary()["sentence_exact"]["mean"] or 0.0) < 1
-    ids[1, 0] = ids[0, 0]
+    ids[1, :NAMED] = ids[0, :NAMED]
     target, truth = gib.share(sent("encoder", "decepticons:12"), ids, ids, loss="next-token")
     found = gib.invert(target, attack="decepticons", progress=False)
     summary = gib.evaluate(found, truth).summary()

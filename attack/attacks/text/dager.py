@@ -9,11 +9,19 @@ from typing import Any
 import torch
 
 from attack.attacks.base import Attack, register_attack
+from attack.attacks.parts.closed_form import gradient_loss
 from attack.attacks.text.parts.last_tokens import last_tokens
 from attack.attacks.text.parts.layers import TokenLayer, TokenLayers, token_layers
-from attack.attacks.text.parts.result import arranged, is_pruned, noise_of, text_reconstruction
+from attack.attacks.text.parts.result import (
+    arranged,
+    is_pruned,
+    lengths_of,
+    noise_of,
+    text_reconstruction,
+)
 from attack.attacks.text.parts.spans import ROUNDING, Span, shown_rows, span_of
 from attack.reconstruction import Reconstruction
+from core.data.specs import DataSpec
 from core.errors import InputError
 from core.losses import Targets
 from core.target import Target
@@ -104,9 +112,12 @@ class Dager(Attack):
         generator = torch.Generator().manual_seed(seed)
         search = _decoder_search if spans.layers.causal else _encoder_search
         found = search(spans, candidates, target, generator)
+        reads_last = target.loss.targets is Targets.TOKENS and not spans.first.reached[-1]
+        if target.data.pad is not None and reads_last and len(found.ids):
+            found = _with_beginnings(found, spans, target)
         ids = _filled(found, candidates, target)
-        if target.loss.targets is Targets.TOKENS and not spans.first.reached[-1]:
-            ids[:, -1] = last_tokens(spans.layers, ids, target)
+        if reads_last:
+            ids = _completed(ids, spans, target)
         details = {
             "rank": spans.first.basis.shape[1],
             "width": spans.first.basis.shape[0],
@@ -227,7 +238,10 @@ def first_distances(spans: Spans, target: Target) -> torch.Tensor:
         # Sentences of one token each: a row depends on nothing else.
         rows = spans.layers.quick_inputs(spans.first.layer, chunk[:, None].expand(-1, length))
         parts.append(spans.first.distances(rows))
-    return torch.cat(parts)
+    distances = torch.cat(parts)
+    every = torch.arange(len(distances))
+    distances[~target.data.is_word(every)] = torch.inf
+    return distances
 
 
 def _distances(spans: Spans, span: Span, ids: torch.Tensor) -> torch.Tensor:
@@ -239,7 +253,12 @@ def _distances(spans: Spans, span: Span, ids: torch.Tensor) -> torch.Tensor:
 def _decoder_search(
     spans: Spans, candidates: list[torch.Tensor], target: Target, generator: torch.Generator
 ) -> Found:
-    """Beginnings that lie in the deeper spans, longer by one token at a time."""
+    """Beginnings that lie in the deeper spans, longer by one token at a time.
+
+    Where sentences have unequal lengths, one ends where no longer beginning lies in them.
+    """
+    if target.data.pad is not None and not spans.noisy:
+        return _unequal_sentences(spans, candidates, target)
     found = Found(torch.empty((1, 0), dtype=torch.long), torch.zeros(1))
     for tokens in candidates:
         if not len(tokens):
@@ -251,6 +270,74 @@ def _decoder_search(
     best = found.distances.argsort(stable=True)[: target.batch_size]
     best = _apart(found, target.batch_size, 1) if spans.noisy else best
     return Found(found.ids[best], found.distances[best])
+
+
+def _unequal_sentences(spans: Spans, candidates: list[torch.Tensor], target: Target) -> Found:
+    """Beginnings that no token continues, filled up; a token without a gradient follows each."""
+    assert target.data.pad is not None
+    length, last = target.data.shape[0], int(not spans.first.reached[-1])
+    found = Found(torch.empty((1, 0), dtype=torch.long), torch.zeros(1))
+    ended: list[torch.Tensor] = []
+    distances: list[float] = []
+    for t in range(length + 1):
+        longer = _continued(spans, found, candidates[t], target) if t < length else found
+        parents = {tuple(ids[:t].tolist()) for ids in longer.ids} if t < length else set()
+        for ids, distance in zip(found.ids, found.distances.tolist(), strict=True):
+            if t and tuple(ids.tolist()) not in parents:
+                whole = torch.full((length,), target.data.pad)
+                whole[: t + last] = target.data.any_word
+                whole[:t] = ids
+                ended.append(whole)
+                distances.append(distance)
+        found = longer
+        if not len(found.ids):
+            break
+    if not ended:
+        return Found(torch.empty((0, length), dtype=torch.long), torch.empty(0))
+    best = torch.tensor(distances).argsort(stable=True)[: target.batch_size]
+    return Found(torch.stack(ended)[best], torch.tensor(distances)[best])
+
+
+def _completed(ids: torch.Tensor, spans: Spans, target: Target) -> torch.Tensor:
+    """The sentences with their last tokens, which are labels only."""
+    ids, last = ids.clone(), lengths_of(ids, target.data) - 1
+    ids[torch.arange(len(ids)), last] = last_tokens(spans.layers, ids, target)
+    return ids
+
+
+def _with_beginnings(found: Found, spans: Spans, target: Target) -> Found:
+    """Sentences that are missing, as beginnings of others: those that explain the gradient best."""
+    assert target.data.pad is not None
+    while 0 < len(found.ids) < target.batch_size:
+        tried: list[tuple[float, torch.Tensor]] = []
+        for whole in found.ids:
+            for end in range(2, int(lengths_of(whole[None], target.data)) + 1):
+                cut = whole.clone()
+                cut[end - 1 :] = target.data.pad
+                cut[end - 1] = target.data.any_word
+                ids = _completed(torch.cat([found.ids, cut[None]]), spans, target)
+                tried.append((gradient_loss(target, ids, ids, ids.device), cut))
+        best = min(tried, key=lambda each: each[0])[1]
+        found = Found(
+            torch.cat([found.ids, best[None]]), torch.cat([found.distances, torch.zeros(1)])
+        )
+    return found
+
+
+def _continued(spans: Spans, found: Found, tokens: torch.Tensor, target: Target) -> Found:
+    """Beginnings with one of these tokens behind them, as far as they lie in the deeper spans."""
+    n, m = len(found.ids), len(tokens)
+    ids = torch.cat([found.ids.repeat_interleave(m, 0), tokens.repeat(n)[:, None]], 1)
+    longer = Found(ids, found.distances.repeat_interleave(m))
+    for span in spans.deeper:
+        if not len(longer.ids):
+            break
+        here = _distances(spans, span, longer.ids)[:, -1]
+        distances = torch.maximum(longer.distances, here)
+        kept = distances.argsort(stable=True)[: BEAM * target.batch_size]
+        kept = kept[distances[kept] < INSIDE * spans.loose]
+        longer = Found(longer.ids[kept], distances[kept])
+    return longer
 
 
 def _inside(spans: Spans, found: Found, target: Target) -> Found:
@@ -319,7 +406,11 @@ def _encoder_search(
         start = torch.stack(
             [_pick(each, tokens, generator) for each, tokens in zip(left, candidates, strict=True)]
         )
-        ids, distance = _improved(spans, start, candidates)
+        if target.data.pad is not None:
+            start[int(torch.randint(2, len(start) + 1, (), generator=generator)) :] = (
+                target.data.pad
+            )
+        ids, distance = _improved(spans, start, candidates, target.data)
         if any(torch.equal(ids, other) for other in sentences):
             continue
         sentences.append(ids)
@@ -339,35 +430,51 @@ def _pick(left: set[int], tokens: torch.Tensor, generator: torch.Generator) -> t
 
 
 def _improved(
-    spans: Spans, ids: torch.Tensor, candidates: list[torch.Tensor]
+    spans: Spans, ids: torch.Tensor, candidates: list[torch.Tensor], data: DataSpec
 ) -> tuple[torch.Tensor, float]:
-    """Replace one token after another by the candidate that brings the sentence nearest."""
-    best = _all_distances(spans, ids[None])[0]
+    """Replace one token after another by the candidate that brings the sentence nearest.
+
+    A sentence that may be short is cut at the place as well, or longer by one token there.
+    """
+    best = _all_distances(spans, ids[None], data)[0]
     for _ in range(SWEEPS):
         before = ids.clone()
         for t, tokens in enumerate(candidates):
-            if len(tokens) < 2:
+            tried = _tried(ids, t, tokens, data)
+            if len(tried) < 2:
                 continue
-            tried = ids.repeat(len(tokens), 1)
-            tried[:, t] = tokens
-            distances = _all_distances(spans, tried)
-            winner = int(distances.sum(1).argmin())
+            distances = _all_distances(spans, tried, data)
+            winner = int((distances.sum(1) / data.is_word(tried).sum(1)).argmin())
             ids, best = tried[winner], distances[winner]
         if float(best.max()) < INSIDE * spans.loose or torch.equal(ids, before):
             break
     return ids, float(best.max())
 
 
-def _all_distances(spans: Spans, ids: torch.Tensor) -> torch.Tensor:
+def _tried(ids: torch.Tensor, t: int, tokens: torch.Tensor, data: DataSpec) -> torch.Tensor:
+    """A sentence (T) with each of these tokens at place t; of unequal lengths also cut there."""
+    words = data.is_word(ids)
+    if not bool(words[: t + 1].all()) and not (t and bool(words[:t].all())):
+        return ids[None]
+    tried = ids.repeat(len(tokens), 1)
+    tried[:, t] = tokens
+    if data.pad is None or t < 2:
+        return tried
+    cut = ids.clone()
+    cut[t:] = data.pad
+    return torch.cat([tried, cut[None]])
+
+
+def _all_distances(spans: Spans, ids: torch.Tensor, data: DataSpec) -> torch.Tensor:
     """For whole sentences (N x T) the largest distance of every row from any deeper span: N x T."""
-    each = [_distances(spans, span, ids) for span in spans.deeper]
+    each = [_distances(spans, span, ids) * data.is_word(ids) for span in spans.deeper]
     return torch.stack(each).amax(0) if each else torch.zeros(ids.shape)
 
 
 def _filled(found: Found, candidates: list[torch.Tensor], target: Target) -> torch.Tensor:
     """As many whole sentences as the batch has; what was not found repeats what was."""
     length = target.data.shape[0]
-    ids = torch.zeros((target.batch_size, length), dtype=torch.long)
+    ids = torch.full((target.batch_size, length), target.data.any_word)
     rows = torch.arange(target.batch_size) % max(1, len(found.ids))
     if len(found.ids):
         ids[:, : found.ids.shape[1]] = found.ids[rows]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,7 +14,13 @@ from attack.attacks.base import Attack, register_attack
 from attack.attacks.parts.bins import read_bins
 from attack.attacks.text.parts.last_labels import last_labels
 from attack.attacks.text.parts.optimised import labels_of
-from attack.attacks.text.parts.result import as_many, text_reconstruction
+from attack.attacks.text.parts.result import as_many, lengths_of, text_reconstruction
+from attack.attacks.text.parts.sentence_names import (
+    SAME,
+    SentenceNames,
+    plain,
+    sentence_names,
+)
 from attack.knowledge.threat_models import Capability
 from attack.reconstruction import Reconstruction
 from core.errors import InputError
@@ -31,6 +37,15 @@ EMPTY = {torch.float64: 1e-10, torch.float32: 1e-6}
 ALONE = 1 - 1e-3
 # Tokens of the vocabulary that are tried at a time.
 CHUNK = 256
+# Tokens times positions that are all tried; beyond, the likeliest of every row.
+ALL = 4_000_000
+SHIFTS = 4
+LIKELY = 4
+# Long sentences that run through the model at a time.
+PACKED = 4
+
+# Sentences (n x T), and what reaches the first network for them (n x T x width).
+Part = tuple[torch.Tensor, torch.Tensor]
 
 
 @register_attack
@@ -40,15 +55,15 @@ class Decepticons(Attack):
     The server made the model (stage 2: `--malicious decepticons:FEATURES`). Every neuron of a
     feed-forward network measures the same and has a threshold of its own, so that two neighbours'
     gradients differ by the tokens in between. A token that is alone there comes out exactly: the
-    features that name its sentence, which are those of the sentence's first token, and those of
-    the token and its position. Both are looked up among all tokens of the vocabulary, which the
-    server runs through the model that it sent. The last token of a language model is a label
-    only; the gradient of the last layer tells it.
+    features that name its sentence, which are a sum over the sentence's first four tokens, and
+    those of the token and its position, which are looked up among all tokens of the vocabulary;
+    the server runs these through the model that it sent. The last token of a language model is a
+    label only; the gradient of the last layer tells it.
 
-    Sentences that begin with the same token have the same name, and their tokens may be
-    exchanged. Every network measures along a direction of its own, and positions and tokens are
-    looked up together; the paper shares one direction's thresholds out and assigns positions
-    first.
+    Sentences that begin with the same four tokens have the same name, and their tokens may be
+    exchanged; in the paper it is the first one that names them. Every network measures along a
+    direction of its own, and positions and tokens are looked up together; the paper shares one
+    direction's thresholds out and assigns positions first.
 
     Source: Fowl, Geiping, Reich, Wen, Czaja, Goldblum, Goldstein, "Decepticons: Corrupted
         Transformers Breach Privacy in Federated Learning for Language Models", ICLR 2023,
@@ -97,11 +112,14 @@ class Decepticons(Attack):
             )
         if not target.local.shares_gradient:
             raise InputError(f"--attack {self.name}: needs the gradient of one local step")
+        features = parse_text_malice(word).number
         rows = _tokens_alone(target)
-        read = read_rows(target, rows, parse_text_malice(word).number)
-        ids, sentences = sentences_of(read, target.batch_size, target.data.shape[0])
+        read = read_rows(target, rows, features)
+        names = sentence_names(target, features)
+        ids, sentences = sentences_of(read, names, target)
         if target.loss.targets is Targets.TOKENS:
-            ids[:, -1] = last_labels(target, ids)
+            last = lengths_of(ids, target.data) - 1
+            ids[torch.arange(len(ids)), last] = last_labels(target, ids)
         alone = int((read.score > ALONE).sum())
         details = {"rows": len(rows), "alone": alone, "sentences": sentences}
         return text_reconstruction(target, ids, labels_of(target, labels), began, details)
@@ -112,7 +130,7 @@ class ReadRows:
     """What rows say.
 
     Attributes:
-        names: K, the token that names the row's sentence.
+        names: K x features, plain, the name of the row's sentence.
         places: K, the position in it.
         tokens: K, the token there.
         score: K, cosine of the row with what this token would give, 1 for a token that is alone.
@@ -155,69 +173,152 @@ def read_rows(target: Target, rows: torch.Tensor, features: int) -> ReadRows:
         rows: What came out of the bins.
         features: How many of the last features name a sentence.
     """
-    # Norms move and stretch a row: what is centred and of unit length is left.
-    named, held = _plain(rows[:, -features:]), _plain(rows[:, :-features])
-    names = torch.zeros(len(rows), dtype=torch.long)
-    places, tokens = names.clone(), names.clone()
-    likeness = torch.full((2, len(rows)), -2.0, dtype=rows.dtype)
-    for first, inputs in _of_vocabulary(target):
-        length = inputs.shape[1]
-        best, which = (named @ _plain(inputs[:, 0, -features:]).T).max(1)
-        better = best > likeness[0]
-        names[better], likeness[0] = first + which[better], likeness[0].maximum(best)
-        # Of tokens x positions.
-        all_held = _plain(inputs[..., :-features]).flatten(0, 1)
-        best, which = (held @ all_held.T).max(1)
-        better = best > likeness[1]
-        tokens[better] = first + which[better] // length
-        places[better] = which[better] % length
-        likeness[1] = likeness[1].maximum(best)
-    return ReadRows(names, places, tokens, likeness.amin(0))
+    held = plain(rows[:, :-features])
+    places = torch.zeros(len(rows), dtype=torch.long)
+    tokens, score = places.clone(), torch.full((len(rows),), -2.0, dtype=rows.dtype)
+    few = target.data.n_tokens * target.data.shape[0] <= ALL
+    parts = _of_vocabulary(target) if few else _of_likely(target, held, features)
+    for ids, inputs in parts:
+        best, which = (held @ plain(inputs[..., :-features]).flatten(0, 1).T).max(1)
+        better = best > score
+        tokens[better] = ids.flatten()[which[better]]
+        places[better] = which[better] % ids.shape[1]
+        score[better] = best[better]
+    return ReadRows(plain(rows[:, -features:]), places, tokens, score)
 
 
-def _plain(rows: torch.Tensor) -> torch.Tensor:
-    return F.normalize(rows - rows.mean(-1, keepdim=True), dim=-1)
-
-
-def _of_vocabulary(target: Target) -> Iterator[tuple[int, torch.Tensor]]:
-    """What reaches the first network for sentences of one repeated token each, in parts.
-
-    Yields:
-        The number of the first token, and n x T x width.
-    """
+def _inputs(target: Target, sentences: Iterable[torch.Tensor]) -> Iterator[Part]:
+    """What reaches the first network for sentences (each n x T): these and n x T x width."""
     model = in_mode(target.build_model().double(), False)
     block = transformer_blocks(model)[0]
-    length = target.data.shape[0]
-    for part in torch.arange(target.data.n_tokens).split(CHUNK):
-        ids = part[:, None].expand(-1, length)
+    for ids in sentences:
         # With gradients, or torch's own encoder would skip its modules.
         with torch.enable_grad():
             (rows,) = inputs_of(model, [block.widened], ids)
-        yield int(part[0]), rows
+        yield ids, rows
 
 
-def sentences_of(read: ReadRows, batch_size: int, length: int) -> tuple[torch.Tensor, int]:
+def _of_vocabulary(target: Target) -> Iterator[Part]:
+    """Every token at every position, as sentences of one repeated token each."""
+    length = target.data.shape[0]
+    tokens = _words(target).split(CHUNK)
+    return _inputs(target, (part[:, None].expand(-1, length) for part in tokens))
+
+
+def _words(target: Target) -> torch.Tensor:
+    """Every token but padding, to which nothing attends."""
+    every = torch.arange(target.data.n_tokens)
+    return every[target.data.is_word(every)]
+
+
+def _of_likely(target: Target, held: torch.Tensor, features: int) -> Iterator[Part]:
+    """The likeliest tokens of every row at its likeliest positions, packed into sentences.
+
+    A row is about a token's part and a position's part. Every token is seen at a few positions,
+    whose mean shows its part, and every position with many tokens.
+
+    Args:
+        target: Its model says what every token gives.
+        held: K x width less features, plain.
+        features: How many of the last features name a sentence.
+    """
+    length, n_tokens = target.data.shape[0], target.data.n_tokens
+    words = _words(target)
+    every = words[torch.arange(-(-n_tokens // length) * length) % len(words)]
+    shifts = {int(i * length / SHIFTS) for i in range(SHIFTS)}
+    seen = [every.view(-1, length).roll(shift, 1) for shift in sorted(shifts)]
+    of_token = torch.zeros((n_tokens, held.shape[1]), dtype=held.dtype)
+    of_place = torch.zeros((length, held.shape[1]), dtype=held.dtype)
+    parts = [part for each in seen for part in each.split(PACKED)]
+    for ids, inputs in _inputs(target, parts):
+        rows = plain(inputs[..., :-features])
+        of_token.index_add_(0, ids.flatten(), rows.flatten(0, 1))
+        of_place += rows.sum(0)
+    of_place /= sum(map(len, seen))
+    for ids in seen:
+        of_token.index_add_(0, ids.flatten(), -of_place.repeat(len(ids), 1))
+    of_token = F.normalize(of_token - of_token.mean(0), dim=-1)
+    packed: list[set[int]] = [set() for _ in range(length)]
+    directions = F.normalize(of_place - of_place.mean(0), dim=-1)
+    for places in (held @ directions.T).topk(min(LIKELY, length)).indices.T:
+        likely = ((held - of_place[places]) @ of_token.T).topk(min(LIKELY, n_tokens)).indices
+        for place, tokens in zip(places.tolist(), likely.tolist(), strict=True):
+            packed[place].update(tokens)
+    tried = torch.full((max(map(len, packed)), length), target.data.any_word)
+    for place, tokens in enumerate(packed):
+        tried[: len(tokens), place] = torch.tensor(sorted(tokens), dtype=torch.long)
+    return _inputs(target, tried.split(PACKED))
+
+
+def sentences_of(read: ReadRows, names: SentenceNames, target: Target) -> tuple[torch.Tensor, int]:
     """Sentences (N x T) from single tokens, the surest first; and how many were found.
 
-    A name has as many sentences as it has different tokens at one place.
+    Rows of one name are one sentence, or as many as there are different tokens at one place: those
+    begin alike. A sentence that may be short ends behind the last token that was read, a language
+    model's one token later.
     """
-    order = read.score.argsort(descending=True)
-    slots: dict[int, list[list[int]]] = {}
-    for index in order.tolist():
-        alone = bool(read.score[index] > ALONE)
-        name, place = int(read.names[index]), int(read.places[index])
-        if name not in slots and not alone:
-            continue
-        slot = slots.setdefault(name, [[] for _ in range(length)])[place]
-        token = int(read.tokens[index])
-        # A mixture is a guess, for where nothing better is known.
-        if token not in slot and (alone or not slot):
-            slot.append(token)
-    found = []
-    for name, places in slots.items():
-        if not places[0]:
-            places[0].append(name)
+    batch_size, length, data = target.batch_size, target.data.shape[0], target.data
+    behind = 1 + (target.loss.targets is Targets.TOKENS)
+    groups = _groups(read, names, batch_size)
+    slots: list[list[list[int]]] = [[[] for _ in range(length)] for _ in groups]
+    heads = _heads(read, names, groups)
+    for slot, head in zip(slots, heads, strict=True):
+        for place, token in enumerate(head):
+            slot[place].append(token)
+    if groups:
+        likeness = read.names @ torch.stack(groups).T
+        for index in read.score.argsort(descending=True).tolist():
+            place, token = int(read.places[index]), int(read.tokens[index])
+            if place < names.depth:
+                continue
+            alone = bool(read.score[index] > ALONE)
+            nearest = int(likeness[index].argmax())
+            here = slots[nearest][place]
+            # A mixture is a guess, for where nothing better is known.
+            if token not in here and (alone or not here):
+                here.append(token)
+    found: list[list[int]] = []
+    for places in slots:
+        end = max(place for place, tokens in enumerate(places) if tokens) + behind
+        # What nothing was read of is filled up, or unknown.
+        fill = [data.any_word if t < end or data.pad is None else data.pad for t in range(length)]
         for number in range(max(map(len, places))):
-            found.append([p[min(number, len(p) - 1)] if p else 0 for p in places])
+            pairs = zip(places, fill, strict=True)
+            found.append([p[min(number, len(p) - 1)] if p else other for p, other in pairs])
     kept = torch.tensor(found, dtype=torch.long).reshape(-1, length)[:batch_size]
     return as_many(kept, batch_size), len(found)
+
+
+def _groups(read: ReadRows, names: SentenceNames, most: int) -> list[torch.Tensor]:
+    """Different names, those of the most rows first, as rows that are alone bear them."""
+    found: list[torch.Tensor] = []
+    counts: list[int] = []
+    for index in read.score.argsort(descending=True).tolist():
+        if not read.score[index] > ALONE:
+            break
+        if read.places[index] < names.first_named:
+            continue
+        name = read.names[index]
+        likeness = torch.stack(found) @ name if found else torch.zeros(1)
+        if float(likeness.max()) > SAME:
+            counts[int(likeness.argmax())] += 1
+        else:
+            found.append(name)
+            counts.append(1)
+    order = sorted(range(len(found)), key=lambda number: -counts[number])
+    return [found[number] for number in order[:most]]
+
+
+def _heads(read: ReadRows, names: SentenceNames, groups: list[torch.Tensor]) -> list[list[int]]:
+    """The first tokens of the sentences of these names."""
+    alone = read.score > ALONE
+    found = []
+    for name in groups:
+        candidates = []
+        for place in range(names.depth):
+            here = alone & (read.places == place)
+            own = here & (read.names @ name > SAME) & (place >= names.first_named)
+            tokens = read.tokens[own if bool(own.any()) else here].unique().tolist()
+            candidates.append(tokens or [0])
+        found.append(names.decoded(name, candidates)[0])
+    return found

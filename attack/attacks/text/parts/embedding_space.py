@@ -22,18 +22,19 @@ class Embedded(nn.Module):
         model: Takes token ids.
         name: Of the layer that looks them up.
         scale: Of the embeddings: inputs are in this unit.
+        token: Any that is no padding.
     """
 
-    def __init__(self, model: nn.Module, name: str, scale: float) -> None:
+    def __init__(self, model: nn.Module, name: str, scale: float, token: int = 0) -> None:
         super().__init__()
-        self.model, self.name, self.scale = model, name, scale
+        self.model, self.name, self.scale, self.token = model, name, scale, token
 
     def forward(self, inputs: torch.Tensor) -> object:
         """The outputs for embeddings (N x T x width)."""
         layer = self.model.get_submodule(self.name)
         handle = layer.register_forward_hook(lambda module, given, output: inputs * self.scale)
         try:
-            return self.model(torch.zeros(inputs.shape[:2], dtype=torch.long, device=inputs.device))
+            return self.model(inputs.new_full(inputs.shape[:2], self.token, dtype=torch.long))
         finally:
             handle.remove()
 
@@ -80,7 +81,7 @@ def embedding_space(target: Target) -> EmbeddingSpace:
     )
     embedded = dataclasses.replace(
         target,
-        model=GivenModel(Embedded(model, name, scale)),
+        model=GivenModel(Embedded(model, name, scale, target.data.any_word)),
         data=data,
         state_dict={PREFIX + n: value for n, value in target.state_dict.items()},
         gradient={PREFIX + n: g for n, g in target.gradient.items() if n in shared},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from attack.attacks.text.parts.result import lengths_of
 from core.errors import InputError
 from core.models.head import find_linear_head
 from core.models.module_inputs import inputs_of
@@ -22,24 +23,26 @@ def last_labels(target: Target, ids: torch.Tensor) -> torch.Tensor:
 
     Args:
         target: What was shared.
-        ids: N x T, right but for the last token.
+        ids: N x T, right but for the last token of every sentence, which is no padding.
 
     Returns:
         N token ids; those given where the last layer's gradient was not shared.
     """
+    sentences = torch.arange(len(ids))
+    last = lengths_of(ids, target.data) - 1
     model = target.build_model().double()
     try:
         _, layer = find_linear_head(model, ids[:1])
     except InputError:
-        return ids[:, -1]
+        return ids[sentences, last]
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     name = names[id(layer.weight)]
     if name not in target.gradient:
-        return ids[:, -1]
+        return ids[sentences, last]
     (inputs,) = inputs_of(model, [layer], ids)
     shared = target.gradient[name].double()
-    dual = torch.linalg.pinv(inputs[:, -2], rtol=1e-9)
-    n = ids.shape[0] * (ids.shape[1] - 1)
+    # Every label of a sentence has as large a share of its mean.
+    dual = torch.linalg.pinv(inputs[sentences, last - 1], rtol=1e-9) * (len(ids) * last)
     guess = ids.clone()
     for _ in range(ROUNDS):
         (own,) = torch.autograd.grad(
@@ -47,10 +50,10 @@ def last_labels(target: Target, ids: torch.Tensor) -> torch.Tensor:
         )
         # Clipping divides all by one number.
         scale = (shared * own).sum() / shared.square().sum().clamp_min(1e-300)
-        left = n * (scale * shared - own) @ dual
-        left[guess[:, -1], torch.arange(len(guess))] -= 1
+        left = (scale * shared - own) @ dual
+        left[guess[sentences, last], sentences] -= 1
         labels = left.argmin(0)
-        if torch.equal(labels, guess[:, -1]):
+        if torch.equal(labels, guess[sentences, last]):
             break
-        guess[:, -1] = labels
-    return guess[:, -1]
+        guess[sentences, last] = labels
+    return guess[sentences, last]

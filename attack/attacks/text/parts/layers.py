@@ -86,10 +86,13 @@ def token_layers(target: Target, seed: int = 0) -> TokenLayers:
     model: nn.Module = in_mode(target.build_model().double(), False).requires_grad_(True)
     length, n_tokens = target.data.shape[0], target.data.n_tokens
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(n_tokens, (1, length), generator=generator).expand(3, -1).clone()
+    words = torch.arange(n_tokens)
+    words = words[target.data.is_word(words)]
+    drawn = torch.randint(len(words), (1, length), generator=generator).expand(3, -1).clone()
     # The second sentence differs in the first token, the third in the last.
-    ids[1, 0] = (ids[0, 0] + 1) % n_tokens
-    ids[2, -1] = (ids[0, -1] + 1) % n_tokens
+    drawn[1, 0] += 1
+    drawn[2, -1] += 1
+    ids = words[drawn % len(words)]
     calls = _trace(model, ids, target)
     names = {id(p): name for name, p in model.named_parameters()}
     modules = {module: name for name, module in model.named_modules()}

@@ -12,6 +12,7 @@ from attack.attacks.parts.closed_form import gradient_loss
 from attack.attacks.text.parts.embedding_space import embedding_space
 from attack.knowledge.labels import recover_most_exactly
 from attack.reconstruction import Reconstruction
+from core.data.specs import DataSpec
 from core.errors import InputError
 from core.losses import Targets
 from core.target import Target
@@ -84,6 +85,11 @@ def arranged(target: Target, ids: torch.Tensor, labels: torch.Tensor | None) -> 
         if value < best:
             order, best = tried, value
     return order
+
+
+def lengths_of(ids: torch.Tensor, data: DataSpec) -> torch.Tensor:
+    """Tokens of each of N sentences (N x T), without what fills them up."""
+    return data.is_word(ids).sum(1)
 
 
 def as_many(ids: torch.Tensor, batch_size: int) -> torch.Tensor:
