@@ -94,6 +94,7 @@ RECORDED = {
     "models.md": ("benchmarks.models.record", "models"),
     "bounds.md": ("benchmarks.bounds", "bounds"),
     "detection.md": ("benchmarks.detection", "detection"),
+    "graveyard.md": ("benchmarks.graveyard", "reference/graveyard"),
     "fidelity.md": ("benchmarks.fidelity.page", "fidelity"),
     "label-rules.md": ("benchmarks.label_rules.record", "label_rules"),
 }

@@ -158,6 +158,7 @@ _ALL = [
     Column("information ratio", "GInfoR", _path("attack.GInfoR.by_sample.ratio"), 3, "high"),
     Column("objective", "objective", _path("attack.objective"), 5),
     Column("seconds", "seconds", _path("attack.seconds"), 1),
+    Column("cpu seconds", "CPU s", _path("attack.details.cpu_seconds"), 1),
     Column("training seconds", "training s", _path("train.seconds"), 1),
     Column("threat", "threat model", _no_numbers, text=_threat),
     Column(
