@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from attack.attacks.base import Attack, register_attack
 from attack.attacks.parts.bins import read_bins
-from attack.attacks.text.parts.last_labels import last_labels
+from attack.attacks.text.parts.last_labels import read_labels
 from attack.attacks.text.parts.optimised import labels_of
 from attack.attacks.text.parts.result import as_many, lengths_of, text_reconstruction
 from attack.attacks.text.parts.sentence_names import (
@@ -74,6 +74,7 @@ class Decepticons(Attack):
 
     Reproduced:
         decepticons: 0.932 (0.876 to 0.984, n = 8), 2026-11-29: reproduced.
+        decepticons-bert: not computed yet.
 
     Example:
         python training/get_gradients.py --model core.models.language:gpt2 --loss next-token \\
@@ -116,10 +117,12 @@ class Decepticons(Attack):
         rows = _tokens_alone(target)
         read = read_rows(target, rows, features)
         names = sentence_names(target, features)
-        ids, sentences = sentences_of(read, names, target)
+        ids, sure, sentences = sentences_of(read, names, target)
         if target.loss.targets is Targets.TOKENS:
-            last = lengths_of(ids, target.data) - 1
-            ids[torch.arange(len(ids)), last] = last_labels(target, ids)
+            unknown = target.data.is_word(ids) & ~sure
+            unknown[:, 0] = False
+            unknown[torch.arange(len(ids)), lengths_of(ids, target.data) - 1] = True
+            ids = read_labels(target, ids, unknown)
         alone = int((read.score > ALONE).sum())
         details = {"rows": len(rows), "alone": alone, "sentences": sentences}
         return text_reconstruction(target, ids, labels_of(target, labels), began, details)
@@ -250,21 +253,27 @@ def _of_likely(target: Target, held: torch.Tensor, features: int) -> Iterator[Pa
     return _inputs(target, tried.split(PACKED))
 
 
-def sentences_of(read: ReadRows, names: SentenceNames, target: Target) -> tuple[torch.Tensor, int]:
-    """Sentences (N x T) from single tokens, the surest first; and how many were found.
+def sentences_of(
+    read: ReadRows, names: SentenceNames, target: Target
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Sentences from single tokens, the surest first.
 
     Rows of one name are one sentence, or as many as there are different tokens at one place: those
     begin alike. A sentence that may be short ends behind the last token that was read, a language
     model's one token later.
+
+    Returns:
+        Token ids, N x T; which of them were read alone; and how many sentences were found.
     """
     batch_size, length, data = target.batch_size, target.data.shape[0], target.data
     behind = 1 + (target.loss.targets is Targets.TOKENS)
     groups = _groups(read, names, batch_size)
     slots: list[list[list[int]]] = [[[] for _ in range(length)] for _ in groups]
-    heads = _heads(read, names, groups)
-    for slot, head in zip(slots, heads, strict=True):
+    known = torch.zeros((len(groups), length), dtype=torch.bool)
+    for number, (head, cosine) in enumerate(_heads(read, names, groups)):
+        known[number, : names.depth] = cosine > SAME
         for place, token in enumerate(head):
-            slot[place].append(token)
+            slots[number][place].append(token)
     if groups:
         likeness = read.names @ torch.stack(groups).T
         for index in read.score.argsort(descending=True).tolist():
@@ -274,19 +283,24 @@ def sentences_of(read: ReadRows, names: SentenceNames, target: Target) -> tuple[
             alone = bool(read.score[index] > ALONE)
             nearest = int(likeness[index].argmax())
             here = slots[nearest][place]
+            known[nearest, place] |= alone
             # A mixture is a guess, for where nothing better is known.
             if token not in here and (alone or not here):
                 here.append(token)
     found: list[list[int]] = []
-    for places in slots:
+    sure: list[torch.Tensor] = []
+    for places, read_alone in zip(slots, known, strict=True):
         end = max(place for place, tokens in enumerate(places) if tokens) + behind
         # What nothing was read of is filled up, or unknown.
         fill = [data.any_word if t < end or data.pad is None else data.pad for t in range(length)]
         for number in range(max(map(len, places))):
             pairs = zip(places, fill, strict=True)
             found.append([p[min(number, len(p) - 1)] if p else other for p, other in pairs])
+            sure.append(read_alone)
     kept = torch.tensor(found, dtype=torch.long).reshape(-1, length)[:batch_size]
-    return as_many(kept, batch_size), len(found)
+    ids = as_many(kept, batch_size)
+    told = torch.stack(sure)[:batch_size] if sure else torch.ones((1, length), dtype=torch.bool)
+    return ids, told[torch.arange(batch_size) % len(told)], len(found)
 
 
 def _groups(read: ReadRows, names: SentenceNames, most: int) -> list[torch.Tensor]:
@@ -309,8 +323,10 @@ def _groups(read: ReadRows, names: SentenceNames, most: int) -> list[torch.Tenso
     return [found[number] for number in order[:most]]
 
 
-def _heads(read: ReadRows, names: SentenceNames, groups: list[torch.Tensor]) -> list[list[int]]:
-    """The first tokens of the sentences of these names."""
+def _heads(
+    read: ReadRows, names: SentenceNames, groups: list[torch.Tensor]
+) -> list[tuple[list[int], float]]:
+    """The first tokens of the sentences of these names, and how well they fit."""
     alone = read.score > ALONE
     found = []
     for name in groups:
@@ -320,5 +336,5 @@ def _heads(read: ReadRows, names: SentenceNames, groups: list[torch.Tensor]) -> 
             own = here & (read.names @ name > SAME) & (place >= names.first_named)
             tokens = read.tokens[own if bool(own.any()) else here].unique().tolist()
             candidates.append(tokens or [0])
-        found.append(names.decoded(name, candidates)[0])
+        found.append(names.decoded(name, candidates))
     return found

@@ -1,4 +1,4 @@
-"""The last token of every sentence of a language model, off the gradient of its last layer."""
+"""Tokens of a language model that are known as labels only, off the gradient of its last layer."""
 
 from __future__ import annotations
 
@@ -10,50 +10,54 @@ from core.models.head import find_linear_head
 from core.models.module_inputs import inputs_of
 from core.target import Target
 
-# The gradient of an embedding that is the last layer as well depends on the labels a little more.
-ROUNDS = 4
+# A row that was wrong shows the next label a round later; and the gradient of an embedding that is
+# the last layer as well depends on the labels a little more.
+ROUNDS = 8
 
 
-def last_labels(target: Target, ids: torch.Tensor) -> torch.Tensor:
-    """The last label of every sentence, once everything in front of it is known.
+def read_labels(target: Target, ids: torch.Tensor, unknown: torch.Tensor) -> torch.Tensor:
+    """Tokens that are known as labels only, once most of the others are known.
 
-    A label y of a sentence whose last layer reads h adds -h / n to row y of the layer's gradient.
-    What is left of the shared gradient under a guess of the last labels is a sum of such terms,
-    which the sentences' dual vectors take apart; there are as many as the layer is wide.
+    A label y of a row h in front of the last layer adds -h / n to row y of the layer's gradient.
+    What is left of the shared gradient under a guess of the labels is a sum of such terms, which
+    the rows' dual vectors take apart; there are as many as the layer is wide.
 
     Args:
         target: What was shared.
-        ids: N x T, right but for the last token of every sentence, which is no padding.
+        ids: N x T, right but for the unknown ones, which are no padding.
+        unknown: N x T, none of them in the first place; the last of every sentence among them.
 
     Returns:
-        N token ids; those given where the last layer's gradient was not shared.
+        N x T token ids; those given where the last layer's gradient was not shared.
     """
-    sentences = torch.arange(len(ids))
-    last = lengths_of(ids, target.data) - 1
     model = target.build_model().double()
     try:
         _, layer = find_linear_head(model, ids[:1])
     except InputError:
-        return ids[sentences, last]
+        return ids
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     name = names[id(layer.weight)]
     if name not in target.gradient:
-        return ids[sentences, last]
-    (inputs,) = inputs_of(model, [layer], ids)
+        return ids
     shared = target.gradient[name].double()
+    sentence, place = unknown.nonzero(as_tuple=True)
     # Every label of a sentence has as large a share of its mean.
-    dual = torch.linalg.pinv(inputs[sentences, last - 1], rtol=1e-9) * (len(ids) * last)
+    shares = len(ids) * (lengths_of(ids, target.data) - 1)[sentence]
     guess = ids.clone()
     for _ in range(ROUNDS):
+        (inputs,) = inputs_of(model, [layer], guess)
+        dual = torch.linalg.pinv(inputs[sentence, place - 1], rtol=1e-9) * shares
         (own,) = torch.autograd.grad(
             target.loss(model(guess), guess), model.get_parameter(name), materialize_grads=True
         )
         # Clipping divides all by one number.
         scale = (shared * own).sum() / shared.square().sum().clamp_min(1e-300)
         left = (scale * shared - own) @ dual
-        left[guess[sentences, last], sentences] -= 1
+        left[guess[sentence, place], torch.arange(len(sentence))] -= 1
+        if target.data.pad is not None:
+            left[target.data.pad] = torch.inf
         labels = left.argmin(0)
-        if torch.equal(labels, guess[sentences, last]):
+        if torch.equal(labels, guess[sentence, place]):
             break
-        guess[sentences, last] = labels
-    return guess[sentences, last]
+        guess[sentence, place] = labels
+    return guess

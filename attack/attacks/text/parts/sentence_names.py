@@ -22,6 +22,8 @@ from core.target import Target
 SAME = 0.98
 # Combinations of first tokens that are tried for a sentence, at most.
 MOST = 200_000
+# Likewise, where one of them may be any of the vocabulary.
+UNKNOWN = 128
 # Sweeps over the first tokens, each replaced by the best one of the vocabulary.
 SWEEPS = 3
 # Tokens of the vocabulary that run through the model at a time.
@@ -73,6 +75,8 @@ class SentenceNames:
         tried = torch.tensor(list(itertools.product(*(each[:most] for each in candidates))))
         cosines = self.of(tried) @ name
         best, value = tried[cosines.argmax()], float(cosines.max())
+        if value < SAME:
+            best, value = self._with_one_unknown(name, candidates)
         for _ in range(SWEEPS):
             if value > SAME:
                 break
@@ -83,6 +87,21 @@ class SentenceNames:
                     best, value = best.clone(), float(cosines.max())
                     best[place] = cosines.argmax()
         return best.tolist(), value
+
+    def _with_one_unknown(
+        self, name: torch.Tensor, candidates: Sequence[Sequence[int]]
+    ) -> tuple[torch.Tensor, float]:
+        """First tokens of which one is any of the vocabulary, and the cosine that they reach."""
+        best, value = torch.zeros(self.depth, dtype=torch.long), -2.0
+        for place in range(self.depth):
+            others = [each if t != place else [0] for t, each in enumerate(candidates)]
+            for tokens in itertools.islice(itertools.product(*others), UNKNOWN):
+                rest = sum_of_terms(self.terms, torch.tensor(tokens)) - self.terms[place, 0]
+                cosines = plain(rest + self.terms[place]) @ name
+                if float(cosines.max()) > value:
+                    value, best = float(cosines.max()), torch.tensor(tokens)
+                    best[place] = cosines.argmax()
+        return best, value
 
 
 def sum_of_terms(
