@@ -7,6 +7,11 @@ of the last round, in percent. The mean over seeds stands with its 95 % interval
 
     python -m benchmarks.utility
     python -m benchmarks.utility --defense prune:0.95 --error-feedback dgc
+
+The leaderboard trains under the same protocol, with the same random numbers, so that its entries'
+accuracies need not be computed again:
+
+    python -m benchmarks.utility --entries results/leaderboard
 """
 
 from __future__ import annotations
@@ -31,6 +36,8 @@ from benchmarks.declare.measured_utility import (
     summary,
     utility_of,
 )
+from benchmarks.leaderboard.entry import check_against, read_entry
+from benchmarks.leaderboard.protocol import read_protocol
 from core.errors import InputError, exit_status
 from core.launch_arguments import CommandParser
 from core.plugins import import_plugin
@@ -197,8 +204,40 @@ def _rows_so_far(path: Path, protocol: Protocol) -> list[Row]:
     return read_rows(path)
 
 
+def of_leaderboard(folder: Path, protocol: Protocol = PROTOCOL) -> list[Row]:
+    """Rows from the leaderboard's entries in a folder, without those of DP-SGD.
+
+    Args:
+        folder: Of entries as `python -m benchmarks submit` writes them.
+        protocol: By which the leaderboard's networks must have been trained.
+
+    Raises:
+        InputError: The leaderboard trains otherwise, or an entry is damaged.
+    """
+    board = read_protocol()
+    rules = board.utility
+    theirs = (board.data, rules.arch, rules.width, rules.clients, rules.batch_size)
+    ours = (protocol.data, protocol.arch, protocol.width, protocol.clients, protocol.batch)
+    rounds = rules.epochs * rules.rounds
+    if (*theirs, rounds, rules.lr) != (*ours, protocol.rounds, protocol.lr):
+        raise InputError(f"{board.name} trains by another protocol than this table")
+    rows = []
+    for file in sorted(folder.glob("*.json")):
+        entry = read_entry(file)
+        # Normalisation differs under DP-SGD; a plugin's defense is nobody else's.
+        if entry.sigma is None and entry.plugin is None:
+            check_against(entry, board, file.name)
+            words = Entry(entry.apply)
+            rows.append(Row(words, list(rules.seeds), list(entry.accuracies), entry.epsilon))
+    return rows
+
+
 def compute(
-    entries: Sequence[Entry], seeds: Sequence[int], folder: Path, protocol: Protocol = PROTOCOL
+    entries: Sequence[Entry],
+    seeds: Sequence[int],
+    folder: Path,
+    protocol: Protocol = PROTOCOL,
+    known: Sequence[Row] = (),
 ) -> list[Row]:
     """Measure entries, write the record after every training, and the table at the end.
 
@@ -207,11 +246,17 @@ def compute(
         seeds: Of each.
         folder: Of the record and the table.
         protocol: The federation.
+        known: Rows that were measured elsewhere; the folder's own come first.
 
     Raises:
         InputError: The folder holds a record of another protocol.
     """
     rows = _rows_so_far(folder / RECORD, protocol)
+    there = {row.entry for row in rows if len(row.seeds) >= len(seeds)}
+    taken = [row for row in known if row.entry not in there]
+    rows = [row for row in rows if row.entry not in {new.entry for new in taken}] + taken
+    if taken:
+        _write(rows, folder, protocol)
     for entry in entries:
         row = next((row for row in rows if row.entry == entry), None)
         if row is None:
@@ -279,6 +324,9 @@ def build_parser() -> CommandParser:
     parser.add_argument("--error-feedback", choices=["ef-sgd", "dgc"])
     parser.add_argument("--plugin", metavar="MODULE", help="imported first; registers a defense")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="trainings of each")
+    parser.add_argument(
+        "--entries", type=Path, metavar="DIR", help="take accuracies over from the leaderboard's"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR")
     return parser
 
@@ -294,7 +342,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.defense is not None:
         parse_defenses(args.defense)
         entries = [Entry(args.defense, args.error_feedback)]
-    rows = compute(entries, range(args.seeds), args.output)
+    known = of_leaderboard(args.entries) if args.entries else ()
+    rows = compute(entries, range(args.seeds), args.output, known=known)
     print(to_markdown(rows, PROTOCOL))
 
 

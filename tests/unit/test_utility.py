@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from dataclasses import asdict
@@ -12,7 +13,15 @@ import pytest
 from scipy import stats
 
 from benchmarks import utility
-from benchmarks.declare.measured_utility import RECORD, RESULTS, Entry, Row, summary
+from benchmarks.declare.measured_utility import (
+    RECORD,
+    RESULTS,
+    ROOT,
+    Entry,
+    Row,
+    read_rows,
+    summary,
+)
 from benchmarks.utility import Protocol, compute, main, utility_of
 from core.errors import InputError
 from core.reading import read_json_object
@@ -94,3 +103,26 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
         main(["--seeds", "0"])
     with pytest.raises(InputError, match="unknown defense"):
         main(["--defense", "signs", "--output", str(tmp_path)])
+
+
+def test_what_the_leaderboard_trained_is_not_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise AssertionError("nothing must be trained")
+
+    monkeypatch.setattr(utility, "train", refused)
+    found = utility.of_leaderboard(ROOT / "results" / "leaderboard")
+    sparse = next(row for row in found if row.entry == Entry("prune:0.99"))
+    rows = utility.compute([sparse.entry], utility.SEEDS, tmp_path, known=found)
+    assert rows == utility.compute([sparse.entry], utility.SEEDS, tmp_path)
+    # Both were computed, by two commands: the same trainings to the last digit.
+    committed = read_rows(RESULTS / RECORD)
+    own = next(row for row in committed if row.entry == sparse.entry)
+    assert own.accuracy == pytest.approx(sparse.accuracy, abs=1e-9)
+
+
+def test_a_leaderboard_of_another_training_is_not_taken_over() -> None:
+    other = dataclasses.replace(utility.PROTOCOL, rounds=70)
+    with pytest.raises(InputError, match="another protocol"):
+        utility.of_leaderboard(ROOT / "results" / "leaderboard", other)
