@@ -73,8 +73,8 @@ class Decepticons(Attack):
         https://github.com/JonasGeiping/breaching (transformer3).
 
     Reproduced:
-        decepticons: 0.932 (0.876 to 0.984, n = 8), 2026-11-29: reproduced.
-        decepticons-bert: 1.000 (1.000 to 1.000, n = 1), 2026-11-29: 1 of 8 computed so far.
+        decepticons: 0.984 (0.953 to 1.000, n = 8), 2026-11-29: above.
+        decepticons-bert: 1.000 (1.000 to 1.000, n = 2), 2026-11-29: 2 of 8 computed so far.
 
     Example:
         python training/get_gradients.py --model core.models.language:gpt2 --loss next-token \\
