@@ -32,6 +32,8 @@ from attack.priors.regularizers import (
     weighted_penalty,
 )
 from core.errors import first_line
+from core.models.architecture import GivenModel
+from core.models.building import ModelSpec
 from core.processes.interruption import interruptions_noted
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from attack.loop.state import StateFile
     from attack.matching.many_targets import RowMatches
     from attack.reconstruction import Reconstruction
+    from core.target import Target
 
 Tensors = list[torch.Tensor]
 
@@ -562,9 +565,20 @@ def reason_for_one_by_one(inversions: Sequence[Inversion]) -> str | None:
         return "what is known of their defenses asks for different settings"
     if any(inversion.progress.iteration for inversion in inversions):
         return "they have begun"
+    if any(_changes_inputs(inversion.target) for inversion in inversions):
+        return "the client changed every target's inputs, or its model, in a way of its own"
     if len({inversion.problem.shape for inversion in inversions}) > 1:
         return "their batches have different sizes"
     penalties = [p for i in inversions for _, p in i.evaluation.penalties]
     if not all(isinstance(penalty, TransferablePenalty) for penalty in penalties):
         return "their priors on the model's statistics belong to each target alone"
-    return reason_against(matchers)
+    reason = reason_against(matchers)
+    if reason is None:
+        losses = [inversion.target.loss.describe() for inversion in inversions]
+        reason = "their losses differ" if any(each != losses[0] for each in losses) else None
+    return reason
+
+
+def _changes_inputs(target: Target) -> bool:
+    """Whether a model is more than its parameters and buffers say: a defense's part in front."""
+    return not isinstance(target.model, (ModelSpec, GivenModel))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from attack.knowledge.encoded_inputs import EncodedArchitecture
 from attack.loop.inversion import Inversion
 from attack.loop.many_targets import ManyInversions, OneByOneError, reason_for_one_by_one
 from attack.matching.many_targets import ManyTargetsMatcher
 from attack.settings import InversionConfig
+from core.losses import CrossEntropy
 from core.models.building import ModelSpec
 from core.target import Target
 from tests.targets import make_target, share_model
@@ -152,6 +155,30 @@ def test_what_cannot_run_at_once_says_why() -> None:
     assert several(begun(mixed, PLAIN)) == "they do not come from one model"
     with pytest.raises(OneByOneError, match="one model"):
         ManyInversions(begun(mixed, PLAIN))
+
+
+def test_what_a_defense_did_to_each_target_s_inputs_is_not_taken_for_all() -> None:
+    spec, _ = NETWORKS["lenet"]
+    targets = share_model(spec, 2, 1)
+
+    def shaded(target: Target, by: float) -> Target:
+        model = EncodedArchitecture(target.model, lambda inputs: inputs * by, 1)
+        return dataclasses.replace(target, model=model)
+
+    each = [
+        (shaded(target, by), labels)
+        for (target, labels), by in zip(targets, (0.5, 2.0), strict=True)
+    ]
+    assert "way of its own" in str(reason_for_one_by_one(begun(each, PLAIN)))
+    with pytest.raises(OneByOneError, match="way of its own"):
+        ManyInversions(begun(each, PLAIN))
+
+
+def test_targets_of_other_losses_run_one_by_one() -> None:
+    (first, labels), (second, other) = share_model(NETWORKS["lenet"][0], 2, 1)
+    second = dataclasses.replace(second, loss=CrossEntropy(label_smoothing=0.1))
+    inversions = begun([(first, labels), (second, other)], PLAIN)
+    assert reason_for_one_by_one(inversions) == "their losses differ"
 
 
 def test_a_model_that_draws_random_numbers_runs_one_by_one() -> None:
