@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from benchmarks.declare.yaml_lines import read_yaml
 from core.errors import InputError
 from core.reading import read_json_object
 from gradients.defenses import defense_class
@@ -129,7 +128,7 @@ def page_of(folder: Path) -> str:
 
 def _words() -> dict[str, str]:
     """The defense of every row of the table, as its YAML declares it."""
-    axes = yaml.safe_load(DECLARED.read_text(encoding="utf-8"))["axes"]
+    axes = read_yaml(DECLARED).value["axes"]
     return {
         label: str(settings.get("extract", {}).get("defense", ""))
         for label, settings in axes["defense"].items()
