@@ -74,7 +74,7 @@ class Decepticons(Attack):
 
     Reproduced:
         decepticons: 0.984 (0.953 to 1.000, n = 8), 2026-11-29: above.
-        decepticons-bert: 1.000 (1.000 to 1.000, n = 2), 2026-11-29: 2 of 8 computed so far.
+        decepticons-bert: 1.000 (1.000 to 1.000, n = 8), 2026-11-29: above.
 
     Example:
         python training/get_gradients.py --model core.models.language:gpt2 --loss next-token \\
