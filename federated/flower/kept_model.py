@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from core.array_files import read_arrays
+from core.errors import InputError
 from core.storage import atomic_file
 from federated.flower.records import Arrays
 
@@ -31,7 +33,7 @@ def exchanged(path: Path, received: Arrays) -> Arrays | None:
 
 def _read(path: Path) -> Arrays | None:
     try:
-        with np.load(path, allow_pickle=False) as held:
-            return {str(name): held[f"arr_{i + 1}"] for i, name in enumerate(held["arr_0"])}
-    except (OSError, ValueError, KeyError):
+        held = read_arrays(path)
+        return {str(name): held[f"arr_{i + 1}"] for i, name in enumerate(held["arr_0"])}
+    except (InputError, KeyError):
         return None

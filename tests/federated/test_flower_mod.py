@@ -33,6 +33,7 @@ from audit.show.store import read_audit
 from core.errors import InputError
 from core.reading import read_json_object
 from federated.flower import AuditMod
+from federated.flower.kept_model import exchanged
 from tests.federated import audited_site
 
 # What must never be found in anything that leaves.
@@ -424,3 +425,14 @@ def test_what_cannot_be_audited_stays(tmp_path: Path, record_only: bool) -> None
 def test_settings_that_cannot_be_are_refused(setting: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(setting))):
         AuditMod(**{"model": audited_site.build, "data": lambda context: None, **setting})
+
+
+def test_a_kept_model_that_is_damaged_is_none_and_the_next_is_kept(tmp_path: Path) -> None:
+    path, model = tmp_path / "kept.npz", {"a.weight": np.ones((3, 2)), "b": np.zeros(())}
+    assert exchanged(path, model) is None
+    path.write_bytes(path.read_bytes()[:-40])
+    assert exchanged(path, model) is None
+    again = exchanged(path, model)
+    assert again is not None
+    assert list(again) == list(model)
+    assert all(np.array_equal(again[name], model[name]) for name in model)
