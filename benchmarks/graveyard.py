@@ -7,20 +7,19 @@ nothing of the gradient. Of one that stays unbroken stands how long it was attac
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.declare.tables import find_table
 from benchmarks.declare.yaml_lines import read_yaml
+from benchmarks.docstring_sections import linked, sections
 from core.errors import InputError
 from core.reading import read_json_object
 from gradients.defenses import defense_class
 
 TABLE = "graveyard"
-DECLARED = Path(__file__).parent / "tables" / f"{TABLE}.yaml"
 # The row without a defense, with which the others are compared.
 NONE = "none"
 # What the table's attackers are called in sentences.
@@ -31,8 +30,6 @@ ATTACKERS = {
 }
 TOLD = "told"
 HOUR = 3600.0
-_PUBLISHED = re.compile(r"^Published:\s*(.*?)(?:\n\n|\Z)", re.MULTILINE | re.DOTALL)
-_ADDRESS = re.compile(r"https?://[^\s<>]+[^\s<>.,;:)]")
 
 # In what our setting differs from the one that a paper reports of, by the name of the defense.
 DIFFERENCES = {
@@ -128,7 +125,7 @@ def page_of(folder: Path) -> str:
 
 def _words() -> dict[str, str]:
     """The defense of every row of the table, as its YAML declares it."""
-    axes = read_yaml(DECLARED).value["axes"]
+    axes = read_yaml(find_table(TABLE)).value["axes"]
     return {
         label: str(settings.get("extract", {}).get("defense", ""))
         for label, settings in axes["defense"].items()
@@ -213,9 +210,8 @@ def _linked(line: Line) -> str:
 def _papers(words: Mapping[str, str]) -> Iterator[str]:
     """A row for every defense: what its paper reports, and how our setting differs."""
     for name in dict.fromkeys(word.split(":")[0] for word in words.values() if word):
-        said = _PUBLISHED.search(inspect.getdoc(defense_class(name)) or "")
-        published = " ".join(said.group(1).split()) if said else UNSTATED
-        published = _ADDRESS.sub(lambda found: f"<{found.group()}>", published)
+        said = sections(defense_class(name).__doc__ or "").get("Published")
+        published = linked(" ".join(said.split())) if said else UNSTATED
         link = f"[`{name}`](generated/defenses/{name}.md)"
         yield _row([link, published.rstrip("."), f"our setting differs: {DIFFERENCES[name]}"])
 

@@ -258,8 +258,7 @@ def share_right(
         return met.double().flatten(1).mean(1)
     if loss.targets is Targets.TOKENS:
         met = main_output(outputs)[:, :-1].argmax(-1) == targets[:, 1:]
-        pad = pad_of(loss)
-        counts = torch.ones_like(met) if pad is None else targets[:, 1:].ne(pad)
+        counts = counted(loss, targets[:, 1:])
         return (met & counts).double().sum(1) / counts.sum(1).clamp_min(1)
     return None
 
@@ -674,9 +673,10 @@ class NextToken(Loss):
         return _checked_indices(targets, logits.shape[2])
 
 
-def pad_of(loss: Loss) -> int | None:
-    """The token id that fills up short sentences; None where there is none."""
-    return loss.pad if isinstance(loss, NextToken) else None
+def counted(loss: Loss, ids: torch.Tensor) -> torch.Tensor:
+    """Which of these token ids (any shape) are no padding to a loss."""
+    pad = loss.pad if isinstance(loss, NextToken) else None
+    return torch.ones_like(ids, dtype=torch.bool) if pad is None else ids != pad
 
 
 def ignoring(loss: Loss, pad: int | None) -> Loss:

@@ -28,15 +28,12 @@ if __name__ == "__main__":
     # As a script, Python puts this file's folder first; the rooms lie one above.
     sys.path[0] = str(ROOT)
 
+from benchmarks.docstring_sections import linked, sections  # noqa: E402
+
 GENERATED = ROOT / "docs" / "generated"
 AUDIT_RECORD = ROOT / "docs" / "audit-record.md"
 REFERENCE = ROOT / "results" / "reference"
 NOTE = "<!-- Written by docs/generate.py. Change {source} instead. -->"
-SECTION = re.compile(
-    r"^(Source|Published|Reproduced|Args|Attributes|Shape|Example|Returns|Raises):[ \n]*",
-    re.MULTILINE,
-)
-ADDRESS = re.compile(r"https?://[^\s<>]+[^\s<>.,;:)]")
 
 # Every published command: its module, then the function that builds its parser if that has a name
 # of its own, then the command of that parser. The three stages are asked for through the harness,
@@ -161,25 +158,6 @@ def ours(kind: type) -> bool:
 # --- docstrings -----------------------------------------------------------------
 
 
-def sections(docstring: str) -> dict[str, str]:
-    """A docstring's sections by name; the text outside all sections is `""`.
-
-    A section ends at an empty line that nothing indented follows.
-    """
-    found: dict[str, list[str]] = {"": []}
-    name = ""
-    lines = inspect.cleandoc(docstring).splitlines()
-    for line, after in zip(lines, [*lines[1:], ""], strict=True):
-        header = SECTION.match(line + "\n")
-        if header:
-            name = header[1]
-            line = line[len(name) + 1 :].strip()
-        found.setdefault(name, []).append(line)
-        if not line and after and not after.startswith(" "):
-            name = ""
-    return {name: inspect.cleandoc("\n".join(lines)).strip() for name, lines in found.items()}
-
-
 def entries(section: str) -> dict[str, str]:
     """What an `Args` or `Attributes` section says, by name."""
     found: dict[str, str] = {}
@@ -190,11 +168,6 @@ def entries(section: str) -> dict[str, str]:
             name, line = start[1], start[2]
         found[name] = f"{found.get(name, '')} {line.strip()}".strip()
     return found
-
-
-def linked(text: str) -> str:
-    """The text with its addresses as links."""
-    return ADDRESS.sub(lambda address: f"<{address[0]}>", text)
 
 
 def cell(text: str) -> str:

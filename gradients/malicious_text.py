@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from core.errors import InputError
-from core.losses import Loss, NextToken, Targets, pad_of
+from core.losses import Loss, NextToken, Targets, counted
 from core.models.malicious import ImprintedEmbedding, add_to_language_model, parse_text_malice
 from core.models.module_inputs import inputs_of
 from core.models.transformer_blocks import Block, Matrix, transformer_blocks
@@ -40,15 +40,13 @@ def tamper_with_text(
     Raises:
         InputError: It cannot be done to this model, or to clients with this loss.
     """
-    malice = parse_text_malice(malicious)
+    loss, malice = loss or NextToken(), parse_text_malice(malicious)
     sent = add_to_language_model(copy.deepcopy(model), malicious, public_ids.shape[1])
     if malice.kind == "imprint":
         _set_imprint(sent, public_ids)
     else:
-        pad = None if loss is None else pad_of(loss)
-        words = torch.ones_like(public_ids, dtype=torch.bool) if pad is None else public_ids != pad
-        _set_decepticons(sent, malice.number, public_ids, words)
-    _check_reached(sent, public_ids, loss or NextToken())
+        _set_decepticons(sent, malice.number, public_ids, counted(loss, public_ids))
+    _check_reached(sent, public_ids, loss)
     return sent
 
 
@@ -313,7 +311,7 @@ def _check_reached(model: nn.Module, ids: torch.Tensor, loss: Loss) -> None:
     finally:
         handle.remove()
     (slopes,) = torch.autograd.grad(value, seen[:1], allow_unused=True)
-    words = ids != pad_of(loss) if pad_of(loss) is not None else ids == ids
+    words = counted(loss, ids)
     reached = 0.0 if slopes is None else float((slopes != 0).any(-1)[words].double().mean())
     if reached < 0.5:
         raise InputError(

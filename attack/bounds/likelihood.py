@@ -102,24 +102,24 @@ class _LeastSquares:
     ) -> None:
         self._gradient, self._noise, self._shape = gradient, noise, shape
         self._received = torch.cat([part.flatten() for part in target.gradient.values()]).double()
-        self._prior = prior
-        self._information = None if prior is None else torch.linalg.inv(prior.covariance.double())
+        n = shape.numel()
+        # Without a prior nothing is known beforehand.
+        self._mean = torch.zeros(n).double() if prior is None else prior.mean.double()
+        self._information = (
+            torch.zeros(n, n).double()
+            if prior is None
+            else torch.linalg.inv(prior.covariance.double())
+        )
 
     def squares(self, x: torch.Tensor) -> float:
         residual = (self._gradient(x.view(self._shape)) - self._received) / self._noise
-        total = residual @ residual
-        if self._prior is not None and self._information is not None:
-            apart = x - self._prior.mean.double()
-            total = total + apart @ self._information @ apart
-        return float(total)
+        apart = x - self._mean
+        return float(residual @ residual + apart @ self._information @ apart)
 
     def normal_equations(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Gauss-Newton's n x n curvature and the n slopes, each of half of the squares."""
         images = x.view(self._shape)
         jacobian = self._gradient.jacobian(images) / self._noise
         residual = (self._gradient(images) - self._received) / self._noise
-        curvature, slope = jacobian.T @ jacobian, jacobian.T @ residual
-        if self._prior is not None and self._information is not None:
-            curvature = curvature + self._information
-            slope = slope + self._information @ (x - self._prior.mean.double())
-        return curvature, slope
+        curvature = jacobian.T @ jacobian + self._information
+        return curvature, jacobian.T @ residual + self._information @ (x - self._mean)

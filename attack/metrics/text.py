@@ -60,11 +60,9 @@ def evaluate_text(
     scores, missing = _scores(names)
     order = assign_sentences(ids, originals, data)
 
-    is_word = data.is_word if data is not None else torch.ones_like
-
     def measured(found: torch.Tensor) -> dict[str, list[float | None]]:
         pairs = [
-            (f[is_word(f) > 0].tolist(), o[is_word(o) > 0].tolist(), text(f), text(o))
+            (f[_words(f, data)].tolist(), o[_words(o, data)].tolist(), text(f), text(o))
             for f, o in zip(found, originals, strict=True)
         ]
         nothing: list[float | None] = [None] * len(pairs)
@@ -118,6 +116,11 @@ def _ids_as_words(ids: torch.Tensor) -> str:
     return " ".join(map(str, ids.tolist()))
 
 
+def _words(ids: torch.Tensor, data: DataSpec | None) -> torch.Tensor:
+    """Which token ids are no padding; all, where nobody says what is."""
+    return torch.ones_like(ids, dtype=torch.bool) if data is None else data.is_word(ids)
+
+
 def assign_sentences(
     ids: torch.Tensor, originals: torch.Tensor, data: DataSpec | None = None
 ) -> torch.Tensor:
@@ -130,8 +133,8 @@ def assign_sentences(
         originals: N x T.
         data: Says what fills up short sentences, which counts as no token.
     """
-    words = data.is_word(originals) if data is not None else originals == originals
-    placed = ((originals[:, None] == ids[None]) & words[:, None]).double().mean(-1)
+    words = _words(originals, data)[:, None]
+    placed = ((originals[:, None] == ids[None]) & words).double().mean(-1)
     anywhere = torch.tensor(
         [[_tokens_found(f, o, "", "") for f in ids.tolist()] for o in originals.tolist()]
     )

@@ -100,6 +100,12 @@ class DataSpec:
         return torch.ones_like(ids, dtype=torch.bool) if self.pad is None else ids != self.pad
 
     @property
+    def words(self) -> torch.Tensor:
+        """Every token id of the vocabulary but padding."""
+        every = torch.arange(self.n_tokens)
+        return every[self.is_word(every)]
+
+    @property
     def any_word(self) -> int:
         """A token id that is no padding, for places whose token is unknown."""
         return 1 if self.pad == 0 else 0

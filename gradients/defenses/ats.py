@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from core.data.specs import DataSpec
-from core.errors import InputError
-from gradients.defenses.base import ClientView, Defense, Gradient, register_defense, require
+from gradients.defenses.base import ClientView, InputDefense, register_defense, require
 
 # The 50 transformations of the published library: operation and magnitude index (0 to 9).
 LIBRARY = (
@@ -45,7 +44,7 @@ Steps = tuple[Step, ...]
 
 @register_defense("ats")
 @dataclass(frozen=True)
-class ATS(Defense):
+class ATS(InputDefense):
     """Train on transformed images: a policy of fixed operations, their signs drawn per image.
 
     Every image gets one of the policies, drawn uniformly, whose operations follow each other.
@@ -96,21 +95,15 @@ class ATS(Defense):
         Raises:
             InputError: Inputs are no images, or nobody says how they are normalised.
         """
-        spec = client.data
-        if spec is None or client.images.dim() != 4 or not spec.bounded:
-            raise InputError(f"--defense {self.word}: transforms images, and these are none")
+        spec, images = self.images_of(client, "transforms images")
         policies = self.listed()
         rows = []
-        for image in spec.denormalize(client.images).split(1):
+        for image in images.split(1):
             number = int(torch.randint(len(policies), (1,), generator=client.generator))
             choices = _signings(policies[number])
             drawn = int(torch.randint(len(choices), (1,), generator=client.generator))
             rows.append(transformed(image, choices[drawn]))
         return spec.normalize(torch.cat(rows)), client.labels
-
-    def apply(self, gradient: Gradient, client: ClientView) -> Gradient:
-        """What was computed from transformed images is shared as it is."""
-        return dict(gradient)
 
 
 def _signings(policy: Sequence[tuple[str, int]]) -> list[Steps]:

@@ -7,11 +7,12 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import nn
 
+from core.data.specs import DataSpec
 from core.errors import InputError
 from core.models.architecture import Architecture
 from training.transforms import ClientView
@@ -93,6 +94,21 @@ class Defense(abc.ABC):
         """
         return None
 
+    def images_of(self, client: ClientView, does: str) -> tuple[DataSpec, torch.Tensor]:
+        """The client's images in [0, 1], and how they are described.
+
+        Args:
+            client: Its batch.
+            does: What the defense does to images, for the message: "refines images".
+
+        Raises:
+            InputError: Inputs are no images, or nobody says how they are normalised.
+        """
+        spec = client.data
+        if spec is None or client.images.dim() != 4 or not spec.bounded:
+            raise InputError(f"--defense {self.word}: {does}, and these are none")
+        return spec, spec.denormalize(client.images).detach()
+
     @property
     def word(self) -> str:
         """Name and parameters, as stored in a checkpoint and read by `parse_defenses`."""
@@ -100,9 +116,19 @@ class Defense(abc.ABC):
         return ":".join([self.name, *(_plain(value) for value in values)])
 
 
+class InputDefense(Defense):
+    """A defense that changes what the client trains on, and nothing else."""
+
+    def apply(self, gradient: Gradient, client: ClientView) -> Gradient:
+        """What was computed from changed inputs is shared as it is."""
+        return dict(gradient)
+
+
 def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
+
+Stated = TypeVar("Stated", bound=Defense)
 
 _DEFENSES: dict[str, type[Defense]] = {}
 # Names that defenses had before, which old files and scripts hold.
@@ -161,6 +187,14 @@ def parse_defenses(words: str) -> tuple[Defense, ...]:
         InputError: An unknown name, or a parameter that the defense cannot use.
     """
     return tuple(_create(word.strip()) for word in words.split(",") if word.strip())
+
+
+def stated(words: Sequence[str], kind: type[Stated]) -> Stated:
+    """The one defense of a kind among the words that a client states."""
+    (word,) = [word for word in words if word.split(":")[0] == kind.name]
+    (defense,) = parse_defenses(word)
+    assert isinstance(defense, kind)
+    return defense
 
 
 # By the name of a field's type.

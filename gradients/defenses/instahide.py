@@ -8,7 +8,7 @@ import torch
 
 from core.errors import InputError
 from core.losses import Targets
-from gradients.defenses.base import ClientView, Defense, Gradient, register_defense, require
+from gradients.defenses.base import ClientView, InputDefense, register_defense, require
 from gradients.defenses.mixup import class_probabilities, mixed
 
 # The largest share of an image in a mixture, as published.
@@ -17,7 +17,7 @@ LARGEST_SHARE = 0.65
 
 @register_defense("instahide")
 @dataclass(frozen=True)
-class InstaHide(Defense):
+class InstaHide(InputDefense):
     """Mix every image with others of the batch, then flip the sign of every pixel at random.
 
     Image i becomes m_i o sum_j s_ij x_j with a mask m_i of independent signs, drawn anew for
@@ -66,10 +66,6 @@ class InstaHide(Defense):
             chosen = torch.cat([torch.tensor([i]), others[others != i]])[:k]
             row[chosen] = _shares(k, generator)
         return rows
-
-    def apply(self, gradient: Gradient, client: ClientView) -> Gradient:
-        """What was computed from encoded images is shared as it is."""
-        return dict(gradient)
 
 
 def _shares(k: int, generator: torch.Generator) -> torch.Tensor:

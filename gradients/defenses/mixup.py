@@ -10,12 +10,12 @@ import torch
 from core.errors import InputError
 from core.losses import Targets, main_output
 from core.models.unchanged import modes_held
-from gradients.defenses.base import ClientView, Defense, Gradient, register_defense, require
+from gradients.defenses.base import ClientView, InputDefense, register_defense, require
 
 
 @register_defense("mixup")
 @dataclass(frozen=True)
-class MixUp(Defense):
+class MixUp(InputDefense):
     """Mix every image with another one of the batch, and their labels alike.
 
     With one share s from Beta(alpha, alpha) and one random permutation p of the batch, image i
@@ -53,10 +53,6 @@ class MixUp(Defense):
         weights = mixing(share, order.tolist()).to(client.images)
         labels = class_probabilities(client)
         return mixed(client.images, weights), mixed(labels, weights)
-
-    def apply(self, gradient: Gradient, client: ClientView) -> Gradient:
-        """What was computed from mixed images is shared as it is."""
-        return dict(gradient)
 
 
 def mixing(share: float, order: list[int]) -> torch.Tensor:

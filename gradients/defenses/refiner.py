@@ -8,12 +8,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from core.errors import InputError
 from core.models.unchanged import unchanged
 from gradients.defenses.base import (
     ClientView,
-    Defense,
-    Gradient,
+    InputDefense,
     normal_like,
     register_defense,
     require,
@@ -30,7 +28,7 @@ EVALUATION_SEED = 0
 
 @register_defense("refiner")
 @dataclass(frozen=True)
-class Refiner(Defense):
+class Refiner(InputDefense):
     """Train on robust data r, refined from the client's images x, in place of them.
 
     r begins at (1 - share) x + share u with uniform noise u and descends (Adam, 0.02)
@@ -74,10 +72,7 @@ class Refiner(Defense):
         Raises:
             InputError: Inputs are no images, or nobody says how they are normalised.
         """
-        spec = client.data
-        if spec is None or client.images.dim() != 4 or not spec.bounded:
-            raise InputError(f"--defense {self.word}: refines images, and these are none")
-        private = spec.denormalize(client.images).detach()
+        spec, private = self.images_of(client, "refines images")
         noise = uniform_like(private, client.generator)
         robust = ((1 - self.share) * private + self.share * noise).requires_grad_()
         adam = torch.optim.Adam([robust], lr=RATE)
@@ -91,10 +86,6 @@ class Refiner(Defense):
                 with torch.no_grad():
                     robust.clamp_(0, 1)
         return spec.normalize(robust.detach()), client.labels
-
-    def apply(self, gradient: Gradient, client: ClientView) -> Gradient:
-        """What was computed from robust data is shared as it is."""
-        return dict(gradient)
 
 
 class KeyGradient:

@@ -8,13 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from core.errors import InputError
 from core.losses import DEFAULT_LOSS, Loss
 from core.models.unchanged import unchanged
 from gradients.defenses.base import (
     ClientView,
-    Defense,
-    Gradient,
+    InputDefense,
     normal_like,
     register_defense,
     require,
@@ -26,7 +24,7 @@ AVERAGED = 1 / 8
 
 @register_defense("shadow")
 @dataclass(frozen=True)
-class Shadow(Defense):
+class Shadow(InputDefense):
     """Add noise to images before training, where a shadow model is most sensitive.
 
     An image x becomes x + std m n, cut to [0, 1], with normal noise n and a map m of the image:
@@ -63,17 +61,10 @@ class Shadow(Defense):
         Raises:
             InputError: Inputs are no images, or nobody says how they are normalised.
         """
-        spec = client.data
-        if spec is None or client.images.dim() != 4 or not spec.bounded:
-            raise InputError(f"--defense {self.word}: adds noise to images, and these are none")
+        spec, images = self.images_of(client, "adds noise to images")
         size = self.noise_size(client.model, client.images, client.labels, client.loss)
-        images = spec.denormalize(client.images).detach()
         noised = images + size * normal_like(images, client.generator)
         return spec.normalize(noised.clamp(0, 1)), client.labels
-
-    def apply(self, gradient: Gradient, client: ClientView) -> Gradient:
-        """What was computed from noised images is shared as it is."""
-        return dict(gradient)
 
     def noise_size(
         self,

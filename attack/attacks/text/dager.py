@@ -263,10 +263,8 @@ def _decoder_search(
     for tokens in candidates:
         if not len(tokens):
             break
-        n, m = len(found.ids), len(tokens)
-        ids = torch.cat([found.ids.repeat_interleave(m, 0), tokens.repeat(n)[:, None]], 1)
-        found = Found(ids, found.distances.repeat_interleave(m))
-        found = (_nearest_in_noise if spans.noisy else _inside)(spans, found, target)
+        longer = _lengthened(found, tokens)
+        found = (_nearest_in_noise if spans.noisy else _inside)(spans, longer, target)
     best = found.distances.argsort(stable=True)[: target.batch_size]
     best = _apart(found, target.batch_size, 1) if spans.noisy else best
     return Found(found.ids[best], found.distances[best])
@@ -279,9 +277,10 @@ def _unequal_sentences(spans: Spans, candidates: list[torch.Tensor], target: Tar
     found = Found(torch.empty((1, 0), dtype=torch.long), torch.zeros(1))
     ended: list[torch.Tensor] = []
     distances: list[float] = []
-    for t in range(length + 1):
-        longer = _continued(spans, found, candidates[t], target) if t < length else found
-        parents = {tuple(ids[:t].tolist()) for ids in longer.ids} if t < length else set()
+    # Behind the last place there is no token.
+    for t, tokens in enumerate([*candidates, torch.empty(0, dtype=torch.long)]):
+        longer = _continued(spans, found, tokens, target)
+        parents = {tuple(ids[:t].tolist()) for ids in longer.ids}
         for ids, distance in zip(found.ids, found.distances.tolist(), strict=True):
             if t and tuple(ids.tolist()) not in parents:
                 whole = torch.full((length,), target.data.pad)
@@ -324,11 +323,16 @@ def _with_beginnings(found: Found, spans: Spans, target: Target) -> Found:
     return found
 
 
-def _continued(spans: Spans, found: Found, tokens: torch.Tensor, target: Target) -> Found:
-    """Beginnings with one of these tokens behind them, as far as they lie in the deeper spans."""
+def _lengthened(found: Found, tokens: torch.Tensor) -> Found:
+    """Every beginning with every one of these tokens behind it."""
     n, m = len(found.ids), len(tokens)
     ids = torch.cat([found.ids.repeat_interleave(m, 0), tokens.repeat(n)[:, None]], 1)
-    longer = Found(ids, found.distances.repeat_interleave(m))
+    return Found(ids, found.distances.repeat_interleave(m))
+
+
+def _continued(spans: Spans, found: Found, tokens: torch.Tensor, target: Target) -> Found:
+    """Beginnings with one of these tokens behind them, as far as they lie in the deeper spans."""
+    longer = _lengthened(found, tokens)
     for span in spans.deeper:
         if not len(longer.ids):
             break

@@ -204,14 +204,8 @@ def _inputs(target: Target, sentences: Iterable[torch.Tensor]) -> Iterator[Part]
 def _of_vocabulary(target: Target) -> Iterator[Part]:
     """Every token at every position, as sentences of one repeated token each."""
     length = target.data.shape[0]
-    tokens = _words(target).split(CHUNK)
+    tokens = target.data.words.split(CHUNK)
     return _inputs(target, (part[:, None].expand(-1, length) for part in tokens))
-
-
-def _words(target: Target) -> torch.Tensor:
-    """Every token but padding, to which nothing attends."""
-    every = torch.arange(target.data.n_tokens)
-    return every[target.data.is_word(every)]
 
 
 def _of_likely(target: Target, held: torch.Tensor, features: int) -> Iterator[Part]:
@@ -226,7 +220,7 @@ def _of_likely(target: Target, held: torch.Tensor, features: int) -> Iterator[Pa
         features: How many of the last features name a sentence.
     """
     length, n_tokens = target.data.shape[0], target.data.n_tokens
-    words = _words(target)
+    words = target.data.words
     every = words[torch.arange(-(-n_tokens // length) * length) % len(words)]
     shifts = {int(i * length / SHIFTS) for i in range(SHIFTS)}
     seen = [every.view(-1, length).roll(shift, 1) for shift in sorted(shifts)]

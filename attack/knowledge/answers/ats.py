@@ -12,7 +12,7 @@ from attack.knowledge.known_defenses import Adaptation, register_adaptation
 from attack.knowledge.likely import Attempt, Likely
 from core.target import Target
 from gradients.defenses.ats import ATS, Steps, encoding, transformed
-from gradients.defenses.base import parse_defenses
+from gradients.defenses.base import stated
 
 # Gradient steps, and their length, towards the image that a transformation makes most alike.
 STEPS, RATE = 60, 0.06
@@ -41,9 +41,7 @@ def likeliest_transformations(target: Target, labels: torch.Tensor, attempt: Att
         labels: N labels.
         attempt: An attack.
     """
-    (word,) = [word for word in target.defenses if word.split(":")[0] == "ats"]
-    (defense,) = parse_defenses(word)
-    assert isinstance(defense, ATS)
+    defense = stated(target.defenses, ATS)
     if len(target.shards) > 1 or not target.local.shares_gradient:
         return Likely(target)
     rows, start = taken_back(attempt(target, 1.0).images, defense.outcomes())

@@ -9,7 +9,7 @@ import torch
 from attack.knowledge.known_defenses import Adaptation, register_adaptation
 from attack.matching.objectives import Tensors
 from core.target import Target
-from gradients.defenses.base import parse_defenses
+from gradients.defenses.base import stated
 from gradients.defenses.censor import ORTHOGONAL, Censor
 
 # Cosine from which on a shared tensor is a trial's random vector without its small part along g.
@@ -27,7 +27,7 @@ def _censor(adaptation: Adaptation, target: Target, values: list[float]) -> None
     on the second derivative of the loss along p, not on g.
     """
     shared = list(target.gradient.values())
-    defense = _stated(target)
+    defense = stated(target.defenses, Censor)
     found = None
     if defense.seed >= 0 and defense.projection == ORTHOGONAL:
         found = gradient_behind(shared, defense)
@@ -43,13 +43,6 @@ def _censor(adaptation: Adaptation, target: Target, values: list[float]) -> None
         "censor: the random vectors follow from the seed; the gradient is computed but for the "
         "sign of each tensor, which is the candidate's"
     )
-
-
-def _stated(target: Target) -> Censor:
-    (word,) = [word for word in target.defenses if word.split(":")[0] == "censor"]
-    (defense,) = parse_defenses(word)
-    assert isinstance(defense, Censor)
-    return defense
 
 
 def gradient_behind(shared: Tensors, defense: Censor) -> Tensors | None:

@@ -12,7 +12,7 @@ from attack.knowledge.likely import Attempt, Likely
 from core.errors import InputError
 from core.models.head import head_for
 from core.target import Target
-from gradients.defenses.base import parse_defenses
+from gradients.defenses.base import stated
 from gradients.defenses.dcs2 import DCS2
 
 
@@ -45,18 +45,10 @@ def with_concealing_images(target: Target, labels: torch.Tensor, attempt: Attemp
         return Likely(target)
     n, classes = len(labels), target.data.n_classes
     own, other = (F.one_hot(each, classes).float() for each in (labels.cpu(), drawn))
-    share = stated(target).share
+    share = stated(target.defenses, DCS2).share
     both = torch.cat([own, share * other + (1 - share) * own]).to(labels.device)
     doubled = dataclasses.replace(target, batch_size=2 * n, shards=(2 * n,))
     return Likely(doubled, labels=both, kept=n)
-
-
-def stated(target: Target) -> DCS2:
-    """DCS-2 with the parameters that the client states."""
-    (word,) = [word for word in target.defenses if word.split(":")[0] == "dcs2"]
-    (defense,) = parse_defenses(word)
-    assert isinstance(defense, DCS2)
-    return defense
 
 
 def drawn_classes(target: Target, labels: torch.Tensor) -> torch.Tensor | None:
@@ -77,7 +69,7 @@ def drawn_classes(target: Target, labels: torch.Tensor) -> torch.Tensor | None:
     gradient = target.gradient.get(f"{name}.bias" if name else "bias")
     if gradient is None:
         return None
-    n, share = len(labels), stated(target).share
+    n, share = len(labels), stated(target.defenses, DCS2).share
     grey = target.data.normalize(torch.full((1, *target.data.shape), 0.5))
     with torch.no_grad():
         given = model(grey).softmax(1)[0]

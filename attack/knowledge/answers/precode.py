@@ -15,7 +15,7 @@ from attack.knowledge.known_defenses import Adaptation, register_adaptation
 from attack.knowledge.likely import Attempt, Likely
 from core.models.building import last_linear
 from core.target import Target
-from gradients.defenses.base import parse_defenses
+from gradients.defenses.base import stated
 from gradients.defenses.precode import (
     BOTTLENECK,
     BottleneckArchitecture,
@@ -153,21 +153,13 @@ def _features(
         towards: N x k derivatives of the loss, less the divergence, in the drawn numbers.
     """
     k, n = bottleneck.size, len(towards)
-    beta = stated(target).beta / (n * math.log(2))
+    beta = stated(target.defenses, Precode).beta / (n * math.log(2))
     mean = np.zeros_like(towards)
     features = np.zeros((n, gradient.shape[1]))
     for _ in range(ROUNDS):
         features = np.linalg.pinv((towards + beta * mean).T) @ gradient[:k]
         mean, _ = _distribution(bottleneck, features)
     return features
-
-
-def stated(target: Target) -> Precode:
-    """PRECODE with the parameters that the client states."""
-    (word,) = [word for word in target.defenses if word.split(":")[0] == "precode"]
-    (defense,) = parse_defenses(word)
-    assert isinstance(defense, Precode)
-    return defense
 
 
 def _distribution(

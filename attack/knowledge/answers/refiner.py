@@ -9,7 +9,7 @@ from attack.knowledge.known_defenses import Adaptation, register_adaptation
 from attack.knowledge.likely import Attempt, Likely
 from attack.knowledge.noised_inputs import denoised, disturbed, is_plain, trained_on
 from core.target import Target
-from gradients.defenses.base import parse_defenses
+from gradients.defenses.base import stated
 from gradients.defenses.refiner import RATE, Refiner
 
 # A descent does not go further, in pixels of [0, 1], than images have room.
@@ -40,7 +40,7 @@ def likeliest_refinement(target: Target, labels: torch.Tensor, attempt: Attempt)
     """
     if not is_plain(target):
         return Likely(target)
-    defense, seen = stated(target), trained_on(target, attempt)
+    defense, seen = stated(target.defenses, Refiner), trained_on(target, attempt)
     kept = 1 - defense.share
     mean, variance = disturbance(defense)
     images = denoised((seen - mean) / kept, seen.new_tensor(variance / kept**2))
@@ -51,11 +51,3 @@ def disturbance(defense: Refiner) -> tuple[float, float]:
     """Mean and variance of what is added to (1 - share) x: uniform noise, and the descent."""
     moved = min(FARTHEST, RATE * defense.iterations / 2)
     return defense.share / 2, defense.share**2 / 12 + moved**2
-
-
-def stated(target: Target) -> Refiner:
-    """Refiner with the parameters that the client states."""
-    (word,) = [word for word in target.defenses if word.split(":")[0] == "refiner"]
-    (defense,) = parse_defenses(word)
-    assert isinstance(defense, Refiner)
-    return defense

@@ -9,7 +9,7 @@ from attack.knowledge.known_defenses import Adaptation, register_adaptation
 from attack.knowledge.likely import Attempt, Likely
 from attack.knowledge.noised_inputs import denoised, disturbed, is_plain, trained_on
 from core.target import Target
-from gradients.defenses.base import parse_defenses
+from gradients.defenses.base import stated
 from gradients.defenses.shadow import Shadow
 
 
@@ -35,9 +35,7 @@ def likeliest_noise_map(target: Target, labels: torch.Tensor, attempt: Attempt) 
     """
     if not is_plain(target):
         return Likely(target)
-    (word,) = [word for word in target.defenses if word.split(":")[0] == "shadow"]
-    (defense,) = parse_defenses(word)
-    assert isinstance(defense, Shadow)
+    defense = stated(target.defenses, Shadow)
     seen = trained_on(target, attempt)
     model = target.build_model().to(seen)
     model.train(target.train_mode)

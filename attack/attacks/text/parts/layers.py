@@ -84,10 +84,8 @@ def token_layers(target: Target, seed: int = 0) -> TokenLayers:
     """
     # Behind frozen layers there may be some whose gradient was shared.
     model: nn.Module = in_mode(target.build_model().double(), False).requires_grad_(True)
-    length, n_tokens = target.data.shape[0], target.data.n_tokens
+    length, words = target.data.shape[0], target.data.words
     generator = torch.Generator().manual_seed(seed)
-    words = torch.arange(n_tokens)
-    words = words[target.data.is_word(words)]
     drawn = torch.randint(len(words), (1, length), generator=generator).expand(3, -1).clone()
     # The second sentence differs in the first token, the third in the last.
     drawn[1, 0] += 1

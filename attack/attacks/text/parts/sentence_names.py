@@ -146,7 +146,7 @@ def _term(block: Block, head: slice, features: int, rows: torch.Tensor) -> torch
 
 def _is_whole(model: torch.nn.Module, block: Block, target: Target) -> bool:
     """Whether the first row of a sentence depends on its later tokens."""
-    words = torch.arange(3)[target.data.is_word(torch.arange(3))]
+    words = target.data.words
     ids = words[:1].repeat(2, target.data.shape[0])
     ids[1, 1:] = words[1]
     with torch.enable_grad():
