@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import multiprocessing
 import os
 import stat
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -157,6 +159,26 @@ def test_hidden_files_do_not_travel(tmp_path: Path) -> None:
     ray_worker.unpack(ray_worker.pack(tmp_path / "from"), tmp_path / "to")
     files = [str(p.relative_to(tmp_path / "to")) for p in (tmp_path / "to").rglob("*")]
     assert sorted(files) == ["a", "a/record.json"]
+
+
+@pytest.mark.parametrize("filters", [True, False])
+def test_what_leaves_its_folder_is_not_unpacked(
+    filters: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not filters:
+        monkeypatch.delattr(tarfile, "data_filter", raising=False)
+    write_text(tmp_path / "from" / "a" / "record.json", "x")
+    ray_worker.unpack(ray_worker.pack(tmp_path / "from"), tmp_path / "to")
+    assert (tmp_path / "to" / "a" / "record.json").read_text() == "x"
+    link = tarfile.TarInfo("link")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc"
+    for member in (tarfile.TarInfo("../outside"), link):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+            archive.addfile(member)
+        with pytest.raises(tarfile.TarError):
+            ray_worker.unpack(buffer.getvalue(), tmp_path / "to")
+    assert not (tmp_path / "outside").exists()
 
 
 def test_a_new_name_is_on_the_disk_before_anybody_is_told(
