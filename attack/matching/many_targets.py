@@ -99,6 +99,8 @@ class ManyTargetsMatcher:
         self._theta: Parameters = dict(zip(self._replica.names, plain, strict=True))
         shared = zip(*(m.replica.target_gradient for m in matchers), strict=True)
         self._goals = [torch.stack([g.contiguous() for g in each]) for each in shared]
+        # The goals of the rows of the last call.
+        self._chosen: tuple[tuple[int, ...], Tensors] | None = None
         self.calls, self.evaluated = 0, False
         self._most_at_once: int | None = None
 
@@ -369,8 +371,7 @@ class ManyTargetsMatcher:
         """Objectives (R) and their derivatives in the gradients (R x ...)."""
         objective = self._matchers[0].objective
         if not objective.of_one_target:
-            rows = torch.as_tensor(which, device=gradients[0].device)
-            return objective.values_and_seeds(gradients, [goal[rows] for goal in self._goals])
+            return objective.values_and_seeds(gradients, self._goals_of(tuple(which)))
         values, seeds = [], []
         for row, target in enumerate(which):
             mine = [goal[target] for goal in self._goals]
@@ -379,6 +380,16 @@ class ManyTargetsMatcher:
             values.append(value.double())
             seeds.append(seed)
         return torch.stack(values), [torch.stack(each) for each in zip(*seeds, strict=True)]
+
+    def _goals_of(self, which: tuple[int, ...]) -> Tensors:
+        """The target gradient of every row; copied anew only where rows have changed."""
+        first = which[0]
+        if which == tuple(range(first, first + len(which))):
+            return [goal[first : first + len(which)] for goal in self._goals]
+        if self._chosen is None or self._chosen[0] != which:
+            rows = torch.as_tensor(which, device=self._goals[0].device)
+            self._chosen = which, [goal[rows] for goal in self._goals]
+        return self._chosen[1]
 
     def _moved(
         self, seeds: Tensors, steps: Sequence[float], weight: float

@@ -18,6 +18,8 @@ import torch
 Tensors = list[torch.Tensor]
 # Entries that are taken at once on a CPU: three such pieces stay in its cache.
 PIECE = 1 << 16
+# Likewise of a row, by a norm, which keeps fewer sums beside each other than a product.
+ROW_PIECE = 1 << 14
 # Share of the value that products of float32 gradients must leave to be trusted.
 CANCELLATION = 1e-4
 
@@ -112,8 +114,14 @@ class Objective(abc.ABC):
 
 
 def squared_norms(rows: Tensors) -> torch.Tensor:
-    """Sum of squares of each of R rows over all its tensors (R x ...): R values in float64."""
-    return torch.stack([t.square().flatten(1).sum(1).double() for t in rows]).sum(0)
+    """Sum of squares of each of R rows over all its tensors (R x ...): R values in float64.
+
+    Like `inner_product`, only short pieces are summed in their own precision. A norm reads its
+    entries once and writes nothing, which a sum of squares does not.
+    """
+    pieces = [piece for t in rows for piece in t.flatten(1).split(ROW_PIECE, dim=1)]
+    norms = torch.stack([torch.linalg.vector_norm(piece, dim=1) for piece in pieces])
+    return norms.double().square().sum(0)
 
 
 def along_rows(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -212,12 +220,12 @@ class Cosine(Objective):
         tiny = 1e-30
         g_norm, t_norm = (squared_norms(x).sqrt().clamp_min(tiny) for x in (gradients, targets))
         seeds = [
-            g / along_rows(g_norm, g) - t / along_rows(t_norm, t)
+            torch.mul(g, along_rows(1 / g_norm, g)).addcmul_(t, along_rows(-1 / t_norm, t))
             for g, t in zip(gradients, targets, strict=True)
         ]
         values = squared_norms(seeds) / 2
         for seed, g in zip(seeds, gradients, strict=True):
-            seed.sub_(g * along_rows(values / g_norm, g)).div_(along_rows(g_norm, g))
+            seed.addcmul_(g, along_rows(-values / g_norm, g)).mul_(along_rows(1 / g_norm, g))
         return values, seeds
 
     def affine_seed(self, products: Products) -> AffineSeed | None:
@@ -301,6 +309,17 @@ class LayerNorms(Objective):
         ]
         return torch.stack(terms).sum()
 
+    def values_and_seeds(
+        self, gradients: Tensors, targets: Tensors
+    ) -> tuple[torch.Tensor, Tensors]:
+        """See `Objective.values_and_seeds`; a layer's derivative is (g - t) / |g - t|."""
+        tiny = torch.finfo(gradients[0].dtype).tiny
+        seeds = list(torch._foreach_sub(gradients, targets))
+        lengths = [(squared_norms([seed]) + tiny).sqrt() for seed in seeds]
+        for seed, length in zip(seeds, lengths, strict=True):
+            seed.mul_(along_rows(1 / length, seed))
+        return torch.stack(lengths).sum(0), seeds
+
 
 class LayerMeanCosine(Objective):
     """Mean over layers of each layer's own 1 - cos: every layer counts the same."""
@@ -330,12 +349,24 @@ class LayerWeighted(Objective):
 
     def value_and_seed(self, gradient: Tensors, target: Tensors) -> tuple[torch.Tensor, Tensors]:
         """The chain rule scales the inner objective's derivative once more."""
-        kept = [i for i, weight in enumerate(self.weights) if weight != 0]
         value, inner = self.objective.value_and_seed(self._scale(gradient), self._scale(target))
-        seed = [torch.zeros_like(g) for g in gradient]
+        return value, self._pulled_back(inner, gradient)
+
+    def values_and_seeds(
+        self, gradients: Tensors, targets: Tensors
+    ) -> tuple[torch.Tensor, Tensors]:
+        """See `Objective.values_and_seeds`; as in `value_and_seed`."""
+        scaled = self._scale(gradients), self._scale(targets)
+        values, inner = self.objective.values_and_seeds(*scaled)
+        return values, self._pulled_back(inner, gradients)
+
+    def _pulled_back(self, inner: Tensors, like: Tensors) -> Tensors:
+        """Derivatives in all layers from those in the scaled ones."""
+        kept = [i for i, weight in enumerate(self.weights) if weight != 0]
+        seed = [torch.zeros_like(g) for g in like]
         for i, s in zip(kept, inner, strict=True):
             seed[i] = s * self.weights[i]
-        return value, seed
+        return seed
 
     def _scale(self, tensors: Tensors) -> Tensors:
         if len(tensors) != len(self.weights):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from benchmarks.leaderboard.piece import Piece, attack_piece, data_sets
@@ -29,10 +31,11 @@ def seconds_of(plan: Plan, cells: Iterable[Cell]) -> float:
     """
     wanted = {cell.key for cell in cells}
     total = 0.0
-    for setting, pieces in plan.pieces.items():
-        images = sum(cell.config["count"] for cell in pieces if cell.key in wanted)
-        if images:
-            total += images // setting.batch_size * _seconds_of_batch(plan, setting)
+    with _rules_unheard():
+        for setting, pieces in plan.pieces.items():
+            images = sum(cell.config["count"] for cell in pieces if cell.key in wanted)
+            if images:
+                total += images // setting.batch_size * _seconds_of_batch(plan, setting)
     rules = plan.protocol.utility
     trained = [
         (rules.arch, rules.width, rules.epochs, rules.rounds * rules.batch_size, cell)
@@ -44,6 +47,18 @@ def seconds_of(plan: Plan, cells: Iterable[Cell]) -> float:
         if cell.key in wanted:
             total += epochs * _seconds_of_epoch(plan, _model(plan, arch, width), size)
     return total
+
+
+@contextlib.contextmanager
+def _rules_unheard() -> Iterator[None]:
+    """Without the doubts of label rules, which are in the logs of the pieces."""
+    rules = logging.getLogger("attack.knowledge.labels")
+    level = rules.level
+    rules.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        rules.setLevel(level)
 
 
 def _model(plan: Plan, arch: str, width: int) -> Pretrained:
