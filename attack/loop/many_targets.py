@@ -20,6 +20,7 @@ import torch
 
 from attack.loop.polish import polish
 from attack.loop.restarts import best_of
+from attack.loop.rows import AdamRows, LBFGSRows, Part, Rows
 from attack.loop.schedules import LOOK_EVERY, scheduled_rate, stage_ends
 from attack.matching.acceleration import product_precision
 from attack.matching.many_targets import ManyTargetsMatcher, RowPenalty, reason_against
@@ -38,7 +39,6 @@ from core.processes.interruption import interruptions_noted
 
 if TYPE_CHECKING:
     from attack.loop.inversion import Inversion, Snapshot
-    from attack.loop.restarts import Restart
     from attack.loop.state import StateFile
     from attack.matching.many_targets import RowMatches
     from attack.reconstruction import Reconstruction
@@ -76,7 +76,9 @@ class ManyInversions:
         self._matcher = ManyTargetsMatcher(matchers, _row_penalty(self.inversions))
         self._direction = first.stepper.direction
         self._iteration = 0
-        self._rows: _Rows | None = None
+        self._rows: Rows | None = None
+        # Of each row's last evaluation, and its place in it.
+        self._terms: dict[int, tuple[dict[str, torch.Tensor], int]] = {}
         self._ended: dict[int, str] = {}
 
     def run(
@@ -120,6 +122,8 @@ class ManyInversions:
                 if due or self._iteration in stage_ends(self.config):
                     self._show(on_snapshots)
                 if states and self._iteration % save_every == 0:
+                    if self._rows is not None:
+                        self._rows.write_back()
                     for index in self._running:
                         states[index].save(self.inversions[index].restarts)
             return [self._result(index) for index in range(len(self.inversions))]
@@ -158,7 +162,6 @@ class ManyInversions:
             status = inversion.stopping.status(inversion.restarts)
             if status != "finished":
                 self._ended[index] = status
-                self._rows = None
 
     def _result(self, index: int) -> Reconstruction:
         inversion = self.inversions[index]
@@ -190,38 +193,64 @@ class ManyInversions:
         iteration = self._iteration
         consensus = {i: self.inversions[i].advance(iteration) for i in self._running}
         rows = self._stacked()
-        inputs = self._inputs(rows)
-        matches = self._matcher(
-            inputs, rows.labels, rows.which, self.config.matching.gradient_weight
-        )
-        _plain(self.inversions[0]).calls = self._matcher.calls
-        regularizers = self._regularizers(rows, consensus)
-        prior, terms = self._prior(inputs, regularizers)
-        self._keep(rows, inputs, matches.values.tolist(), iteration)
-        self._move(rows, matches, prior, iteration)
+
+        def evaluate(part: Part) -> tuple[torch.Tensor, Tensors]:
+            return self._evaluate(rows, part, consensus, iteration)
+
+        rows.step(scheduled_rate(self.config, iteration), evaluate)
+        self._after_step(rows, iteration)
         self._iteration = iteration + 1
         for index in self._running:
             self.inversions[index].progress.iteration = iteration + 1
         if iteration % print_every == 0 or iteration + 1 == self.config.optimiser.iterations:
-            self._trace(rows, matches, terms, iteration)
+            self._trace(rows, iteration)
 
-    def _stacked(self) -> _Rows:
+    def _stacked(self) -> Rows:
         """The rows of the running inversions; new ones where other restarts go on."""
         wanted = [(i, restart) for i in self._running for restart in self.inversions[i].restarts]
         if self._rows is None or not self._rows.holds(wanted):
-            self._rows = _Rows(wanted, [inversion.problem.labels for inversion in self.inversions])
+            if self._rows is not None:
+                self._rows.write_back()
+            labels = [inversion.problem.labels for inversion in self.inversions]
+            settings = self.config.optimiser
+            if settings.name == "LBFGS":
+                self._rows = LBFGSRows(wanted, labels)
+            else:
+                self._rows = AdamRows(wanted, labels, settings.betas)
         return self._rows
 
-    def _inputs(self, rows: _Rows) -> torch.Tensor:
+    def _evaluate(
+        self,
+        rows: Rows,
+        part: Part,
+        consensus: dict[int, torch.Tensor | None],
+        iteration: int,
+    ) -> tuple[torch.Tensor, Tensors]:
+        """What some rows minimise where they stand, and the gradients for the optimizer."""
+        weight = self.config.matching.gradient_weight
+        inputs = self._inputs(part)
+        matches = self._matcher(inputs, part.labels, part.which, weight)
+        _plain(self.inversions[0]).calls = self._matcher.calls
+        prior, terms = self._prior(inputs, self._regularizers(part, consensus))
+        self._keep(rows, part, inputs, matches.values.tolist(), iteration)
+        self._note_terms(part, matches, terms)
+        gradient = _images(self._combined(part, matches, prior))
+        pulled = self._per_row(self._problem.coordinates.pull_back(gradient), part)
+        gradients = [self._direction.signed(pulled, iteration)]
+        if matches.label_gradient is not None:
+            gradients.append(matches.label_gradient)
+        return sum((t.double() for t in terms.values()), matches.values * weight), gradients
+
+    def _inputs(self, rows: Part) -> torch.Tensor:
         """R x n x C x H x W network inputs."""
         return self._per_row(self._problem.coordinates.decode(_images(rows.variable)), rows)
 
     @staticmethod
-    def _per_row(images: torch.Tensor, rows: _Rows) -> torch.Tensor:
+    def _per_row(images: torch.Tensor, rows: Part) -> torch.Tensor:
         return images.view(len(rows.which), -1, *images.shape[1:])
 
     def _regularizers(
-        self, rows: _Rows, consensus: dict[int, torch.Tensor | None]
+        self, rows: Part, consensus: dict[int, torch.Tensor | None]
     ) -> list[tuple[float, Regularizer]]:
         """The weighted regularisers, group consistency among them."""
         terms = list(self.inversions[0].evaluation.regularizers)
@@ -248,11 +277,16 @@ class ManyInversions:
         return gradient.view_as(inputs), dict(zip(names, sums, strict=True))
 
     def _keep(
-        self, rows: _Rows, inputs: torch.Tensor, values: Sequence[float], iteration: int
+        self,
+        rows: Rows,
+        part: Part,
+        inputs: torch.Tensor,
+        values: Sequence[float],
+        iteration: int,
     ) -> None:
         """Take note of the objectives, and of the best inputs."""
         stopping, improved = self.config.stopping, []
-        for row, (restart, value) in enumerate(zip(rows.restarts, values, strict=True)):
+        for row, (restart, value) in enumerate(zip(part.restarts, values, strict=True)):
             restart.last_value = value
             if not math.isfinite(value):
                 continue
@@ -262,28 +296,20 @@ class ManyInversions:
                 restart.best_value = value
                 improved.append(row)
             self._direction.advance_balance(restart, value)
-        rows.keep(improved, inputs)
+        rows.keep(part, improved, inputs)
 
-    def _move(
-        self, rows: _Rows, matches: RowMatches, prior: torch.Tensor | None, iteration: int
-    ) -> None:
-        """One step of Adam, noise and box; rows that have diverged go back."""
-        gradient = _images(self._combined(rows, matches, prior))
-        pulled = self._per_row(self._problem.coordinates.pull_back(gradient), rows)
-        gradients = [self._direction.signed(pulled, iteration)]
-        if matches.label_gradient is not None:
-            gradients.append(matches.label_gradient)
-        rate = scheduled_rate(self.config, iteration)
-        settings = self.config.optimiser
-        rows.step(gradients, rate, settings.betas)
+    def _after_step(self, rows: Rows, iteration: int) -> None:
+        """Rows that have diverged go back; the others get their noise, and all the box."""
+        every, settings = rows.part(), self.config.optimiser
         back = self._recover(rows)
         if settings.input_noise and not self.inversions[rows.which[0]].progress.in_final_stage:
-            self._add_noise(rows, settings.input_noise * rate, back)
+            rate = scheduled_rate(self.config, iteration)
+            self._add_noise(every, settings.input_noise * rate, back)
         if settings.box and self._problem.target.data.bounded:
-            self._box(rows)
+            self._box(every)
 
     def _combined(
-        self, rows: _Rows, matches: RowMatches, prior: torch.Tensor | None
+        self, rows: Part, matches: RowMatches, prior: torch.Tensor | None
     ) -> torch.Tensor:
         """The direction in image space, as of `Direction.combine`, row by row."""
         gradient = matches.input_gradient
@@ -298,7 +324,7 @@ class ManyInversions:
         units = [_of_length(part, lengths) for lengths, part in parts if part is not None]
         return torch.stack(units).sum(0)
 
-    def _recover(self, rows: _Rows) -> set[int]:
+    def _recover(self, rows: Rows) -> set[int]:
         """Bring rows back whose objective or variables are not finite, and say which."""
         back = set()
         finite = torch.isfinite(rows.variable).flatten(1).all(1).tolist()
@@ -313,7 +339,7 @@ class ManyInversions:
             back.add(row)
         return back
 
-    def _add_noise(self, rows: _Rows, scale: float, back: set[int]) -> None:
+    def _add_noise(self, rows: Part, scale: float, back: set[int]) -> None:
         """Langevin noise, each row's from its own generator; none where it has gone back."""
         shape = self._problem.shape
         drawn = [
@@ -326,186 +352,34 @@ class ManyInversions:
         noisy = _images(self._inputs(rows) + noise)
         rows.variable.copy_(self._per_row(self._problem.coordinates.encode(noisy), rows))
 
-    def _box(self, rows: _Rows) -> None:
+    def _box(self, rows: Part) -> None:
         inputs = self._inputs(rows)
         boxed = self._per_row(self._problem.boxed(_images(inputs)), rows)
         outside = (boxed != inputs).flatten(1).any(1).view(-1, *[1] * (inputs.dim() - 1))
         encoded = self._per_row(self._problem.coordinates.encode(_images(boxed)), rows)
         rows.variable.copy_(torch.where(outside, encoded, rows.variable))
 
-    def _trace(
-        self, rows: _Rows, matches: RowMatches, terms: dict[str, torch.Tensor], iteration: int
-    ) -> None:
+    def _note_terms(self, part: Part, matches: RowMatches, terms: dict[str, torch.Tensor]) -> None:
+        """Keep the weighted terms of each row for its trace."""
         values = {"gradient": matches.values * self.config.matching.gradient_weight, **terms}
         if matches.penalty is not None:
             values["statistics"] = matches.penalty
-        for row, (index, restart) in enumerate(zip(rows.which, rows.restarts, strict=True)):
+        self._terms.update((place, (values, row)) for row, place in enumerate(part.places))
+
+    def _trace(self, rows: Rows, iteration: int) -> None:
+        """Write down how far every target is."""
+        members = zip(rows.which, rows.restarts, strict=True)
+        for place, (index, restart) in enumerate(members):
+            values, row = self._terms[place]
             mine = {name: value[row] for name, value in values.items()}
             self.inversions[index].stepper.terms[restart.index] = mine
         for index in self._running:
             self.inversions[index].trace_entry(iteration)
 
 
-class _Rows:
-    """Restarts of several targets as rows of stacks, of which their tensors are views.
-
-    Args:
-        members: The target of each row, and its restart.
-        labels: Of each target, n labels, where they are not optimised.
-
-    Attributes:
-        which: The target of each row.
-        restarts: The restart of each row.
-        variable: R x n x C x H x W coordinates.
-        labels: R x n labels, or the optimised variables in their place.
-    """
-
-    def __init__(self, members: Sequence[tuple[int, Restart]], labels: Tensors) -> None:
-        self.which = [index for index, _ in members]
-        self.restarts = [restart for _, restart in members]
-        logits = [restart.label_logits for restart in self.restarts]
-        self._joint = logits[0] is not None
-        parts = [[restart.variable for restart in self.restarts]]
-        if self._joint:
-            parts.append([each for each in logits if each is not None])
-        # Before the leaves become views: the optimisers know their states by the leaf.
-        self._optimised = [torch.stack([leaf.detach() for leaf in part]) for part in parts]
-        moments = [[_moments(r, leaf) for r, leaf in self._pairs(part)] for part in parts]
-        self._first = [torch.stack([m[0] for m in each]) for each in moments]
-        self._second = [torch.stack([m[1] for m in each]) for each in moments]
-        self._steps = torch.tensor([float(m[2]) for m in moments[0]])
-        for place, part in enumerate(parts):
-            for row, leaf in enumerate(part):
-                self._link(place, row, leaf)
-        self.variable = self._optimised[0]
-        known = [labels[index] for index in self.which]
-        self.labels = self._optimised[1] if self._joint else torch.stack(known)
-        self._link_best()
-
-    def _pairs(self, part: Tensors) -> list[tuple[Restart, torch.Tensor]]:
-        return list(zip(self.restarts, part, strict=True))
-
-    def _link(self, place: int, row: int, leaf: torch.Tensor) -> None:
-        """Make a restart's tensors views of its row."""
-        leaf.data = self._optimised[place][row]
-        self.restarts[row].optimizer.state[leaf] = {
-            "step": self._steps[row],
-            "exp_avg": self._first[place][row],
-            "exp_avg_sq": self._second[place][row],
-        }
-
-    def _link_best(self) -> None:
-        """Make the results so far views of one stack."""
-        like = torch.zeros_like(self.variable)
-        self._best = like
-        self._best_labels: torch.Tensor | None = None
-        for row, restart in enumerate(self.restarts):
-            if restart.best_inputs is not None:
-                like[row] = restart.best_inputs
-                restart.best_inputs = like[row]
-
-    def holds(self, members: Sequence[tuple[int, Restart]]) -> bool:
-        """Whether these are the rows, in this order."""
-        return len(members) == len(self.restarts) and all(
-            index == mine and restart is own
-            for (index, restart), mine, own in zip(members, self.which, self.restarts, strict=True)
-        )
-
-    def keep(self, improved: Sequence[int], inputs: torch.Tensor) -> None:
-        """Make these rows' inputs their results so far."""
-        if not improved:
-            return
-        rows = torch.tensor(improved, device=inputs.device)
-        self._best.index_copy_(0, rows, inputs.index_select(0, rows))
-        for row in improved:
-            restart = self.restarts[row]
-            restart.best_inputs = self._best[row]
-            if restart.label_logits is not None:
-                restart.best_labels = restart.loss.decided(restart.label_logits.detach())
-
-    def step(self, gradients: Tensors, rate: float, betas: tuple[float, float]) -> None:
-        """One step of Adam in every row whose last objective was finite.
-
-        Source: Kingma and Ba, Adam, ICLR 2015, algorithm 1, https://arxiv.org/abs/1412.6980;
-        in the order of operations of `torch.optim.Adam`.
-        """
-        finite = [math.isfinite(restart.last_value) for restart in self.restarts]
-        if not all(finite):
-            keep = torch.tensor(finite)
-            gradients = [_where_rows(keep, g) for g in gradients]
-        self._steps += torch.tensor(finite).to(self._steps)
-        steps, shrinks = self._steps.tolist(), [restart.shrink for restart in self.restarts]
-        same = len(set(steps)) == 1 and len(set(shrinks)) == 1
-        if same and all(finite):
-            self._adam(gradients, rate * shrinks[0], steps[0], betas)
-        else:
-            self._adam_by_row(gradients, rate, betas, finite)
-
-    def _adam(
-        self, gradients: Tensors, rate: float, step: float, betas: tuple[float, float]
-    ) -> None:
-        size, root = rate / (1 - betas[0] ** step), (1 - betas[1] ** step) ** 0.5
-        stacks = zip(self._optimised, self._first, self._second, gradients, strict=True)
-        for variable, first, second, gradient in stacks:
-            first.lerp_(gradient, 1 - betas[0])
-            second.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
-            variable.addcdiv_(first, (second.sqrt() / root).add_(ADAM_EPS), value=-size)
-
-    def _adam_by_row(
-        self,
-        gradients: Tensors,
-        rate: float,
-        betas: tuple[float, float],
-        finite: Sequence[bool],
-    ) -> None:
-        """Where rows have taken different numbers of steps, after a divergence."""
-        for row in (row for row, fine in enumerate(finite) if fine):
-            step, shrink = float(self._steps[row]), self.restarts[row].shrink
-            size, root = shrink * rate / (1 - betas[0] ** step), (1 - betas[1] ** step) ** 0.5
-            stacks = zip(self._optimised, self._first, self._second, gradients, strict=True)
-            for variables, firsts, seconds, all_gradients in stacks:
-                gradient = all_gradients[row]
-                firsts[row].lerp_(gradient, 1 - betas[0])
-                seconds[row].mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
-                root_row = (seconds[row].sqrt() / root).add_(ADAM_EPS)
-                variables[row].addcdiv_(firsts[row], root_row, value=-size)
-
-    def forget(self, row: int) -> None:
-        """A fresh optimiser for a row: it has been brought back."""
-        self._steps[row] = 0.0
-        restart = self.restarts[row]
-        leaves = [restart.variable, restart.label_logits]
-        for place in range(len(self._optimised)):
-            self._first[place][row] = 0.0
-            self._second[place][row] = 0.0
-            leaf = leaves[place]
-            if leaf is not None:
-                self._link(place, row, leaf)
-
-
-# Of `torch.optim.Adam`.
-ADAM_EPS = 1e-8
-
-
-def _moments(
-    restart: Restart, leaf: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:
-    """Adam's state of a restart's variable: both moments and the number of steps."""
-    state = restart.optimizer.state.get(leaf)
-    if not state:
-        return torch.zeros_like(leaf.detach()), torch.zeros_like(leaf.detach()), 0.0
-    return state["exp_avg"], state["exp_avg_sq"], state["step"]
-
-
 def _images(rows: torch.Tensor) -> torch.Tensor:
     """R x n x C x H x W as (R n) x C x H x W."""
     return rows.flatten(0, 1)
-
-
-def _where_rows(keep: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """The rows to keep, and zeros in place of the others."""
-    mask = keep.to(rows.device).view(-1, *[1] * (rows.dim() - 1))
-    return torch.where(mask, rows, torch.zeros_like(rows))
 
 
 def _of_length(rows: torch.Tensor, lengths: Sequence[float | None]) -> torch.Tensor:
@@ -559,7 +433,7 @@ def reason_for_one_by_one(inversions: Sequence[Inversion]) -> str | None:
     matchers = [i.matcher for i in inversions if isinstance(i.matcher, GradientMatcher)]
     if len(matchers) < len(inversions):
         return "they compare something else than gradients"
-    if first.config.optimiser.name != "Adam":
+    if first.config.optimiser.name not in ("Adam", "LBFGS"):
         return f"{first.config.optimiser.name} takes its steps target by target"
     if any(inversion.config != first.config for inversion in inversions):
         return "what is known of their defenses asks for different settings"

@@ -85,7 +85,7 @@ def test_what_is_finished_is_left_alone_and_the_rest_computed(files: Path, tmp_p
 @pytest.mark.parametrize(
     ("more", "why"),
     [
-        (["--optim", "LBFGS", "--no-signed"], "LBFGS takes its steps"),
+        (["--optim", "SGD", "--no-signed"], "SGD takes its steps"),
         (["--beside", "other.tar"], "do not come from one model"),
     ],
 )

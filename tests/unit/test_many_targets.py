@@ -56,6 +56,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "labels": {"joint_labels": True, "objective": "L2", "tv": 0.0},
     "last iterate": {"smallest_loss": False, "input_norm": 0.01, "tv_kind": "norm"},
     "polish": {"polish": 2},
+    "L-BFGS": {"optimizer": "LBFGS", "objective": "L2", "lr": 0.5, "box": False},
+    "L-BFGS, labels and restarts": {
+        "optimizer": "LBFGS",
+        "objective": "L2",
+        "joint_labels": True,
+        "restarts": 2,
+        "lr": 1.0,
+        "tv": 0.0,
+        "box": False,
+        "iterations": 4,
+    },
 }
 
 
@@ -122,10 +133,18 @@ def test_a_target_that_ends_early_leaves_the_others_as_they_are(
         assert mine.details["targets_at_once"] == 3
 
 
-def test_a_killed_run_goes_on_from_its_states(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"input_noise": 0.1},
+        {"optimizer": "LBFGS", "objective": "L2", "lr": 0.5, "box": False, "joint_labels": True},
+    ],
+    ids=["Adam", "L-BFGS"],
+)
+def test_a_killed_run_goes_on_from_its_states(tmp_path: Path, settings: dict[str, Any]) -> None:
     spec, _ = NETWORKS["lenet"]
     targets = share_model(spec, 2, 1)
-    config = PLAIN.changed(restarts=2, input_noise=0.1)
+    config = PLAIN.changed(restarts=2, **settings)
     files = [tmp_path / f"{number}.pt" for number in range(2)]
     whole = ManyInversions(begun(targets, config)).run()
     killed = ManyInversions(begun(targets, config))
@@ -152,7 +171,7 @@ def test_what_cannot_run_at_once_says_why() -> None:
     other, truth = make_target(NETWORKS["lenet"][0], 1, seed=9)
     several = reason_for_one_by_one
     assert several(begun(lenet, PLAIN)) is None
-    assert "LBFGS" in str(several(begun(lenet, PLAIN.changed(optimizer="LBFGS"))))
+    assert "SGD" in str(several(begun(lenet, PLAIN.changed(optimizer="SGD"))))
     mixed = [lenet[0], (other, truth.labels)]
     assert several(begun(mixed, PLAIN)) == "they do not come from one model"
     with pytest.raises(OneByOneError, match="one model"):
