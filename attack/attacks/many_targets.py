@@ -12,6 +12,8 @@ import torch
 
 from attack.attacks.base import Attack
 from attack.loop.many_targets import ManyInversions, OneByOneError
+from attack.matching.many_targets import same_model
+from attack.matching.matcher import GradientMatcher
 
 if TYPE_CHECKING:
     from attack.loop.inversion import Inversion, Snapshot
@@ -102,9 +104,13 @@ class _Inverted:
     inversion: Inversion
 
     def is_like(self, other: _Inverted) -> bool:
-        """Whether both have the same settings, told defenses included."""
+        """Whether both have the same settings, told defenses included, and the same model."""
         mine, its = self.inversion.problem, other.inversion.problem
-        return mine.shape == its.shape and mine.config == its.config
+        if mine.shape != its.shape or mine.config != its.config:
+            return False
+        matchers = self.inversion.matcher, other.inversion.matcher
+        plain = [m for m in matchers if isinstance(m, GradientMatcher)]
+        return len(plain) < len(matchers) or same_model(*plain)
 
 
 @dataclass(frozen=True)

@@ -423,12 +423,12 @@ def reason_against(matchers: Sequence[GradientMatcher]) -> str | None:
         return "they come from several local steps"
     if not all(matcher.replica.client_loss.batchable for matcher in matchers):
         return "their loss cannot be batched"
-    if any(not _same_model(first, matcher) for matcher in matchers[1:]):
+    if any(not same_model(first, matcher) for matcher in matchers[1:]):
         return "they do not come from one model"
     return None
 
 
-def _same_model(a: GradientMatcher, b: GradientMatcher) -> bool:
+def same_model(a: GradientMatcher, b: GradientMatcher) -> bool:
     """Whether parameters, buffers and mode are the same."""
     if a.replica.names != b.replica.names or a.hvp != b.hvp:
         return False

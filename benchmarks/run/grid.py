@@ -236,6 +236,6 @@ class Grid:
         self._progress.finished(cell, status.value, seconds, error)
 
 
-def _model_of(cell: Cell) -> list[str]:
-    """The cells that made the models behind a cell's inputs."""
-    return [need.key for given in cell.needs for need in given.needs]
+def _model_of(cell: Cell) -> list[tuple[str, str]]:
+    """The models behind a cell's inputs: who made each, and its file."""
+    return [(i.cell.key, i.pattern) for given in cell.needs for i in given.inputs.values()]

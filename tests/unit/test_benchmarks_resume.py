@@ -80,6 +80,18 @@ def test_cells_of_one_configuration_and_model_share_a_process(store: Store) -> N
         assert Path(checkpoint) == store.files(need) / "number.json"
 
 
+def test_two_files_of_one_training_are_two_models(store: Store) -> None:
+    """The initial and the trained model, say."""
+    model, cells = toy(value=10), []
+    for value, pattern in enumerate(["number.json", "num*.json"] * 2):
+        made = Cell("toy", {"value": value}, {"add": Input(model, pattern)})
+        cells.append(Cell("many", {"value": 7}, {"add": Input(made, "number.json")}))
+    executor = Recorder()
+    grid(cells, store, executor=executor, stages=STAGES, targets_at_once=4).run()
+    beside = [[w for w in words if "=" in w] for words in executor.commands if "--beside" in words]
+    assert [len(words) for words in beside] == [1, 1]
+
+
 def test_of_a_process_that_fails_the_finished_cells_count(store: Store) -> None:
     cells = targets_of(toy(value=10), 2)
     needs = [cell.inputs["add"].cell for cell in cells]

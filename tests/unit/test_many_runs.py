@@ -82,25 +82,22 @@ def test_what_is_finished_is_left_alone_and_the_rest_computed(files: Path, tmp_p
     assert record(tmp_path / "a-2")["status"] == "finished"
 
 
-@pytest.mark.parametrize(
-    ("more", "why"),
-    [
-        (["--optim", "SGD", "--no-signed"], "SGD takes its steps"),
-        (["--beside", "other.tar"], "do not come from one model"),
-    ],
-)
 def test_what_cannot_be_batched_runs_in_turn_and_says_so(
-    files: Path, tmp_path: Path, more: list[str], why: str, caplog: pytest.LogCaptureFixture
+    files: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    more = [f"{files}/{word}" if word.endswith(".tar") else word for word in more]
     words = [*FLAGS, "--checkpoint", f"{files}/0.tar", "--root", str(tmp_path), "--id", "a"]
-    assert (
-        command(
-            *words, "--epochs", "3", "--targets-at-once", "2", "--beside", f"{files}/1.tar", *more
-        )
-        == 0
-    )
-    assert why in caplog.text
+    words += ["--epochs", "3", "--targets-at-once", "2", "--optim", "SGD", "--no-signed"]
+    assert command(*words, "--beside", f"{files}/1.tar") == 0
+    assert "SGD takes its steps" in caplog.text
+    assert "targets_at_once" not in record(tmp_path / "a-2")["details"]
+
+
+def test_targets_of_another_model_do_not_keep_the_others_apart(files: Path, tmp_path: Path) -> None:
+    words = [*FLAGS, "--checkpoint", f"{files}/0.tar", "--root", str(tmp_path), "--id", "a"]
+    words += ["--epochs", "3", "--targets-at-once", "3"]
+    assert command(*words, "--beside", f"{files}/other.tar", f"{files}/1.tar") == 0
+    together = [record(tmp_path / name)["details"] for name in ("a", "a-3")]
+    assert [details["targets_at_once"] for details in together] == [2, 2]
     assert "targets_at_once" not in record(tmp_path / "a-2")["details"]
 
 
