@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 import math
 import os
 import time
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.run.cells import Cell, in_order
+from benchmarks.run.cells import Cell, hash_json, in_order
 from benchmarks.run.executor import Executor, Job, Outcome
 from benchmarks.run.progress import Progress
 from benchmarks.run.stages import Stage
@@ -115,7 +116,9 @@ class Grid:
             needs = [self._status.get(need.key) for need in cell.needs]
             if Status.FAILED in needs or Status.BLOCKED in needs:
                 self._settle(cell, Status.BLOCKED, 0.0)
-            elif all(needs) and self._executor.has_room() and not self._waits_for_others(cell):
+            elif not self._executor.has_room():
+                return
+            elif all(needs) and not self._waits_for_others(cell):
                 self._try_start(cell)
 
     def _try_start(self, cell: Cell) -> None:
@@ -146,13 +149,22 @@ class Grid:
             return []
         return [
             other
-            for other in self._cells
+            for other in self._groups[cell.key]
             if other.key != cell.key
             and other.key not in self._status
             and other.key not in self._running
-            and other.config == cell.config
-            and _model_of(other) == _model_of(cell)
         ]
+
+    @functools.cached_property
+    def _groups(self) -> dict[str, list[Cell]]:
+        """Of every cell, all that could share its process, whatever has become of them."""
+        of_kind: dict[str, list[Cell]] = {}
+        groups = {}
+        for cell in self._cells:
+            group = of_kind.setdefault(_kind(cell), [])
+            group.append(cell)
+            groups[cell.key] = group
+        return groups
 
     def _is_ready(self, cell: Cell) -> bool:
         return all(self._status.get(need.key) in DONE for need in cell.needs)
@@ -236,6 +248,7 @@ class Grid:
         self._progress.finished(cell, status.value, seconds, error)
 
 
-def _model_of(cell: Cell) -> list[tuple[str, str]]:
-    """The models behind a cell's inputs: who made each, and its file."""
-    return [(i.cell.key, i.pattern) for given in cell.needs for i in given.inputs.values()]
+def _kind(cell: Cell) -> str:
+    """What cells have in common that can share a process: stage, configuration and model."""
+    models = [(i.cell.key, i.pattern) for given in cell.needs for i in given.inputs.values()]
+    return hash_json([cell.stage, dict(cell.config), models])
