@@ -80,6 +80,13 @@ def build_parser() -> CommandParser:
         metavar="TABLE.json",
         help="take finished cells from a committed table, and compute the others",
     )
+    parser.add_argument(
+        "--where",
+        nargs="+",
+        default=[],
+        metavar="AXIS=VALUE",
+        help="compute these rows only, and show all that is there",
+    )
     parser.add_argument("--fresh", action="store_true", help="start a new interpreter per cell")
     parser.add_argument("--retry-failed", action="store_true", help="run failed cells again")
     parser.add_argument("--quiet", action="store_true", help="only errors and the table")
@@ -182,14 +189,20 @@ def _run(args: argparse.Namespace) -> bool:
     signal.signal(signal.SIGTERM, _interrupt)
     committed = Committed() if args.committed is None else Committed.read(args.committed)
     store = Store(args.store.resolve(), committed)
+    # All that was asked for is checked before the first is computed.
+    chosen = [table.only(args.where) for table in tables]
     if args.dry_run:
-        _say_commands(tables, store)
+        _say_commands(chosen, store)
         return False
-    failed = [_run_table(table, store, args, several=len(tables) > 1) for table in tables]
+    pairs = zip(tables, chosen, strict=True)
+    failed = [_run_table(*pair, store, args, several=len(tables) > 1) for pair in pairs]
     return any(failed)
 
 
-def _run_table(table: Table, store: Store, args: argparse.Namespace, several: bool) -> bool:
+def _run_table(
+    table: Table, chosen: Table, store: Store, args: argparse.Namespace, several: bool
+) -> bool:
+    """Compute the chosen rows and render all."""
     workers = Workers(
         ray=args.executor == "ray",
         jobs=args.jobs,
@@ -202,9 +215,9 @@ def _run_table(table: Table, store: Store, args: argparse.Namespace, several: bo
     )
     seconds = seconds_of(args.budget or table.budget or NONE)
     if not args.quiet:
-        print(say_costs(table, store, workers, seconds), file=sys.stderr)
+        print(say_costs(chosen, store, workers, seconds), file=sys.stderr)
     statuses = compute(
-        table, store, workers, quiet=args.quiet, retry_failed=args.retry_failed, seconds=seconds
+        chosen, store, workers, quiet=args.quiet, retry_failed=args.retry_failed, seconds=seconds
     )
     result = collect(table, store)
     name = _folder_name(table)

@@ -301,14 +301,5 @@ def ensemble_table(
 
 
 def _chosen_rows(result: TableResult, where: Sequence[str]) -> list[RowResult]:
-    wanted = {}
-    for word in where:
-        axis, equals, value = word.partition("=")
-        if not equals or axis not in result.table.axes:
-            known = ", ".join(result.table.axes)
-            raise InputError(f"--where {word}: expected AXIS=VALUE with an axis of {known}")
-        wanted[axis] = value
-    rows = [row for row in result.rows if wanted.items() <= row.row.labels.items()]
-    if not rows:
-        raise InputError(f"--where {' '.join(where)}: the table has no such row")
-    return rows
+    chosen = result.table.only(where).rows
+    return [row for row in result.rows if row.row in chosen]

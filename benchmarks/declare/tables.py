@@ -44,6 +44,7 @@ a table 20,000 cells: rows times runs times stages.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import math
@@ -153,6 +154,35 @@ class Table:
         """Where a row stands in the order of computation."""
         values = [list(dict.fromkeys(r.labels[axis] for r in self.rows)) for axis in self.order]
         return tuple(v.index(row.labels[axis]) for v, axis in zip(values, self.order, strict=True))
+
+    def only(self, where: Sequence[str]) -> Table:
+        """The table with some of its rows.
+
+        Args:
+            where: "AXIS=VALUE" words; of one axis any of its values will do, and every axis
+                that is named must agree. Empty: all rows.
+
+        Raises:
+            InputError: No such axis or value.
+        """
+        wanted: dict[str, list[str]] = {}
+        for word in where:
+            axis, equals, value = word.partition("=")
+            if not equals or axis not in self.axes:
+                known = ", ".join(self.axes)
+                raise InputError(f"--where {word}: expected AXIS=VALUE with an axis of {known}")
+            values = list(dict.fromkeys(row.labels[axis] for row in self.rows))
+            if value not in values:
+                raise InputError(f"--where {word}: values of {axis} are {', '.join(values)}")
+            wanted.setdefault(axis, []).append(value)
+        rows = tuple(
+            row
+            for row in self.rows
+            if all(row.labels[axis] in values for axis, values in wanted.items())
+        )
+        if not rows:
+            raise InputError(f"--where {' '.join(where)}: the table has no such row")
+        return dataclasses.replace(self, rows=rows)
 
     def labels(self) -> dict[str, str]:
         """A name for people for every cell: its stage and what all rows using it share."""

@@ -49,6 +49,24 @@ def test_several_tables_share_their_cells_and_get_a_folder_each(
         assert (tmp_path / "out" / name / "report.html").exists()
 
 
+def test_of_some_rows_only_their_cells_are_computed_and_all_are_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "both.yaml"
+    path.write_text(TABLE.format(title="both", sizes=[1, 2]))
+    words = [str(path), "--output", str(tmp_path / "out"), "--store", str(tmp_path / "store")]
+    assert main([*words, "--where", "images=2"]) == 0
+    assert "1 cells finished\n" in capsys.readouterr().out
+    rows = (tmp_path / "out" / "both.csv").read_text().splitlines()
+    assert len(rows) == 3
+    assert main([*words, "--where", "images=1", "--dry-run"]) == 0
+    assert "(to do)" in capsys.readouterr().out
+    assert main([*words, "--where", "images=3"]) == 2
+    assert "--where images=3: values of images are 1, 2" in capsys.readouterr().err
+    assert main(words) == 0
+    assert "1 cells found, 1 cells finished" in capsys.readouterr().out
+
+
 def test_an_unknown_table_among_several_is_refused_before_any_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

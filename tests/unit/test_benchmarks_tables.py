@@ -29,6 +29,24 @@ def test_every_combination_is_a_row_and_shared_cells_are_one(tmp_path: Path) -> 
     assert (stages.count("train"), stages.count("extract"), stages.count("attack")) == (1, 12, 12)
 
 
+def test_some_rows_by_the_values_of_their_axes(tmp_path: Path) -> None:
+    table = load(tmp_path)
+
+    def chosen(*where: str) -> list[tuple[str, ...]]:
+        return [tuple(row.labels.values()) for row in table.only(where).rows]
+
+    assert len(chosen()) == 6
+    assert chosen("defense=noise") == [("noise", "1"), ("noise", "4")]
+    assert chosen("batch size=4", "defense=none", "defense=broken") == [
+        ("none", "4"),
+        ("broken", "4"),
+    ]
+    with pytest.raises(InputError, match="--where defence=noise: expected AXIS=VALUE with an axis"):
+        chosen("defence=noise")
+    with pytest.raises(InputError, match="--where defense=noize: values of defense are none, noi"):
+        chosen("defense=noize")
+
+
 def test_values_of_the_form_stage_slash_file_are_inputs(tmp_path: Path) -> None:
     run = load(tmp_path).rows[0].repeats[0]
     assert run["extract"].inputs["pretrained"].cell == run["train"]
