@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks import graveyard
+from benchmarks.declare.measured_utility import Utility
 from benchmarks.declare.tables import find_table, load_table
 from benchmarks.graveyard import DIFFERENCES, Line, best_guess, lines_of, page_of
 from core.errors import InputError
@@ -102,3 +104,19 @@ def test_every_defense_of_the_table_has_an_explanation() -> None:
 def test_a_defense_that_the_table_does_not_declare_is_named() -> None:
     with pytest.raises(InputError, match="ATS is not among the declared"):
         lines_of(stored(), {"none": "", "CENSOR": "censor:20"})
+
+
+def test_a_defense_too_dear_to_train_under_shows_what_was_trained_under(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graveyard, "utility_of", lambda word: Utility(44.04, 40.0, 48.0, 3))
+    table = stored()
+    for row in table["rows"]:
+        row["labels"]["defense"] = row["labels"]["defense"].replace("CENSOR", "DCS-2")
+        row["values"]["defended accuracy"] = None
+    (tmp_path / "graveyard.json").write_text(json.dumps(table))
+    page = page_of(tmp_path)
+    (line,) = [line for line in page.splitlines() if line.startswith("| [DCS-2](")]
+    assert "| 44.0 (`dcs2:50`) |" in line
+    (line,) = [line for line in page.splitlines() if line.startswith("| [ATS](")]
+    assert "| – |" in line
