@@ -172,6 +172,9 @@ _EXACT = (
             seconds=30,
             differs=JPEG + "; biases from quantiles of public images, there half of the weights "
             "scaled down (biases at zero)",
+            below="images of low contrast are furthest out in no direction: of 16 images of three "
+            "batches that are not found 13 activate no neuron, and 14 are among the sixth of "
+            "lowest contrast",
         )
         for batch, value in ((64, 0.994), (128, 0.666), (256, 0.215))
     ),
