@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ from scipy.special import softmax
 
 from attack.knowledge.known_defenses import Adaptation, register_adaptation
 from attack.knowledge.likely import Attempt, Likely
+from attack.matching.objectives import squared_norm
 from core.models.building import last_linear
 from core.target import Target
 from gradients.defenses.base import stated
@@ -26,8 +28,16 @@ from gradients.defenses.precode import (
 
 # Singular values below this share of the largest are rounding.
 RANK = 1e-5
-# Mean error of probabilities from which on the equations are not solved.
+# Mean error of probabilities from which on the equations are not solved, and below which another
+# start could not do better: gradients are of single precision.
 UNSOLVED = 1e-3
+SOLVED = 1e-6
+# Starts of the equations, and by how much of its mean the later ones are changed: images of one
+# class begin at one point, from which they must be parted.
+STARTS = 12
+PARTED = 0.3
+# What was drawn has a mean square of 1; a wrong solution has another one.
+LIKELY_SQUARES = (0.5, 2.0)
 # Rounds of solving for features whose divergence depends on them.
 ROUNDS = 20
 
@@ -36,24 +46,45 @@ ROUNDS = 20
 def _precode(adaptation: Adaptation, target: Target, values: list[float]) -> None:
     """Compare everything where the noise is known, else only what lies before the bottleneck.
 
+    In the first case the gradients of the bottleneck and of the last layer are scaled down to the
+    length of the others: of LeNet on 32 px they are so much longer that the image hardly shows.
+
     Source of the second: Scheliga, Mäder, Seeland, "Combining Variational Modeling with Partial
     Gradient Perturbation to Prevent Deep Gradient Leakage", https://arxiv.org/abs/2208.04767.
     """
-    if isinstance(target.model, BottleneckArchitecture) and target.model.noise is not None:
-        adaptation.notes.append("precode: the noise is computed from the bottleneck's gradients")
-        return
     head, _ = last_linear(target.build_model())
     inside = [name.rpartition(".")[0].startswith(head) for name in target.gradient]
+    known = isinstance(target.model, BottleneckArchitecture) and target.model.noise is not None
+    factor = _balance(target, inside) if known else 0.0
     adaptation.keep_only(
         [
-            torch.full((), not later, device=g.device)
+            torch.full((), factor if later else 1.0, device=g.device)
             for later, g in zip(inside, target.gradient.values(), strict=True)
         ]
     )
     adaptation.notes.append(
-        "precode: noise is drawn anew in every evaluation; the bottleneck's gradients and those "
-        "after it are left out"
+        "precode: the noise is computed from the bottleneck's gradients, which count as much as "
+        "those before it"
+        if known
+        else "precode: noise is drawn anew in every evaluation; the bottleneck's gradients and "
+        "those after it are left out"
     )
+
+
+def _balance(target: Target, inside: list[bool]) -> float:
+    """The factor of late gradients with which they are no longer than the early ones.
+
+    The bottleneck and the layer after it are wide, and say little of the image.
+    """
+    gradients = list(target.gradient.values())
+    late, early = (
+        math.sqrt(sum(float(squared_norm([g])) for g in some)) if some else 0.0
+        for some in (
+            [g for g, later in zip(gradients, inside, strict=True) if later],
+            [g for g, later in zip(gradients, inside, strict=True) if not later],
+        )
+    )
+    return 1.0 if late == 0 or early == 0 else min(1.0, early / late)
 
 
 def likeliest_noise(target: Target, labels: torch.Tensor, attempt: Attempt) -> Likely:
@@ -107,7 +138,7 @@ def seen_bottleneck(
 
     Args:
         target: What was shared.
-        labels: N classes, of images alone in their class.
+        labels: N classes.
         bottleneck: With the received parameters.
 
     Returns:
@@ -135,7 +166,12 @@ def seen_bottleneck(
     towards = errors @ weight @ decoder / n
     features = _features(target, bottleneck, encoder_gradient, towards)
     mean, deviation = _distribution(bottleneck, features)
-    return Seen(features, drawn, (drawn - mean) / deviation)
+    noise = (drawn - mean) / deviation
+    low, high = LIKELY_SQUARES
+    squares = np.square(noise).mean(1)
+    return (
+        Seen(features, drawn, noise) if (low < squares).all() and (squares < high).all() else None
+    )
 
 
 def _features(
@@ -179,13 +215,13 @@ def inputs_of_head(
         gradient: C x k, of its weight.
         weight: C x k.
         bias: C.
-        labels: N classes, all different.
+        labels: N classes.
 
     Returns:
         N x k and N x C; None where the equations are not solved.
     """
     n, c = len(labels), len(bias)
-    if len(set(labels)) < n or n >= min(weight.shape):
+    if n >= min(weight.shape):
         return None
     left, singular, right = np.linalg.svd(gradient, full_matrices=False)
     if singular[n - 1] < RANK * singular[0]:
@@ -199,13 +235,26 @@ def inputs_of_head(
         given = softmax(a @ towards + bias, axis=1) - classes
         return (given - n * (p @ np.linalg.pinv(a)).T).ravel()
 
-    expected = softmax(bias) - classes
-    start = np.linalg.pinv(np.linalg.lstsq(p, expected.T / n, rcond=None)[0])
-    solved = least_squares(errors, start.ravel(), xtol=1e-14, ftol=1e-14)
-    if float(np.abs(solved.fun).mean()) > UNSOLVED:
+    best, smallest = None, UNSOLVED
+    for start in _starts(p, softmax(bias) - classes):
+        solved = least_squares(errors, start.ravel(), xtol=1e-14, ftol=1e-14)
+        error = float(np.abs(solved.fun).mean())
+        if error < smallest:
+            best, smallest = solved.x.reshape(n, n), error
+        if smallest < SOLVED:
+            break
+    if best is None:
         return None
-    a = solved.x.reshape(n, n)
-    return a @ q, softmax(a @ towards + bias, axis=1) - classes
+    return best @ q, softmax(best @ towards + bias, axis=1) - classes
+
+
+def _starts(p: np.ndarray, expected: np.ndarray) -> Iterator[np.ndarray]:
+    """Matrices A to begin with: as if each image's output were the bias, then changed at random."""
+    numbers, n = np.random.default_rng(0), len(expected)
+    scale = PARTED * np.abs(expected).mean()
+    for number in range(STARTS):
+        changed = expected + (scale * numbers.normal(size=expected.shape) if number else 0)
+        yield np.linalg.pinv(np.linalg.lstsq(p, changed.T / n, rcond=None)[0])
 
 
 def _numbers(tensor: torch.Tensor) -> np.ndarray:
