@@ -7,12 +7,15 @@ import functools
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.special import softmax
 
 from attack.attacks.spectral import Spectral
-from attack.knowledge.answers.precode import seen_bottleneck
+from attack.knowledge.answers import precode
+from attack.knowledge.answers.precode import inputs_of_head, likeliest_noise, seen_bottleneck
 from attack.knowledge.known_defenses import adapt
 from attack.metrics import assign, psnr
 from attack.settings import InversionConfig
@@ -145,6 +148,46 @@ def test_the_gradients_of_the_bottleneck_give_its_noise_and_features_away(batch:
     torch.testing.assert_close(found, true, rtol=1e-2, atol=1e-2 * float(true.std()))
     noise = torch.from_numpy(seen.noise).float()
     torch.testing.assert_close(noise, noise_of(target, truth), rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("labels", [[9, 6, 8, 6], [1, 1, 2, 2], [3, 3, 3, 3]])
+def test_inputs_of_a_layer_are_found_where_classes_repeat(labels: list[int]) -> None:
+    numbers = np.random.default_rng(1)
+    weight = numbers.normal(size=(10, 64)) / 8
+    bias = numbers.normal(size=10) / 10
+    inputs = 0.3 * numbers.normal(size=(4, 64))
+    errors = softmax(inputs @ weight.T + bias, axis=1) - np.eye(10)[labels]
+    solved = inputs_of_head(errors.T @ inputs / 4, weight, bias, labels)
+    assert solved is not None
+    # Images of one class are in no order.
+    away = np.abs(solved[0][:, None] - inputs[None]).max(2)
+    assert away.min(0).max() < 1e-3
+    nearest = away.argmin(1)
+    assert sorted(nearest) == [0, 1, 2, 3]
+    assert [labels[i] for i in nearest] == labels
+
+
+def test_noise_that_nobody_would_draw_is_no_solution(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, truth = shared()
+    bottleneck = bottleneck_of(target.build_model())
+    assert bottleneck is not None
+    assert seen_bottleneck(target, truth.labels, bottleneck) is not None
+    monkeypatch.setattr(precode, "LIKELY_SQUARES", (2.0, 3.0))
+    assert seen_bottleneck(target, truth.labels, bottleneck) is None
+
+
+def test_a_wide_bottleneck_does_not_drown_the_layers_before_it() -> None:
+    target, truth = shared(1)
+    likely = likeliest_noise(target, truth.labels, attempt=None)  # type: ignore[arg-type]
+    assert likely.target is not target
+    adaptation = adapt(likely.target, InversionConfig())
+    parts: dict[bool, float] = {False: 0.0, True: 0.0}
+    for (name, g), w in zip(target.gradient.items(), adaptation.weights, strict=True):
+        late = name.startswith("7.")
+        parts[late] += float((w * g).square().sum())
+        assert w > 0
+    assert parts[True] <= parts[False] * (1 + 1e-4)
+    assert "count as much" in adaptation.notes[0]
 
 
 def attacked(adaptive: bool) -> tuple[float, str]:
