@@ -15,9 +15,15 @@ from scipy.special import softmax
 
 from attack.attacks.spectral import Spectral
 from attack.knowledge.answers import precode
-from attack.knowledge.answers.precode import inputs_of_head, likeliest_noise, seen_bottleneck
+from attack.knowledge.answers.precode import (
+    SeenBottleneck,
+    inputs_of_head,
+    likeliest_noise,
+    seen_bottleneck,
+)
 from attack.knowledge.known_defenses import adapt
 from attack.metrics import assign, psnr
+from attack.reconstruction import Reconstruction
 from attack.settings import InversionConfig
 from core.errors import InputError
 from core.models.building import ModelSpec, build_model
@@ -176,18 +182,27 @@ def test_noise_that_nobody_would_draw_is_no_solution(monkeypatch: pytest.MonkeyP
     assert seen_bottleneck(target, truth.labels, bottleneck) is None
 
 
-def test_a_wide_bottleneck_does_not_drown_the_layers_before_it() -> None:
+@pytest.mark.parametrize("better", [False, True])
+def test_the_late_gradients_count_as_suits_the_network(better: bool) -> None:
     target, truth = shared(1)
-    likely = likeliest_noise(target, truth.labels, attempt=None)  # type: ignore[arg-type]
-    assert likely.target is not target
+
+    def attempt(candidate: Target, share: float, **_: object) -> Reconstruction:
+        """Finds the image by one of the two ways of weighing."""
+        model = candidate.model
+        assert isinstance(model, SeenBottleneck)
+        found = truth.images if model.balanced is better else torch.rand_like(truth.images)
+        return Reconstruction(found, truth.labels, objective=0.0, iterations=1, seconds=0.0)
+
+    likely = likeliest_noise(target, truth.labels, attempt)
+    assert isinstance(likely.target.model, SeenBottleneck)
+    assert likely.target.model.balanced is better
     adaptation = adapt(likely.target, InversionConfig())
     parts: dict[bool, float] = {False: 0.0, True: 0.0}
     for (name, g), w in zip(target.gradient.items(), adaptation.weights, strict=True):
-        late = name.startswith("7.")
-        parts[late] += float((w * g).square().sum())
-        assert w > 0
-    assert parts[True] <= parts[False] * (1 + 1e-4)
-    assert "count as much" in adaptation.notes[0]
+        parts[name.startswith("7.")] += float((w * g).square().sum())
+        assert 0 < w <= 1
+    assert (parts[True] <= parts[False] * (1 + 1e-4)) is better
+    assert ("count as much" in adaptation.notes[0]) is better
 
 
 def attacked(adaptive: bool) -> tuple[float, str]:

@@ -14,7 +14,9 @@ from scipy.special import softmax
 
 from attack.knowledge.known_defenses import Adaptation, register_adaptation
 from attack.knowledge.likely import Attempt, Likely
-from attack.matching.objectives import squared_norm
+from attack.matching.objectives import Cosine, squared_norm
+from attack.matching.replica import Replica
+from core.models.architecture import Architecture
 from core.models.building import last_linear
 from core.target import Target
 from gradients.defenses.base import stated
@@ -40,22 +42,21 @@ PARTED = 0.3
 LIKELY_SQUARES = (0.5, 2.0)
 # Rounds of solving for features whose divergence depends on them.
 ROUNDS = 20
+# Of the attack's iterations, in each of the two short ones.
+SHARE = 0.3
 
 
 @register_adaptation("precode")
 def _precode(adaptation: Adaptation, target: Target, values: list[float]) -> None:
     """Compare everything where the noise is known, else only what lies before the bottleneck.
 
-    In the first case the gradients of the bottleneck and of the last layer are scaled down to the
-    length of the others: of LeNet on 32 px they are so much longer that the image hardly shows.
-
     Source of the second: Scheliga, Mäder, Seeland, "Combining Variational Modeling with Partial
     Gradient Perturbation to Prevent Deep Gradient Leakage", https://arxiv.org/abs/2208.04767.
     """
-    head, _ = last_linear(target.build_model())
-    inside = [name.rpartition(".")[0].startswith(head) for name in target.gradient]
-    known = isinstance(target.model, BottleneckArchitecture) and target.model.noise is not None
-    factor = _balance(target, inside) if known else 0.0
+    inside = _late(target)
+    known = isinstance(target.model, SeenBottleneck)
+    balanced = isinstance(target.model, SeenBottleneck) and target.model.balanced
+    factor = _balance(target, inside) if balanced else float(known)
     adaptation.keep_only(
         [
             torch.full((), factor if later else 1.0, device=g.device)
@@ -63,12 +64,18 @@ def _precode(adaptation: Adaptation, target: Target, values: list[float]) -> Non
         ]
     )
     adaptation.notes.append(
-        "precode: the noise is computed from the bottleneck's gradients, which count as much as "
-        "those before it"
+        "precode: the noise is computed from the bottleneck's gradients"
+        + (", which count as much as those before it" if balanced else "")
         if known
         else "precode: noise is drawn anew in every evaluation; the bottleneck's gradients and "
         "those after it are left out"
     )
+
+
+def _late(target: Target) -> list[bool]:
+    """Which gradients are of the bottleneck and the layer after it."""
+    head, _ = last_linear(target.build_model())
+    return [name.rpartition(".")[0].startswith(head) for name in target.gradient]
 
 
 def _balance(target: Target, inside: list[bool]) -> float:
@@ -90,10 +97,14 @@ def _balance(target: Target, inside: list[bool]) -> float:
 def likeliest_noise(target: Target, labels: torch.Tensor, attempt: Attempt) -> Likely:
     """The target whose model has the noise that the client drew.
 
+    The gradients of the bottleneck and of the last layer are longer than the others. A network with
+    sigmoids is found by the early ones, one with ReLU by the late ones: a short attack tries each,
+    and the better match of the early ones decides, which both can be judged by.
+
     Args:
         target: What was shared under PRECODE.
         labels: N classes.
-        attempt: Not needed.
+        attempt: Runs an attack.
     """
     model = target.build_model()
     bottleneck = bottleneck_of(model)
@@ -105,8 +116,44 @@ def likeliest_noise(target: Target, labels: torch.Tensor, attempt: Attempt) -> L
     if seen is None:
         return Likely(target)
     noise = torch.from_numpy(seen.noise).float()
-    pinned = BottleneckArchitecture(target.model.inner, target.model.size, noise)
-    return Likely(dataclasses.replace(target, model=pinned))
+    inner, size = target.model.inner, target.model.size
+    trials = []
+    for balanced in (False, True):
+        candidate = dataclasses.replace(target, model=SeenBottleneck(inner, size, noise, balanced))
+        found = attempt(candidate, SHARE)
+        trials.append((_early_distance(candidate, labels, found.images), candidate))
+    return Likely(min(trials, key=lambda trial: trial[0])[1])
+
+
+class SeenBottleneck(BottleneckArchitecture):
+    """A bottleneck whose noise the attacker has computed.
+
+    Args:
+        inner: See `BottleneckArchitecture`.
+        size: See `BottleneckArchitecture`.
+        noise: N x size.
+        balanced: Whether the late gradients are scaled down to the length of the early ones.
+    """
+
+    def __init__(
+        self, inner: Architecture, size: int, noise: torch.Tensor, balanced: bool = False
+    ) -> None:
+        super().__init__(inner, size, noise)
+        self.balanced = balanced
+
+
+def _early_distance(target: Target, labels: torch.Tensor, images: torch.Tensor) -> float:
+    """How far the gradients before the bottleneck are from the shared ones, as 1 - cosine."""
+    replica = Replica(target, images.device)
+    inputs = target.data.normalize(images).to(replica.target_gradient[0].dtype)
+    loss = replica.loss(replica.model, inputs, labels.to(images.device))
+    found = torch.autograd.grad(loss, replica.parameters, materialize_grads=True)
+    late = dict(zip(target.gradient, _late(target), strict=True))
+    early = [index for index, name in enumerate(replica.names) if not late[name]]
+    value, _ = Cosine().value_and_seed(
+        [found[index] for index in early], [replica.target_gradient[index] for index in early]
+    )
+    return float(value)
 
 
 @dataclass(frozen=True)
