@@ -13,6 +13,9 @@ from core.target import Target
 if TYPE_CHECKING:
     from attack.reconstruction import Reconstruction
 
+# Of the attack's iterations, in a short one that only has to choose.
+SHORT = 0.3
+
 
 class Attempt(Protocol):
     """Runs an attack on a candidate."""

@@ -233,13 +233,14 @@ class ManyInversions:
         _plain(self.inversions[0]).calls = self._matcher.calls
         prior, terms = self._prior(inputs, self._regularizers(part, consensus))
         self._keep(rows, part, inputs, matches.values.tolist(), iteration)
-        self._note_terms(part, matches, terms)
+        terms = {"gradient": matches.values * weight, **terms}
+        self._note_terms(part, terms, matches.penalty)
         gradient = _images(self._combined(part, matches, prior))
         pulled = self._per_row(self._problem.coordinates.pull_back(gradient), part)
         gradients = [self._direction.signed(pulled, iteration)]
         if matches.label_gradient is not None:
             gradients.append(matches.label_gradient)
-        return sum((t.double() for t in terms.values()), matches.values * weight), gradients
+        return torch.stack([term.double() for term in terms.values()]).sum(0), gradients
 
     def _inputs(self, rows: Part) -> torch.Tensor:
         """R x n x C x H x W network inputs."""
@@ -359,12 +360,13 @@ class ManyInversions:
         encoded = self._per_row(self._problem.coordinates.encode(_images(boxed)), rows)
         rows.variable.copy_(torch.where(outside, encoded, rows.variable))
 
-    def _note_terms(self, part: Part, matches: RowMatches, terms: dict[str, torch.Tensor]) -> None:
+    def _note_terms(
+        self, part: Part, terms: dict[str, torch.Tensor], penalty: torch.Tensor | None
+    ) -> None:
         """Keep the weighted terms of each row for its trace."""
-        values = {"gradient": matches.values * self.config.matching.gradient_weight, **terms}
-        if matches.penalty is not None:
-            values["statistics"] = matches.penalty
-        self._terms.update((place, (values, row)) for row, place in enumerate(part.places))
+        if penalty is not None:
+            terms = {**terms, "statistics": penalty}
+        self._terms.update((place, (terms, row)) for row, place in enumerate(part.places))
 
     def _trace(self, rows: Rows, iteration: int) -> None:
         """Write down how far every target is."""

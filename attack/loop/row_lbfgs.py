@@ -64,9 +64,10 @@ class _Memory:
     def _double(self) -> None:
         """Make room; as long as there is some left, the first entry is the oldest."""
         more = min(HISTORY, 2 * self.steps.shape[1]) - self.steps.shape[1]
-        self.steps = torch.cat([self.steps, torch.zeros_like(self.steps)[:, :more]], 1)
-        self.changes = torch.cat([self.changes, torch.zeros_like(self.changes)[:, :more]], 1)
-        self.ro = torch.cat([self.ro, torch.zeros_like(self.ro)[:, :more]], 1)
+        self.steps, self.changes, self.ro = (
+            torch.cat([kept, torch.zeros_like(kept[:, :more])], 1)
+            for kept in (self.steps, self.changes, self.ro)
+        )
 
     def times_inverse(
         self, rows: torch.Tensor, vectors: torch.Tensor, diagonal: torch.Tensor

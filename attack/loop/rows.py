@@ -101,7 +101,7 @@ class Rows(abc.ABC):
         """Give every restart's own optimizer the state."""
 
     def part(self, places: Sequence[int] | None = None) -> Part:
-        """Some rows, or all."""
+        """Some rows, in ascending order, or all."""
         if places is None or len(places) == len(self.restarts):
             every = range(len(self.restarts))
             return Part(every, self.which, self.restarts, self.variable, self.labels)

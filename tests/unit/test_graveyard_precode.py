@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import math
 from pathlib import Path
@@ -203,6 +204,18 @@ def test_the_late_gradients_count_as_suits_the_network(better: bool) -> None:
         assert 0 < w <= 1
     assert (parts[True] <= parts[False] * (1 + 1e-4)) is better
     assert ("count as much" in adaptation.notes[0]) is better
+
+
+def test_where_only_late_gradients_are_shared_nothing_is_tried_out() -> None:
+    target, truth = shared(1)
+    late = {name: g for name, g in target.gradient.items() if name.startswith("7.")}
+
+    def attempt(candidate: Target, share: float, **_: object) -> Reconstruction:
+        raise AssertionError
+
+    likely = likeliest_noise(dataclasses.replace(target, gradient=late), truth.labels, attempt)
+    assert isinstance(likely.target.model, SeenBottleneck)
+    assert not likely.target.model.balanced
 
 
 def attacked(adaptive: bool) -> tuple[float, str]:

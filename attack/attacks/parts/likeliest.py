@@ -12,7 +12,7 @@ from attack.knowledge.answers.mixup import likeliest_mixture
 from attack.knowledge.answers.precode import likeliest_noise
 from attack.knowledge.answers.refiner import likeliest_refinement
 from attack.knowledge.answers.shadow import likeliest_noise_map
-from attack.knowledge.likely import Attempt, Likely
+from attack.knowledge.likely import SHORT, Attempt, Likely
 from core.settings import Value
 
 if TYPE_CHECKING:
@@ -22,13 +22,10 @@ if TYPE_CHECKING:
     from attack.settings import InversionConfig
     from core.target import Target
 
-# Of the attack's iterations, in every short one.
-SHARE = 0.3
-
 
 def _mixture(target: Target, labels: torch.Tensor, attempt: Attempt) -> Likely:
     def objective(candidate: Target) -> float:
-        return attempt(candidate, SHARE).objective
+        return attempt(candidate, SHORT).objective
 
     return Likely(likeliest_mixture(target, labels, objective))
 

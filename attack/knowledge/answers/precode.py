@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from scipy.optimize import least_squares
 from scipy.special import softmax
 
 from attack.knowledge.known_defenses import Adaptation, register_adaptation
-from attack.knowledge.likely import Attempt, Likely
+from attack.knowledge.likely import SHORT, Attempt, Likely
 from attack.matching.objectives import Cosine, squared_norm
 from attack.matching.replica import Replica
 from core.models.architecture import Architecture
@@ -42,8 +43,6 @@ PARTED = 0.3
 LIKELY_SQUARES = (0.5, 2.0)
 # Rounds of solving for features whose divergence depends on them.
 ROUNDS = 20
-# Of the attack's iterations, in each of the two short ones.
-SHARE = 0.3
 
 
 @register_adaptation("precode")
@@ -53,23 +52,28 @@ def _precode(adaptation: Adaptation, target: Target, values: list[float]) -> Non
     Source of the second: Scheliga, Mäder, Seeland, "Combining Variational Modeling with Partial
     Gradient Perturbation to Prevent Deep Gradient Leakage", https://arxiv.org/abs/2208.04767.
     """
-    inside = _late(target)
-    known = isinstance(target.model, SeenBottleneck)
-    balanced = isinstance(target.model, SeenBottleneck) and target.model.balanced
-    factor = _balance(target, inside) if balanced else float(known)
+    late, seen = _late(target), target.model
+    if not isinstance(seen, SeenBottleneck):
+        factor = 0.0
+        note = (
+            "noise is drawn anew in every evaluation; the bottleneck's gradients and those after "
+            "it are left out"
+        )
+    elif seen.balanced:
+        factor = _balance(target, late)
+        note = (
+            "the noise is computed from the bottleneck's gradients, which count as much as those "
+            "before it"
+        )
+    else:
+        factor, note = 1.0, "the noise is computed from the bottleneck's gradients"
     adaptation.keep_only(
         [
-            torch.full((), factor if later else 1.0, device=g.device)
-            for later, g in zip(inside, target.gradient.values(), strict=True)
+            torch.full((), factor if is_late else 1.0, device=g.device)
+            for is_late, g in zip(late, target.gradient.values(), strict=True)
         ]
     )
-    adaptation.notes.append(
-        "precode: the noise is computed from the bottleneck's gradients"
-        + (", which count as much as those before it" if balanced else "")
-        if known
-        else "precode: noise is drawn anew in every evaluation; the bottleneck's gradients and "
-        "those after it are left out"
-    )
+    adaptation.notes.append(f"precode: {note}")
 
 
 def _late(target: Target) -> list[bool]:
@@ -78,20 +82,15 @@ def _late(target: Target) -> list[bool]:
     return [name.rpartition(".")[0].startswith(head) for name in target.gradient]
 
 
-def _balance(target: Target, inside: list[bool]) -> float:
+def _balance(target: Target, late: list[bool]) -> float:
     """The factor of late gradients with which they are no longer than the early ones.
 
     The bottleneck and the layer after it are wide, and say little of the image.
     """
-    gradients = list(target.gradient.values())
-    late, early = (
-        math.sqrt(sum(float(squared_norm([g])) for g in some)) if some else 0.0
-        for some in (
-            [g for g, later in zip(gradients, inside, strict=True) if later],
-            [g for g, later in zip(gradients, inside, strict=True) if not later],
-        )
-    )
-    return 1.0 if late == 0 or early == 0 else min(1.0, early / late)
+    lengths = dict.fromkeys((False, True), 0.0)
+    for is_late, g in zip(late, target.gradient.values(), strict=True):
+        lengths[is_late] = math.hypot(lengths[is_late], float(squared_norm([g]).sqrt()))
+    return lengths[False] / lengths[True] if lengths[True] > lengths[False] > 0 else 1.0
 
 
 def likeliest_noise(target: Target, labels: torch.Tensor, attempt: Attempt) -> Likely:
@@ -117,12 +116,20 @@ def likeliest_noise(target: Target, labels: torch.Tensor, attempt: Attempt) -> L
         return Likely(target)
     noise = torch.from_numpy(seen.noise).float()
     inner, size = target.model.inner, target.model.size
-    trials = []
-    for balanced in (False, True):
-        candidate = dataclasses.replace(target, model=SeenBottleneck(inner, size, noise, balanced))
-        found = attempt(candidate, SHARE)
-        trials.append((_early_distance(candidate, labels, found.images), candidate))
-    return Likely(min(trials, key=lambda trial: trial[0])[1])
+    plain, balanced = (
+        dataclasses.replace(target, model=SeenBottleneck(inner, size, noise, way))
+        for way in (False, True)
+    )
+    late = _late(target)
+    if all(late):
+        # There is nothing that the late ones could drown.
+        return Likely(plain)
+
+    def early_distance(candidate: Target) -> float:
+        images = attempt(candidate, SHORT).images
+        return _early_distance(candidate, labels, images, late)
+
+    return Likely(min((plain, balanced), key=early_distance))
 
 
 class SeenBottleneck(BottleneckArchitecture):
@@ -135,23 +142,23 @@ class SeenBottleneck(BottleneckArchitecture):
         balanced: Whether the late gradients are scaled down to the length of the early ones.
     """
 
-    def __init__(
-        self, inner: Architecture, size: int, noise: torch.Tensor, balanced: bool = False
-    ) -> None:
+    def __init__(self, inner: Architecture, size: int, noise: torch.Tensor, balanced: bool) -> None:
         super().__init__(inner, size, noise)
         self.balanced = balanced
 
 
-def _early_distance(target: Target, labels: torch.Tensor, images: torch.Tensor) -> float:
+def _early_distance(
+    target: Target, labels: torch.Tensor, images: torch.Tensor, late: list[bool]
+) -> float:
     """How far the gradients before the bottleneck are from the shared ones, as 1 - cosine."""
     replica = Replica(target, images.device)
     inputs = target.data.normalize(images).to(replica.target_gradient[0].dtype)
     loss = replica.loss(replica.model, inputs, labels.to(images.device))
     found = torch.autograd.grad(loss, replica.parameters, materialize_grads=True)
-    late = dict(zip(target.gradient, _late(target), strict=True))
-    early = [index for index, name in enumerate(replica.names) if not late[name]]
+    early = [not is_late for is_late in late]
     value, _ = Cosine().value_and_seed(
-        [found[index] for index in early], [replica.target_gradient[index] for index in early]
+        list(itertools.compress(found, early)),
+        list(itertools.compress(replica.target_gradient, early)),
     )
     return float(value)
 
@@ -216,9 +223,8 @@ def seen_bottleneck(
     noise = (drawn - mean) / deviation
     low, high = LIKELY_SQUARES
     squares = np.square(noise).mean(1)
-    return (
-        Seen(features, drawn, noise) if (low < squares).all() and (squares < high).all() else None
-    )
+    likely = bool(((low < squares) & (squares < high)).all())
+    return Seen(features, drawn, noise) if likely else None
 
 
 def _features(
