@@ -46,6 +46,20 @@ def subplots(rows: int, columns: int, width: float, height: float) -> tuple[Figu
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
+def legend_beside(figure: Figure, *entries: Any, fontsize: float = 7) -> None:
+    """Put a legend to the right of all panels, and make the figure as high as it takes.
+
+    Args:
+        figure: With its panels drawn.
+        entries: Handles and labels; all of the figure's if there are none.
+        fontsize: In points.
+    """
+    legend = figure.legend(*entries, fontsize=fontsize, loc="outside right upper")
+    # A line and what is between two, by matplotlib's default, and the frame around all.
+    lines = 1.6 * len(legend.get_texts()) + 3
+    figure.set_figheight(max(figure.get_figheight(), lines * fontsize / 72))
+
+
 def save_figure(
     figure: Figure,
     path: str | Path,

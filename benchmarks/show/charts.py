@@ -17,7 +17,7 @@ from benchmarks.run.store import Store
 from benchmarks.show.pictures import Picture, save_picture
 from benchmarks.show.results import RowResult, TableResult
 from benchmarks.show.statistics import Summary, summarize
-from core.figures import subplots
+from core.figures import legend_beside, subplots
 
 # What a table's leakage is drawn by: the first that its rows have.
 LEAKAGES = ("ssim", "tokens_placed")
@@ -118,7 +118,7 @@ def tradeoff(result: TableResult, store: Store, folder: Path) -> Iterator[Pictur
         )  # fmt: skip
     ax.set(xlabel=f"{worth} (%)", ylabel=f"{_title(name)} of reconstructions (higher: more leaked)")
     ax.set_xlim(left=0)
-    figure.legend(fontsize=7, loc="outside right upper")
+    legend_beside(figure)
     caption = f"Privacy against utility: mean {_title(name)} with its 95 % interval"
     yield save_picture(figure, folder / "tradeoff.png", caption)
 
@@ -222,7 +222,7 @@ def curves(result: TableResult, store: Store, folder: Path) -> Iterator[Picture]
         ax.set(xlabel="iteration", ylabel="PSNR (dB)" if quantity == "psnr" else quantity)
         if quantity == "objective":
             ax.set_yscale("log")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=6, loc="outside right upper")
+    legend_beside(figure, *axes[0][0].get_legend_handles_labels(), fontsize=6)
     yield save_picture(
         figure,
         folder / "curves.png",

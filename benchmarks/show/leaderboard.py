@@ -34,7 +34,7 @@ from benchmarks.show.report import ASSETS, embedded, plain_table
 from benchmarks.show.table_entries import check_entry
 from core.errors import InputError
 from core.escaping import in_markdown, in_one_line
-from core.figures import subplots
+from core.figures import legend_beside, subplots
 from core.reading import read_json_object
 from core.storage import write_text
 
@@ -328,7 +328,7 @@ def draw(ranking: Ranking, file: Path) -> Picture:
         xlabel="validation accuracy under the defense (%)",
         ylabel="SSIM beyond a guess, worst tenth",
     )
-    figure.legend(fontsize=7, loc="outside right upper")
+    legend_beside(figure)
     caption = (
         "Leakage against utility with 95 % intervals; the dotted line joins the defenses that no "
         "other beats in both."

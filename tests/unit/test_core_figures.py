@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from core.figures import blank_figure, save_figure, subplots
+from core.figures import blank_figure, legend_beside, save_figure, subplots
 
 
 def test_a_figure_is_saved_for_screens_and_for_papers(tmp_path: Path) -> None:
@@ -34,3 +34,18 @@ def test_empty_margins_are_cut_off_where_asked_for(tmp_path: Path, constrained: 
     assert sizes[0] == (200, 200)
     assert max(sizes[1]) < 100
     assert not (tmp_path / "a.pdf").exists()
+
+
+@pytest.mark.parametrize("entries", [3, 30, 60])
+def test_a_legend_beside_the_panels_is_seen_whole(entries: int) -> None:
+    figure, axes = subplots(1, 1, 7.2, 4.2)
+    for number in range(entries):
+        axes[0][0].errorbar(number, number, yerr=1, fmt="o", label=f"defense {number}")
+    legend_beside(figure)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert figure.bbox.y0 <= box.y0
+    assert box.y1 <= figure.bbox.y1
+    assert len(legend.get_texts()) == entries
+    assert bool(figure.get_figheight() > 4.2) is (entries > 3)
