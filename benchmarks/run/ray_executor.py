@@ -194,8 +194,9 @@ def _connect(address: str | None) -> Any:
     except ImportError:
         raise InputError("--executor ray needs Ray: pip install 'gradinvbench[search]'") from None
     try:
+        # Without "local" it would join what cluster it finds, or wait for one that is gone.
         ray.init(
-            address=address, include_dashboard=None if address else False,
+            address=address or "local", include_dashboard=None if address else False,
             log_to_driver=False, logging_level=logging.ERROR,
         )  # fmt: skip
     except (ConnectionError, ValueError, RuntimeError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,22 @@ def test_a_cell_of_more_processes_than_any_node_has_cores_is_not_waited_for_for_
     stages = {"toy": dataclasses.replace(TOY, distributed=False)}
     status = grid([cell], Store(tmp_path), executor=executor(cluster), stages=stages).run()
     assert status[cell.key] is Status.FINISHED
+
+
+def test_without_an_address_no_cluster_of_others_is_joined(tmp_path: Path) -> None:
+    """Ray has noted a cluster that was started here before, and is gone."""
+    from benchmarks.run.ray_executor import RayExecutor
+
+    noted = Path(os.environ["RAY_TMPDIR"]) / "ray" / "ray_current_cluster"
+    noted.parent.mkdir(exist_ok=True)
+    noted.write_text("127.0.0.1:1")
+    try:
+        remote = RayExecutor(code=("core", "training", "tests"))
+        cell = toy(value=1)
+        assert grid([cell], Store(tmp_path), executor=remote).run()[cell.key] is Status.FINISHED
+    finally:
+        noted.unlink()
+        ray.shutdown()
 
 
 def test_more_gpus_than_the_cluster_has_are_refused(cluster: Any) -> None:
