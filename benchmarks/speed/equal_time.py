@@ -1,31 +1,40 @@
 """Attacks compared at equal processor time on the same gradient checkpoints.
 
-`python -m benchmarks.equal_time CHECKPOINT ... --seconds 20`, or a grid of targets made for it:
-`python -m benchmarks.equal_time --data photo-patches,DIR --models convnet:32,FILE --batches 1,8`
+python -m benchmarks.equal_time CHECKPOINT ... --seconds 20     checkpoints of stage 2
+python -m benchmarks.equal_time --data photo-patches,DIR --models convnet:32,FILE --batches 1,8
+python -m benchmarks.equal_time --cases all --folder cifar10=DIR --images 0,1,2,3 --seconds 8,60
 
 Every attack gets the same seconds of processor time on one thread: a few iterations are
 timed first, and the attack then runs as many as fit, its schedules stretched over just
-those. What is recorded already is not run again. Labels are known to all. Attacks of the
-package `breaching` (`pip install breaching`) run beside ours as `breaching:NAME`, with
-their published settings.
+those. Image number n of a grid or case has seed --seed + n. What is recorded already is not
+run again. Labels are known to all. Attacks of the package `breaching` (`pip install breaching`)
+run beside ours as `breaching:NAME`, with their published settings.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from attack.attacks import OptimizationAttack, get_attack
 from attack.metrics import evaluate
+from benchmarks.speed.equal_time_cases import (
+    FOLDERS,
+    WEIGHTS,
+    Source,
+    extract,
+    find_cases,
+    make_cases,
+)
 from benchmarks.speed.equal_time_report import draw, reconstruction_file, render, render_summary
-from benchmarks.speed.references import as_breaching
+from benchmarks.speed.equal_time_runs import Course, affordable, inverter
 from core.errors import InputError
 from core.launch_arguments import CommandParser
 from core.records import provenance, read_record
@@ -37,10 +46,6 @@ from gradients.record import describe
 CPU = torch.device("cpu")
 DEFAULT_ATTACKS = "spectral,inverting-gradients"
 RECORD = "record.json"
-# How often the sample of timed iterations may double.
-DOUBLINGS = 4
-# Inverts with so many iterations; returns N x C x H x W in [0, 1].
-Run = Callable[[int], torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,17 +63,23 @@ class TargetGrid:
     data: tuple[str, ...]
     models: tuple[str, ...] = ("convnet:32", "resnet18:16")
     batches: tuple[str, ...] = ("1",)
-    images: tuple[str, ...] = ("0",)
+    images: tuple[int, ...] = (0,)
     train_mode: bool = False
 
 
 def build_parser() -> CommandParser:
     """The command line."""
-    parser = CommandParser(prog="python -m benchmarks.equal_time", description=__doc__)
+    parser = CommandParser(
+        prog="python -m benchmarks.equal_time",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT")
     parser.add_argument("--attacks", default=DEFAULT_ATTACKS, help="comma-separated names")
-    parser.add_argument("--seconds", type=float, default=20.0, help="processor time per attack")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seconds", default="20", metavar="S,...", help="processor time per attack, or several"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of image 0; the next has the next")
     parser.add_argument("--output", default="results/equal_time", metavar="DIR")
     grid = parser.add_argument_group("grid of targets")
     grid.add_argument("--data", default="", metavar="NAME_OR_DIR,...", help="data sets")
@@ -81,6 +92,18 @@ def build_parser() -> CommandParser:
     grid.add_argument("--batches", default="1", metavar="N,...", help="batch sizes")
     grid.add_argument("--images", default="0", metavar="N,...", help="which batches of the data")
     grid.add_argument("--train-mode", action="store_true", help="batch statistics in BatchNorm")
+    cases = parser.add_argument_group("cases of the documents, beside or instead of a grid")
+    cases.add_argument(
+        "--cases", default="", metavar="NAME;...", help="all: those whose data is there"
+    )
+    cases.add_argument(
+        "--folder", action="append", default=[], metavar="KIND=DIR",
+        help=f"images of {', '.join(FOLDERS)}",
+    )  # fmt: skip
+    cases.add_argument(
+        "--weights", action="append", default=[], metavar="NAME=FILE",
+        help=f"trained {', '.join(WEIGHTS)}",
+    )  # fmt: skip
     return parser
 
 
@@ -89,33 +112,70 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     torch.set_num_threads(1)
     folder = Path(args.output)
-    grid = TargetGrid(
-        data=_words(args.data),
-        models=_words(args.models),
-        batches=_words(args.batches),
-        images=_words(args.images),
-        train_mode=args.train_mode,
-    )
-    checkpoints = [*args.checkpoints, *make_targets(grid, folder)]
-    if not checkpoints:
-        raise InputError("CHECKPOINT: give gradient checkpoints, or --data for a grid of them")
-    for path in checkpoints:
+    budgets, targets = _budgets(args.seconds), _targets(args, folder)
+    for path, _ in targets:
         if load_target(path)[1] is None:
             raise InputError(f"CHECKPOINT: {path} holds no true images to compare with")
-    jobs = [(path, attack) for path in checkpoints for attack in args.attacks.split(",")]
+    jobs = list(itertools.product(budgets, targets, args.attacks.split(",")))
     rows = recorded_rows(folder)
     done = {_key(row) for row in rows}
-    for path, attack in tqdm(jobs, desc="attacks at equal time"):
-        if (Path(path).name, attack, args.seconds, args.seed) in done:
+    for budget, (path, seed), attack in tqdm(jobs, desc="attacks at equal time"):
+        if (path.name, attack, budget, seed) in done:
             continue
         target, truth = load_target(path)
         assert truth is not None
-        rows.append(compare(path, attack, target, truth, args.seconds, args.seed, folder))
+        rows.append(compare(path, attack, target, truth, budget, seed, folder))
         write_json(folder / RECORD, {"rows": rows, "provenance": provenance(CPU, args.seed)})
         write_text(folder / "table.md", render(rows))
         write_text(folder / "summary.md", render_summary(rows))
     draw(rows, folder)
     print(render_summary(rows))
+
+
+def _budgets(text: str) -> list[float]:
+    try:
+        budgets = [float(word) for word in _words(text)]
+    except ValueError:
+        budgets = []
+    if not budgets or not all(budget > 0 for budget in budgets):
+        raise InputError(f"--seconds {text}: expected seconds above 0, joined by commas")
+    return budgets
+
+
+def _targets(args: argparse.Namespace, folder: Path) -> list[tuple[Path, int]]:
+    """Checkpoints that are given or made, and the seed of each."""
+    images = _words(args.images)
+    if not images or not all(word.isdecimal() for word in images):
+        raise InputError(f"--images {args.images}: expected numbers from 0, joined by commas")
+    numbers = [int(word) for word in images]
+    grid = TargetGrid(
+        data=_words(args.data),
+        models=_words(args.models),
+        batches=_words(args.batches),
+        images=tuple(numbers),
+        train_mode=args.train_mode,
+    )
+    source = Source(
+        _pairs("--folder", args.folder, FOLDERS), _pairs("--weights", args.weights, WEIGHTS)
+    )
+    cases = find_cases(args.cases, source) if args.cases else []
+    given = [(Path(path), 0) for path in args.checkpoints]
+    made = [*make_targets(grid, folder), *make_cases(cases, numbers, source, folder)]
+    if not given and not made:
+        raise InputError("CHECKPOINT: give gradient checkpoints, --data for a grid, or --cases")
+    return [(path, args.seed + number) for path, number in [*given, *made]]
+
+
+def _pairs(flag: str, given: Sequence[str], known: Sequence[str]) -> dict[str, str]:
+    pairs = {}
+    for word in given:
+        name, _, path = word.partition("=")
+        if name not in known or not path:
+            raise InputError(f"{flag} {word}: expected NAME=PATH with NAME {' or '.join(known)}")
+        if not Path(path).exists():
+            raise InputError(f"{flag} {word}: there is no such path")
+        pairs[name] = path
+    return pairs
 
 
 def recorded_rows(folder: Path) -> list[dict[str, Any]]:
@@ -138,7 +198,7 @@ def _key(row: dict[str, Any]) -> tuple[str, str, float, int]:
     return checkpoint, attack, budget, seed
 
 
-def make_targets(grid: TargetGrid, folder: Path) -> list[str]:
+def make_targets(grid: TargetGrid, folder: Path) -> list[tuple[Path, int]]:
     """Run stage 2 for every target of the grid that has no checkpoint yet.
 
     The images vary slowest, so that a run cut short has seen every kind of target.
@@ -148,25 +208,22 @@ def make_targets(grid: TargetGrid, folder: Path) -> list[str]:
         folder: Their checkpoints go to its folder `targets`.
 
     Returns:
-        The checkpoints' paths.
+        Per target its checkpoint and which batch it is.
     """
     cells = itertools.product(grid.images, grid.data, grid.batches, grid.models)
-    return [str(_make_target(*cell, grid.train_mode, folder / "targets")) for cell in cells]
+    made = folder / "targets"
+    return [(_make_target(*cell, grid.train_mode, made), cell[0]) for cell in cells]
 
 
 def _make_target(
-    image: str, data: str, batch: str, model: str, train_mode: bool, folder: Path
+    image: int, data: str, batch: str, model: str, train_mode: bool, folder: Path
 ) -> Path:
-    from gradients.command import run
-
     name = f"{Path(data).name}_{_model_name(model)}_b{batch}_i{image}"
     path = folder / f"{name}{'_train' if train_mode else ''}.tar"
     if not path.exists():
-        words = ["--data", data, "-b", batch, "--target-idx", image, "-j", "1"]
-        words += [*_model_flags(model), *([] if train_mode else ["--model-eval"])]
-        made = folder / "stage2" / path.stem
-        run([*words, "--cpu", "--results", str(made)])
-        next(made.glob("*-checkpoint.pth.tar")).replace(path)
+        words = ["--data", data, "-b", batch, *_model_flags(model)]
+        words += [] if train_mode else ["--model-eval"]
+        extract(words, image, path, folder / "stage2" / path.stem)
     return path
 
 
@@ -188,7 +245,7 @@ def _model_flags(model: str) -> list[str]:
 
 
 def compare(
-    path: str,
+    path: Path,
     name: str,
     target: Target,
     truth: Truth,
@@ -208,87 +265,26 @@ def compare(
         folder: Where its picture goes.
 
     Returns:
-        One row: attack, target, iterations, seconds used, metrics per image and their means.
+        One row: attack, target, iterations, seconds used, metrics per image and their means, and
+        the means on the way.
     """
-    runner = _breaching if name.startswith("breaching:") else _ours
-    iterations = _affordable(runner(name, target, truth.labels, seed), seconds)
-    run = runner(name, target, truth.labels, seed)
+    run = inverter(name, target, truth.labels, seed)
+    iterations = affordable(run, seconds)
+    course = Course(truth)
     begun = time.process_time()
-    images = run(iterations)
-    used = time.process_time() - begun
+    images = run(iterations, course)
+    used = time.process_time() - begun - course.looking
     evaluation = evaluate(images, truth.labels, truth, metrics=("mse", "psnr", "ssim"))
     tensors = {"images": images[evaluation.order], "originals": truth.images}
-    save_checkpoint(tensors, reconstruction_file(folder, Path(path).name, name, seed))
+    save_checkpoint(tensors, reconstruction_file(folder, path.name, name, seed, seconds))
     return {
         "attack": name,
-        "checkpoint": Path(path).name,
+        "checkpoint": path.name,
         "target": describe(target).setting(),
         "iterations": iterations,
         "budget_seconds": seconds,
         "seed": seed,
         "cpu_seconds": used,
+        "course": course.moments,
         "evaluation": evaluation.to_record(),
     }
-
-
-def _affordable(run: Run, seconds: float, sample: int = 6) -> int:
-    """Iterations that fit the time, by what twice as many of them take longer.
-
-    On a busy machine a few iterations more may take no longer: the sample is doubled until
-    the difference stands out.
-    """
-    run(2)  # Warm-up: allocations and kernel selection.
-    short = _seconds(run, sample)
-    long = _seconds(run, 2 * sample)
-    for _ in range(DOUBLINGS):
-        if long - short > short / 4 or long > seconds / 4:
-            break
-        sample *= 2
-        short, long = long, _seconds(run, 2 * sample)
-    # However the clock erred, an iteration costs a share of what all of them took.
-    per_iteration = max((long - short) / sample, long / (8 * sample))
-    overhead = max(0.0, short - per_iteration * sample)
-    return max(1, int((seconds - overhead) / per_iteration))
-
-
-def _seconds(run: Run, iterations: int) -> float:
-    begun = time.process_time()
-    run(iterations)
-    return time.process_time() - begun
-
-
-def _ours(name: str, target: Target, labels: torch.Tensor, seed: int) -> Run:
-    attack = get_attack(name)
-    if not issubclass(attack, OptimizationAttack):
-        raise InputError(f"--attacks {name}: does not iterate")
-
-    def run(iterations: int) -> torch.Tensor:
-        config = attack.published.changed(iterations=iterations)
-        result = attack(config).reconstruct(target, labels=labels, device=CPU, seed=seed)
-        return result.images
-
-    return run
-
-
-def _breaching(name: str, target: Target, labels: torch.Tensor, seed: int) -> Run:
-    """An attack of the package `breaching` (MIT), https://github.com/JonasGeiping/breaching."""
-    try:
-        import breaching
-    except ImportError:
-        raise InputError(f"--attacks {name}: needs `pip install breaching`") from None
-    model = target.build_model()
-    payload, shared = as_breaching(target, model, labels.sort().values)
-    config = breaching.get_attack_config(name.partition(":")[2])
-
-    def run(iterations: int) -> torch.Tensor:
-        torch.manual_seed(seed)
-        config.optim.max_iterations = iterations
-        config.optim.callback = iterations + 1
-        setup = {"device": CPU, "dtype": torch.float}
-        attacker = breaching.attacks.prepare_attack(
-            model, torch.nn.CrossEntropyLoss(), config, setup
-        )
-        found, _ = attacker.reconstruct([payload], [shared], {}, dryrun=False)
-        return target.data.denormalize(found["data"].detach()).clamp(0, 1)
-
-    return run

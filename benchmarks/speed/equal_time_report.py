@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from benchmarks.show.statistics import Summary, summarize
 from core.pictures import caption, save_gallery
 from core.storage import load_checkpoint
 
@@ -20,13 +23,19 @@ ORIGINAL = "original"
 GALLERY = 8
 # What differs in the names of targets of one kind.
 _IMAGES = re.compile(r"_i\d+|, seed \d+")
-# PSNR in dB and SSIM, means over the images of a batch.
-Scores = tuple[float, float]
+# What is compared, with the decimals that tables show.
+METRICS = (("psnr", "PSNR in dB", 2), ("ssim", "SSIM", 3))
+FLAT = "flat colour"
+# The SSIM whose first moment is looked for.
+SEEN = 0.5
+Row = dict[str, Any]
 
 
-def reconstruction_file(folder: Path, checkpoint: str, attack: str, seed: int) -> Path:
+def reconstruction_file(
+    folder: Path, checkpoint: str, attack: str, seed: int, seconds: float
+) -> Path:
     """Where the reconstruction of one attack is kept, beside its originals."""
-    name = f"{_stem(checkpoint)}_{attack.replace(':', '-')}_s{seed}.pt"
+    name = f"{_stem(checkpoint)}_{attack.replace(':', '-')}_s{seed}_{seconds:g}s.pt"
     return folder / RECONSTRUCTIONS / name
 
 
@@ -43,10 +52,11 @@ class _Kept:
     captions: list[str]
 
 
-def draw(rows: list[dict[str, Any]], folder: Path) -> None:
-    """A picture per target, and one of the first image of the first targets.
+def draw(rows: list[Row], folder: Path) -> None:
+    """A picture per target, and one of the first image of the first of every kind.
 
-    Only of what all attacks have inverted, and only where the reconstructions are kept.
+    Only of what all attacks have inverted in the longest time, and only where the
+    reconstructions are kept.
 
     Args:
         rows: The record's.
@@ -54,8 +64,9 @@ def draw(rows: list[dict[str, Any]], folder: Path) -> None:
     """
     attacks = list(dict.fromkeys(row["attack"] for row in rows))
     targets: dict[str, dict[str, _Kept]] = {}
+    longest = max((row["budget_seconds"] for row in rows), default=0.0)
     for row in rows:
-        kept = _kept(row, folder)
+        kept = _kept(row, folder) if row["budget_seconds"] == longest else None
         if kept is not None:
             targets.setdefault(_target_name(row), {})[row["attack"]] = kept
     complete = {name: found for name, found in targets.items() if len(found) == len(attacks)}
@@ -64,8 +75,10 @@ def draw(rows: list[dict[str, Any]], folder: Path) -> None:
         captions = {attack: found[attack].captions for attack in attacks}
         originals = {ORIGINAL: found[attacks[0]].originals}
         save_gallery(folder / f"{name}.png", originals | images, captions, title=name)
+    first = {kind: name for name in reversed(complete) if (kind := _IMAGES.sub("", name))}
     if complete:
-        _draw_first_images(dict(list(complete.items())[:GALLERY]), attacks, folder)
+        shown = {kind: complete[name] for kind, name in reversed(first.items())}
+        _draw_first_images(dict(list(shown.items())[:GALLERY]), attacks, folder)
 
 
 def _draw_first_images(
@@ -80,8 +93,9 @@ def _draw_first_images(
     save_gallery(folder / "gallery.png", rows, captions)
 
 
-def _kept(row: dict[str, Any], folder: Path) -> _Kept | None:
-    file = reconstruction_file(folder, row["checkpoint"], row["attack"], row["seed"])
+def _kept(row: Row, folder: Path) -> _Kept | None:
+    names = row["checkpoint"], row["attack"], row["seed"], row["budget_seconds"]
+    file = reconstruction_file(folder, *names)
     if not file.exists():
         return None
     tensors = load_checkpoint(file)
@@ -89,70 +103,156 @@ def _kept(row: dict[str, Any], folder: Path) -> _Kept | None:
     return _Kept(list(tensors["originals"]), list(tensors["images"]), captions)
 
 
-def render_summary(rows: list[dict[str, Any]]) -> str:
-    """PSNR / SSIM of each attack: means over each kind of target, wins, and every target."""
+def render_summary(rows: Sequence[Row]) -> str:
+    """Per budget each attack's means over every kind of target, and how they differ.
+
+    Intervals are 95 % bootstrap intervals over targets, of which each has images and a seed of
+    its own. The first attack is compared with every other on the same targets.
+
+    Args:
+        rows: The record's.
+    """
     attacks = list(dict.fromkeys(row["attack"] for row in rows))
-    targets = _scores_by_target(rows)
-    lines = [
-        f"| mean PSNR in dB / SSIM | targets | {' | '.join(attacks)} |",
-        f"| :--- | ---: |{' ---: |' * len(attacks)}",
-    ]
-    for kind, group in _kinds(targets, attacks).items():
-        means = [_shown(_mean(scores[attack] for scores in group)) for attack in attacks]
-        lines.append(f"| {kind} | {len(group)} | {' | '.join(means)} |")
-    for index, metric in enumerate(("PSNR", "SSIM")):
-        wins = [str(_wins(targets, attack, index)) for attack in attacks]
-        lines.append(f"| best in {metric} | {len(targets)} | {' | '.join(wins)} |")
-    lines += ["", f"| target | {' | '.join(attacks)} |", f"| :--- |{' ---: |' * len(attacks)}"]
-    for name, scores in targets.items():
-        lines.append(f"| {name} | {' | '.join(_shown(scores.get(a)) for a in attacks)} |")
-    return "\n".join(lines) + "\n"
+    budgets = sorted({row["budget_seconds"] for row in rows})
+    parts = []
+    for budget in budgets:
+        kinds = _kinds([row for row in rows if row["budget_seconds"] == budget], attacks)
+        if not kinds:
+            continue
+        parts.append(f"## {budget:g} s of processor time\n")
+        for metric, name, digits in METRICS:
+            parts += [_means(kinds, attacks, metric, name, digits), ""]
+        if len(attacks) > 1:
+            parts += [_level(kinds, attacks), ""]
+    everything = _kinds(rows, attacks)
+    if everything and all(row.get("course") for row in rows):
+        parts += [f"## Seconds of processor time to an SSIM of {SEEN:g}\n"]
+        parts += [_times(everything, attacks), ""]
+    return "\n".join(parts)
 
 
-def _scores_by_target(rows: list[dict[str, Any]]) -> dict[str, dict[str, Scores]]:
-    targets: dict[str, dict[str, Scores]] = {}
-    for row in rows:
-        summary = row["evaluation"]["summary"]
-        scores = summary["psnr"]["mean"], summary["ssim"]["mean"]
-        targets.setdefault(_target_name(row), {})[row["attack"]] = scores
-    return targets
+# Per kind of target and attack, its rows in the order of the targets.
+Kinds = dict[str, dict[str, list[Row]]]
 
 
-def _kinds(
-    targets: dict[str, dict[str, Scores]], attacks: list[str]
-) -> dict[str, list[dict[str, Scores]]]:
+def _kinds(rows: Sequence[Row], attacks: Sequence[str]) -> Kinds:
     """Targets that every attack has seen, by what they share beside the images and the seed."""
-    kinds: dict[str, list[dict[str, Scores]]] = {}
-    for name, scores in targets.items():
-        if len(scores) == len(attacks):
-            kinds.setdefault(_IMAGES.sub("", name), []).append(scores)
+    targets: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        targets.setdefault(_target_name(row), {}).setdefault(row["attack"], []).append(row)
+    kinds: Kinds = {}
+    for name, found in targets.items():
+        if len(found) == len(attacks):
+            kind = kinds.setdefault(_IMAGES.sub("", name), {a: [] for a in attacks})
+            for attack in attacks:
+                kind[attack] += found[attack]
     return kinds
 
 
-def _mean(scores: Iterable[Scores]) -> Scores:
-    psnr, ssim = zip(*scores, strict=True)
-    return statistics.mean(psnr), statistics.mean(ssim)
+def _score(row: Row, metric: str) -> float:
+    return float(row["evaluation"]["summary"][metric]["mean"])
 
 
-def _shown(scores: Scores | None) -> str:
-    return "–" if scores is None else f"{scores[0]:.2f} / {scores[1]:.3f}"
+def _means(kinds: Kinds, attacks: Sequence[str], metric: str, name: str, digits: int) -> str:
+    lines = [
+        f"| {name} | targets | {' | '.join(attacks)} | {FLAT} |",
+        f"| :--- | ---: |{' ---: |' * (len(attacks) + 1)}",
+    ]
+    for kind, found in kinds.items():
+        cells = [_shown([_score(row, metric) for row in found[a]], digits) for a in attacks]
+        flat = [row["evaluation"]["baselines"][FLAT][metric]["mean"] for row in found[attacks[0]]]
+        cells.append(f"{statistics.mean(flat):.{digits}f}")
+        lines.append(f"| {kind} | {len(flat)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
-def _wins(targets: dict[str, dict[str, Scores]], attack: str, metric: int) -> int:
-    """Targets on which no attack that ran is better."""
-    won = 0
-    for scores in targets.values():
-        values = {name: value[metric] for name, value in scores.items()}
-        won += len(values) > 1 and attack in values and values[attack] == max(values.values())
-    return won
+def _shown(values: Sequence[float], digits: int, sign: str = "") -> str:
+    summary: Summary | None = summarize(values)
+    if summary is None:
+        return "–"
+    mean = f"{summary.mean:{sign}.{digits}f}"
+    if summary.low is None or summary.high is None:
+        return mean
+    return f"{mean} ({summary.low:{sign}.{digits}f} to {summary.high:{sign}.{digits}f})"
 
 
-def _target_name(row: dict[str, Any]) -> str:
+def _level(kinds: Kinds, attacks: Sequence[str]) -> str:
+    """What the first attack has more than the others, and on how many kinds it is not behind."""
+    first, *others = attacks
+    columns = [f"{other}, {metric.upper()}" for other in others for metric in _NAMES]
+    lines = [
+        f"| {first} minus ... | {' | '.join(columns)} |",
+        f"| :--- |{' ---: |' * (len(others) * len(METRICS))}",
+    ]
+    level = dict.fromkeys(_NAMES, 0)
+    for kind, found in kinds.items():
+        cells, behind = [], dict.fromkeys(_NAMES, False)
+        for other in others:
+            for metric, _, digits in METRICS:
+                pairs = zip(found[first], found[other], strict=True)
+                differences = [_score(a, metric) - _score(b, metric) for a, b in pairs]
+                cells.append(_shown(differences, digits, "+"))
+                behind[metric] |= _behind(differences)
+        for metric in _NAMES:
+            level[metric] += not behind[metric]
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    counts = ", ".join(f"in {m.upper()} on {level[m]}" for m in _NAMES)
+    lines += [
+        "",
+        f"`{first}` is best or level {counts} of {len(kinds)} rows: behind means that the",
+    ]
+    lines.append("interval of the difference to some other attack lies below 0.")
+    return "\n".join(lines)
+
+
+_NAMES = tuple(metric for metric, _, _ in METRICS)
+
+
+def _behind(differences: Sequence[float]) -> bool:
+    summary = summarize(differences)
+    assert summary is not None
+    return (summary.mean if summary.high is None else summary.high) < 0
+
+
+def _times(kinds: Kinds, attacks: Sequence[str]) -> str:
+    lines = [
+        f"| kind | targets | {' | '.join(attacks)} |",
+        f"| :--- | ---: |{' ---: |' * len(attacks)}",
+    ]
+    for kind, found in kinds.items():
+        cells = []
+        for attack in attacks:
+            earliest: dict[str, float] = {}
+            for row in found[attack]:
+                name = _target_name(row)
+                earliest[name] = min(earliest.get(name, math.inf), _first_seen(row))
+            times = list(earliest.values())
+            seen = sum(math.isfinite(t) for t in times)
+            # Half of the targets at least: the median is one of them, and finite.
+            middle = f", median {np.median(times):.1f} s" if 2 * seen > len(times) else ""
+            cells.append(f"{seen} of {len(times)}{middle}")
+        lines.append(f"| {kind} | {len(times)} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "The earliest moment of all budgets at which the images on their way had it: how many",
+    ]
+    lines.append("targets ever did, and the median where more than half did.")
+    return "\n".join(lines)
+
+
+def _first_seen(row: Row) -> float:
+    moments = [seconds for seconds, _, ssim in row["course"] if ssim >= SEEN]
+    if _score(row, "ssim") >= SEEN:
+        moments.append(row["cpu_seconds"])
+    return min(moments, default=math.inf)
+
+
+def _target_name(row: Row) -> str:
     name = _stem(row["checkpoint"])
     return f"{name}, seed {row['seed']}" if row["seed"] else name
 
 
-def render(rows: list[dict[str, Any]]) -> str:
+def render(rows: list[Row]) -> str:
     """The rows as a Markdown table, mean over the images of each batch."""
     lines = [
         "| target | mode | batch | attack | iterations | CPU s | PSNR (dB) | SSIM |",
