@@ -9,8 +9,6 @@ import json
 import os
 import pickle
 import struct
-import subprocess
-import sys
 import tracemalloc
 import warnings
 import zipfile
@@ -26,11 +24,11 @@ import torch
 from core.errors import InputError, exit_status
 from core.reading import check_name, checksum_of, read_json
 from core.torch_files import read_torch_file
+from tests.launched import Command
 from tests.reader_files import (
     CHECKPOINT,
     JSON,
     READERS,
-    ROOT,
     TORCH,
     leaderboard_entry,
     resume,
@@ -266,29 +264,19 @@ def test_hostile_files_of_torch(what: str, folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         HOSTILE_TORCH[what](path)
-    said = _in_little_memory("from gradients.received_model import read_pretrained as read", path)
+    said = _in_little_memory("gradients.received_model.read_pretrained", path)
     assert said.startswith("error: --pretrained: ")
 
 
 def _in_little_memory(reader: str, path: Path) -> str:
     """What a process says that reads a file and may allocate little more than its size."""
+    module, _, function = reader.rpartition(".")
     limit = MEMORY_MIB * 2**20 + 8 * path.stat().st_size
-    program = f"""
-import resource, sys
-{reader}
-from core.errors import exit_status
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + {limit}, -1))
-sys.exit(exit_status(lambda: read({str(path)!r})))
-"""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120,
-        env=environment, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr[-2000:]
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr[-2000:]
-    return done.stderr
+    process = Command("-m", "tests.little_memory", module, function, str(path), str(limit))
+    said, _ = process.communicate()
+    assert process.returncode == 2, said[-2000:]
+    assert len(said.strip().splitlines()) == 1, said[-2000:]
+    return said
 
 
 VALUES: dict[str, Any] = {
@@ -416,7 +404,7 @@ def test_claims_of_a_gradient_checkpoint(what: str, folder: Path) -> None:
 def test_a_claim_costs_no_memory(what: str, folder: Path) -> None:
     path = whole_file("gradient checkpoint", folder)
     _changed(path, CLAIMS[what])
-    said = _in_little_memory("from gradients.checkpoint import load_target as read", path)
+    said = _in_little_memory("gradients.checkpoint.load_target", path)
     assert said.startswith("error: --checkpoint: ")
 
 
