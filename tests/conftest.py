@@ -12,13 +12,17 @@ from collections.abc import Iterator
 
 import pytest
 
-# One simulated federation at a time; begun last, they would keep one process busy and no other.
-ONE_AT_A_TIME = "tests/federated/test_nvflare_simulator.py"
+# One simulated federation at a time, and one test of a minute. Begun last, they would keep one
+# process busy and no other.
+LONGEST = (
+    "tests/federated/test_nvflare_simulator.py",
+    "tests/unit/test_pretended_device.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the simulated federations in front; all else keeps its order."""
-    items.sort(key=lambda item: not item.nodeid.startswith(ONE_AT_A_TIME))
+    """Put what takes longest in front; all else keeps its order."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
 
 
 @pytest.fixture(scope="session", autouse=True)
