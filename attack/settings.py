@@ -134,6 +134,8 @@ class PriorSettings(Topic):
         balance_hold: Objective below which the balance does not fall: where the gradient
             is matched that well beside the prior, many images match it, and the prior
             alone tells them apart. 0: it always falls.
+        keep_contrast: Let the priors not change the contrast of images that BatchNorm
+            normalises by themselves (train mode, one image), see `attack.priors.contrast`.
     """
 
     title: ClassVar[str] = "priors"
@@ -167,6 +169,9 @@ class PriorSettings(Topic):
     balance_end: float | None = setting(None, "--balance-end", help="what it falls to")
     balance_hold: float = setting(
         0.0, "--balance-hold", help="it stays while the objective is below"
+    )
+    keep_contrast: bool = setting(
+        False, "--keep-contrast", help="priors do not fade single images in train mode"
     )
 
 

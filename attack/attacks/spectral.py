@@ -24,3 +24,19 @@ class Spectral(OptimizationAttack):
 
     name = "spectral"
     published = published.SPECTRAL
+
+
+@register_attack
+class Spectral2(Spectral):
+    """`spectral`, whose prior no longer fades single images in train mode.
+
+    - All of `spectral`, which it is in evaluation mode and for batches of several images.
+    - Where BatchNorm takes the statistics of one image, the gradient hardly shows its contrast,
+      and total variation is smaller for faint images: what `spectral` finds early loses its
+      colours later. The prior's step has no component along that contrast here, so that an
+      image keeps the contrast of its start, which is the data set's, unless the gradient says
+      otherwise.
+    """
+
+    name = "spectral-2"
+    published = published.SPECTRAL_2

@@ -273,6 +273,7 @@ class ManyInversions:
         size = self._problem.target.batch_size
         values = [weight * r(leaf) / size for weight, r in weighted]
         (gradient,) = torch.autograd.grad(torch.stack(values).sum(), leaf)
+        gradient = self.inversions[0].evaluation.less_contrast(gradient, leaf.detach())
         names = [type(regularizer).__name__ for _, regularizer in weighted]
         sums = [value.detach().view(len(inputs), -1).sum(1) for value in values]
         return gradient.view_as(inputs), dict(zip(names, sums, strict=True))

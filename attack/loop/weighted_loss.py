@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from attack.priors.contrast import hidden_contrast, without_contrast
 from attack.priors.regularizers import GroupConsistency, ModelPenalty, Regularizer, weighted_penalty
 from core.processes import distributed
 
@@ -45,6 +46,12 @@ class WeightedLoss:
         # Made once: a compiled pass knows its penalty by identity.
         self._penalty = self._weighted_penalty()
         self._most_at_once: int | None = None
+        # Which of this process's images have a contrast that is kept; None: no image.
+        self._hidden = None
+        if self.config.priors.keep_contrast:
+            replica = problem.replica
+            batch = problem.target.batch_size
+            self._hidden = hidden_contrast(replica.model, batch, replica.groups)
         # By regulariser, this process's part of its weighted value at the last `prior`.
         self.last_terms: dict[str, torch.Tensor] = {}
 
@@ -86,7 +93,23 @@ class WeightedLoss:
         names = [type(regularizer).__name__ for _, regularizer in terms]
         self.last_terms = dict(zip(names, parts.unbind(), strict=True))
         (gradient,) = torch.autograd.grad(total, leaf)
-        return float(total.detach()), gradient
+        return float(total.detach()), self.less_contrast(gradient, inputs)
+
+    def less_contrast(self, gradient: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        """The priors' gradient, which leaves the contrast alone where it is hidden.
+
+        Args:
+            gradient: Of the priors in the images of one batch, or of several one after the
+                other (N x C x ...).
+            inputs: The images.
+        """
+        if self._hidden is None:
+            return gradient
+        less = without_contrast(gradient, inputs)
+        if all(self._hidden):
+            return less
+        hidden = torch.tensor(self._hidden, device=inputs.device)
+        return torch.where(hidden.view(-1, *[1] * (inputs.dim() - 1)), less, gradient)
 
     # -- Several restarts in one call ---------------------------------------------
 

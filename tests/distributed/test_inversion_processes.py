@@ -30,6 +30,7 @@ BASE = InversionConfig(iterations=15, signed=False, tv=0.01, double=True, hvp="e
 TARGETS = {
     "synchronized": {"train_mode": True},
     "asynchronous": {"train_mode": True, "shards": (3, 2)},
+    "one image apart": {"train_mode": True, "shards": (4, 1)},
     "eval": {},
     "residual, synchronized": {"train_mode": True},
     "residual, eval": {},
@@ -67,10 +68,11 @@ CASES: dict[str, tuple[str, InversionConfig]] = {
             coordinates="dct", tv=1.0, tv_kind="double-opponents", balance=0.5, balance_end=0.05
         ),
     ),
+    "one image apart, contrast": ("one image apart", change(keep_contrast=True, balance=0.5)),
     "eval, polished": ("eval", change(polish=5)),
 }
 # Three processes cannot split two asynchronous shards.
-BY_THREE = [case for case, (target, _) in CASES.items() if target != "asynchronous"]
+BY_THREE = [case for case, (target, _) in CASES.items() if "shards" not in TARGETS[target]]
 
 
 def made(name: str) -> tuple[Target, Truth]:

@@ -56,7 +56,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "labels": {"joint_labels": True, "objective": "L2", "tv": 0.0},
     "last iterate": {"smallest_loss": False, "input_norm": 0.01, "tv_kind": "norm"},
     "polish": {"polish": 2},
-    "L-BFGS": {"optimizer": "LBFGS", "objective": "L2", "lr": 0.5, "box": False},
+    "L-BFGS": {
+        "optimizer": "LBFGS",
+        "objective": "L2",
+        "lr": 0.5,
+        "box": False,
+        "iterations": 5,
+    },
     "L-BFGS, labels and restarts": {
         "optimizer": "LBFGS",
         "objective": "L2",
@@ -106,6 +112,11 @@ def test_each_setting_ends_where_it_would_alone(name: str) -> None:
     spec, _ = NETWORKS["cnn, eval mode"]
     train_mode = "statistics" in name
     check_alike(share_model(spec, 2, 2, train_mode=train_mode), PLAIN.changed(**SETTINGS[name]))
+
+
+def test_single_images_keep_their_contrast_as_they_would_alone() -> None:
+    targets = share_model(NETWORKS["cnn, train mode"][0], 3, 1, train_mode=True)
+    check_alike(targets, PLAIN.changed(keep_contrast=True, balance=0.5, restarts=2))
 
 
 def test_a_target_that_ends_early_leaves_the_others_as_they_are(

@@ -15,6 +15,7 @@ SPECTRAL = InversionConfig(
     coordinates="dct",
     race=8,
 )
+SPECTRAL_2 = SPECTRAL.changed(keep_contrast=True)
 DLG = InversionConfig(
     objective="L2",
     optimizer="LBFGS",
