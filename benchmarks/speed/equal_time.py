@@ -112,7 +112,24 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     torch.set_num_threads(1)
     folder = Path(args.output)
-    budgets, targets = _budgets(args.seconds), _targets(args, folder)
+    budgets, numbers = _budgets(args.seconds), _numbers(args.images)
+    grid = TargetGrid(
+        data=_words(args.data),
+        models=_words(args.models),
+        batches=_words(args.batches),
+        images=tuple(numbers),
+        train_mode=args.train_mode,
+    )
+    source = Source(
+        _pairs("--folder", args.folder, FOLDERS), _pairs("--weights", args.weights, WEIGHTS)
+    )
+    cases = find_cases(args.cases, source) if args.cases else []
+    given = [(Path(path), 0) for path in args.checkpoints]
+    made = [*make_targets(grid, folder), *make_cases(cases, numbers, source, folder)]
+    if not given and not made:
+        raise InputError("CHECKPOINT: give gradient checkpoints, --data for a grid, or --cases")
+    # Every image has a seed of its own.
+    targets = [(path, args.seed + number) for path, number in [*given, *made]]
     for path, _ in targets:
         if load_target(path)[1] is None:
             raise InputError(f"CHECKPOINT: {path} holds no true images to compare with")
@@ -142,28 +159,11 @@ def _budgets(text: str) -> list[float]:
     return budgets
 
 
-def _targets(args: argparse.Namespace, folder: Path) -> list[tuple[Path, int]]:
-    """Checkpoints that are given or made, and the seed of each."""
-    images = _words(args.images)
+def _numbers(text: str) -> list[int]:
+    images = _words(text)
     if not images or not all(word.isdecimal() for word in images):
-        raise InputError(f"--images {args.images}: expected numbers from 0, joined by commas")
-    numbers = [int(word) for word in images]
-    grid = TargetGrid(
-        data=_words(args.data),
-        models=_words(args.models),
-        batches=_words(args.batches),
-        images=tuple(numbers),
-        train_mode=args.train_mode,
-    )
-    source = Source(
-        _pairs("--folder", args.folder, FOLDERS), _pairs("--weights", args.weights, WEIGHTS)
-    )
-    cases = find_cases(args.cases, source) if args.cases else []
-    given = [(Path(path), 0) for path in args.checkpoints]
-    made = [*make_targets(grid, folder), *make_cases(cases, numbers, source, folder)]
-    if not given and not made:
-        raise InputError("CHECKPOINT: give gradient checkpoints, --data for a grid, or --cases")
-    return [(path, args.seed + number) for path, number in [*given, *made]]
+        raise InputError(f"--images {text}: expected numbers from 0, joined by commas")
+    return [int(word) for word in images]
 
 
 def _pairs(flag: str, given: Sequence[str], known: Sequence[str]) -> dict[str, str]:
