@@ -39,7 +39,9 @@ class FixedConv2d:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """The convolution of N x C x H x W."""
-        if self._pack(x.shape, False) is None:
+        # The reordered weight is in float32. Cast to fewer bits in every call it gains nothing, and
+        # oneDNN refuses it on processors without instructions for them.
+        if torch.is_autocast_enabled("cpu") or self._pack(x.shape, False) is None:
             return F.conv2d(x, self.weight, None, self.stride, self.padding, self.dilation)
         return _Packed.apply(x, self)
 
