@@ -1,6 +1,6 @@
 """Every stage on a pretended accelerator, compared with the CPU; prints a line per case.
 
-python -m tests.on_pretended_device FOLDER
+python -m tests.on_pretended_device PART FOLDER
 
 A line is JSON: the case, and either the largest difference from the CPU's result (None where
 there is nothing to compare) or the error.
@@ -282,23 +282,28 @@ def command_cases(device: torch.device, folder: Path) -> Iterator[tuple[str, Wor
         )
 
 
-def main(folder: Path) -> None:
-    """Run all cases."""
+def library_cases(device: torch.device, _folder: Path) -> Iterator[tuple[str, Work]]:
+    """All that are no commands."""
+    yield from rule_cases(device)
+    yield from engine_cases(device)
+    yield from metric_cases(device)
+    yield from speed_cases(device)
+    yield from federated_cases(device)
+    yield from attack_cases(device)
+
+
+# Of about the same length.
+PARTS = {"library": library_cases, "commands": command_cases}
+
+
+def main(part: str, folder: Path) -> None:
+    """Run all cases of a part."""
     device = install()
     torch.set_num_threads(1)
     # What the commands compute on, and how much memory it has.
     launch._device = lambda settings, rank: device  # type: ignore[assignment]
     torch.cuda.mem_get_info = lambda device=None: (10**9, 10**10)  # type: ignore[assignment]
-    cases = [
-        *rule_cases(device),
-        *engine_cases(device),
-        *metric_cases(device),
-        *speed_cases(device),
-        *federated_cases(device),
-        *attack_cases(device),
-        *command_cases(device, folder),
-    ]
-    for name, work in cases:
+    for name, work in PARTS[part](device, folder):
         line: dict[str, Any] = {"case": name}
         try:
             line["difference"] = work()
@@ -310,4 +315,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1], Path(sys.argv[2]))

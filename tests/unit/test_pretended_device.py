@@ -12,7 +12,7 @@ import pytest
 from torch.utils import backend_registration
 
 from tests.attack_targets import CASES
-from tests.on_pretended_device import ENGINE, MANY_TARGETS, SHARED, TRAINED
+from tests.on_pretended_device import ENGINE, MANY_TARGETS, PARTS, SHARED, TRAINED
 
 pytestmark = pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
@@ -23,18 +23,23 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What became of every case, in a process whose torch knows the device."""
+    """What became of every case, in processes whose torch knows the device, side by side."""
     folder = tmp_path_factory.mktemp("pretended")
-    ran = subprocess.run(
-        [sys.executable, "-m", "tests.on_pretended_device", str(folder)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    lines = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    return {line.pop("case"): line for line in lines}
+    started = {part: start(part, folder / part) for part in PARTS}
+    found: dict[str, Any] = {}
+    for part, process in started.items():
+        assert process.wait() == 0, (folder / part / "errors").read_text()[-2000:]
+        lines = (folder / part / "output").read_text().splitlines()
+        cases = [json.loads(line) for line in lines if line.startswith("{")]
+        found |= {case.pop("case"): case for case in cases}
+    return found
+
+
+def start(part: str, folder: Path) -> subprocess.Popen[bytes]:
+    folder.mkdir()
+    words = [sys.executable, "-m", "tests.on_pretended_device", part, str(folder)]
+    with open(folder / "output", "wb") as output, open(folder / "errors", "wb") as errors:
+        return subprocess.Popen(words, cwd=ROOT, stdout=output, stderr=errors)
 
 
 def test_nothing_mixes_devices(cases: dict[str, Any]) -> None:
