@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from core.errors import InputError
+
 # What argparse takes for a flag before Python 3.14
 # (https://github.com/python/cpython/issues/105712).
 _SCIENTIFIC_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
@@ -68,6 +70,27 @@ class CommandParser(argparse.ArgumentParser):
         """As argparse does it, but for negative numbers with an exponent."""
         words: Iterable[str] = sys.argv[1:] if args is None else args
         return super().parse_known_args([_as_value(word) for word in words], namespace)
+
+
+def named_values(flag: str, given: Iterable[str], known: Sequence[str] = ()) -> dict[str, str]:
+    """The words NAME=PATH of a flag that may be given several times.
+
+    Args:
+        flag: For errors.
+        given: Its words.
+        known: Names that it takes; empty: any.
+
+    Raises:
+        InputError: A word has no "=", nothing behind it, or an unknown name before it.
+    """
+    pairs = {}
+    for word in given:
+        name, separator, value = word.partition("=")
+        if not separator or not value or (known and name not in known):
+            kinds = f" with KIND one of {', '.join(known)}" if known else ""
+            raise InputError(f"{flag} {word}: expected NAME=PATH{kinds}")
+        pairs[name] = value
+    return pairs
 
 
 def _as_value(word: str) -> str:

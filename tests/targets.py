@@ -73,16 +73,22 @@ def share_model(
     base, _ = make_target(spec, batch, train_mode=train_mode)
     found = []
     for number in range(n_targets):
-        model = base.build_model().double()
-        inputs = base.data.normalize(smooth_images(batch, spec.image_size, number + 1)).double()
+        images = smooth_images(batch, spec.image_size, number + 1)
         labels = (torch.arange(batch) + number) % spec.n_classes
-        statistics = collect_batch_statistics(model, inputs)
-        named = dict(model.named_parameters())
-        loss = F.cross_entropy(model.requires_grad_()(inputs), labels)
-        gradient = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
-        target = dataclasses.replace(base, gradient=gradient, bn_statistics=(statistics,))
-        found.append((target, labels))
+        found.append((share_images(base, images, labels), labels))
     return found
+
+
+def share_images(base: Target, images: torch.Tensor, labels: torch.Tensor) -> Target:
+    """What another client with these images would share, of the same model."""
+    dtype = next(iter(base.gradient.values())).dtype
+    model = base.build_model().to(dtype).requires_grad_()
+    inputs = base.data.normalize(images).to(dtype)
+    statistics = collect_batch_statistics(model, inputs)
+    named = dict(model.named_parameters())
+    loss = F.cross_entropy(model(inputs), labels)
+    gradient = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+    return dataclasses.replace(base, gradient=gradient, bn_statistics=(statistics,))
 
 
 def adapt_running_statistics(model: torch.nn.Module, inputs: torch.Tensor) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core.errors import InputError
-from core.launch_arguments import CommandParser
+from core.launch_arguments import CommandParser, named_values
 
 if TYPE_CHECKING:
     from benchmarks.fidelity.declare import Row
@@ -85,7 +85,7 @@ def _jobs(args: argparse.Namespace, chosen: Sequence[Row], record: Record) -> li
     import torch
 
     from benchmarks.fidelity.run import Request, jobs
-    from benchmarks.fidelity.samples import Samples
+    from benchmarks.fidelity.samples import KINDS, Samples
 
     if args.device not in ("cpu", "cuda"):
         raise InputError(f"--device {args.device}: cpu or cuda")
@@ -94,27 +94,13 @@ def _jobs(args: argparse.Namespace, chosen: Sequence[Row], record: Record) -> li
     request = Request(
         rows=tuple(chosen),
         named=bool(args.only),
-        samples=Samples(_pairs("--data", args.data)),
-        weights={n: Path(f) for n, f in _pairs("--weights", args.weights).items()},
+        samples=Samples(named_values("--data", args.data, KINDS)),
+        weights={n: Path(f) for n, f in named_values("--weights", args.weights).items()},
         device=torch.device(args.device),
         trials=args.trials,
         second=args.second,
     )
     return jobs(request, record)
-
-
-def _pairs(flag: str, given: Sequence[str]) -> dict[str, str]:
-    """NAME=VALUE words as a dictionary."""
-    from benchmarks.fidelity.samples import KINDS
-
-    pairs = {}
-    for word in given:
-        name, separator, value = word.partition("=")
-        if not separator or not value or (flag == "--data" and name not in KINDS):
-            known = f" with KIND one of {', '.join(KINDS)}" if flag == "--data" else ""
-            raise InputError(f"{flag} {word}: expected NAME=PATH{known}")
-        pairs[name] = value
-    return pairs
 
 
 def _compute(jobs: Sequence[Job], record: Record, budget: float | None) -> None:

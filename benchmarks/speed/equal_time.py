@@ -34,16 +34,15 @@ from benchmarks.speed.equal_time_cases import (
     make_cases,
 )
 from benchmarks.speed.equal_time_report import draw, reconstruction_file, render, render_summary
-from benchmarks.speed.equal_time_runs import Course, affordable, inverter
+from benchmarks.speed.equal_time_runs import CPU, Course, affordable, inverter
 from core.errors import InputError
-from core.launch_arguments import CommandParser
+from core.launch_arguments import CommandParser, named_values
 from core.records import provenance, read_record
 from core.storage import save_checkpoint, write_json, write_text
 from core.target import Target, Truth
 from gradients.checkpoint import load_target
 from gradients.record import describe
 
-CPU = torch.device("cpu")
 DEFAULT_ATTACKS = "spectral,inverting-gradients"
 RECORD = "record.json"
 
@@ -121,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
         train_mode=args.train_mode,
     )
     source = Source(
-        _pairs("--folder", args.folder, FOLDERS), _pairs("--weights", args.weights, WEIGHTS)
+        _paths("--folder", args.folder, FOLDERS), _paths("--weights", args.weights, WEIGHTS)
     )
     cases = find_cases(args.cases, source) if args.cases else []
     given = [(Path(path), 0) for path in args.checkpoints]
@@ -136,13 +135,16 @@ def main(argv: list[str] | None = None) -> None:
     jobs = list(itertools.product(budgets, targets, args.attacks.split(",")))
     rows = recorded_rows(folder)
     done = {_key(row) for row in rows}
-    for budget, (path, seed), attack in tqdm(jobs, desc="attacks at equal time"):
-        if (path.name, attack, budget, seed) in done:
-            continue
-        target, truth = load_target(path)
-        assert truth is not None
-        rows.append(compare(path, attack, target, truth, budget, seed, folder))
-        write_json(folder / RECORD, {"rows": rows, "provenance": provenance(CPU, args.seed)})
+    try:
+        for budget, (path, seed), attack in tqdm(jobs, desc="attacks at equal time"):
+            if (path.name, attack, budget, seed) in done:
+                continue
+            target, truth = load_target(path)
+            assert truth is not None
+            rows.append(compare(path, attack, target, truth, budget, seed, folder))
+            write_json(folder / RECORD, {"rows": rows, "provenance": provenance(CPU, args.seed)})
+    finally:
+        # Once: the intervals of all rows take a second. Also of what an interrupted run has.
         write_text(folder / "table.md", render(rows))
         write_text(folder / "summary.md", render_summary(rows))
     draw(rows, folder)
@@ -166,15 +168,11 @@ def _numbers(text: str) -> list[int]:
     return [int(word) for word in images]
 
 
-def _pairs(flag: str, given: Sequence[str], known: Sequence[str]) -> dict[str, str]:
-    pairs = {}
-    for word in given:
-        name, _, path = word.partition("=")
-        if name not in known or not path:
-            raise InputError(f"{flag} {word}: expected NAME=PATH with NAME {' or '.join(known)}")
+def _paths(flag: str, given: Sequence[str], known: Sequence[str]) -> dict[str, str]:
+    pairs = named_values(flag, given, known)
+    for name, path in pairs.items():
         if not Path(path).exists():
-            raise InputError(f"{flag} {word}: there is no such path")
-        pairs[name] = path
+            raise InputError(f"{flag} {name}={path}: there is no such path")
     return pairs
 
 

@@ -167,7 +167,10 @@ def _means(kinds: Kinds, attacks: Sequence[str], metric: str, name: str, digits:
 
 
 def _shown(values: Sequence[float], digits: int, sign: str = "") -> str:
-    summary: Summary | None = summarize(values)
+    return _interval(summarize(values), digits, sign)
+
+
+def _interval(summary: Summary | None, digits: int, sign: str = "") -> str:
     if summary is None:
         return "–"
     mean = f"{summary.mean:{sign}.{digits}f}"
@@ -191,8 +194,9 @@ def _level(kinds: Kinds, attacks: Sequence[str]) -> str:
             for metric, _, digits in METRICS:
                 pairs = zip(found[first], found[other], strict=True)
                 differences = [_score(a, metric) - _score(b, metric) for a, b in pairs]
-                cells.append(_shown(differences, digits, "+"))
-                behind[metric] |= _behind(differences)
+                summary = summarize(differences)
+                cells.append(_interval(summary, digits, "+"))
+                behind[metric] |= _behind(summary)
         for metric in _NAMES:
             level[metric] += not behind[metric]
         lines.append(f"| {kind} | {' | '.join(cells)} |")
@@ -200,16 +204,16 @@ def _level(kinds: Kinds, attacks: Sequence[str]) -> str:
     lines += [
         "",
         f"`{first}` is best or level {counts} of {len(kinds)} rows: behind means that the",
+        "interval of the difference to some other attack lies below 0.",
     ]
-    lines.append("interval of the difference to some other attack lies below 0.")
     return "\n".join(lines)
 
 
 _NAMES = tuple(metric for metric, _, _ in METRICS)
 
 
-def _behind(differences: Sequence[float]) -> bool:
-    summary = summarize(differences)
+def _behind(summary: Summary | None) -> bool:
+    """Whether the whole interval of a difference lies below 0; of one value, the value."""
     assert summary is not None
     return (summary.mean if summary.high is None else summary.high) < 0
 
@@ -228,15 +232,15 @@ def _times(kinds: Kinds, attacks: Sequence[str]) -> str:
                 earliest[name] = min(earliest.get(name, math.inf), _first_seen(row))
             times = list(earliest.values())
             seen = sum(math.isfinite(t) for t in times)
-            # Half of the targets at least: the median is one of them, and finite.
+            # Of more than half: the median is one of them, and finite.
             middle = f", median {np.median(times):.1f} s" if 2 * seen > len(times) else ""
             cells.append(f"{seen} of {len(times)}{middle}")
         lines.append(f"| {kind} | {len(times)} | {' | '.join(cells)} |")
     lines += [
         "",
         "The earliest moment of all budgets at which the images on their way had it: how many",
+        "targets ever did, and the median where more than half did.",
     ]
-    lines.append("targets ever did, and the median where more than half did.")
     return "\n".join(lines)
 
 

@@ -6,7 +6,6 @@ import dataclasses
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from attack.attacks import get_attack
 from attack.attacks.optimisation import OptimizationAttack
@@ -18,7 +17,7 @@ from attack.priors.regularizers import AnisotropicTV
 from core.data.data_sets import load_data, take_samples
 from core.models.building import ModelSpec, build_model
 from core.target import Target, Truth
-from tests.targets import make_target
+from tests.targets import make_target, share_images
 
 CPU = torch.device("cpu")
 VERSIONS = ("spectral", "spectral-2")
@@ -116,17 +115,11 @@ def photographs(n: int) -> list[tuple[Target, Truth]]:
     data = load_data("photo-patches", image_size=16)
     wide = dataclasses.replace(CNN, width=16)
     base, _ = make_target(wide, 1, train_mode=True, double=False)
-    made = []
-    for number in range(n):
-        images, labels = take_samples(data.train_plain, [number], data.spec)
-        model = base.build_model()
-        loss = F.cross_entropy(model.requires_grad_()(data.spec.normalize(images)), labels)
-        named = dict(model.named_parameters())
-        slopes = torch.autograd.grad(loss, list(named.values()))
-        gradient = dict(zip(named, slopes, strict=True))
-        target = dataclasses.replace(base, data=data.spec, gradient=gradient)
-        made.append((target, Truth(images, labels)))
-    return made
+    base = dataclasses.replace(base, data=data.spec)
+    batches = [take_samples(data.train_plain, [number], data.spec) for number in range(n)]
+    return [
+        (share_images(base, images, labels), Truth(images, labels)) for images, labels in batches
+    ]
 
 
 def test_photographs_do_not_fade_in_train_mode() -> None:
