@@ -15,8 +15,8 @@ from pathlib import Path
 from benchmarks.declare.columns import find_column
 from benchmarks.run.store import Store
 from benchmarks.show.pictures import Picture, save_picture
-from benchmarks.show.results import RowResult, TableResult
-from benchmarks.show.statistics import Summary, summarize
+from benchmarks.show.results import RowResult, TableResult, summary_of
+from benchmarks.show.statistics import Summary
 from core.figures import legend_beside, subplots
 
 # What a table's leakage is drawn by: the first that its rows have.
@@ -124,8 +124,7 @@ def tradeoff(result: TableResult, store: Store, folder: Path) -> Iterator[Pictur
 
 
 def _summary(row: RowResult, name: str) -> Summary | None:
-    column = find_column(name)
-    return summarize([value for run in row.runs for value in column.values(run)])
+    return summary_of(row.row, row.runs, find_column(name))
 
 
 def _mean(row: RowResult, name: str) -> float:

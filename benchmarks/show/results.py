@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from benchmarks.declare.records import Run
 from benchmarks.declare.tables import Row, Table
 from benchmarks.run.cells import ROOT, Cell
 from benchmarks.run.store import Store
-from benchmarks.show.statistics import Summary, summarize
+from benchmarks.show.statistics import Summary, summarize, with_worst
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -154,12 +155,24 @@ def _row(row: Row, views: Iterable[View], store: Store) -> RowResult:
     runs = tuple(_run(cells, store) for cells in row.repeats)
     summaries, notes = {}, {}
     for column in (view.column for view in views):
-        values = [value for run in runs for value in column.values(run)]
-        summaries[column.name] = summarize(values, column.leak)
+        summaries[column.name] = summary_of(row, runs, column)
         if summaries[column.name] is None:
             notes[column.name] = _why_missing(column, runs)
     errors = dict.fromkeys(e for cells in row.repeats for e in _errors(cells, store))
     return RowResult(row, runs, summaries, notes, tuple(errors), _texts(runs, views))
+
+
+def summary_of(row: Row, runs: Sequence[Run], column: Column) -> Summary | None:
+    """A column's values over a row's repeats; None where there are none.
+
+    Args:
+        row: Whose repeats they are.
+        runs: What is known of each.
+        column: What is summarised.
+    """
+    values = [column.values(run) for run in runs]
+    summary = summarize(_per_target(row, values), column.leak)
+    return with_worst(summary, itertools.chain(*values), column.leak)
 
 
 def _compared(
@@ -180,12 +193,36 @@ def _compared(
 
 def _change(column: Column, row: RowResult, like: RowResult) -> Summary | None:
     """Differences between two rows, image by image, over the repeats that both have."""
-    differences: list[float] = []
+    differences: list[list[float]] = []
     for mine, other in zip(row.runs, like.runs, strict=True):
         pair = column.values(mine), column.values(other)
-        if len(pair[0]) == len(pair[1]):
-            differences += [a - b for a, b in zip(*pair, strict=True)]
-    return summarize(differences)
+        same = len(pair[0]) == len(pair[1])
+        differences.append([a - b for a, b in zip(*pair, strict=True)] if same else [])
+    return summarize(_per_target(row.row, differences))
+
+
+def _per_target(row: Row, values: Sequence[Sequence[float]]) -> list[float]:
+    """The values of all repeats, of several attacks on one target their mean per image.
+
+    Attacks from several starts on the same images are not as many images: an interval over all
+    of them would be too narrow.
+
+    Args:
+        row: Whose repeats they are.
+        values: Of each repeat; empty where there are none.
+    """
+    targets: dict[tuple[str, ...], list[Sequence[float]]] = {}
+    for cells, found in zip(row.repeats, values, strict=True):
+        before = tuple(cell.key for stage, cell in cells.items() if stage != "attack")
+        if found:
+            targets.setdefault(before or tuple(c.key for c in cells.values()), []).append(found)
+    means: list[float] = []
+    for attacks in targets.values():
+        if len({len(found) for found in attacks}) == 1:
+            means += [sum(image) / len(image) for image in zip(*attacks, strict=True)]
+        else:
+            means += itertools.chain(*attacks)
+    return means
 
 
 def _better_guess(column: Column, row: RowResult) -> str | None:

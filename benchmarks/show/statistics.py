@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,15 +49,32 @@ def summarize(values: Sequence[float], leak: str | None = None, seed: int = 0) -
     if not len(sample):
         return None
     low, high = bootstrap_interval(sample, seed) if len(sample) > 1 else (None, None)
-    worst = {"high": sample.max(), "low": sample.min()}.get(leak or "")
-    return Summary(
+    summary = Summary(
         n=len(sample),
         mean=float(sample.mean()),
         std=float(sample.std(ddof=1)) if len(sample) > 1 else None,
         low=low,
         high=high,
-        worst=None if worst is None else float(worst),
+        worst=None,
     )
+    return with_worst(summary, sample.tolist(), leak)
+
+
+def with_worst(
+    summary: Summary | None, values: Iterable[float], leak: str | None
+) -> Summary | None:
+    """A summary whose worst value is that of these values.
+
+    Args:
+        summary: None stays None.
+        values: Those that are not finite are left out.
+        leak: As of `summarize`.
+    """
+    choose = {"high": max, "low": min}.get(leak or "")
+    if summary is None or choose is None:
+        return summary
+    finite = (v for v in values if v is not None and math.isfinite(v))
+    return dataclasses.replace(summary, worst=float(choose(finite)))
 
 
 def bootstrap_interval(

@@ -116,6 +116,28 @@ def test_changes_are_paired_image_by_image(compared: TableResult) -> None:
     assert to_json(compared)["rows"][2]["changes"]["psnr"]["mean"] == -5.0
 
 
+def test_several_starts_on_an_image_are_one_image(tmp_path: Path) -> None:
+    """Three starts, of which one is 3 dB better, on two images from each of two clients."""
+    text = TABLE.replace("interval psnr", "change psnr") + "compare: {defense: none}\n"
+    text = text.replace("repeats:", "repeats:\n  attack.seed: [0, 1, 2]", 1)
+    table, store = load(tmp_path, text), Store(tmp_path / "store")
+    fill(table, store)
+    for cell in table.cells():
+        if cell.stage == "attack" and cell.config["seed"] == 2:
+            extract = cell.inputs["checkpoint"].cell
+            sigma, client = extract.config.get("sigma", 0), extract.config["seed"]
+            if sigma != 9:
+                store.finish(cell, attack_record(20.0 - 50 * sigma + client + 3))
+    result = collect(table, store)
+    summary, change = result.rows[0].summaries["psnr"], result.rows[2].changes["psnr"]
+    assert summary is not None
+    assert change is not None
+    # As with one start, and 1 dB more: their mean. The worst value is the best start's.
+    assert (summary.n, summary.mean, summary.worst) == (4, 22.0, 25.0)
+    assert summary.std == pytest.approx(np.std([20, 21, 21, 22], ddof=1))
+    assert (change.n, change.mean) == (4, -5.0)
+
+
 def test_a_cell_that_does_not_beat_the_guesses_is_marked(tmp_path: Path) -> None:
     text = TABLE.replace("sigma: 0.1", "sigma: 0.2") + "compare: {defense: none}\n"
     table, store = load(tmp_path, text), Store(tmp_path / "store")

@@ -41,7 +41,8 @@ def test_every_attack_gets_its_time_and_is_recorded(checkpoint: Path, tmp_path: 
         assert len(row["evaluation"]["per_image"]) == 2
         # Looked at on the way, in the order of time, and at last what the evaluation says.
         moments = [seconds for seconds, _, _ in row["course"]]
-        assert len(moments) >= min(20, row["iterations"])
+        # How many depends on how the iterations that fit are divided among the attack's phases.
+        assert len(moments) >= min(10, row["iterations"] // 2)
         assert moments == sorted(moments)
         assert moments[-1] <= row["cpu_seconds"]
         assert max(psnr for _, psnr, _ in row["course"]) > 0
