@@ -32,6 +32,8 @@ DETAILS = (
     "tokens_over_width",
 )  # fmt: skip
 DIGITS = 6
+# In a result that was taken back: the version of the code that computed it.
+COMPUTED_BY = "computed_by"
 
 
 class Committed:
@@ -59,7 +61,7 @@ class Committed:
     def result(self, cell: Cell) -> dict[str, Any] | None:
         """What is kept of a cell's result; None where it is not among them."""
         record = self.records.get(cell.setting)
-        return None if record is None else dict(record["result"])
+        return None if record is None else {**record["result"], COMPUTED_BY: record.get("code")}
 
 
 def _is_record(record: Any) -> bool:
@@ -81,13 +83,14 @@ def compact_records(found: Iterable[tuple[Cell, Mapping[str, Any]]]) -> dict[str
         if cell.setting in records:
             continue
         kept = _compact(result)
+        code = kept.pop(COMPUTED_BY, None) or cell.code
         evaluation = kept.get("evaluation", {})
         if "baselines" in evaluation:
             guesses = json.dumps(evaluation["baselines"], sort_keys=True)
             if guesses in first:
                 evaluation["baselines"] = first[guesses]
             first.setdefault(guesses, cell.setting)
-        records[cell.setting] = {"stage": cell.stage, "code": cell.code, "result": kept}
+        records[cell.setting] = {"stage": cell.stage, "code": code, "result": kept}
     return records
 
 

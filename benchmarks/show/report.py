@@ -22,6 +22,7 @@ from urllib.parse import quote
 from attack.recovered import STYLE, Recovered
 from benchmarks.declare.columns import View
 from benchmarks.run.cells import Cell
+from benchmarks.run.committed import COMPUTED_BY
 from benchmarks.run.store import Store
 from benchmarks.show.pictures import Picture
 from benchmarks.show.render import DASH, TextTable, to_text_table
@@ -205,7 +206,8 @@ def _common(labels: Sequence[Mapping[str, str]]) -> dict[str, str]:
 def _cell(cell: Cell, name: str, labels: Mapping[str, str], store: Store) -> str:
     result, failure = store.result(cell), store.failure(cell)
     state = "failed" if failure else "not run" if result is None else "finished"
-    facts: dict[str, Any] = {"key": cell.key, "code": cell.code}
+    code = (result or {}).get(COMPUTED_BY) or cell.code
+    facts: dict[str, Any] = {"key": cell.key, "code": code}
     facts |= {f"--{flag}": value for flag, value in cell.config.items()}
     facts |= {f"--{f}": f"{i.cell.stage} {i.cell.key}/{i.pattern}" for f, i in cell.inputs.items()}
     facts |= _made(result or {})

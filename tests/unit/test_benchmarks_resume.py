@@ -150,6 +150,9 @@ def test_a_committed_cell_counts_for_later_code_and_is_not_computed_again(tmp_pa
     rows = collect(table, store).rows
     assert [row.summaries["attack.seconds"].mean for row in rows[:2]] == [2.0, 3.0]
     assert rows[2].summaries["attack.seconds"] is None
+    # What is written of them anew names the version that computed them.
+    again = compact_records((c["attack"], store.result(c["attack"]) or {}) for c in later[:2])
+    assert again == compact_records(done)
     assert rows[1].runs[0].baselines["flat colour"]["psnr"]["mean"] == 14.0
     said = say_costs(table, store, Workers(jobs=2), 1800.0)
     assert "about 2 s on 2 processes" in said
