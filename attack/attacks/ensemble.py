@@ -51,7 +51,9 @@ from core.target import Target
 logger = logging.getLogger(__name__)
 
 # Changes whenever what it runs, or how it divides a budget, changes.
-VERSION = "auto-v2"
+VERSION = "auto-v3"
+# This project's own attack, of whose versions the last stands for all, and has variants.
+OWN = ("spectral", "spectral-2")
 # Gradient evaluations of one iteration of L-BFGS.
 LBFGS_COST = 20
 # Evaluations below which a further restart is worth less than a longer run.
@@ -184,12 +186,13 @@ class Ensemble:
     # -- Who takes part -----------------------------------------------------------
 
     def _members(self) -> Iterator[Member]:
+        own = self._own()
         for name in self.config.members:
             attack = get_attack(name)
-            if not reads_inputs(attack, self.target):
+            if name in OWN and name != own or not reads_inputs(attack, self.target):
                 continue
             yield self._admitted(Member(name, attack))
-            if attack.published is None or name != "spectral":
+            if attack.published is None or name != own:
                 continue
             if self._sees_statistics() and attack.published.priors.bn == 0:
                 changes = {"bn": STATISTICS_STEP, "exact_bn": True}
@@ -197,6 +200,10 @@ class Ensemble:
             if self.config.knows_defense and self.target.defenses:
                 # An adaptation is a guess at what helps; where it does not, this one stays.
                 yield self._admitted(Member(f"{name}, unaware", attack, {"adaptive": False}))
+
+    def _own(self) -> str | None:
+        """The last version among the members; most targets are the same to all of them."""
+        return next((name for name in reversed(OWN) if name in self.config.members), None)
 
     def _admitted(self, member: Member) -> Member:
         if self.target.loss.targets not in member.attack.fits:
@@ -326,10 +333,10 @@ class Ensemble:
         return labels
 
     def _chooser(self) -> InversionConfig:
-        from attack.attacks.spectral import Spectral
-
         exact = self._sees_statistics()
-        return Spectral.published.changed(
+        published = get_attack(self._own() or OWN[-1]).published
+        assert published is not None
+        return published.changed(
             adaptive=self.config.knows_defense,
             bn=STATISTICS_STEP if exact else 0.0,
             exact_bn=exact,
