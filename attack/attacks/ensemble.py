@@ -189,7 +189,7 @@ class Ensemble:
         own = self._own()
         for name in self.config.members:
             attack = get_attack(name)
-            if name in OWN and name != own or not reads_inputs(attack, self.target):
+            if (name in OWN and name != own) or not reads_inputs(attack, self.target):
                 continue
             yield self._admitted(Member(name, attack))
             if attack.published is None or name != own:

@@ -249,6 +249,24 @@ def _targets(rows: list[Row]) -> str:
     )
 
 
+def _executors(rows: list[Row]) -> str:
+    header = ["executor", "cells", "rounds", "start s", "cells s", "time, local is 1"]
+    return table(
+        header,
+        [
+            [
+                row["executor"],
+                row["cells"],
+                row["rounds"],
+                f"{row['start_seconds']:.1f}",
+                f"{row['cells_seconds']:.1f}",
+                f"{row['over_local']:.2f}",
+            ]
+            for row in rows
+        ],
+    )
+
+
 def _gpu_ranks(rows: list[Row]) -> str:
     alone = {row["case"]: row["seconds"] for row in rows if row["ranks"] == 1}
     return table(
@@ -295,6 +313,7 @@ SECTIONS: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "levers": ("What each lever gave", _levers),
     "parts": ("The other parts", _parts),
     "targets": ("Several targets of one model", _targets),
+    "executors": ("The same cells by the two executors", _executors),
     "gpu-iterations": ("On a GPU: seconds per iteration", _gpu_iterations),
     "gpu-restarts": ("On a GPU: restarts in one call", _gpu_restarts),
     "gpu-levers": ("On a GPU: what each lever gave", _gpu_levers),

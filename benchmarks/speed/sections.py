@@ -133,6 +133,12 @@ def _targets(request: Request) -> Rows:
             yield from measure_targets(case, device, min(request.repeats, 7), request.seed, counts)
 
 
+def _executors(request: Request) -> Rows:
+    from benchmarks.speed.executors import measure_executors
+
+    yield from measure_executors(request.quick, min(request.repeats, 5))
+
+
 def _on_device(request: Request, measure: Measure, names: Sequence[str] = ()) -> Rows:
     """Rows of the cases that were asked for, else of those with names, else of all."""
     import torch
@@ -182,6 +188,7 @@ MEASUREMENTS: dict[str, Callable[[Request], Rows]] = {
     "levers": _levers,
     "parts": _parts,
     "targets": _targets,
+    "executors": _executors,
     "gpu-iterations": _gpu_iterations,
     "gpu-restarts": _gpu_restarts,
     "gpu-levers": _gpu_levers,
