@@ -1,16 +1,21 @@
-"""The order in which tests run, and a folder for Ray that nobody else knows.
+"""The order in which tests run, what their processes start from, and a folder for Ray.
 
 Tests that wait for each other begin first. Ray notes in the folder for temporary files which
 cluster was started last, and `ray.init` joins it: a cluster of the user's, or one that is gone.
+Processes are forked from a server that has what its first process needed; it has here what the
+processes of most tests need.
 """
 
 from __future__ import annotations
 
+import multiprocessing.forkserver
 import os
 import tempfile
 from collections.abc import Iterator
 
 import pytest
+
+from tests.launched import IMPORTS
 
 # One simulated federation at a time, and one test of a minute. Begun last, they would keep one
 # process busy and no other.
@@ -35,3 +40,17 @@ def ray_folder() -> Iterator[None]:
         yield
     os.environ.pop("RAY_TMPDIR")
     os.environ.update({name: value for name, value in kept.items() if value is not None})
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_server() -> Iterator[None]:
+    """Whichever test is the first to start a process, its server suits all others."""
+    server = multiprocessing.forkserver
+    ask = server.set_forkserver_preload
+
+    def ask_for_all(names: list[str]) -> None:
+        ask([*dict.fromkeys([*IMPORTS, *names])])
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(server, "set_forkserver_preload", ask_for_all)
+        yield

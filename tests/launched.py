@@ -13,6 +13,8 @@ from core.launch_arguments import LaunchSettings
 from core.processes import warm
 
 ROOT = Path(__file__).resolve().parents[1]
+# What a server imports for the commands and ranks of all tests of a process.
+IMPORTS = ("torchvision", "training.run", "gradients.extract", "attack.cli.running")
 
 
 def on_cpu(processes: int) -> LaunchSettings:
@@ -43,7 +45,7 @@ class Command:
             folder=folder,
             environment={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **changes},
             output=self._said.fileno(),
-            imports=("torchvision", "training.run", "gradients.extract", "attack.cli.running"),
+            imports=IMPORTS,
         )
         assert self._process.pid is not None
         self.pid: int = self._process.pid
@@ -72,19 +74,31 @@ class Command:
 
 
 def ranks_of(parent: int) -> list[int]:
-    """A command's ranks in their order: what its server has forked."""
-    servers = [pid for pid in children_of(parent) if "forkserver import" in said_of(pid)]
-    return [pid for server in servers for pid in children_of(server)]
+    """A command's ranks in their order: forked from its own server, or from the one it is from."""
+    servers = [pid for pid in _children_of(parent) if "forkserver import" in _said_of(pid)]
+    own = [pid for server in servers for pid in _children_of(server)]
+    return own or _others_of_its_group(parent)
 
 
-def children_of(parent: int) -> list[int]:
+def _children_of(parent: int) -> list[int]:
     """The processes that a process has started, in order."""
     return [int(word) for word in _read(f"/proc/{parent}/task/{parent}/children").split()]
 
 
-def said_of(pid: int) -> str:
+def _said_of(pid: int) -> str:
     """The command line of a process."""
     return _read(f"/proc/{pid}/cmdline").replace("\0", " ")
+
+
+def _others_of_its_group(leader: int) -> list[int]:
+    """What is in a process' group and was not started by itself, in order of birth."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        # Behind the name: state, parent, group, ..., time of birth.
+        words = _read(f"{entry}/stat").rpartition(")")[2].split()
+        if words and int(words[2]) == leader != int(words[1]) and entry.name != str(leader):
+            found.append((int(words[19]), int(entry.name)))
+    return [pid for _, pid in sorted(found)]
 
 
 def _read(path: str) -> str:

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import multiprocessing.util
 import os
 import runpy
@@ -40,6 +41,10 @@ THREADS = "OMP_NUM_THREADS"
 SLEEPING = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
+# Whether this process was forked from a server that has torch.
+_is_served = False
+
+
 def can_be_warm(*, gpu: bool) -> bool:
     """Whether processes that use a GPU, or none, may be forked from a server."""
     return sys.platform == "linux" and not gpu
@@ -49,6 +54,8 @@ def start(
     work: Callable[..., None], *arguments: Any, imports: Sequence[str] = (), warm: bool = True
 ) -> BaseProcess:
     """Call a function in a process of its own, in this process' environment and process group.
+
+    A process that was itself forked from a server takes another one from there.
 
     Args:
         work: A module-level function, or a partial of one.
@@ -64,15 +71,34 @@ def start(
         with _environment(_QUIET):
             process.start()
         return process
-    _name_folder(os.getpid())
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*imports])
-    own = dict(os.environ)
+    surroundings = _Surroundings(dict(os.environ), os.getpgrp(), os.sched_getaffinity(0))
     path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    process = context.Process(target=_as_if_new, args=(own, os.getpgrp(), work, arguments))
+    process = context.Process(target=_as_if_new, args=(surroundings, work, arguments))
     with _environment({**_QUIET, **SLEEPING, **_ONE_THREAD, **path}):
+        if _is_served:
+            # Where that server has gone, this process gets one of its own.
+            with contextlib.suppress(OSError), _server_of_this_process():
+                process.start()
+                return process
+        _name_folder(os.getpid())
         process.start()
     return process
+
+
+@contextlib.contextmanager
+def _server_of_this_process() -> Iterator[None]:
+    """Within the block, processes come from the server that this one was forked from.
+
+    Python knows its address, and starts another server nevertheless, which imports all again.
+    """
+    server = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
+    server.ensure_running = multiprocessing.resource_tracker.ensure_running  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del server.ensure_running
 
 
 @functools.cache
@@ -181,15 +207,50 @@ def _run(words: Sequence[str]) -> None:
     runpy.run_path(words[0], run_name="__main__")
 
 
+class _Surroundings:
+    """What a new interpreter would take over from who starts it, on its way into a process."""
+
+    def __init__(self, environment: Mapping[str, str], group: int, cores: set[int]) -> None:
+        self._environment, self._group, self._cores = environment, group, cores
+        self._streams = tuple(filter(_is_open, (1, 2)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_sent": tuple(map(DupFd, self._streams))}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        sent = state.pop("_sent")
+        self.__dict__.update(state)
+        for stream, copy in zip(self._streams, sent, strict=True):
+            descriptor = copy.detach()
+            os.dup2(descriptor, stream)
+            os.close(descriptor)
+
+    def take_over(self) -> None:
+        """In the new process."""
+        os.environ.clear()
+        os.environ.update(self._environment)
+        # It is the server's child, and gets the signals that its parent's group gets.
+        with contextlib.suppress(OSError):
+            os.setpgid(0, self._group)
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, self._cores)
+
+
+def _is_open(descriptor: int) -> bool:
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
+
+
 def _as_if_new(
-    environment: Mapping[str, str], group: int, work: Callable[..., None], arguments: Sequence[Any]
+    surroundings: _Surroundings, work: Callable[..., None], arguments: Sequence[Any]
 ) -> None:
-    """In the forked process: take over from its parent what a new interpreter would."""
-    os.environ.clear()
-    os.environ.update(environment)
-    # It is the server's child, and gets the signals that its parent's group gets.
-    with contextlib.suppress(OSError):
-        os.setpgid(0, group)
+    """In the forked process: what a new interpreter would be."""
+    global _is_served
+    _is_served = "torch" in sys.modules
+    surroundings.take_over()
     # Where nothing is seeded, no two processes draw the same.
     if "torch" in sys.modules:
         sys.modules["torch"].default_generator.seed()

@@ -20,6 +20,7 @@ from benchmarks.run.cells import ROOT
 from benchmarks.run.executor import WarmCommand
 from core.locks import remove_folders_left_behind
 from core.processes import warm
+from tests.launched import wait_for
 
 pytestmark = pytest.mark.skipif(not warm.can_be_warm(gpu=False), reason="forks")
 
@@ -164,6 +165,50 @@ def is_running(pid: int) -> bool:
     except FileNotFoundError:
         return False
     return state != "Z"
+
+
+STARTER = """
+import os, signal, sys, time
+from pathlib import Path
+from core.processes import warm
+
+def rank(folder):
+    print("said by", len(os.sched_getaffinity(0)), os.environ["OF_THE_CELL"], flush=True)
+    said = f"{os.getppid()} {os.getpgrp()} {'torch' in sys.modules}"
+    Path(folder, "draft").write_text(said)
+    Path(folder, "draft").rename(Path(folder, "rank"))
+
+if __name__ == "__main__":
+    if "kill" in sys.argv:
+        os.kill(os.getppid(), signal.SIGKILL)
+        while os.getppid() == int(sys.argv[3]):
+            time.sleep(0.01)
+    process = warm.start(rank, os.getcwd(), imports=["json"])
+    process.join(60)
+    sys.exit(process.exitcode)
+"""
+
+
+@pytest.mark.parametrize("how", ["keep", "kill"])
+def test_what_a_warm_command_starts_comes_from_the_same_server(how: str, tmp_path: Path) -> None:
+    """What torch takes to import is not waited for twice; without that server it still starts."""
+    (tmp_path / "starter.py").write_text(STARTER)
+    assert warm_command(["-m", "json.tool", "--help"], ROOT, tmp_path / "log") == 0
+    server = forkserver._forkserver._forkserver_pid
+    words = [str(tmp_path / "starter.py"), how, "if", str(server)]
+    status = warm_command(words, tmp_path, tmp_path / "log")
+    # Who is asked for the command's end may have been killed; it goes on all the same.
+    assert wait_for((tmp_path / "rank").exists, 60)
+    log = (tmp_path / "log").read_text()
+    mother, group, has_torch = (tmp_path / "rank").read_text().split()
+    # Its core, its environment and its output are the command's, not the server's.
+    assert log == "said by 1 1\n"
+    if how == "keep":
+        assert (status, int(mother), has_torch) == (0, server, "True")
+        assert int(group) != os.getpgrp()
+    else:
+        assert (status, has_torch) == (255, "False")
+        assert int(mother) != server
 
 
 KILLED = """
