@@ -92,6 +92,7 @@ RECORDED = {
     "bounds.md": ("benchmarks.bounds", "bounds"),
     "detection.md": ("benchmarks.detection", "detection"),
     "graveyard.md": ("benchmarks.graveyard", "reference/graveyard"),
+    "what-we-tried.md": ("benchmarks.ablation", "reference/ablation"),
     "fidelity.md": ("benchmarks.fidelity.page", "fidelity"),
     "label-rules.md": ("benchmarks.label_rules.record", "label_rules"),
 }

@@ -43,7 +43,7 @@ from tests.targets import make_target, share_model, smooth_images
 
 CPU = torch.device("cpu")
 EXACT = InversionConfig(
-    iterations=8, signed=False, tv=0.01, coordinates="dct", double=True, hvp="exact"
+    iterations=4, signed=False, tv=0.01, coordinates="dct", double=True, hvp="exact"
 )
 ENGINE: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -52,7 +52,7 @@ ENGINE: dict[str, dict[str, Any]] = {
     "layer statistics": {"bn": 0.1, "exact_bn": True, "tv": 0.0},
     "balance": {"balance": 0.5, "balance_end": 0.05, "tv_kind": "double-opponents"},
     "group": {"restarts": 2, "group": 0.1, "registration": True, "input_noise": 0.1},
-    "batched restarts": {"restarts": 3, "halving": True},
+    "batched restarts": {"restarts": 3, "halving": True, "iterations": 8},
     "labels": {"joint_labels": True, "objective": "L2"},
     "polish": {"polish": 3},
     "priors": {"colour": 0.1, "patch": 0.1, "patch_size": 4, "input_norm": 0.01},
@@ -273,7 +273,7 @@ def command_cases(device: torch.device, folder: Path) -> Iterator[tuple[str, Wor
     for name, more in SHARED.items():
         yield f"stages 2 and 3: {name}", lambda n=name, m=more: share_and_invert(n, m)
     for name, more in TRAINED.items():
-        words = f"--data photo-patches {SMALL} --epochs 1 -b 256 -j 0 --no-tensorboard {more}"
+        words = f"--data photo-patches {SMALL} --width 2 --epochs 1 -b 512 -j 0 --no-tensorboard {more}"
         yield (
             f"stage 1: {name}",
             lambda n=name, w=words: run(
