@@ -273,7 +273,7 @@ def command_cases(device: torch.device, folder: Path) -> Iterator[tuple[str, Wor
     for name, more in SHARED.items():
         yield f"stages 2 and 3: {name}", lambda n=name, m=more: share_and_invert(n, m)
     for name, more in TRAINED.items():
-        words = f"--data photo-patches {SMALL} --width 2 --epochs 1 -b 512 -j 0 --no-tensorboard {more}"
+        words = f"--data photo-patches {SMALL} --epochs 1 -b 512 -j 0 --no-tensorboard {more}"
         yield (
             f"stage 1: {name}",
             lambda n=name, w=words: run(

@@ -26,7 +26,7 @@ MODELS = {
     "residual, eval": RESIDUAL,
     "transformer": ModelSpec("vit_tiny", 10, 8),
 }
-BASE = InversionConfig(iterations=15, signed=False, tv=0.01, double=True, hvp="exact")
+BASE = InversionConfig(iterations=8, signed=False, tv=0.01, double=True, hvp="exact")
 TARGETS = {
     "synchronized": {"train_mode": True},
     "asynchronous": {"train_mode": True, "shards": (3, 2)},

@@ -155,11 +155,11 @@ def test_a_target_that_ends_early_leaves_the_others_as_they_are(
 def test_a_killed_run_goes_on_from_its_states(tmp_path: Path, settings: dict[str, Any]) -> None:
     spec, _ = NETWORKS["lenet"]
     targets = share_model(spec, 2, 1)
-    config = PLAIN.changed(restarts=2, **settings)
+    config = PLAIN.changed(restarts=2, iterations=6, **settings)
     files = [tmp_path / f"{number}.pt" for number in range(2)]
     whole = ManyInversions(begun(targets, config)).run()
     killed = ManyInversions(begun(targets, config))
-    stops = iter([False] * 7)
+    stops = iter([False] * 3)
 
     def stop(iteration: int, images: torch.Tensor) -> None:
         if next(stops, True):
@@ -169,7 +169,7 @@ def test_a_killed_run_goes_on_from_its_states(tmp_path: Path, settings: dict[str
         killed.run(on_snapshots=[stop] * 2, snapshot_every=2, state_files=files, save_every=3)
     resumed = ManyInversions(begun(targets, config)).run(state_files=files)
     for mine, own in zip(resumed, whole, strict=True):
-        assert mine.iterations == own.iterations == 12
+        assert mine.iterations == own.iterations == 6
         assert mine.objective == pytest.approx(own.objective, rel=1e-12)
     # One of them can as well go on alone.
     assert begun(targets, config)[0].run(state_file=files[0]).objective == pytest.approx(

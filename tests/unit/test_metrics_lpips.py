@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,16 +17,29 @@ from core.target import Truth
 BACKBONES = ["alex", "vgg"]
 
 
-@pytest.fixture
-def weights(tmp_path: Path) -> Path:
-    """A folder with trunks of torchvision's shape (small random numbers) and heads."""
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trunks of torchvision's shape (small random numbers) and heads."""
+    folder = tmp_path_factory.mktemp("lpips")
     torch.manual_seed(0)
     for backbone, (name, file, _, _) in _BACKBONES.items():
         trunk = torchvision.models.get_model(name, weights=None).features
-        torch.save({f"features.{k}": v for k, v in trunk.state_dict().items()}, tmp_path / file)
+        torch.save({f"features.{k}": v for k, v in trunk.state_dict().items()}, folder / file)
         channels = [64, 192, 384, 256, 256] if backbone == "alex" else [64, 128, 256, 512, 512]
         heads = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1) for i, c in enumerate(channels)}
-        torch.save(heads, tmp_path / f"{backbone}.pth")
+        torch.save(heads, folder / f"{backbone}.pth")
+    return folder
+
+
+@pytest.fixture
+def weights(made: Path, tmp_path: Path) -> Path:
+    """A folder of its own with these files; the trunks are large and shared."""
+    trunks = [file for _, file, *_ in _BACKBONES.values()]
+    for file in made.iterdir():
+        if file.name in trunks:
+            (tmp_path / file.name).hardlink_to(file)
+        else:
+            shutil.copy(file, tmp_path)
     return tmp_path
 
 
@@ -115,6 +129,9 @@ def test_bad_input_names_the_flag(weights: Path) -> None:
         load_lpips("alex", weights / "nowhere")
     with pytest.raises(InputError, match="no backbone squeeze"):
         load_lpips("squeeze")
+    for backbone in BACKBONES:
+        # Shared with the other tests.
+        (weights / _BACKBONES[backbone][1]).unlink()
     (weights / _BACKBONES["alex"][1]).write_bytes(b"not a checkpoint")
     with pytest.raises(InputError, match="--lpips-weights"):
         load_lpips("alex", weights)
