@@ -26,7 +26,7 @@ PARTS = {
         "run": set(),
         "declare": {"run"},
         "show": {"run", "declare", "leaderboard"},
-        "speed": {"run", "show"},
+        "speed": {"compute", "declare", "run", "show"},
     },
 }
 # The published path of stage 2's command.
