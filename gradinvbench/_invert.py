@@ -33,7 +33,7 @@ Value = str | int | float | bool | tuple[float, ...] | None
 def invert(
     target: Target,
     *,
-    attack: str | Attack = "spectral-2",
+    attack: str | Attack = "spectral",
     iterations: int | None = None,
     labels: torch.Tensor | Sequence[int] | str | None = None,
     targets: torch.Tensor | Sequence[int] | str | None = None,

@@ -52,7 +52,8 @@ logger = logging.getLogger(__name__)
 
 # Changes whenever what it runs, or how it divides a budget, changes.
 VERSION = "auto-v3"
-# This project's own attack, of whose versions the last stands for all, and has variants.
+# Versions of this project's own attack. They are one computation but for single images that
+# BatchNorm normalises by themselves: there each is the better one on some.
 OWN = ("spectral", "spectral-2")
 # Gradient evaluations of one iteration of L-BFGS.
 LBFGS_COST = 20
@@ -186,13 +187,14 @@ class Ensemble:
     # -- Who takes part -----------------------------------------------------------
 
     def _members(self) -> Iterator[Member]:
-        own = self._own()
+        own = [name for name in OWN if name in self.config.members]
+        apart = own if self._hides_contrast() else own[:1]
         for name in self.config.members:
             attack = get_attack(name)
-            if (name in OWN and name != own) or not reads_inputs(attack, self.target):
+            if (name in own and name not in apart) or not reads_inputs(attack, self.target):
                 continue
             yield self._admitted(Member(name, attack))
-            if attack.published is None or name != own:
+            if attack.published is None or name not in apart:
                 continue
             if self._sees_statistics() and attack.published.priors.bn == 0:
                 changes = {"bn": STATISTICS_STEP, "exact_bn": True}
@@ -201,9 +203,10 @@ class Ensemble:
                 # An adaptation is a guess at what helps; where it does not, this one stays.
                 yield self._admitted(Member(f"{name}, unaware", attack, {"adaptive": False}))
 
-    def _own(self) -> str | None:
-        """The last version among the members; most targets are the same to all of them."""
-        return next((name for name in reversed(OWN) if name in self.config.members), None)
+    def _hides_contrast(self) -> bool:
+        """Whether BatchNorm takes the statistics of a single image: versions of `OWN` differ."""
+        normalises = any(name.endswith("running_mean") for name in self.target.state_dict)
+        return normalises and self.target.train_mode and 1 in self.target.shards
 
     def _admitted(self, member: Member) -> Member:
         if self.target.loss.targets not in member.attack.fits:
@@ -334,7 +337,7 @@ class Ensemble:
 
     def _chooser(self) -> InversionConfig:
         exact = self._sees_statistics()
-        published = get_attack(self._own() or OWN[-1]).published
+        published = get_attack(OWN[0]).published
         assert published is not None
         return published.changed(
             adaptive=self.config.knows_defense,

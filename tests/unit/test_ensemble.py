@@ -100,14 +100,20 @@ def test_what_the_threat_model_withholds_is_not_run() -> None:
     assert allowed["spectral, statistics"]["gradient_loss"] is not None
 
 
-@pytest.mark.parametrize("last", ["spectral", "spectral-2"])
-def test_of_versions_of_one_attack_the_last_takes_part(last: str) -> None:
-    target, _ = make_target(ModelSpec("cnn", 10, 8, width=4), 1, train_mode=True, double=False)
+@pytest.mark.parametrize(
+    ("batch", "train_mode", "own"),
+    [(1, True, ("spectral", "spectral-2")), (1, False, ("spectral",)), (2, True, ("spectral",))],
+)
+def test_versions_of_one_attack_take_part_where_they_differ(
+    batch: int, train_mode: bool, own: tuple[str, ...]
+) -> None:
+    model = ModelSpec("cnn", 10, 8, width=4)
+    target, _ = make_target(model, batch, train_mode=train_mode, double=False)
     target = dataclasses.replace(target, defenses=("prune:0.5",))
-    members = ("spectral", "spectral-2")[: 1 + (last == "spectral-2")]
-    granted = (*SERVER, Capability.BATCH_STATISTICS.name, Capability.DEFENSE.name)
-    took_part = set(run(target, members=members, granted=granted).details["members"])
-    assert took_part == {last, f"{last}, statistics", f"{last}, unaware"}
+    granted = (*SERVER, Capability.DEFENSE.name)
+    asked = {"members": ("spectral", "spectral-2"), "granted": granted, "iterations": 30}
+    took_part = set(run(target, **asked).details["members"])
+    assert took_part == {name for each in own for name in (each, f"{each}, unaware")}
 
 
 def test_one_that_breaks_does_not_break_the_others() -> None:
