@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from core.errors import InputError
+from core.registry import Registry
 
 # What a model gives: a tensor, or several of them in a tuple, a dictionary or an object.
 Outputs = torch.Tensor | Sequence[torch.Tensor] | Mapping[str, torch.Tensor] | object
@@ -153,7 +154,7 @@ def main_output(outputs: Outputs) -> torch.Tensor:
     )
 
 
-_LOSSES: dict[str, type[Loss]] = {}
+_LOSSES = Registry[type[Loss]]("loss")
 L = TypeVar("L", bound=type[Loss])
 
 
@@ -165,15 +166,13 @@ def register_loss(kind: L) -> L:
     Raises:
         ValueError: The name is taken.
     """
-    if kind.name in _LOSSES:
-        raise ValueError(f"loss {kind.name} is registered already")
-    _LOSSES[kind.name] = kind
+    _LOSSES.add(kind.name, kind)
     return kind
 
 
 def loss_names() -> list[str]:
     """Names of all registered losses."""
-    return sorted(_LOSSES)
+    return _LOSSES.names()
 
 
 def loss_class(name: str) -> type[Loss]:
@@ -182,9 +181,7 @@ def loss_class(name: str) -> type[Loss]:
     Raises:
         InputError: There is none.
     """
-    if name not in _LOSSES:
-        raise InputError(f"the loss {name} is unknown; known are {', '.join(loss_names())}")
-    return _LOSSES[name]
+    return _LOSSES.find(name, f"the loss {name} is unknown")
 
 
 def loss_from(description: Mapping[str, object]) -> Loss:

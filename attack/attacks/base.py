@@ -7,8 +7,8 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from attack.knowledge.threat_models import Capability
-from core.errors import InputError
 from core.losses import Targets
+from core.registry import Registry
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +96,7 @@ class Attack(abc.ABC):
         """
 
 
-_ATTACKS: dict[str, type[Attack]] = {}
+_ATTACKS = Registry[type[Attack]]("attack")
 A = TypeVar("A", bound=type[Attack])
 
 
@@ -106,15 +106,13 @@ def register_attack(attack: A) -> A:
     Raises:
         ValueError: The name is taken.
     """
-    if attack.name in _ATTACKS:
-        raise ValueError(f"attack {attack.name} is registered already")
-    _ATTACKS[attack.name] = attack
+    _ATTACKS.add(attack.name, attack)
     return attack
 
 
 def attack_names() -> list[str]:
     """Names of all registered attacks."""
-    return sorted(_ATTACKS)
+    return _ATTACKS.names()
 
 
 def get_attack(name: str) -> type[Attack]:
@@ -123,6 +121,4 @@ def get_attack(name: str) -> type[Attack]:
     Raises:
         InputError: There is none.
     """
-    if name not in _ATTACKS:
-        raise InputError(f"--attack {name}: unknown; known are {', '.join(attack_names())}")
-    return _ATTACKS[name]
+    return _ATTACKS.find(name, f"--attack {name}: unknown")

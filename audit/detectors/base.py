@@ -15,6 +15,7 @@ from torch import nn
 from core.losses import Loss, main_output
 from core.models.kinds import Convolution
 from core.models.unchanged import in_mode, unchanged
+from core.registry import Registry
 
 # Below this, numbers that are compared by their ratio are rounding.
 TINY = 1e-12
@@ -154,7 +155,7 @@ class Detector(abc.ABC):
         return self.alone(now) - self.alone(before)
 
 
-_DETECTORS: dict[str, type[Detector]] = {}
+_DETECTORS = Registry[type[Detector]]("detector")
 D = TypeVar("D", bound=type[Detector])
 
 
@@ -164,15 +165,13 @@ def register_detector(detector: D) -> D:
     Raises:
         ValueError: The name is taken.
     """
-    if detector.name in _DETECTORS:
-        raise ValueError(f"detector {detector.name} is registered already")
-    _DETECTORS[detector.name] = detector
+    _DETECTORS.add(detector.name, detector)
     return detector
 
 
 def detector_names() -> list[str]:
     """Names of all registered detectors."""
-    return sorted(_DETECTORS)
+    return _DETECTORS.names()
 
 
 def get_detector(name: str) -> type[Detector]:

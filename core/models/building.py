@@ -18,6 +18,7 @@ from torch import nn
 from core.errors import InputError
 from core.models.architecture import Description
 from core.models.kinds import BatchNorm
+from core.registry import Registry
 
 DEFAULT_POOL_KERNEL = 3  # Of torchvision's ResNets.
 # For records of a table, unless `--arch` says another.
@@ -91,7 +92,7 @@ class ModelSpec:
             ) from None
 
 
-BUILDERS: dict[str, Callable[[ModelSpec], nn.Module]] = {}
+BUILDERS = Registry[Callable[[ModelSpec], nn.Module]]("model")
 
 
 def register_model(
@@ -107,10 +108,7 @@ def register_model(
     """
 
     def register(builder: Callable[[ModelSpec], nn.Module]) -> Callable[[ModelSpec], nn.Module]:
-        if name in BUILDERS:
-            raise ValueError(f"model {name} is registered already")
-        BUILDERS[name] = builder
-        return builder
+        return BUILDERS.add(name, builder)
 
     return register
 

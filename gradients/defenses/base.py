@@ -15,6 +15,7 @@ from torch import nn
 from core.data.specs import DataSpec
 from core.errors import InputError
 from core.models.architecture import Architecture
+from core.registry import Registry
 from training.transforms import ClientView
 
 logger = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ def _plain(value: Any) -> str:
 
 Stated = TypeVar("Stated", bound=Defense)
 
-_DEFENSES: dict[str, type[Defense]] = {}
+_DEFENSES = Registry[type[Defense]]("defense")
 # Names that defenses had before, which old files and scripts hold.
 _FORMER: dict[str, str] = {}
 
@@ -147,11 +148,9 @@ def register_defense(name: str, *former: str) -> Callable[[type[Defense]], type[
     """
 
     def register(kind: type[Defense]) -> type[Defense]:
-        if name in _DEFENSES:
-            raise ValueError(f"defense {name} is registered already")
+        _DEFENSES.add(name, kind)
         _FORMER.update(dict.fromkeys(former, name))
         kind.name = name
-        _DEFENSES[name] = kind
         return kind
 
     return register
@@ -159,7 +158,7 @@ def register_defense(name: str, *former: str) -> Callable[[type[Defense]], type[
 
 def defense_names() -> list[str]:
     """Every name that `--defense` knows."""
-    return sorted(_DEFENSES)
+    return _DEFENSES.names()
 
 
 def current_name(name: str) -> str:

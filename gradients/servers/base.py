@@ -11,6 +11,7 @@ from torch import nn
 
 from core.models.building import ModelSpec
 from core.models.malicious import Malice, parse_malice
+from core.registry import Registry
 
 # So far below the darkest image that none falls out of the first bin.
 MARGIN = 10.0
@@ -75,7 +76,7 @@ class MaliciousServer(abc.ABC):
         return model
 
 
-_SERVERS: dict[str, type[MaliciousServer]] = {}
+_SERVERS = Registry[type[MaliciousServer]]("server")
 S = TypeVar("S", bound=type[MaliciousServer])
 
 
@@ -85,15 +86,13 @@ def register_server(server: S) -> S:
     Raises:
         ValueError: The kind is taken.
     """
-    if server.name in _SERVERS:
-        raise ValueError(f"server {server.name} is registered already")
-    _SERVERS[server.name] = server
+    _SERVERS.add(server.name, server)
     return server
 
 
 def server_names() -> list[str]:
     """Kinds of all registered servers."""
-    return sorted(_SERVERS)
+    return _SERVERS.names()
 
 
 def get_server(name: str) -> type[MaliciousServer]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -279,7 +280,7 @@ def test_a_missing_last_dimension_is_no_square_of_pairs() -> None:
 
 
 def test_a_plugin_adds_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "_LOSSES", dict(losses._LOSSES))
+    monkeypatch.setattr(losses, "_LOSSES", copy.copy(losses._LOSSES))
 
     @register_loss
     class Quartic(Loss):
