@@ -53,7 +53,8 @@ logger = logging.getLogger(__name__)
 # Changes whenever what it runs, or how it divides a budget, changes.
 VERSION = "auto-v3"
 # Versions of this project's own attack. They are one computation but for single images that
-# BatchNorm normalises by themselves: there each is the better one on some.
+# BatchNorm normalises by themselves: there each is the better one on some, and the loss does not
+# tell on which; the worst case over both counts.
 OWN = ("spectral", "spectral-2")
 # Gradient evaluations of one iteration of L-BFGS.
 LBFGS_COST = 20
