@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.markdown import row_of
 from core.reading import read_json_object
 
 TABLE = "ablation"
@@ -34,11 +35,13 @@ def page_of(folder: Path) -> str:
     variants = list(dict.fromkeys(variant for variant, _ in rows if variant != UNCHANGED))
     kinds = list(dict.fromkeys(kind for _, kind in rows))
     header = ["change", *(f"{kind}, dB" for kind in kinds), "time"]
-    lines = [_line(header), _line([":---", *("---:" for _ in kinds), "---:"])]
-    lines.append(_line([f"*{UNCHANGED}*", *(_level(rows[UNCHANGED, kind]) for kind in kinds), "1"]))
+    lines = [row_of(header), row_of([":---", *("---:" for _ in kinds), "---:"])]
+    lines.append(
+        row_of([f"*{UNCHANGED}*", *(_level(rows[UNCHANGED, kind]) for kind in kinds), "1"])
+    )
     for name in variants:
         changes = [_change(rows[name, kind]) for kind in kinds]
-        lines.append(_line([name, *changes, _cost(rows, name, kinds)]))
+        lines.append(row_of([name, *changes, _cost(rows, name, kinds)]))
     judged = {name: [_sign(rows[name, kind]) for kind in kinds] for name in variants}
     return _PAGE.format(measured=_MEASURED.format(table="\n".join(lines), read=_reading(judged)))
 
@@ -88,10 +91,6 @@ def _cost(rows: Mapping[tuple[str, str], Any], name: str, kinds: Sequence[str]) 
     if not known:
         return "–"
     return f"{sum(mine for mine, _ in known) / sum(whole for _, whole in known):.1f}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 _UNMEASURED = """The table is not among the committed records yet. `python -m benchmarks ablation`

@@ -30,6 +30,7 @@ from attack.bounds.information import Identifiability, decibels, mean_smallest_e
 from attack.bounds.jacobian import gradient_jacobian
 from attack.bounds.likelihood import NormalPrior, likeliest
 from attack.bounds.private import identification, mean_reconstruction_error, reconstruction
+from benchmarks.markdown import row_of
 from benchmarks.show.statistics import bootstrap_interval
 from core.errors import exit_status
 from core.launch_arguments import CommandParser
@@ -247,7 +248,7 @@ def _line(row: Row) -> str:
         cells.append("–" if errors is None else _in_decibels(errors))
     values = (row.unbiased, row.instance, row.any_attack, row.prior)
     cells += [f"{decibels(value):.1f}" for value in values] + [f"{row.identified:.0f}"]
-    return f"| {' | '.join(cells)} |"
+    return row_of(cells)
 
 
 def _in_decibels(errors: Sequence[float]) -> str:

@@ -35,6 +35,7 @@ from attack.metrics import assign, psnr
 from audit.detectors import Received, detector_names, scores_of
 from audit.detectors.calibration import joint_p_value, rounds_needed
 from audit.detectors.honest import Samples, honest_scores
+from benchmarks.markdown import row_of
 from core.data.data_sets import load_data, take_samples
 from core.data.specs import DataSpec
 from core.errors import InputError, exit_status
@@ -622,7 +623,7 @@ def _page(stored: Mapping[str, Any]) -> str:
 
 def _matrix_line(row: Row, names: Sequence[str]) -> str:
     cells = [row.network, f"`{row.sent}`", *(f"{row.auroc[name][0]:.2f}" for name in names)]
-    return f"| {' | '.join(cells)} |"
+    return row_of(cells)
 
 
 def _detector_line(rows: Sequence[Row], name: str) -> str:
@@ -633,7 +634,7 @@ def _detector_line(rows: Sequence[Row], name: str) -> str:
         mean = own.mean(0)
         worst = own[:, 0].min()
         cells.append(f"{mean[0]:.2f} ({mean[1]:.2f} to {mean[2]:.2f}), least {worst:.2f}")
-    return f"| {' | '.join(cells)} |"
+    return row_of(cells)
 
 
 def _attack_lines(parts: Sequence[Part], alone: Alarms, against: Alarms) -> Iterator[str]:
@@ -652,7 +653,7 @@ def _attack_lines(parts: Sequence[Part], alone: Alarms, against: Alarms) -> Iter
                 _percent(float(np.mean(np.array(seen) <= ALPHA)) if seen else None),
                 f"{np.mean([part.accuracy[word] for part in own]):.0f}",
             ]
-            yield f"| {' | '.join(cells)} |"
+            yield row_of(cells)
 
 
 def _percent(share: float | None) -> str:

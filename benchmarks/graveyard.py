@@ -16,6 +16,7 @@ from benchmarks.declare.measured_utility import utility_of
 from benchmarks.declare.tables import find_table
 from benchmarks.declare.yaml_lines import read_yaml
 from benchmarks.docstring_sections import linked, sections
+from benchmarks.markdown import row_of
 from core.errors import InputError
 from core.reading import read_json_object
 from gradients.defenses import defense_class
@@ -185,24 +186,20 @@ def _measured(lines: Sequence[Line], guess: float, preset: str) -> str:
     titles = [ATTACKERS.get(name, name) for name in attackers]
     header = ["defense", *titles, "accuracy", "verdict"]
     ruler = [":---", *("---:" for _ in titles), "---:", ":---"]
-    table = [_row(header), _row(ruler)]
+    table = [row_of(header), row_of(ruler)]
     for line in lines:
         values = [_decibels(line.psnr.get(name)) for name in attackers]
         accuracy = "–" if line.accuracy is None else f"{line.accuracy:.1f}"
         if line.word in TRAINED_UNDER and line.accuracy is not None:
             accuracy += f" (`{TRAINED_UNDER[line.word]}`)"
         verdict = line.verdict(guess) if line.word else "no defense"
-        table.append(_row([_linked(line), *values, accuracy, verdict]))
+        table.append(row_of([_linked(line), *values, accuracy, verdict]))
     judged = [line for line in lines if line.word and line.psnr]
     standing = [line for line in judged if not line.breakers(guess)]
     return _MEASURED.format(
         preset=preset, guess=f"{guess:.2f}", table="\n".join(table), judged=len(judged),
         standing=len(standing), broken=len(judged) - len(standing),
     )  # fmt: skip
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _decibels(found: tuple[float, float, float] | None) -> str:
@@ -222,7 +219,7 @@ def _papers(words: Mapping[str, str]) -> Iterator[str]:
         said = sections(defense_class(name).__doc__ or "").get("Published")
         published = linked(" ".join(said.split())) if said else UNSTATED
         link = f"[`{name}`](generated/defenses/{name}.md)"
-        yield _row([link, published.rstrip("."), f"our setting differs: {DIFFERENCES[name]}"])
+        yield row_of([link, published.rstrip("."), f"our setting differs: {DIFFERENCES[name]}"])
 
 
 _UNMEASURED = """The table is not among the committed records yet. `python -m benchmarks graveyard`

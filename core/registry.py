@@ -14,6 +14,7 @@ class Registry(dict[str, V]):
 
     Args:
         what: They are, in the singular.
+        reserved: A name that stands for something else; it is never free.
 
     Example:
         >>> attacks = Registry[type]("attack")
@@ -23,9 +24,9 @@ class Registry(dict[str, V]):
         ['mine']
     """
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, reserved: str | None = None) -> None:
         super().__init__()
-        self._what = what
+        self._what, self._reserved = what, reserved
 
     def add(self, name: str, value: V) -> V:
         """Make a value known.
@@ -37,7 +38,7 @@ class Registry(dict[str, V]):
         Raises:
             ValueError: The name is taken.
         """
-        if name in self:
+        if name in self or name == self._reserved:
             raise ValueError(f"{self._what} {name} is registered already")
         self[name] = value
         return value

@@ -15,6 +15,7 @@ from typing import Any
 
 from core.errors import InputError
 from core.models.building import DEFAULT_POOL_KERNEL
+from core.registry import Registry
 
 CUSTOM = "None"
 BATCH_NORMS = ("synchronized", "asynchronous")
@@ -60,7 +61,7 @@ class Scheme:
         }
 
 
-_SCHEMES: dict[str, Scheme] = {}
+_SCHEMES = Registry[Scheme]("scheme", reserved=CUSTOM)
 
 
 def register_scheme(scheme: Scheme) -> Scheme:
@@ -69,10 +70,7 @@ def register_scheme(scheme: Scheme) -> Scheme:
     Raises:
         ValueError: The name is taken.
     """
-    if scheme.name in _SCHEMES or scheme.name == CUSTOM:
-        raise ValueError(f"scheme {scheme.name} is registered already")
-    _SCHEMES[scheme.name] = scheme
-    return scheme
+    return _SCHEMES.add(scheme.name, scheme)
 
 
 def scheme_names() -> list[str]:

@@ -38,6 +38,7 @@ from attack.loop.inversion import InterruptedInversion, label_trial
 from attack.matching.matcher import GradientMatcher
 from attack.matching.objectives import Cosine
 from attack.matching.replica import Replica
+from attack.priors.contrast import hidden_contrast
 from attack.reconstruction import Reconstruction
 from attack.settings import InversionConfig
 from core.errors import InputError
@@ -181,21 +182,21 @@ class Ensemble:
         self.labels = labels
         self.is_text = bool(target.data.n_tokens)
         self.started = time.perf_counter()
-        self.members = list(self._members())
         self.judge = self._make_judge()
+        self.members = list(self._members())
         self.budget = config.iterations
 
     # -- Who takes part -----------------------------------------------------------
 
     def _members(self) -> Iterator[Member]:
         own = [name for name in OWN if name in self.config.members]
-        apart = own if self._hides_contrast() else own[:1]
+        same = [] if self._hides_contrast() else own[1:]
         for name in self.config.members:
             attack = get_attack(name)
-            if (name in own and name not in apart) or not reads_inputs(attack, self.target):
+            if name in same or not reads_inputs(attack, self.target):
                 continue
             yield self._admitted(Member(name, attack))
-            if attack.published is None or name not in apart:
+            if attack.published is None or name not in own:
                 continue
             if self._sees_statistics() and attack.published.priors.bn == 0:
                 changes = {"bn": STATISTICS_STEP, "exact_bn": True}
@@ -206,8 +207,8 @@ class Ensemble:
 
     def _hides_contrast(self) -> bool:
         """Whether BatchNorm takes the statistics of a single image: versions of `OWN` differ."""
-        normalises = any(name.endswith("running_mean") for name in self.target.state_dict)
-        return normalises and self.target.train_mode and 1 in self.target.shards
+        replica = self.judge.replica
+        return hidden_contrast(replica.model, self.target.batch_size, replica.groups) is not None
 
     def _admitted(self, member: Member) -> Member:
         if self.target.loss.targets not in member.attack.fits:
@@ -337,10 +338,10 @@ class Ensemble:
         return labels
 
     def _chooser(self) -> InversionConfig:
+        from attack.attacks.spectral import Spectral
+
         exact = self._sees_statistics()
-        published = get_attack(OWN[0]).published
-        assert published is not None
-        return published.changed(
+        return Spectral.published.changed(
             adaptive=self.config.knows_defense,
             bn=STATISTICS_STEP if exact else 0.0,
             exact_bn=exact,

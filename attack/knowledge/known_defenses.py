@@ -21,6 +21,7 @@ from attack.matching.objectives import Objective, Tensors
 from attack.matching.replica import Replica
 from attack.settings import InversionConfig
 from core.models.building import DEFAULT_POOL_KERNEL
+from core.registry import Registry
 from core.target import Target
 
 # Share of kept elements from which on the bounds on pruned ones count in full.
@@ -146,7 +147,7 @@ class Through(Objective):
 
 
 Step = Callable[[Adaptation, Target, list[float]], None]
-_STEPS: dict[str, Step] = {}
+_STEPS = Registry[Step]("the adaptation to")
 
 
 def register_adaptation(name: str) -> Callable[[Step], Step]:
@@ -160,10 +161,7 @@ def register_adaptation(name: str) -> Callable[[Step], Step]:
     """
 
     def register(step: Step) -> Step:
-        if name in _STEPS:
-            raise ValueError(f"the adaptation to {name} is registered already")
-        _STEPS[name] = step
-        return step
+        return _STEPS.add(name, step)
 
     return register
 

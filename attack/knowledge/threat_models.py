@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from core.errors import InputError
+from core.registry import Registry
 from core.target import Target
 
 
@@ -70,7 +71,7 @@ class ThreatModel:
 # Where no threat model is named, the flags of the run decide.
 CUSTOM = "custom"
 
-_MODELS: dict[str, ThreatModel] = {}
+_MODELS = Registry[ThreatModel]("threat model", reserved=CUSTOM)
 
 # By the letter of the systematization: what it calls "basic knowledge" is the size of the batch
 # and what the model itself shows, "training details" are local training and defense, "surrogate
@@ -94,10 +95,7 @@ def register_threat_model(name: str, grants: Iterable[Capability], description: 
     Raises:
         ValueError: The name is taken.
     """
-    if name in _MODELS or name == CUSTOM:
-        raise ValueError(f"threat model {name} is registered already")
-    _MODELS[name] = ThreatModel(name, frozenset(grants), description)
-    return _MODELS[name]
+    return _MODELS.add(name, ThreatModel(name, frozenset(grants), description))
 
 
 def threat_names() -> list[str]:

@@ -10,6 +10,7 @@ from benchmarks.fidelity.declare import Row
 from benchmarks.fidelity.record import OURS, Entry, Record
 from benchmarks.fidelity.rows import ROWS
 from benchmarks.fidelity.verdict import Measured, verdict
+from benchmarks.markdown import row_of
 
 NOT_OPENED = "*"
 UNITS = {"dB": ("{:.2f}", " dB"), "share": ("{:.3f}", "")}
@@ -131,7 +132,7 @@ def _counts(computed: Sequence[Line]) -> str:
 def _cells(line: Line) -> str:
     beside = "<br>".join(f"{n}: {line.measured(m)}" for n, m in line.others.items()) or "–"
     cells = (f"[`{line.row.name}`](#{line.row.name})", line.published, line.measured(line.ours))
-    return f"| {' | '.join((*cells, beside, line.verdict))} |"
+    return row_of((*cells, beside, line.verdict))
 
 
 def _setting(line: Line) -> str:

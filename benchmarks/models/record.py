@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.markdown import row_of
 from benchmarks.models.measure import BATCH, ENOUGH, Agreement
 from core.records import check_types, read_record
 from core.storage import write_json
@@ -120,7 +121,7 @@ def _by_model(rows: Sequence[Agreement]) -> Iterator[tuple[Agreement, Agreement]
 
 def _table(models: Sequence[tuple[Agreement, Agreement]]) -> str:
     lines = [HEADER, ("---",) * len(HEADER), *(_cells(*both) for both in models)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(map(row_of, lines))
 
 
 def _cells(evaluated: Agreement, trained: Agreement) -> tuple[str, ...]:

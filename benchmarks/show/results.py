@@ -171,7 +171,8 @@ def summary_of(row: Row, runs: Sequence[Run], column: Column) -> Summary | None:
         column: What is summarised.
     """
     values = [column.values(run) for run in runs]
-    summary = summarize(_per_target(row, values), column.leak)
+    summary = summarize(_per_target(row, values))
+    # The worst is that of any attack, not of a mean over several.
     return with_worst(summary, itertools.chain(*values), column.leak)
 
 

@@ -45,13 +45,14 @@ def measure_executors(quick: bool, repeats: int) -> Iterator[dict[str, Any]]:
             found[name].append(json.loads(text.splitlines()[-1]))
     times = {name: [run["cells_seconds"] for run in runs] for name, runs in found.items()}
     starts = medians({name: [run["start_seconds"] for run in runs] for name, runs in found.items()})
+    middle = medians(times)
     for name in EXECUTORS:
         yield {
             "executor": name,
             "cells": int(found[name][0]["cells"]),
             "rounds": len(times[name]),
             "start_seconds": starts[name],
-            "cells_seconds": medians(times)[name],
+            "cells_seconds": middle[name],
             "over_local": paired_ratio(times[name], times["local"]),
         }
 

@@ -220,6 +220,7 @@ class _Surroundings:
     def __setstate__(self, state: dict[str, Any]) -> None:
         sent = state.pop("_sent")
         self.__dict__.update(state)
+        # Here, before the work is unpickled: its errors belong into these streams.
         for stream, copy in zip(self._streams, sent, strict=True):
             descriptor = copy.detach()
             os.dup2(descriptor, stream)

@@ -14,6 +14,8 @@ def test_names_are_taken_once_and_found() -> None:
     known.add("one", 1)
     with pytest.raises(ValueError, match="number two is registered already"):
         known.add("two", 3)
+    with pytest.raises(ValueError, match="number all is registered already"):
+        Registry[int]("number", reserved="all").add("all", 1)
     assert known.names() == ["one", "two"]
     assert known.find("two", "--number two: unknown") == 2
     with pytest.raises(InputError, match=r"^--number six: unknown; known are one, two$"):

@@ -13,6 +13,7 @@ from attack.knowledge.labels.last_layer import LastLayer
 from attack.knowledge.threat_models import Capability
 from core.errors import InputError
 from core.losses import Targets
+from core.registry import Registry
 from core.target import Target
 
 # A rule maps target, model and last layer to the targets of K samples.
@@ -58,7 +59,7 @@ class RegisteredRule:
         return self.signed_features is SignedFeatures.MISLEAD
 
 
-_RULES: dict[str, RegisteredRule] = {}
+_RULES = Registry[RegisteredRule]("label rule", reserved=KNOWN)
 
 
 def register_rule(
@@ -86,12 +87,11 @@ def register_rule(
     """
 
     def register(rule: Rule) -> Rule:
-        if name in _RULES or name == KNOWN:
-            raise ValueError(f"label rule {name} is registered already")
         needed = frozenset({Capability.BATCH_SIZE, *requires})
-        _RULES[name] = RegisteredRule(
+        known = RegisteredRule(
             rule, needed, over_steps, targets, signed_features, bias_alone, class_weights
         )
+        _RULES.add(name, known)
         return rule
 
     return register
