@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -32,7 +33,7 @@ def test_records_are_frozen() -> None:
 
 
 def test_registering(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schemes, "_SCHEMES", dict(schemes._SCHEMES))
+    monkeypatch.setattr(schemes, "_SCHEMES", copy.copy(schemes._SCHEMES))
     mine = register_scheme(Scheme("mine", batch_norm="asynchronous", pool_kernel=9))
     assert get_scheme("mine") is mine
     assert mine.defaults()["syncbn"] is False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import itertools
 import json
@@ -372,7 +373,7 @@ def test_full_disk(
 def test_plugin_registers_a_scheme(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(schemes, "_SCHEMES", dict(schemes._SCHEMES))
+    monkeypatch.setattr(schemes, "_SCHEMES", copy.copy(schemes._SCHEMES))
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "my_schemes.py").write_text(
         "from training.schemes import Scheme, register_scheme\n"
