@@ -64,9 +64,9 @@ class _Footnotes:
 def to_text_table(result: TableResult) -> TextTable:
     """Write every number of a result the way people read it."""
     notes = _Footnotes()
-    columns, lines = result.shown_columns(), result.lines()
-    if result.table.budget:
-        lines = _begun(lines, notes)
+    columns, lines = result.shown_columns(), result.shown_lines()
+    if (all_lines := len(result.lines())) > len(lines):
+        notes.mark(f"{all_lines - len(lines)} of {all_lines} rows are not computed yet")
     published = any(line.first.row.published for line in lines)
     header = [*result.shown_axes, *(c.header for c in columns), *[PUBLISHED] * published]
     return TextTable(
@@ -77,14 +77,6 @@ def to_text_table(result: TableResult) -> TextTable:
         footnotes=notes.listed(),
         n_labels=len(result.shown_axes),
     )
-
-
-def _begun(lines: list[Line], notes: _Footnotes) -> list[Line]:
-    """The rows of which something is computed: a run within a budget leaves the others."""
-    begun = [line for line in lines if any(row.has_begun for row in line.rows.values())]
-    if len(begun) < len(lines):
-        notes.mark(f"{len(lines) - len(begun)} of {len(lines)} rows are not computed yet")
-    return begun
 
 
 def _title(table: Table) -> str:

@@ -81,7 +81,7 @@ def _table(result: TableResult, text: TextTable) -> Iterator[str]:
         yield f'<th{kind}><button type="button">{escape(name)}</button></th>'
     yield "</tr></thead><tbody>"
     columns = result.shown_columns()
-    for line, entries in zip(result.lines(), text.rows, strict=True):
+    for line, entries in zip(result.shown_lines(), text.rows, strict=True):
         yield _row(line, entries, columns, n_labels)
     yield '</tbody><tbody class="baselines">'
     for entries in text.baselines:

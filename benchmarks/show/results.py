@@ -141,6 +141,13 @@ class TableResult:
             lines[tuple(labels.values())] = Line(labels, {**line.rows, side: row})
         return list(lines.values())
 
+    def shown_lines(self) -> list[Line]:
+        """All of them; of a table with a budget, which may end before all rows, those begun."""
+        lines = self.lines()
+        if not self.table.budget:
+            return lines
+        return [line for line in lines if any(row.has_begun for row in line.rows.values())]
+
 
 def collect(table: Table, store: Store) -> TableResult:
     """Read a table's results from the store; cells that are missing leave gaps."""

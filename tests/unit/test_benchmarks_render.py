@@ -157,9 +157,14 @@ def test_rows_that_a_budget_has_left_are_counted_and_not_shown(tmp_path: Path) -
     table, store = load(tmp_path, TABLE + "budget: 30m\n"), Store(tmp_path / "store")
     for cell in table.rows[0].repeats[0].values():
         store.finish(cell, attack_record(20.0) if cell.stage == "attack" else {})
-    shown = to_text_table(collect(table, store))
+    result = collect(table, store)
+    shown = to_text_table(result)
     assert [row[0] for row in shown.rows] == ["none"]
     assert "5 of 6 rows are not computed yet" in dict(shown.footnotes).values()
+    page = to_html(result, [], store)
+    assert "5 of 6 rows are not computed yet" in page
+    rows = page.partition('<table class="numbers">')[2].partition("</table>")[0]
+    assert "20.00" in rows and ">0.1<" not in rows
 
 
 @pytest.fixture
