@@ -27,8 +27,9 @@ a column too, is known to the table.
 `like: schemes` starts from another table: its flags, its `data` and its repeats, and those of
 its presets; what this table gives wins. Of the repeats those are left out that vary a flag
 which this table or its axes set, and all of them where it has `repeats` of its own (`{}` for
-none). Axes, chain, columns, figures and what is published are each table's own. A value
-`STAGE/FILE` is a file that an earlier stage's cell of the same row made.
+none). Axes, chain, columns, figures and what is published are each table's own, and a table that
+is itself `like` another cannot be named. A value `STAGE/FILE` is a file that an earlier stage's
+cell of the same row made.
 
 `order: [AXIS, ...]` is the order in which rows are computed, where a run may end before all are.
 `compare: {AXIS: VALUE}` names the rows that "change COLUMN" compares the others with, image by
@@ -264,7 +265,13 @@ def _model(document: Document) -> Document | None:
         return None
     if name not in table_files():
         raise document.error(unknown("table", str(name), table_files()), "like")
-    return read_yaml(table_files()[name])
+    model = read_yaml(table_files()[name])
+    if isinstance(model.value, dict) and "like" in model.value:
+        raise document.error(
+            f"like: {name} itself is like {model.value['like']}; name a table that stands alone",
+            "like",
+        )
+    return model
 
 
 class _Expansion:

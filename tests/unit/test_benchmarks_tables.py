@@ -124,6 +124,12 @@ def test_repeats_of_the_table_that_one_is_like(
         assert [run["extract"].config.get("target-idx") for run in row.repeats] == indices
 
 
+def test_a_table_that_is_like_another_itself_is_none_to_be_like(tmp_path: Path) -> None:
+    message = r":2: like: ablation itself is like schemes; name a table that stands alone"
+    with pytest.raises(InputError, match=message):
+        load(tmp_path, LIKE.replace("like: schemes", "like: ablation"))
+
+
 def test_an_axis_replaces_the_inherited_repeat_of_its_flag(tmp_path: Path) -> None:
     text = LIKE.replace("  mode:", "  image: {extract.target-idx: [8, 9]}\n  mode:")
     table = load_table(write_table(tmp_path, text), "small")
