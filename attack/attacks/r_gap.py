@@ -92,7 +92,7 @@ class RGap(Attack):
         https://github.com/JonasGeiping/breaching.
 
     Reproduced:
-        r-gap: 100.00 (100.00 to 100.00, n = 4), 2026-11-29: 4 of 8 computed so far.
+        r-gap: 100.00 (100.00 to 100.00, n = 8), 2026-11-30: above.
 
     Example:
         python training/get_gradients.py --data photo-patches -a cnn6 -b 1 --double
