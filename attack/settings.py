@@ -347,7 +347,9 @@ class SpeedSettings(Topic):
     """What is sped up, see `attack.matching.acceleration`.
 
     Attributes:
-        compile: Compile the passes of the difference.
+        trace: Run the passes of the difference as plain lists of operators, which spares small
+            networks the overhead of modules and of torch's automatic differentiation.
+        compile: Compile those lists.
         cuda_graphs: Capture and replay them (CUDA only).
         precision: Of matrix products: "float32", "tf32" or "bf16".
         channels_last: Memory layout of images and convolutions.
@@ -357,6 +359,7 @@ class SpeedSettings(Topic):
 
     title: ClassVar[str] = "speed (off by default: each moves the last digits)"
 
+    trace: bool = setting(False, "--trace", help="passes as plain lists of operators")
     compile: bool = setting(False, "--compile", help="compile the two passes of the difference")
     cuda_graphs: bool = setting(False, "--cuda-graphs", help="capture and replay them (CUDA only)")
     precision: str = setting(
@@ -377,7 +380,13 @@ class SpeedSettings(Topic):
     @property
     def traced(self) -> bool:
         """Whether passes are written down as graphs."""
-        return self.compile or self.cuda_graphs
+        return self.trace or self.compile or self.cuda_graphs
+
+    @property
+    def tracing_setting(self) -> str:
+        """Which of the settings that write passes down is on, in braces, for a message."""
+        names = ("compile", "cuda_graphs", "trace")
+        return next(f"{{{name}}}" for name in names if getattr(self, name))
 
     @property
     def lowered(self) -> bool:
@@ -610,11 +619,12 @@ def _check_speed(config: InversionConfig) -> None:
         raise setting_error(f"{{double}} and {{precision}} {speed.precision}: choose one of them")
     if speed.images_at_once and speed.changes_passes:
         raise setting_error(
-            "{images_at_once}: not with {compile}, {cuda_graphs}, {precision} or {channels_last}"
+            "{images_at_once}: not with {trace}, {compile}, {cuda_graphs}, {precision} or "
+            "{channels_last}"
         )
     if not speed.traced:
         return
-    name = "{compile}" if speed.compile else "{cuda_graphs}"
+    name = speed.tracing_setting
     if matching.hvp == "exact":
         raise setting_error(f"{name} speeds up the difference of passes; not with {{hvp}} exact")
     if speed.restarts_at_once > 1:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from attack.matching.plain_operators import Pass, plain_operators
 from attack.priors.contrast import hidden_contrast, without_contrast
 from attack.priors.regularizers import GroupConsistency, ModelPenalty, Regularizer, weighted_penalty
+from core.errors import first_line
 from core.processes import distributed
 
 if TYPE_CHECKING:
@@ -43,6 +46,8 @@ class WeightedLoss:
     ) -> None:
         self.problem, self.matcher, self.config = problem, matcher, problem.config
         self.penalties, self.regularizers = list(penalties), list(regularizers)
+        # For inputs of one shape, see `_traced_prior`.
+        self._prior: tuple[torch.Size, Pass] | None = None
         # Made once: a compiled pass knows its penalty by identity.
         self._penalty = self._weighted_penalty()
         self._most_at_once: int | None = None
@@ -85,15 +90,45 @@ class WeightedLoss:
             terms.append((together.group, GroupConsistency(consensus, squared)))
         if not terms:
             return 0.0, None
+        if len(terms) == len(self.regularizers) and self.config.speed.trace:
+            total, parts, gradient = self._traced_prior(inputs.detach())
+        else:
+            total, parts, gradient = self._differentiated(terms, inputs)
+        names = [type(regularizer).__name__ for _, regularizer in terms]
+        self.last_terms = dict(zip(names, parts.unbind(), strict=True))
+        return float(total), self.less_contrast(gradient, inputs)
+
+    def _differentiated(
+        self, terms: Sequence[tuple[float, Regularizer]], inputs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The sum of weighted regularisers, each of them, and the gradient of the sum."""
         leaf = inputs.detach().requires_grad_()
         values = torch.stack([weight * r(leaf).sum() for weight, r in terms])
         total = values.sum()
         total = total / self.problem.target.batch_size
         parts = values.detach() / self.problem.target.batch_size
-        names = [type(regularizer).__name__ for _, regularizer in terms]
-        self.last_terms = dict(zip(names, parts.unbind(), strict=True))
         (gradient,) = torch.autograd.grad(total, leaf)
-        return float(total.detach()), self.less_contrast(gradient, inputs)
+        return total.detach(), parts, gradient
+
+    def _traced_prior(
+        self, inputs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The same of the regularisers that never change, as a list of operators.
+
+        It is written down at the first call, and again for inputs of another shape.
+        """
+        if self._prior is None or self._prior[0] != inputs.shape:
+            own: Pass = functools.partial(self._differentiated, self.regularizers)
+            try:
+                own = plain_operators(own, (inputs,))
+            # What a user's own regulariser may raise has no common base.
+            except Exception as error:
+                logger.warning("--trace leaves the priors as they are: %s", first_line(error))
+            self._prior = inputs.shape, own
+        # A prior as it is differentiates by itself.
+        with torch.set_grad_enabled(not isinstance(self._prior[1], torch.fx.GraphModule)):
+            total, parts, gradient = self._prior[1](inputs)
+        return total, parts, gradient
 
     def less_contrast(self, gradient: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         """The priors' gradient, which leaves the contrast alone where it is hidden.

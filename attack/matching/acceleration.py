@@ -1,11 +1,11 @@
 """Faster arithmetic for the passes of gradient matching, where it keeps the gradient.
 
-Four choices, all off by default, because each moves the last digits of published numbers:
+Five choices, all off by default, because each moves the last digits of published numbers:
 
-- `compile`: both passes of the difference as one graph of plain operators each, fused by
-  torch's compiler. Frozen switches are Python that no compiler looks into; so the passes are
-  traced below them (`make_fx` runs forward and backward once and writes down the operators),
-  and the switches become outputs of the first graph and inputs of the second.
+- `trace`: both passes of the difference as one list of plain operators each
+  (`attack.matching.plain_operators`); frozen switches become outputs of the first list and inputs
+  of the second. The priors' gradient is such a list as well (`attack.loop.weighted_loss`).
+- `compile`: those lists, fused by torch's compiler, which looks into no Python.
 - `cuda_graphs`: the same graphs captured once on a CUDA device and replayed, which saves the
   launches of their kernels.
 - `precision`: "tf32" (matrix products with 10 bits of mantissa, on CUDA) or "bf16"
@@ -43,6 +43,7 @@ from attack.matching.matcher import (
     cosine_of_images,
 )
 from attack.matching.objectives import Objective
+from attack.matching.plain_operators import Pass, plain_operators
 from attack.matching.replica import Replica, laid_out_as
 from attack.matching.switches import RecordActivations, ReplayActivations
 from attack.settings import SpeedSettings, setting_error
@@ -52,9 +53,6 @@ from core.processes import distributed
 from core.records import fits
 
 logger = logging.getLogger(__name__)
-
-# A pass as a function of tensors alone.
-Pass = Callable[..., Tensors]
 
 # A difference of two passes loses as many digits as its step is small, so few bits want long
 # steps; frozen switches keep the function smooth over them.
@@ -153,6 +151,7 @@ class AcceleratedMatcher(GradientMatcher):
         asked = self.speed
         running = self.traced and self.step is not None
         return {
+            "trace": running,
             "compile": asked.compile and running,
             "compile_seconds": round(self.compile_seconds, 3),
             "cuda_graphs": asked.cuda_graphs and running,
@@ -329,7 +328,7 @@ class AcceleratedMatcher(GradientMatcher):
             # What a compiler may raise has no common base: no C++ compiler, no Triton, an
             # operator that it does not know. The passes run without it just as well.
             except Exception as error:
-                self._note(f"--compile or --cuda-graphs is not used: {first_line(error)[:200]}")
+                self._note(f"{_flags(self.speed)} not used: {first_line(error)[:200]}")
                 self.traced = False
             self.compile_seconds += time.perf_counter() - begun
         return self._graphs.get(key)
@@ -364,11 +363,8 @@ class AcceleratedMatcher(GradientMatcher):
 
     def _traced(self, function: Pass, arguments: tuple[torch.Tensor, ...]) -> Pass:
         """The operators that a call with such arguments consists of."""
-        from torch.fx.experimental.proxy_tensor import make_fx
-
         with lowered(self.precision, self.device_type):
-            graph: Pass = make_fx(function)(*arguments)
-        return graph
+            return plain_operators(function, arguments)
 
     def _faster(self, graph: Pass, arguments: tuple[torch.Tensor, ...], changing: range) -> Pass:
         """A traced pass, compiled and captured as asked for."""
@@ -493,10 +489,17 @@ class CapturedPass:
         return self._results
 
 
+def _flags(speed: SpeedSettings) -> str:
+    """The flags that write passes down and what they are, for a sentence: "--trace is"."""
+    names = [n for n in ("trace", "compile", "cuda_graphs") if getattr(speed, n)]
+    flags = " and ".join(f"--{name.replace('_', '-')}" for name in names)
+    return f"{flags} {'is' if len(names) == 1 else 'are'}"
+
+
 def _check_traceable(replica: Replica, speed: SpeedSettings) -> None:
     if not speed.traced:
         return
-    flag = "{compile}" if speed.compile else "{cuda_graphs}"
+    flag = speed.tracing_setting
     if not replica.local.shares_gradient:
         raise setting_error(
             f"{flag} speeds up the difference, which several local steps do not use"

@@ -60,6 +60,15 @@ CASES: dict[str, Case] = {
 }
 
 
+# Networks whose iterations are overhead for a good part.
+SMALL_CASES: dict[str, Case] = {
+    case.name: case
+    for case in [
+        Case(ModelSpec(a, 10, 32), b, False) for a in ("cnn", "lenet", "mlp") for b in (1, 2)
+    ]
+}
+
+
 @dataclass(frozen=True)
 class Problem:
     """A target with a candidate to evaluate.

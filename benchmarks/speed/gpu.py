@@ -48,7 +48,9 @@ LEVERS = {
     "TF32": SpeedSettings(precision="tf32"),
     "bf16": SpeedSettings(precision="bf16"),
     "bf16, channels last": SpeedSettings(precision="bf16", channels_last=True),
-    "bf16, compiled, CUDA graphs, channels last": SpeedSettings(True, True, "bf16", True),
+    "bf16, compiled, CUDA graphs, channels last": SpeedSettings(
+        compile=True, cuda_graphs=True, precision="bf16", channels_last=True
+    ),
 }
 
 

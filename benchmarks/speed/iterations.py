@@ -17,7 +17,7 @@ from attack.matching.matcher import GradientMatcher
 from attack.matching.objectives import Cosine
 from attack.matching.replica import Replica
 from benchmarks.speed import references
-from benchmarks.speed.cases import CASES, Case, Problem, make_problem
+from benchmarks.speed.cases import CASES, SMALL_CASES, Case, Problem, make_problem
 from benchmarks.speed.timing import interleaved, matrix_rate, medians, paired_ratio
 from benchmarks.speed.workers import Job, take_turns
 from core.errors import InputError
@@ -41,6 +41,12 @@ METHODS: dict[str, Callable[[Problem], references.Iteration]] = {
     "ours": references.ours,
     "breaching": references.breaching_loop,
     "our loop": references.our_loop,
+}
+# Whole iterations of Inverting Gradients.
+LOOPS: dict[str, Callable[[Problem], references.Iteration]] = {
+    "breaching": references.breaching_loop,
+    "ours": references.our_loop,
+    "traced": references.our_traced_loop,
 }
 
 
@@ -81,6 +87,36 @@ def measure_case(
     if "breaching" in times:
         row["speedup_over_breaching"] = paired_ratio(times["breaching"], times["our loop"])
     return row | _roofline(problem, row["seconds"]["ours"])
+
+
+def build_small_loop(method: str, case: str, seed: int) -> references.Iteration:
+    """A whole iteration of one of `LOOPS` on a small network."""
+    return LOOPS[method](make_problem(SMALL_CASES[case], seed))
+
+
+def measure_small(case: Case, repeats: int, seconds: float, seed: int) -> dict[str, Any]:
+    """One row: whole iterations of Inverting Gradients on a small network, taking turns.
+
+    Args:
+        case: One of `SMALL_CASES`.
+        repeats: Rounds at most.
+        seconds: Enough time to stop after three rounds.
+        seed: Of model, images and candidate.
+    """
+    methods = [name for name in LOOPS if _available(name)]
+    jobs: dict[str, Job] = {m: (build_small_loop, (m, case.name, seed)) for m in methods}
+    times, _ = take_turns(jobs, repeats, 1, seconds)
+    row = {
+        "case": case.name,
+        "seconds": medians(times),
+        "clock": "processor",
+        "rounds": len(times["ours"]),
+        "traced_over_ours": paired_ratio(times["ours"], times["traced"]),
+    }
+    if "breaching" in times:
+        row["ours_over_breaching"] = paired_ratio(times["breaching"], times["ours"])
+        row["traced_over_breaching"] = paired_ratio(times["breaching"], times["traced"])
+    return row
 
 
 def _available(method: str) -> bool:

@@ -106,15 +106,18 @@ def ours_in_pieces(problem: Problem, at_once: int, hvp: str = "auto") -> Iterati
     return lambda: matcher(problem.inputs, problem.labels).input_gradient
 
 
-def our_loop(problem: Problem, restarts: int = 1, at_once: int = 1) -> Iteration:
+def our_loop(
+    problem: Problem, restarts: int = 1, at_once: int = 1, trace: bool = False
+) -> Iteration:
     """One iteration of this project's Inverting Gradients: matching, TV, signed Adam, box.
 
     Args:
         problem: The target and the inputs that the loop starts from.
         restarts: Restarts that advance together.
         at_once: How many of them one call evaluates; 0: as the program chooses.
+        trace: Passes as plain lists of operators (`--trace`).
     """
-    inversion = _inversion(problem, restarts=restarts, restarts_at_once=at_once)
+    inversion = _inversion(problem, restarts=restarts, restarts_at_once=at_once, trace=trace)
 
     def iteration() -> torch.Tensor:
         inversion._iterate(inversion.progress.iteration)
@@ -122,6 +125,11 @@ def our_loop(problem: Problem, restarts: int = 1, at_once: int = 1) -> Iteration
         return inversion.restarts[0].variable.detach()
 
     return iteration
+
+
+def our_traced_loop(problem: Problem) -> Iteration:
+    """`our_loop` under `--trace`."""
+    return our_loop(problem, trace=True)
 
 
 def targets_in_turn(problems: Sequence[Problem]) -> Iteration:

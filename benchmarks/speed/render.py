@@ -43,6 +43,24 @@ def _iterations(rows: list[Row]) -> str:
     )
 
 
+def _small(rows: list[Row]) -> str:
+    header = ["case", "breaching ms", "ours ms", "`--trace` ms", "over breaching"]
+    header += ["`--trace` over breaching", "gain of `--trace`"]
+    return table(
+        header,
+        [
+            [
+                row["case"],
+                *(_ms(row["seconds"].get(name)) for name in ("breaching", "ours", "traced")),
+                _times(row.get("ours_over_breaching")),
+                _times(row.get("traced_over_breaching")),
+                _times(row["traced_over_ours"]),
+            ]
+            for row in rows
+        ],
+    )
+
+
 def iterations_in_short(rows: list[Row]) -> str:
     """The front page's columns of some cases."""
     header = ["case", "published, ms", "ours, ms", "faster", "than `breaching`"]
@@ -307,6 +325,7 @@ def _gpu_images(rows: list[Row]) -> str:
 
 SECTIONS: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "iterations": ("Seconds per iteration", _iterations),
+    "small": ("Whole iterations of Inverting Gradients on small networks", _small),
     "restarts": ("Several restarts, in units of one", _restarts),
     "memory": ("Peak memory", _memory),
     "processes": ("One batch over several processes, one thread each", _processes),

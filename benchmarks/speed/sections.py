@@ -65,6 +65,15 @@ def _iterations(request: Request) -> Rows:
         yield measure_case(case, request.repeats, seconds, request.seed, torch.get_num_threads())
 
 
+def _small(request: Request) -> Rows:
+    from benchmarks.speed.cases import SMALL_CASES
+    from benchmarks.speed.iterations import measure_small
+
+    for case in [*SMALL_CASES.values()][: 1 if request.quick else None]:
+        seconds = request.seconds / (10 if request.quick else 1)
+        yield measure_small(case, request.repeats, seconds, request.seed)
+
+
 def _restarts(request: Request) -> Rows:
     from benchmarks.speed.cases import CASES, SMALL_CASE
     from benchmarks.speed.iterations import measure_restarts
@@ -182,6 +191,7 @@ def _gpu_ranks(request: Request) -> Rows:
 
 MEASUREMENTS: dict[str, Callable[[Request], Rows]] = {
     "iterations": _iterations,
+    "small": _small,
     "restarts": _restarts,
     "memory": _memory,
     "processes": _processes,

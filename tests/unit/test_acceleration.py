@@ -22,6 +22,7 @@ from attack.matching.acceleration import (
 from attack.matching.matcher import GradientMatcher, cosine_of_images
 from attack.matching.objectives import Cosine
 from attack.matching.replica import Replica
+from attack.priors.regularizers import TOTAL_VARIATIONS, AnisotropicTV
 from attack.settings import InversionConfig, SpeedSettings, told_by_flag
 from core.errors import InputError
 from core.models.building import ModelSpec
@@ -32,14 +33,7 @@ CPU = torch.device("cpu")
 LENET = ModelSpec("lenet", 10, 8, width=8)
 CNN = ModelSpec("cnn", 10, 8, width=4)
 FAST = InversionConfig(iterations=12, signed=False, tv=0.01, coordinates="dct")
-COMPILED = SpeedSettings(compile=True)
-
-
-class TracedMatcher(AcceleratedMatcher):
-    """Runs the graphs operator by operator: what the compiler gets, without its minute."""
-
-    def _faster(self, graph: Any, arguments: Any, changing: range) -> Any:
-        return graph
+TRACED = SpeedSettings(trace=True)
 
 
 class WithoutCompiler(AcceleratedMatcher):
@@ -49,8 +43,8 @@ class WithoutCompiler(AcceleratedMatcher):
 
 def matcher_on(
     target: Target,
-    acceleration: SpeedSettings = COMPILED,
-    kind: type[AcceleratedMatcher] = TracedMatcher,
+    acceleration: SpeedSettings = TRACED,
+    kind: type[AcceleratedMatcher] = AcceleratedMatcher,
     hvp: str = "difference",
     dtype: torch.dtype = torch.float64,
     joint: bool = False,
@@ -85,7 +79,8 @@ def test_traced_passes_are_the_passes(spec: ModelSpec, train_mode: bool) -> None
         torch.testing.assert_close(
             found.input_gradient, expected.input_gradient, rtol=0, atol=1e-6 * scale
         )
-    assert traced.notes["compile"]
+    assert traced.notes["trace"]
+    assert not traced.notes["compile"]
     assert not traced.events
     assert len(traced._graphs) == 1
 
@@ -164,6 +159,48 @@ def test_labels_and_penalties_ride_along_in_a_graph() -> None:
     assert not traced.events
 
 
+@pytest.mark.parametrize("kind", TOTAL_VARIATIONS)
+@pytest.mark.parametrize("balance", [None, 0.5])
+def test_an_attack_of_traced_passes_and_priors_is_the_attack(
+    kind: str, balance: float | None
+) -> None:
+    target, truth = make_target(CNN, 2, train_mode=True)
+    # Two neighbours at the box's border are equal or not by rounding, and absolute differences
+    # have a sign then.
+    config = FAST.changed(tv_kind=kind, balance=balance, double=True, iterations=6, box=False)
+    found, expected = (
+        Inversion(target, truth.labels, config.changed(trace=trace), device=CPU, seed=3).run()
+        for trace in (True, False)
+    )
+    torch.testing.assert_close(found.images, expected.images, rtol=0, atol=1e-6)
+    assert found.details["acceleration"]["trace"]
+    for mine, theirs in zip(found.trace, expected.trace, strict=True):
+        terms = [name for name in theirs if name.endswith("term")]
+        assert {name: mine[name] for name in terms} == pytest.approx(
+            {name: theirs[name] for name in terms}, rel=1e-6
+        )
+
+
+def test_a_prior_that_looks_at_values_is_left_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Choosy(AnisotropicTV):
+        def __call__(self, images: torch.Tensor) -> torch.Tensor:
+            return super().__call__(images) * (2 if float(images.sum()) > 0 else 3)
+
+    monkeypatch.setitem(TOTAL_VARIATIONS, "anisotropic", Choosy)
+    target, truth = make_target(LENET, 1)
+    config = FAST.changed(double=True, iterations=4, box=False)
+    found, expected = (
+        Inversion(target, truth.labels, config.changed(trace=trace), device=CPU, seed=3).run()
+        for trace in (True, False)
+    )
+    torch.testing.assert_close(found.images, expected.images, rtol=0, atol=1e-6)
+    said = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(said) == 1
+    assert said[0].startswith("--trace leaves the priors as they are: ")
+
+
 @pytest.mark.slow
 def test_the_compiler_itself_keeps_the_gradient() -> None:
     target, truth = make_target(LENET, 1, double=False)
@@ -183,12 +220,14 @@ def test_without_a_compiler_the_attack_goes_on_with_a_sentence(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     target, truth = make_target(LENET, 1)
-    failing = matcher_on(target, kind=WithoutCompiler, hvp="auto")
+    asked = SpeedSettings(trace=True, compile=True)
+    failing = matcher_on(target, asked, WithoutCompiler, "auto")
     plain = GradientMatcher(Replica(target, CPU, torch.float64), Cosine(), "auto", False)
     found = failing(candidate(target), truth.labels)
     assert torch.equal(found.input_gradient, plain(candidate(target), truth.labels).input_gradient)
-    assert caplog.messages == ["--compile or --cuda-graphs is not used: there is no C++ compiler"]
+    assert caplog.messages == ["--trace and --compile are not used: there is no C++ compiler"]
     assert not failing.notes["compile"]
+    assert not failing.notes["trace"]
     failing(candidate(target), truth.labels)
     assert len(caplog.messages) == 1
 
@@ -286,7 +325,9 @@ def test_resumed_ends_as_uninterrupted(tmp_path: Path) -> None:
         ({"precision": "tf32"}, "--precision tf32 needs a CUDA GPU"),
         ({"precision": "int8"}, "--precision int8: choose one of float32, tf32, bf16"),
         ({"precision": "bf16", "double": True}, "--double and --precision bf16"),
-        ({"compile": True, "hvp": "exact"}, "not with --hvp exact"),
+        ({"compile": True, "hvp": "exact"}, "--compile speeds up .* not with --hvp exact"),
+        ({"trace": True, "hvp": "exact"}, "--trace speeds up .* not with --hvp exact"),
+        ({"trace": True, "images_at_once": 1}, "--images-at-once: not with --trace"),
         ({"compile": True, "restarts_at_once": 2}, "not with --restarts-at-once"),
     ],
 )

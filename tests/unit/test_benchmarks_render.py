@@ -164,7 +164,8 @@ def test_rows_that_a_budget_has_left_are_counted_and_not_shown(tmp_path: Path) -
     page = to_html(result, [], store)
     assert "5 of 6 rows are not computed yet" in page
     rows = page.partition('<table class="numbers">')[2].partition("</table>")[0]
-    assert "20.00" in rows and ">0.1<" not in rows
+    assert "20.00" in rows
+    assert ">0.1<" not in rows
 
 
 @pytest.fixture

@@ -73,7 +73,10 @@ ACCELERATIONS = {
     "tf32": SpeedSettings(precision="tf32"),
     "bf16": SpeedSettings(precision="bf16"),
     "channels last": SpeedSettings(channels_last=True),
-    "all": SpeedSettings(True, True, "bf16", True),
+    "trace": SpeedSettings(trace=True),
+    "all": SpeedSettings(
+        trace=True, compile=True, cuda_graphs=True, precision="bf16", channels_last=True
+    ),
 }
 
 

@@ -11,7 +11,13 @@ import torch
 
 from benchmarks.speed import references
 from benchmarks.speed.__main__ import main
-from benchmarks.speed.cases import SMALL_CASE, Case, make_problem, make_problems
+from benchmarks.speed.cases import (
+    SMALL_CASE,
+    SMALL_CASES,
+    Case,
+    make_problem,
+    make_problems,
+)
 from benchmarks.speed.iterations import accuracy
 from benchmarks.speed.levers import LEVERS
 from benchmarks.speed.pages import main as renew_pages
@@ -202,6 +208,22 @@ def test_targets_in_turn_and_at_once_move_alike() -> None:
     found = [way() for way in ways]
     # Signs of Adam's first step may differ where a gradient is next to zero.
     assert ((found[0] - found[1]).abs() > 1e-4).double().mean() < 0.01
+
+
+def test_small_networks_are_timed_under_trace_too(tmp_path: Path) -> None:
+    words = ["--only", "small", "--quick", "--repeats", "1", "--threads", "1"]
+    main([*words, "--output", str(tmp_path)])
+    (row,) = json.loads((tmp_path / "small.json").read_text())["rows"]
+    assert row["case"] == "cnn-32px-b1-eval"
+    assert row["traced_over_ours"] == row["seconds"]["ours"] / row["seconds"]["traced"]
+    assert "| cnn-32px-b1-eval |" in (tmp_path / "table.md").read_text()
+    # Both are the same attack.
+    problem = make_problem(SMALL_CASES[row["case"]])
+    plain, traced = references.our_loop(problem), references.our_traced_loop(problem)
+    for _ in range(3):
+        images = plain(), traced()
+    # Signs of Adam's first steps may differ where a gradient is next to zero.
+    assert ((images[0] - images[1]).abs() > 1e-4).double().mean() < 0.02
 
 
 def test_a_section_goes_on_where_it_stopped(tmp_path: Path, capsys) -> None:
