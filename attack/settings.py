@@ -136,6 +136,8 @@ class PriorSettings(Topic):
             alone tells them apart. 0: it always falls.
         keep_contrast: Let the priors not change the contrast of images that BatchNorm
             normalises by themselves (train mode, one image), see `attack.priors.contrast`.
+        natural_scale: Scale such images to what photographs have, at the end, where the
+            objective does not mind.
     """
 
     title: ClassVar[str] = "priors"
@@ -172,6 +174,9 @@ class PriorSettings(Topic):
     )
     keep_contrast: bool = setting(
         False, "--keep-contrast", help="priors do not fade single images in train mode"
+    )
+    natural_scale: bool = setting(
+        False, "--natural-scale", help="single images in train mode end at photographs' scale"
     )
 
 

@@ -150,6 +150,8 @@ CASES = [
     Case("spectral", "cnn, train mode", 1, {"iterations": 100}),
     Case("spectral-2", "lenet", 5, {"iterations": 100}),
     Case("spectral-2", "cnn, train mode", 1, {"iterations": 100}),
+    Case("spectral-3", "lenet", 5, {"iterations": 100}),
+    Case("spectral-3", "cnn, train mode", 1, {"iterations": 100}),
     # Some starts of L-BFGS without a line search get stuck.
     Case("dlg", "lenet", 20, {"iterations": 40, "restarts": 4}, labels=None),
     Case("dlg", "cnn, train mode", FAILS, {"iterations": 5}, why="ReLU has no curvature"),

@@ -40,3 +40,20 @@ class Spectral2(Spectral):
 
     name = "spectral-2"
     published = published.SPECTRAL_2
+
+
+@register_attack
+class Spectral3(Spectral):
+    """`spectral`, whose single images in train mode end at the scale of photographs.
+
+    - All of `spectral`, which it is in evaluation mode and for batches of several images.
+    - Where BatchNorm takes the statistics of one image behind a convolution, its gradient is that
+      of every multiple of the image, and total variation makes it faint: grey and dark, all else
+      being right. In the end it is scaled to the root mean square that photographs have, times
+      0.8, which is the better guess of a length that nobody knows; colours and brightness fade
+      with the contrast and come back with it.
+    - Where the objective grows by it, the scale was not hidden, and the image stays as it is.
+    """
+
+    name = "spectral-3"
+    published = published.SPECTRAL_3

@@ -46,6 +46,7 @@ from attack.loop.stopping import Stopping
 from attack.loop.weighted_loss import WeightedLoss
 from attack.matching.acceleration import product_precision
 from attack.matching.replica import Replica
+from attack.priors.contrast import hidden_contrast, natural_length, with_length
 from attack.reconstruction import Reconstruction
 from attack.settings import RANDOM_STARTS, UNROLL, InversionConfig, setting_error
 from core.processes import distributed
@@ -69,6 +70,8 @@ Snapshot = Callable[[int, torch.Tensor], None]
 Report = Callable[[int, float], None]
 
 DEFAULT_PARTS = Parts()
+# By which share the objective may grow where the scale of images is said to be hidden.
+SCALE_TOLERANCE = 0.05
 ASSUMED_ORDER = (
     "the client's epochs mix the images in an order that is not told; every epoch is simulated "
     "with the same batches"
@@ -314,9 +317,32 @@ class Inversion:
 
     def take_snapshot(self, on_snapshot: Snapshot) -> None:
         """Hand the best images so far over, on rank 0."""
-        images = self.problem.images(best_of(self.restarts))
+        images = self.images(best_of(self.restarts))
         if distributed.rank() == 0:
             on_snapshot(self.progress.iteration, images)
+
+    def images(self, restart: Restart) -> torch.Tensor:
+        """A restart's result so far, see `InversionProblem.images`."""
+        inputs = self.problem.found(restart)
+        if self.config.priors.natural_scale and self.target.data.bounded:
+            inputs = self._naturally_scaled(inputs, restart)
+        return self.problem.images(inputs)
+
+    def _naturally_scaled(self, inputs: torch.Tensor, restart: Restart) -> torch.Tensor:
+        """Inputs at the scale of photographs where theirs is hidden and the objective stays.
+
+        A layer before the first BatchNorm that is no convolution may show the scale after all.
+        """
+        replica = self.replica
+        hidden = hidden_contrast(replica.model, self.target.batch_size, replica.groups)
+        scaled = inputs
+        if hidden is not None:
+            scaled = with_length(inputs, natural_length(self.target.data), hidden)
+        logits = restart.label_logits
+        labels = self.problem.labels if logits is None else logits.detach()
+        # All processes together, whether they have such an image or not.
+        before, after = (float(self.matcher.value(x, labels)) for x in (inputs, scaled))
+        return scaled if after <= before * (1 + SCALE_TOLERANCE) else inputs
 
     def _best_objective(self) -> float:
         best = best_of(self.restarts)
@@ -332,7 +358,7 @@ class Inversion:
         labels = self.problem.labels if best.best_labels is None else best.best_labels
         adaptation = self.problem.adaptation
         return Reconstruction(
-            images=self.problem.images(best)[: self.kept],
+            images=self.images(best)[: self.kept],
             labels=self.problem.whole(labels).cpu()[: self.kept],
             objective=best.best_value,
             trace=self.progress.trace,

@@ -68,9 +68,13 @@ class InversionProblem:
         high = self.target.data.normalize(inputs.new_ones(one))
         return torch.minimum(torch.maximum(inputs, low), high)
 
-    def images(self, restart: Restart) -> torch.Tensor:
-        """The restart's result on the CPU: N x C x H x W in [0, 1], or what has no bounds."""
+    def found(self, restart: Restart) -> torch.Tensor:
+        """Network inputs (n x C x H x W) that are the restart's result so far."""
         inputs = restart.best_inputs
-        whole = self.whole(self.inputs(restart) if inputs is None else inputs)
+        return self.inputs(restart) if inputs is None else inputs
+
+    def images(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Network inputs of all processes on the CPU: N x C x H x W in [0, 1], or unbounded."""
+        whole = self.whole(inputs)
         # Pictures and metrics are in float32 whatever the attack computed in.
         return self.target.data.clamp(self.target.data.denormalize(whole)).float().cpu()

@@ -1,23 +1,38 @@
-"""Priors that leave the contrast of images alone where their gradient hardly shows it.
+"""The contrast of images where their gradient hardly shows it.
 
-BatchNorm that takes the statistics of a single image divides by its contrast: behind the first such
-layer an image of half the contrast looks the same, but for what padding adds at the borders. A
+BatchNorm that takes the statistics of a single image divides by its scale. Behind a convolution and
+such a layer an image and half of it, as the network takes them, are the same, and so are their
+gradients: a convolution of half is half, padding with zeros included, and the mean is taken off. A
 prior that is smaller for faint images (every total variation) then fades them without end, and
 nothing of the gradient holds against it. With several images in the batch only what they have in
 common is divided out, and their contrast to each other shows.
+
+Two answers: the prior's step may leave the contrast alone (`without_contrast`), or the image is
+scaled in the end to what photographs have (`with_length`), brightness and colours included, which
+fade together with the contrast.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from core.models.kinds import BatchNorm
 
+if TYPE_CHECKING:
+    from core.data.specs import DataSpec
+
 # Against the division by the contrast of images that have none.
 SMALLEST = 1e-12
+# Mean and deviation of photographs' values in [0, 1], about those of ImageNet and CIFAR-10.
+PHOTOGRAPHS = (0.45, 0.25)
+# An estimate of unknown length is best shorter than the length: the squared error of one that is
+# too long grows faster, and part of what is found is wrong.
+SHORTER = 0.8
 
 
 def hidden_contrast(
@@ -51,3 +66,29 @@ def without_contrast(gradient: torch.Tensor, inputs: torch.Tensor) -> torch.Tens
     square = contrast.square().sum((1, 2), keepdim=True).clamp_min(SMALLEST)
     share = (slope * contrast).sum((1, 2), keepdim=True) / square
     return (slope - share * contrast).view_as(gradient)
+
+
+def natural_length(data: DataSpec) -> float:
+    """Root mean square of a photograph's values as the network takes them, a little shortened.
+
+    Args:
+        data: Says how they are normalised.
+    """
+    mean, deviation = PHOTOGRAPHS
+    normal = list(zip(data.mean, data.std, strict=True))
+    squares = [((mean - middle) ** 2 + deviation**2) / scale**2 for middle, scale in normal]
+    return SHORTER * math.sqrt(sum(squares) / len(squares))
+
+
+def with_length(inputs: torch.Tensor, length: float, which: Sequence[bool]) -> torch.Tensor:
+    """Images of which some are scaled to a length.
+
+    Args:
+        inputs: N x C x space, as the network takes them.
+        length: Root mean square of each one's values.
+        which: Those that are scaled.
+    """
+    present = inputs.flatten(1).square().mean(1).sqrt().clamp_min(SMALLEST)
+    chosen = torch.tensor(which, device=inputs.device)
+    factors = torch.where(chosen, length / present, torch.ones_like(present))
+    return inputs * factors.view(-1, *[1] * (inputs.dim() - 1))

@@ -12,7 +12,12 @@ from attack.attacks.optimisation import OptimizationAttack
 from attack.loop.inversion import Inversion
 from attack.loop.many_targets import ManyInversions
 from attack.metrics import evaluate
-from attack.priors.contrast import hidden_contrast, without_contrast
+from attack.priors.contrast import (
+    hidden_contrast,
+    natural_length,
+    with_length,
+    without_contrast,
+)
 from attack.priors.regularizers import AnisotropicTV
 from core.data.data_sets import load_data, take_samples
 from core.models.building import ModelSpec, build_model
@@ -20,7 +25,7 @@ from core.target import Target, Truth
 from tests.targets import make_target, share_images
 
 CPU = torch.device("cpu")
-VERSIONS = ("spectral", "spectral-2")
+VERSIONS = ("spectral", "spectral-2", "spectral-3")
 CNN = ModelSpec("cnn", 10, 16, width=8)
 
 
@@ -94,14 +99,14 @@ def inversion(made: tuple[Target, Truth], iterations: int, name: str) -> Inversi
 @pytest.mark.parametrize(("batch", "train_mode"), [(2, True), (1, False)])
 def test_where_nothing_is_hidden_nothing_changes(batch: int, train_mode: bool) -> None:
     made = make_target(CNN, batch, train_mode=train_mode)
-    old, new = (inversion(made, 12, name).run() for name in VERSIONS)
-    assert torch.equal(old.images, new.images)
+    old, *new = (inversion(made, 12, name).run() for name in VERSIONS)
+    assert all(torch.equal(old.images, each.images) for each in new)
 
 
 def test_only_the_images_that_are_alone_are_kept() -> None:
     """Two processes of a client, of which one has a single image."""
     made = make_target(CNN, 3, train_mode=True, shards=(1, 2))
-    old, new = (inversion(made, 2, name) for name in VERSIONS)
+    old, new = (inversion(made, 2, name) for name in VERSIONS[:2])
     x = old.problem.inputs(old.restarts[0])
     (_, before), (_, after) = (each.evaluation.prior(x, None) for each in (old, new))
     assert before is not None
@@ -124,12 +129,62 @@ def photographs(n: int) -> list[tuple[Target, Truth]]:
 
 def test_photographs_do_not_fade_in_train_mode() -> None:
     made = photographs(4)
-    similarity = {}
+    similarity, quality = {}, {}
     for name in VERSIONS:
         found = ManyInversions([inversion(each, 300, name) for each in made]).run()
         scores = [
-            evaluate(each.images, truth.labels, truth, metrics=["ssim"]).summary()["ssim"]["mean"]
+            evaluate(each.images, truth.labels, truth, metrics=["ssim", "psnr"]).summary()
             for each, (_, truth) in zip(found, made, strict=True)
         ]
-        similarity[name] = sum(float(score or 0) for score in scores) / len(scores)
+        for metric, means in (("ssim", similarity), ("psnr", quality)):
+            means[name] = sum(float(each[metric]["mean"] or 0) for each in scores) / len(scores)
     assert similarity["spectral-2"] > similarity["spectral"] + 0.1
+    assert similarity["spectral-3"] > similarity["spectral"] + 0.1
+    assert quality["spectral-3"] > quality["spectral"] + 2
+
+
+def test_the_gradient_of_a_multiple_of_a_single_image_is_the_same() -> None:
+    """What `spectral-3` rests on: padding, bias and all."""
+    for spec in (CNN, ModelSpec("resnet18", 10, 16, "cifar", width=4)):
+        target, truth = make_target(spec, 1, train_mode=True)
+        found = inversion((target, truth), 1, "spectral-3")
+        matcher = found.matcher
+        x = target.data.normalize(truth.images)
+        values = [float(matcher.value(x.to(found.dtype) * a, truth.labels)) for a in (1, 0.5, 2)]
+        assert max(values) < 1e-4
+
+
+def test_images_end_at_the_scale_of_photographs() -> None:
+    made = make_target(CNN, 1, train_mode=True)
+    old, new = (inversion(made, 12, name).run() for name in ("spectral", "spectral-3"))
+    normalize = made[0].data.normalize
+    faint, scaled = normalize(old.images.double()), normalize(new.images.double())
+    # Where the box does not cut, one is a multiple of the other.
+    inside = (new.images > 0.001) & (new.images < 0.999)
+    factor = natural_length(made[0].data) / faint.square().mean().sqrt()
+    torch.testing.assert_close(scaled[inside], factor * faint[inside], rtol=1e-3, atol=1e-3)
+
+
+def test_a_scale_that_shows_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The objective of what is scaled, which is asked for last, is a tenth larger."""
+    made = make_target(CNN, 1, train_mode=True)
+    shown = inversion(made, 12, "spectral-3")
+    values = iter([1.0, 1.1])
+    monkeypatch.setattr(shown.matcher, "value", lambda *_: torch.tensor(next(values)))
+    plain = inversion(made, 12, "spectral").run()
+    assert torch.equal(shown.run().images, plain.images)
+
+
+def test_natural_length_is_that_of_standardised_photographs() -> None:
+    data = dataclasses.replace(make_target(CNN, 1)[0].data, mean=(0.45,) * 3, std=(0.25,) * 3)
+    assert natural_length(data) == pytest.approx(0.8)
+    raw = dataclasses.replace(data, mean=(0.0,) * 3, std=(1.0,) * 3)
+    assert natural_length(raw) == pytest.approx(0.8 * (0.45**2 + 0.25**2) ** 0.5)
+
+
+def test_only_the_chosen_images_are_scaled() -> None:
+    both = images(2)
+    found = with_length(both, 0.5, [True, False])
+    assert float(found[0].square().mean().sqrt()) == pytest.approx(0.5)
+    assert torch.equal(found[1], both[1])
+    torch.testing.assert_close(found[0] / both[0], (found[0] / both[0]).mean().expand(3, 6, 5))

@@ -16,6 +16,7 @@ SPECTRAL = InversionConfig(
     race=8,
 )
 SPECTRAL_2 = SPECTRAL.changed(keep_contrast=True)
+SPECTRAL_3 = SPECTRAL.changed(natural_scale=True)
 DLG = InversionConfig(
     objective="L2",
     optimizer="LBFGS",
