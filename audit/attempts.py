@@ -31,7 +31,7 @@ from core.errors import InputError, first_line
 from core.losses import Targets
 from core.target import Target
 
-INVERSION, OF_TEXT = "spectral", "tag"
+INVERSION, OF_TEXT = "spectral-3", "tag"
 # An update that a closed form explains to this cosine distance needs no other attack.
 EXACT = 1e-4
 # Steps that are simulated one by one; of more, the update is matched as one step's gradient.

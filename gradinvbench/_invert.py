@@ -33,7 +33,7 @@ Value = str | int | float | bool | tuple[float, ...] | None
 def invert(
     target: Target,
     *,
-    attack: str | Attack = "spectral",
+    attack: str | Attack = "spectral-3",
     iterations: int | None = None,
     labels: torch.Tensor | Sequence[int] | str | None = None,
     targets: torch.Tensor | Sequence[int] | str | None = None,

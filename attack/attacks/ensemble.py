@@ -52,11 +52,12 @@ from core.target import Target
 logger = logging.getLogger(__name__)
 
 # Changes whenever what it runs, or how it divides a budget, changes.
-VERSION = "auto-v3"
+VERSION = "auto-v4"
 # Versions of this project's own attack. They are one computation but for single images that
-# BatchNorm normalises by themselves: there each is the better one on some, and the loss does not
-# tell on which; the worst case over both counts.
-OWN = ("spectral", "spectral-2")
+# BatchNorm normalises by themselves: there the last replaces the first, which it is but for the
+# scale of what it finds; that and the second are the better one on some images each, and the loss
+# does not tell on which, so that the worst case over both counts.
+OWN = ("spectral", "spectral-2", "spectral-3")
 # Gradient evaluations of one iteration of L-BFGS.
 LBFGS_COST = 20
 # Evaluations below which a further restart is worth less than a longer run.
@@ -190,7 +191,8 @@ class Ensemble:
 
     def _members(self) -> Iterator[Member]:
         own = [name for name in OWN if name in self.config.members]
-        same = [] if self._hides_contrast() else own[1:]
+        hides, replaced = self._hides_contrast(), own[:1] if OWN[-1] in own[1:] else []
+        same = replaced if hides else own[1:]
         for name in self.config.members:
             attack = get_attack(name)
             if name in same or not reads_inputs(attack, self.target):

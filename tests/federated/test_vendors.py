@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,13 @@ def test_the_table_goes_on_where_it_was(
     assert "nvflare-percentile:95:0.01" in (tmp_path / "vendor_defaults.md").read_text()
     with pytest.raises(InputError, match="another plan"):
         compute([CASE], tmp_path, Plan(images=3))
+    # By another attack everything leaks anew, and nothing is trained.
+    seen = {str(steps): [float(steps)] * 2 for steps in vendor_defaults.STEPS}
+    monkeypatch.setattr(
+        vendor_defaults, "leak", lambda result, data, steps, plan: result.unaware.update(seen)
+    )
+    (other,) = compute([CASE], tmp_path, dataclasses.replace(PLAN, attack="spectral"))
+    assert (other.unaware, other.told, other.accuracy) == (seen, {}, first.accuracy)
     monkeypatch.setattr(vendor_defaults.importlib.util, "find_spec", lambda name: None)
     compute([Case("flower-fixed-clipping:10")], tmp_path, PLAN)
     assert "left out, flwr is not installed in this environment" in capsys.readouterr().out

@@ -15,7 +15,7 @@ import torch
 from attack.attacks import Attack, get_attack
 from attack.attacks.auto import Auto, ensemble_members
 from attack.attacks.base import _ATTACKS, register_attack
-from attack.attacks.ensemble import VERSION, Ensemble, EnsembleConfig, Member, _standing
+from attack.attacks.ensemble import OWN, VERSION, Ensemble, EnsembleConfig, Member, _standing
 from attack.attacks.spectral import Spectral
 from attack.cli.command import main
 from attack.knowledge.label_search import (
@@ -102,7 +102,11 @@ def test_what_the_threat_model_withholds_is_not_run() -> None:
 
 @pytest.mark.parametrize(
     ("batch", "train_mode", "own"),
-    [(1, True, ("spectral", "spectral-2")), (1, False, ("spectral",)), (2, True, ("spectral",))],
+    [
+        (1, True, ("spectral-2", "spectral-3")),
+        (1, False, ("spectral",)),
+        (2, True, ("spectral",)),
+    ],
 )
 def test_versions_of_one_attack_take_part_where_they_differ(
     batch: int, train_mode: bool, own: tuple[str, ...]
@@ -111,7 +115,7 @@ def test_versions_of_one_attack_take_part_where_they_differ(
     target, _ = make_target(model, batch, train_mode=train_mode, double=False)
     target = dataclasses.replace(target, defenses=("prune:0.5",))
     granted = (*SERVER, Capability.DEFENSE.name)
-    asked = {"members": ("spectral", "spectral-2"), "granted": granted, "iterations": 30}
+    asked = {"members": OWN, "granted": granted, "iterations": 30}
     took_part = set(run(target, **asked).details["members"])
     assert took_part == {name for each in own for name in (each, f"{each}, unaware")}
 
