@@ -136,8 +136,8 @@ class PriorSettings(Topic):
             alone tells them apart. 0: it always falls.
         keep_contrast: Let the priors not change the contrast of images that BatchNorm
             normalises by themselves (train mode, one image), see `attack.priors.contrast`.
-        natural_scale: Scale such images to what photographs have, at the end, where the
-            objective does not mind.
+        natural_scale: Scale such images, and those behind GroupNorm, to what photographs have,
+            at the end, where the objective does not mind.
     """
 
     title: ClassVar[str] = "priors"
@@ -176,7 +176,7 @@ class PriorSettings(Topic):
         False, "--keep-contrast", help="priors do not fade single images in train mode"
     )
     natural_scale: bool = setting(
-        False, "--natural-scale", help="single images in train mode end at photographs' scale"
+        False, "--natural-scale", help="where normalisation hides the scale, end at photographs'"
     )
 
 

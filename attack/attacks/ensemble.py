@@ -14,7 +14,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from attack.loop.inversion import InterruptedInversion, label_trial
 from attack.matching.matcher import GradientMatcher
 from attack.matching.objectives import Cosine
 from attack.matching.replica import Replica
-from attack.priors.contrast import hidden_contrast
+from attack.priors.contrast import hidden_contrast, normalises_each
 from attack.reconstruction import Reconstruction
 from attack.settings import InversionConfig
 from core.errors import InputError
@@ -53,8 +53,8 @@ logger = logging.getLogger(__name__)
 
 # Changes whenever what it runs, or how it divides a budget, changes.
 VERSION = "auto-v4"
-# Versions of this project's own attack. They are one computation but for single images that
-# BatchNorm normalises by themselves: there the last replaces the first, which it is but for the
+# Versions of this project's own attack. They are one computation but for images that are
+# normalised by themselves: there the last replaces the first, which it is but for the
 # scale of what it finds; that and the second are the better one on some images each, and the loss
 # does not tell on which, so that the worst case over both counts.
 OWN = ("spectral", "spectral-2", "spectral-3")
@@ -191,8 +191,7 @@ class Ensemble:
 
     def _members(self) -> Iterator[Member]:
         own = [name for name in OWN if name in self.config.members]
-        hides, replaced = self._hides_contrast(), own[:1] if OWN[-1] in own[1:] else []
-        same = replaced if hides else own[1:]
+        same = self._repeated(own)
         for name in self.config.members:
             attack = get_attack(name)
             if name in same or not reads_inputs(attack, self.target):
@@ -207,10 +206,16 @@ class Ensemble:
                 # An adaptation is a guess at what helps; where it does not, this one stays.
                 yield self._admitted(Member(f"{name}, unaware", attack, {"adaptive": False}))
 
-    def _hides_contrast(self) -> bool:
-        """Whether BatchNorm takes the statistics of a single image: versions of `OWN` differ."""
+    def _repeated(self, own: Sequence[str]) -> Sequence[str]:
+        """Which versions of `OWN` would compute on this target what another one does."""
         replica = self.judge.replica
-        return hidden_contrast(replica.model, self.target.batch_size, replica.groups) is not None
+        alone = hidden_contrast(replica.model, self.target.batch_size, replica.groups) is not None
+        if not alone and not normalises_each(replica.model):
+            return own[1:]
+        # The last is the first but for the scale; the second differs for BatchNorm alone.
+        if OWN[-1] not in own[1:]:
+            return () if alone else own[1:]
+        return own[:1] if alone else own[:-1]
 
     def _admitted(self, member: Member) -> Member:
         if self.target.loss.targets not in member.attack.fits:

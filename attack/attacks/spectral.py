@@ -44,14 +44,14 @@ class Spectral2(Spectral):
 
 @register_attack
 class Spectral3(Spectral):
-    """`spectral`, whose single images in train mode end at the scale of photographs.
+    """`spectral`, whose images end at the scale of photographs where nothing shows their own.
 
-    - All of `spectral`, which it is in evaluation mode and for batches of several images.
-    - Where BatchNorm takes the statistics of one image behind a convolution, its gradient is that
-      of every multiple of the image, and total variation makes it faint: grey and dark, all else
-      being right. In the end it is scaled to the root mean square that photographs have, times
-      0.8, which is the better guess of a length that nobody knows; colours and brightness fade
-      with the contrast and come back with it.
+    - All of `spectral`, which it is where BatchNorm has running statistics or several images.
+    - Where BatchNorm takes the statistics of one image behind a convolution, or GroupNorm those of
+      each, the gradient is that of every multiple of the image, and total variation makes it
+      faint: grey and dark, all else being right. In the end it is scaled to the root mean square
+      that photographs have, times 0.8, which is the better guess of a length that nobody knows;
+      colours and brightness fade with the contrast and come back with it.
     - Where the objective grows by it, the scale was not hidden, and the image stays as it is.
     """
 

@@ -46,7 +46,12 @@ from attack.loop.stopping import Stopping
 from attack.loop.weighted_loss import WeightedLoss
 from attack.matching.acceleration import product_precision
 from attack.matching.replica import Replica
-from attack.priors.contrast import hidden_contrast, natural_length, with_length
+from attack.priors.contrast import (
+    hidden_contrast,
+    natural_length,
+    normalises_each,
+    with_length,
+)
 from attack.reconstruction import Reconstruction
 from attack.settings import RANDOM_STARTS, UNROLL, InversionConfig, setting_error
 from core.processes import distributed
@@ -331,10 +336,13 @@ class Inversion:
     def _naturally_scaled(self, inputs: torch.Tensor, restart: Restart) -> torch.Tensor:
         """Inputs at the scale of photographs where theirs is hidden and the objective stays.
 
-        A layer before the first BatchNorm that is no convolution may show the scale after all.
+        What stands before the first normalisation, a bias in front of GroupNorm say, may show the
+        scale after all.
         """
         replica = self.replica
         hidden = hidden_contrast(replica.model, self.target.batch_size, replica.groups)
+        if normalises_each(replica.model):
+            hidden = [True] * len(inputs)
         scaled = inputs
         if hidden is not None:
             scaled = with_length(inputs, natural_length(self.target.data), hidden)

@@ -5,7 +5,8 @@ such a layer an image and half of it, as the network takes them, are the same, a
 gradients: a convolution of half is half, padding with zeros included, and the mean is taken off. A
 prior that is smaller for faint images (every total variation) then fades them without end, and
 nothing of the gradient holds against it. With several images in the batch only what they have in
-common is divided out, and their contrast to each other shows.
+common is divided out, and their contrast to each other shows. Layers that normalise every image by
+itself, GroupNorm say, hide the scale of all.
 
 Two answers: the prior's step may leave the contrast alone (`without_contrast`), or the image is
 scaled in the end to what photographs have (`with_length`), brightness and colours included, which
@@ -26,6 +27,7 @@ from core.models.kinds import BatchNorm
 if TYPE_CHECKING:
     from core.data.specs import DataSpec
 
+_OF_EACH = (nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 # Against the division by the contrast of images that have none.
 SMALLEST = 1e-12
 # Mean and deviation of photographs' values in [0, 1], about those of ImageNet and CIFAR-10.
@@ -50,6 +52,14 @@ def hidden_contrast(
     sizes = [batch] if groups is None else groups
     alone = [size == 1 for size in sizes for _ in range(size)]
     return alone if any(alone) else None
+
+
+def normalises_each(model: nn.Module) -> bool:
+    """Whether layers normalise every image by itself, in any mode and any batch: GroupNorm, say.
+
+    Behind a convolution without bias they hide the scale as BatchNorm over one image does.
+    """
+    return any(isinstance(module, _OF_EACH) for module in model.modules())
 
 
 def without_contrast(gradient: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:

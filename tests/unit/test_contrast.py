@@ -145,8 +145,12 @@ def test_photographs_do_not_fade_in_train_mode() -> None:
 
 def test_the_gradient_of_a_multiple_of_a_single_image_is_the_same() -> None:
     """What `spectral-3` rests on: padding, bias and all."""
-    for spec in (CNN, ModelSpec("resnet18", 10, 16, "cifar", width=4)):
-        target, truth = make_target(spec, 1, train_mode=True)
+    for spec, batch in [
+        (CNN, 1),
+        (ModelSpec("resnet18", 10, 16, "cifar", width=4), 1),
+        (GROUP_NORM, 2),
+    ]:
+        target, truth = make_target(spec, batch, train_mode=True)
         found = inversion((target, truth), 1, "spectral-3")
         matcher = found.matcher
         x = target.data.normalize(truth.images)
@@ -163,6 +167,15 @@ def test_images_end_at_the_scale_of_photographs() -> None:
     inside = (new.images > 0.001) & (new.images < 0.999)
     factor = natural_length(made[0].data) / faint.square().mean().sqrt()
     torch.testing.assert_close(scaled[inside], factor * faint[inside], rtol=1e-3, atol=1e-3)
+
+
+def test_behind_group_norm_every_image_is_scaled() -> None:
+    target, truth = make_target(GROUP_NORM, 3)
+    found = inversion((target, truth), 2, "spectral-3")
+    restart = found.restarts[0]
+    scaled = found._naturally_scaled(found.problem.found(restart), restart)
+    lengths = scaled.square().flatten(1).mean(1).sqrt()
+    torch.testing.assert_close(lengths, torch.full_like(lengths, natural_length(target.data)))
 
 
 def test_a_scale_that_shows_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

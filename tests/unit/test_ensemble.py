@@ -101,17 +101,18 @@ def test_what_the_threat_model_withholds_is_not_run() -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "train_mode", "own"),
+    ("batch", "train_mode", "norm", "own"),
     [
-        (1, True, ("spectral-2", "spectral-3")),
-        (1, False, ("spectral",)),
-        (2, True, ("spectral",)),
+        (1, True, "batch", ("spectral-2", "spectral-3")),
+        (1, False, "batch", ("spectral",)),
+        (2, True, "batch", ("spectral",)),
+        (2, True, "group", ("spectral-3",)),
     ],
 )
 def test_versions_of_one_attack_take_part_where_they_differ(
-    batch: int, train_mode: bool, own: tuple[str, ...]
+    batch: int, train_mode: bool, norm: str, own: tuple[str, ...]
 ) -> None:
-    model = ModelSpec("cnn", 10, 8, width=4)
+    model = ModelSpec("cnn", 10, 8, width=4, norm=norm)
     target, _ = make_target(model, batch, train_mode=train_mode, double=False)
     target = dataclasses.replace(target, defenses=("prune:0.5",))
     granted = (*SERVER, Capability.DEFENSE.name)
