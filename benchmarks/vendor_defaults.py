@@ -149,7 +149,7 @@ class Plan:
     """
 
     images: int = 16
-    attack: str = "spectral-3"
+    attack: str = "spectral"
     iterations: int = 150
     seeds: int = 3
     width: int = 8

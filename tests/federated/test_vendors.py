@@ -210,7 +210,7 @@ def test_the_table_goes_on_where_it_was(
     monkeypatch.setattr(
         vendor_defaults, "leak", lambda result, data, steps, plan: result.unaware.update(seen)
     )
-    (other,) = compute([CASE], tmp_path, dataclasses.replace(PLAN, attack="spectral"))
+    (other,) = compute([CASE], tmp_path, dataclasses.replace(PLAN, attack="spectral-3"))
     assert (other.unaware, other.told, other.accuracy) == (seen, {}, first.accuracy)
     monkeypatch.setattr(vendor_defaults.importlib.util, "find_spec", lambda name: None)
     compute([Case("flower-fixed-clipping:10")], tmp_path, PLAN)
