@@ -120,7 +120,7 @@ starts each, of which the mean counts; a small convolutional network, initial an
 
 What is better here is no default yet: a default changes with evidence on more than one network.
 Each row is a flag: weights that rise with depth are `--layers linear`.
-What became of the contrast of single images in train mode is `spectral-2`
+What became of the contrast of single images in train mode are `spectral-2` and `spectral-3`
 ([how strong](how-strong.md#contrast-in-train-mode)). Not fading the whole batch's contrast, and
 fitting contrast and brightness to the gradient at the end, were tried as well and did not help;
 they are not in the code.
