@@ -117,11 +117,18 @@ def layers(document: Document, model: Document | None, preset: str) -> list[dict
 def check_names(document: Document) -> None:
     """Refuse columns and figures that there are not; after the plugins are imported."""
     raw = document.value
+    heads = [str(axis) for axis in raw.get("axes", {})]
     for index, name in enumerate(raw["columns"]):
         try:
-            find_view(str(name))
+            heads.append(find_view(str(name)).header)
         except InputError as error:
             raise document.error(str(error), "columns", index) from None
+        if heads[-1] in heads[:-1]:
+            raise document.error(
+                f"column {name}: another column or an axis has its header {heads[-1]} as well",
+                "columns",
+                index,
+            )
     for index, name in enumerate(raw.get("figures", [])):
         if name not in FIGURES:
             raise document.error(unknown("figure", str(name), FIGURES), "figures", index)

@@ -206,6 +206,11 @@ def test_a_changed_folder_of_data_makes_new_cells(tmp_path: Path) -> None:
             r":15: pivot: expected a list of psnr",
         ),
         (("columns:", "pivot: [batch size]\ncolumns:"), r":15: pivot: expected a mapping"),
+        (("columns: [", "columns: [psnr, "), r":15: column psnr: another column or an axis has its"),
+        (
+            ("  batch size: {", "  PSNR: {"),
+            r":15: column psnr: another column or an axis has its header PSNR",
+        ),
         (("columns:", "chain: [attack, train]\ncolumns:"), r":15: chain: each once, in the order"),
         (("where: {defense", "where: {defence"), r":18: where: expected values of defense, batch"),
         (("where: {defense: none, batch size: 1}", "where: 1"), r":18: where: expected values of"),
