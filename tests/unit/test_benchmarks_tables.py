@@ -206,7 +206,7 @@ def test_a_changed_folder_of_data_makes_new_cells(tmp_path: Path) -> None:
             r":15: pivot: expected a list of psnr",
         ),
         (("columns:", "pivot: [batch size]\ncolumns:"), r":15: pivot: expected a mapping"),
-        (("columns: [", "columns: [psnr, "), r":15: column psnr: another column or an axis has its"),
+        (("columns: [", "columns: [psnr, "), r":15: column psnr: another column or an axis"),
         (
             ("  batch size: {", "  PSNR: {"),
             r":15: column psnr: another column or an axis has its header PSNR",
