@@ -121,7 +121,7 @@ def test_a_network_that_mixes_images_is_refused() -> None:
     [
         (make_target(CNN, 2, train_mode=True), {}, "BatchNorm used the statistics"),
         (make_target(CNN, 2, local=LocalTraining(epochs=2, lr=0.05)), {}, "2 local step"),
-        (make_target(CNN, 2), {"channels_last": True}, "not with --compile"),
+        (make_target(CNN, 2), {"channels_last": True}, "not with --trace, --compile"),
         (make_target(CNN, 2), {"images_at_once": -1}, "--images-at-once must be at least 0"),
     ],
     ids=["BatchNorm", "local steps", "speed", "negative"],
