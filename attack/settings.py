@@ -385,13 +385,17 @@ class SpeedSettings(Topic):
     @property
     def traced(self) -> bool:
         """Whether passes are written down as graphs."""
-        return self.trace or self.compile or self.cuda_graphs
+        return bool(self.tracers)
+
+    @property
+    def tracers(self) -> list[str]:
+        """Names of the settings that write passes down and are on."""
+        return [name for name in ("trace", "compile", "cuda_graphs") if getattr(self, name)]
 
     @property
     def tracing_setting(self) -> str:
-        """Which of the settings that write passes down is on, in braces, for a message."""
-        names = ("compile", "cuda_graphs", "trace")
-        return next(f"{{{name}}}" for name in names if getattr(self, name))
+        """One of them in braces, for a message."""
+        return "{compile}" if self.compile else f"{{{self.tracers[-1]}}}"
 
     @property
     def lowered(self) -> bool:

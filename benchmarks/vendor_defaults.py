@@ -19,7 +19,7 @@ import logging
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -345,11 +345,7 @@ def _results_so_far(path: Path, plan: Plan) -> list[Result]:
     if not isinstance(before, dict) or any(before.get(key) != now[key] for key in trained):
         raise InputError(f"{path} was measured under another plan; give another --output")
     # Under another attack trainings are what they were.
-    return [
-        Result(r.case, r.defense, accuracy=r.accuracy, epsilon=r.epsilon,
-               real_epsilon=r.real_epsilon, delta=r.delta)
-        for r in results
-    ]  # fmt: skip
+    return [replace(result, unaware={}, told={}, flat=[], notes={}) for result in results]
 
 
 def _result(values: Mapping[str, Any]) -> Result:

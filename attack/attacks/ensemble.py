@@ -212,10 +212,10 @@ class Ensemble:
         alone = hidden_contrast(replica.model, self.target.batch_size, replica.groups) is not None
         if not alone and not normalises_each(replica.model):
             return own[1:]
-        # The last is the first but for the scale; the second differs for BatchNorm alone.
-        if OWN[-1] not in own[1:]:
-            return () if alone else own[1:]
-        return own[:1] if alone else own[:-1]
+        # The last is the first but for the scale, and stays. The second differs for BatchNorm
+        # alone.
+        alike = [name for name in own if name != OWN[1]] if alone else own
+        return alike[:-1]
 
     def _admitted(self, member: Member) -> Member:
         if self.target.loss.targets not in member.attack.fits:

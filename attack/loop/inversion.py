@@ -343,12 +343,13 @@ class Inversion:
         hidden = hidden_contrast(replica.model, self.target.batch_size, replica.groups)
         if normalises_each(replica.model):
             hidden = [True] * len(inputs)
+        # All processes together, whether they have such an image or not.
+        if float(distributed.all_reduce(inputs.new_tensor(float(hidden is not None)))) == 0:
+            return inputs
         scaled = inputs
         if hidden is not None:
             scaled = with_length(inputs, natural_length(self.target.data), hidden)
-        logits = restart.label_logits
-        labels = self.problem.labels if logits is None else logits.detach()
-        # All processes together, whether they have such an image or not.
+        labels = self.problem.found_labels(restart)
         before, after = (float(self.matcher.value(x, labels)) for x in (inputs, scaled))
         return scaled if after <= before * (1 + SCALE_TOLERANCE) else inputs
 
@@ -363,7 +364,7 @@ class Inversion:
             status: Why the inversion ends.
         """
         best = best_of(self.restarts)
-        labels = self.problem.labels if best.best_labels is None else best.best_labels
+        labels = self.problem.found_labels(best)
         adaptation = self.problem.adaptation
         return Reconstruction(
             images=self.images(best)[: self.kept],

@@ -23,7 +23,7 @@ def polish(restart: Restart, problem: InversionProblem, matcher: Matcher, iterat
     """
     if restart.best_inputs is None:
         return
-    labels = problem.labels if restart.best_labels is None else restart.best_labels
+    labels = problem.found_labels(restart)
     # Every process takes the same steps of the whole batch; its share of the
     # gradient alone would give each its own curvature.
     variable = problem.whole(restart.best_inputs).clone().requires_grad_()

@@ -73,6 +73,10 @@ class InversionProblem:
         inputs = restart.best_inputs
         return self.inputs(restart) if inputs is None else inputs
 
+    def found_labels(self, restart: Restart) -> torch.Tensor:
+        """The n labels that belong to them."""
+        return self.labels if restart.best_labels is None else restart.best_labels
+
     def images(self, inputs: torch.Tensor) -> torch.Tensor:
         """Network inputs of all processes on the CPU: N x C x H x W in [0, 1], or unbounded."""
         whole = self.whole(inputs)

@@ -125,9 +125,7 @@ class WeightedLoss:
             except Exception as error:
                 logger.warning("--trace leaves the priors as they are: %s", first_line(error))
             self._prior = inputs.shape, own
-        # A prior as it is differentiates by itself.
-        with torch.set_grad_enabled(not isinstance(self._prior[1], torch.fx.GraphModule)):
-            total, parts, gradient = self._prior[1](inputs)
+        total, parts, gradient = self._prior[1](inputs)
         return total, parts, gradient
 
     def less_contrast(self, gradient: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:

@@ -491,9 +491,8 @@ class CapturedPass:
 
 def _flags(speed: SpeedSettings) -> str:
     """The flags that write passes down and what they are, for a sentence: "--trace is"."""
-    names = [n for n in ("trace", "compile", "cuda_graphs") if getattr(speed, n)]
-    flags = " and ".join(f"--{name.replace('_', '-')}" for name in names)
-    return f"{flags} {'is' if len(names) == 1 else 'are'}"
+    flags = [f"--{name.replace('_', '-')}" for name in speed.tracers]
+    return f"{' and '.join(flags)} {'is' if len(flags) == 1 else 'are'}"
 
 
 def _check_traceable(replica: Replica, speed: SpeedSettings) -> None:

@@ -176,21 +176,14 @@ def heatmap(result: TableResult, store: Store, folder: Path) -> Iterator[Picture
     panels: dict[str, dict[tuple[str, str], float]] = {}
     for row in result.rows:
         first, *between, last = row.row.labels.values()
-        panels.setdefault(", ".join(between), {})[first, last] = _mean(row, leakage)
-    panels = {
-        name: cells
-        for name, cells in panels.items()
-        if not all(math.isnan(value) for value in cells.values())
-    }
+        value = _mean(row, leakage)
+        # A run within a budget leaves whole rows and columns out.
+        if not math.isnan(value):
+            panels.setdefault(", ".join(between), {})[first, last] = value
     if not panels:
         return
-    # A run within a budget leaves whole rows and columns out.
-    places = [p for cells in panels.values() for p, value in cells.items() if not math.isnan(value)]
-    labels = [[*row.row.labels.values()] for row in result.rows]
-    across, down = (
-        [label for label in dict.fromkeys(row[end] for row in labels) if label in {*shown}]
-        for end, shown in zip((0, -1), zip(*places, strict=True), strict=True)
-    )
+    across = list(dict.fromkeys(first for cells in panels.values() for first, _ in cells))
+    down = list(dict.fromkeys(last for cells in panels.values() for _, last in cells))
     figure, axes = subplots(1, len(panels), 0.55 * len(across) + 1.2, 0.28 * len(down) + 1.6)
     for ax, (name, cells) in zip(axes[0], panels.items(), strict=True):
         grid = [[cells.get((first, last), math.nan) for first in across] for last in down]

@@ -42,17 +42,14 @@ METHODS: dict[str, Callable[[Problem], references.Iteration]] = {
     "breaching": references.breaching_loop,
     "our loop": references.our_loop,
 }
-# Whole iterations of Inverting Gradients.
-LOOPS: dict[str, Callable[[Problem], references.Iteration]] = {
-    "breaching": references.breaching_loop,
-    "ours": references.our_loop,
-    "traced": references.our_traced_loop,
-}
+# Whole iterations of Inverting Gradients, by the names they have in the record of small networks.
+LOOPS = {"breaching": "breaching", "ours": "our loop", "traced": "our loop, traced"}
 
 
 def build_iteration(method: str, case: str, seed: int) -> references.Iteration:
     """An iteration of one method on one case, set up as its command would."""
-    return METHODS[method](make_problem(CASES[case], seed))
+    methods = {**METHODS, LOOPS["traced"]: references.our_traced_loop}
+    return methods[method](make_problem({**SMALL_CASES, **CASES}[case], seed))
 
 
 def measure_case(
@@ -89,11 +86,6 @@ def measure_case(
     return row | _roofline(problem, row["seconds"]["ours"])
 
 
-def build_small_loop(method: str, case: str, seed: int) -> references.Iteration:
-    """A whole iteration of one of `LOOPS` on a small network."""
-    return LOOPS[method](make_problem(SMALL_CASES[case], seed))
-
-
 def measure_small(case: Case, repeats: int, seconds: float, seed: int) -> dict[str, Any]:
     """One row: whole iterations of Inverting Gradients on a small network, taking turns.
 
@@ -103,8 +95,11 @@ def measure_small(case: Case, repeats: int, seconds: float, seed: int) -> dict[s
         seconds: Enough time to stop after three rounds.
         seed: Of model, images and candidate.
     """
-    methods = [name for name in LOOPS if _available(name)]
-    jobs: dict[str, Job] = {m: (build_small_loop, (m, case.name, seed)) for m in methods}
+    jobs: dict[str, Job] = {
+        name: (build_iteration, (method, case.name, seed))
+        for name, method in LOOPS.items()
+        if _available(method)
+    }
     times, _ = take_turns(jobs, repeats, 1, seconds)
     row = {
         "case": case.name,
