@@ -9,15 +9,16 @@ the prior is trusted. Only what was shared is read, never the truth.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from attack.matching.clipping import SampleClipping
-from attack.matching.objectives import Objective, Tensors
+from attack.matching.objectives import Held, Objective, Tensors, along_rows
 from attack.matching.replica import Replica
 from attack.settings import InversionConfig
 from core.models.building import DEFAULT_POOL_KERNEL
@@ -107,8 +108,6 @@ class ElementWeighted(Objective):
         weights: Per shared parameter, a factor or a tensor of the parameter's shape.
     """
 
-    of_one_target = True
-
     def __init__(self, objective: Objective, weights: list[torch.Tensor]) -> None:
         self.objective = objective
         self.weights = weights
@@ -121,6 +120,29 @@ class ElementWeighted(Objective):
         """The chain rule weights the inner objective's derivative once more."""
         value, seed = self.objective.value_and_seed(self._scale(gradient), self._scale(target))
         return value, self._scale(seed)
+
+    def held(self) -> Held | None:
+        """See `Objective.held`: the weights, and what the other objective holds."""
+        inner = self.objective.held()
+        if inner is None:
+            return None
+        return Held((ElementWeighted, *inner.kind), [*self.weights, *inner.tensors])
+
+    def values_and_seeds_holding(
+        self, gradients: Tensors, targets: Tensors, held: Tensors
+    ) -> tuple[torch.Tensor, Tensors]:
+        """See `Objective.values_and_seeds_holding`; as in `value_and_seed`."""
+        weights, rest = held[: len(gradients)], held[len(gradients) :]
+
+        def scale(rows: Tensors) -> Tensors:
+            # A factor of a whole tensor is one number per row.
+            pairs = zip(weights, rows, strict=True)
+            return [t * (w if w.dim() == t.dim() else along_rows(w, t)) for w, t in pairs]
+
+        values, seeds = self.objective.values_and_seeds_holding(
+            scale(gradients), scale(targets), rest
+        )
+        return values, scale(seeds)
 
     def _scale(self, tensors: Tensors) -> Tensors:
         self.weights = [w.to(t) for w, t in zip(self.weights, tensors, strict=True)]
@@ -135,8 +157,6 @@ class Through(Objective):
         defense: A differentiable stand-in for the defense.
     """
 
-    of_one_target = True
-
     def __init__(self, objective: Objective, defense: Callable[[Tensors], Tensors]) -> None:
         self.objective = objective
         self.defense = defense
@@ -144,6 +164,51 @@ class Through(Objective):
     def distance(self, gradient: Tensors, target: Tensors) -> torch.Tensor:
         """See `Objective.distance`."""
         return self.objective.distance(self.defense(gradient), target)
+
+    def held(self) -> Held | None:
+        """See `Objective.held`: what the stand-in holds, where that can be exchanged."""
+        inner = self.objective.held()
+        if inner is None or inner.tensors:
+            return None
+        if isinstance(self.defense, HoldsTensors):
+            return Held((Through, type(self.defense), *inner.kind), self.defense.tensors())
+        # A function that encloses nothing is the same for every target.
+        encloses = getattr(self.defense, "__closure__", ()) is not None
+        return None if encloses else Held((Through, self.defense, *inner.kind))
+
+    def values_and_seeds_holding(
+        self, gradients: Tensors, targets: Tensors, held: Tensors
+    ) -> tuple[torch.Tensor, Tensors]:
+        """See `Objective.values_and_seeds_holding`; each row through its own stand-in."""
+
+        def distance(gradient: Tensors, target: Tensors, own: Tensors) -> torch.Tensor:
+            defense = self.defense
+            if isinstance(defense, HoldsTensors):
+                defense = defense.holding(own)
+            return self.objective.distance(defense(gradient), target)
+
+        rows = torch.func.vmap(torch.func.grad_and_value(distance))
+        seeds, values = rows(gradients, targets, held)
+        return values.double(), list(seeds)
+
+
+class HoldsTensors(abc.ABC):
+    """A stand-in for a defense that holds tensors of one target, which can be exchanged.
+
+    Targets whose stand-ins are of one such class can be attacked at once.
+    """
+
+    @abc.abstractmethod
+    def __call__(self, gradient: Tensors) -> Tensors:
+        """What the defense makes of a candidate's gradient."""
+
+    @abc.abstractmethod
+    def tensors(self) -> Tensors:
+        """What it holds."""
+
+    @abc.abstractmethod
+    def holding(self, tensors: Tensors) -> HoldsTensors:
+        """The stand-in that holds these in their place."""
 
 
 Step = Callable[[Adaptation, Target, list[float]], None]
@@ -334,7 +399,7 @@ def _smallest(shared: torch.Tensor) -> float:
     return float(occurring.min()) if occurring.numel() else math.inf
 
 
-class ThroughPruning:
+class ThroughPruning(HoldsTensors):
     """What pruning leaves of a gradient: kept elements, and of others the part too large.
 
     Args:
@@ -342,7 +407,7 @@ class ThroughPruning:
         bounds: Per tensor, what the others cannot exceed.
     """
 
-    def __init__(self, kept: list[torch.Tensor], bounds: list[float]) -> None:
+    def __init__(self, kept: Tensors, bounds: Sequence[float | torch.Tensor]) -> None:
         self.kept = kept
         self.bounds = bounds
 
@@ -353,6 +418,17 @@ class ThroughPruning:
             torch.where(kept, g, g.sign() * (g.abs() - bound).clamp_min(0))
             for g, kept, bound in zip(gradient, self.kept, self.bounds, strict=True)
         ]
+
+    def tensors(self) -> Tensors:
+        """See `HoldsTensors.tensors`."""
+        # In double precision: they are cast to that of the elements they are compared with.
+        bounds = [torch.as_tensor(b, dtype=torch.float64) for b in self.bounds]
+        return [*self.kept, *(b.to(k.device) for b, k in zip(bounds, self.kept, strict=True))]
+
+    def holding(self, tensors: Tensors) -> ThroughPruning:
+        """See `HoldsTensors.holding`."""
+        n = len(self.kept)
+        return ThroughPruning(tensors[:n], tensors[n:])
 
 
 @register_adaptation("soteria")

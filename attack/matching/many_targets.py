@@ -99,6 +99,12 @@ class ManyTargetsMatcher:
         self._theta: Parameters = dict(zip(self._replica.names, plain, strict=True))
         shared = zip(*(m.replica.target_gradient for m in matchers), strict=True)
         self._goals = [torch.stack([g.contiguous() for g in each]) for each in shared]
+        # What their objectives hold, where that can be stacked as well.
+        held = [matcher.objective.held() for matcher in matchers]
+        told = [h.tensors for h in held if h is not None and h.is_like(held[0])]
+        self._stacks = len(told) == len(held)
+        if self._stacks:
+            self._goals += [torch.stack(each) for each in zip(*told, strict=True)]
         # The goals of the rows of the last call.
         self._chosen: tuple[tuple[int, ...], Tensors] | None = None
         self.calls, self.evaluated = 0, False
@@ -369,9 +375,10 @@ class ManyTargetsMatcher:
         self, gradients: Tensors, which: Sequence[int]
     ) -> tuple[torch.Tensor, Tensors]:
         """Objectives (R) and their derivatives in the gradients (R x ...)."""
-        objective = self._matchers[0].objective
-        if not objective.of_one_target:
-            return objective.values_and_seeds(gradients, self._goals_of(tuple(which)))
+        if self._stacks:
+            objective, goals = self._matchers[0].objective, self._goals_of(tuple(which))
+            shared, held = goals[: len(gradients)], goals[len(gradients) :]
+            return objective.values_and_seeds_holding(gradients, shared, held)
         values, seeds = [], []
         for row, target in enumerate(which):
             mine = [goal[target] for goal in self._goals]
@@ -382,7 +389,10 @@ class ManyTargetsMatcher:
         return torch.stack(values), [torch.stack(each) for each in zip(*seeds, strict=True)]
 
     def _goals_of(self, which: tuple[int, ...]) -> Tensors:
-        """The target gradient of every row; copied anew only where rows have changed."""
+        """The target gradient of every row, then what its objective holds.
+
+        They are copied anew only where rows have changed.
+        """
         first = which[0]
         if which == tuple(range(first, first + len(which))):
             return [goal[first : first + len(which)] for goal in self._goals]

@@ -10,8 +10,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
 
 import torch
 
@@ -56,14 +55,27 @@ class AffineSeed:
     length: float
 
 
-class Objective(abc.ABC):
-    """How far a gradient is from the target gradient.
+@dataclass(frozen=True)
+class Held:
+    """What an objective knows of the one target that it compares with.
 
     Attributes:
-        of_one_target: Whether it holds tensors of one target, so that it cannot compare others.
+        kind: Equal for objectives that differ in the tensors alone.
+        tensors: Of that target.
     """
 
-    of_one_target: ClassVar[bool] = False
+    kind: tuple[object, ...]
+    tensors: Tensors = field(default_factory=list)
+
+    def is_like(self, other: Held | None) -> bool:
+        """Whether another one's tensors could stand in the place of these."""
+        if other is None or self.kind != other.kind:
+            return False
+        return [t.shape for t in self.tensors] == [t.shape for t in other.tensors]
+
+
+class Objective(abc.ABC):
+    """How far a gradient is from the target gradient."""
 
     @abc.abstractmethod
     def distance(self, gradient: Tensors, target: Tensors) -> torch.Tensor:
@@ -100,6 +112,22 @@ class Objective(abc.ABC):
             gradients, targets
         )
         return values.double(), list(seeds)
+
+    def held(self) -> Held | None:
+        """What it knows of its one target; None where that is more than tensors."""
+        return Held((type(self),))
+
+    def values_and_seeds_holding(
+        self, gradients: Tensors, targets: Tensors, held: Tensors
+    ) -> tuple[torch.Tensor, Tensors]:
+        """Like `values_and_seeds`, where R objectives of one kind hold different tensors.
+
+        Args:
+            gradients: R x ... per shared parameter.
+            targets: The same shapes.
+            held: What each of them holds (see `held`), R x ... each.
+        """
+        return self.values_and_seeds(gradients, targets)
 
     def affine_seed(self, products: Products) -> AffineSeed | None:
         """Value and derivative from inner products alone, where that is possible.

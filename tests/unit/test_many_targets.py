@@ -18,7 +18,8 @@ from attack.settings import InversionConfig
 from core.losses import CrossEntropy
 from core.models.building import ModelSpec
 from core.target import Target
-from tests.targets import make_target, share_model
+from gradients.defenses import ClientView, apply_defenses, parse_defenses
+from tests.targets import make_target, share_model, smooth_images
 
 CPU = torch.device("cpu")
 PLAIN = InversionConfig(iterations=12, tv=0.01, double=True, hvp="exact", signed=False)
@@ -117,6 +118,45 @@ def test_each_setting_ends_where_it_would_alone(name: str) -> None:
 def test_single_images_keep_their_contrast_as_they_would_alone() -> None:
     targets = share_model(NETWORKS["cnn, train mode"][0], 3, 1, train_mode=True)
     check_alike(targets, PLAIN.changed(keep_contrast=True, balance=0.5, restarts=2))
+
+
+def defended(
+    targets: list[tuple[Target, torch.Tensor]], *words: str
+) -> list[tuple[Target, torch.Tensor]]:
+    """What is shared of those of `share_model` under one defense each."""
+    found = []
+    for number, ((target, labels), word) in enumerate(zip(targets, words, strict=True)):
+        images = smooth_images(target.batch_size, target.data.shape[-1], number + 1)
+        view = ClientView(
+            model=target.build_model().double(),
+            images=target.data.normalize(images).double(),
+            labels=labels,
+            generator=torch.Generator().manual_seed(number),
+        )
+        shared = apply_defenses(parse_defenses(word), target.gradient, view)
+        found.append((dataclasses.replace(target, gradient=shared, defenses=(word,)), labels))
+    return found
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["clip:0.1", "prune:0.5", "topk:0.9", "soteria:0.5", "sign", "quantize:2", "gaussian:0.01",
+     "censor:20:0", "censor", "outpost"],
+)  # fmt: skip
+@pytest.mark.parametrize("hvp", ["exact", "difference"])
+def test_those_who_are_told_of_a_defense_end_where_they_would_alone(word: str, hvp: str) -> None:
+    targets = defended(share_model(NETWORKS["cnn, eval mode"][0], 3, 2), word, word, word)
+    config = PLAIN.changed(adaptive=True, hvp=hvp)
+    check_alike(targets, config)
+    matcher = ManyInversions(begun(targets, config))._matcher
+    assert matcher._stacks
+
+
+def test_different_defenses_are_compared_row_by_row() -> None:
+    targets = defended(share_model(NETWORKS["lenet"][0], 2, 1), "prune:0.5", "soteria:0.5")
+    config = PLAIN.changed(adaptive=True)
+    assert not ManyInversions(begun(targets, config))._matcher._stacks
+    check_alike(targets, config)
 
 
 def test_a_target_that_ends_early_leaves_the_others_as_they_are(

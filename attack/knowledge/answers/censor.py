@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
 
-from attack.knowledge.known_defenses import Adaptation, register_adaptation
+from attack.knowledge.known_defenses import Adaptation, HoldsTensors, register_adaptation
 from attack.matching.objectives import Tensors
 from core.target import Target
 from gradients.defenses.base import stated
@@ -86,7 +87,7 @@ def _along(direction: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass
-class SignsOf:
+class SignsOf(HoldsTensors):
     """Turn every tensor of a candidate's gradient to the side of a known one.
 
     Attributes:
@@ -101,8 +102,16 @@ class SignsOf:
         pairs = zip(gradient, self.known, strict=True)
         return [torch.where((g.detach() * k).sum() < 0, -g, g) for g, k in pairs]
 
+    def tensors(self) -> Tensors:
+        """See `HoldsTensors.tensors`."""
+        return self.known
 
-class NormAndOrthogonality:
+    def holding(self, tensors: Tensors) -> SignsOf:
+        """See `HoldsTensors.holding`."""
+        return SignsOf(tensors)
+
+
+class NormAndOrthogonality(HoldsTensors):
     """Of a candidate's gradient g per tensor: |g| along p, and <g, p> / |p| beside it.
 
     The distance to p is that of |g| to |p| and of <g, p> to 0, which is all that p says.
@@ -130,3 +139,13 @@ class NormAndOrthogonality:
             unit * (g.square().sum() + small).sqrt() + beside * (g * unit).sum()
             for g, unit, beside, small in zip(gradient, self.units, self.beside, tiny, strict=True)
         ]
+
+    def tensors(self) -> Tensors:
+        """See `HoldsTensors.tensors`."""
+        return [*self.units, *self.beside]
+
+    def holding(self, tensors: Tensors) -> NormAndOrthogonality:
+        """See `HoldsTensors.holding`."""
+        other, n = copy.copy(self), len(self.units)
+        other.units, other.beside = tensors[:n], tensors[n:]
+        return other
