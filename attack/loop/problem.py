@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -63,10 +64,17 @@ class InversionProblem:
         """Network inputs moved into the range of valid images, where there is one."""
         if not self.target.data.bounded:
             return inputs
-        one = (1, inputs.shape[1], *[1] * (inputs.dim() - 2))
-        low = self.target.data.normalize(inputs.new_zeros(one))
-        high = self.target.data.normalize(inputs.new_ones(one))
+        low, high = self._range
         return torch.minimum(torch.maximum(inputs, low), high)
+
+    @functools.cached_property
+    def _range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The network inputs (1 x C x 1 x 1) of 0 and of 1."""
+        data = self.target.data
+        black = torch.zeros(
+            (1, data.shape[0], *[1] * (len(data.shape) - 1)), dtype=self.dtype, device=self.device
+        )
+        return data.normalize(black), data.normalize(black + 1)
 
     def found(self, restart: Restart) -> torch.Tensor:
         """Network inputs (n x C x H x W) that are the restart's result so far."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from attack.loop.adam import PlainAdam
 from core.losses import DEFAULT_LOSS, Loss
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from attack.settings import InversionConfig
 
 MAKE_OPTIMIZER: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "Adam": torch.optim.Adam,
+    "Adam": PlainAdam,
     "AdamW": torch.optim.AdamW,
     "SGD": torch.optim.SGD,
     "LBFGS": torch.optim.LBFGS,

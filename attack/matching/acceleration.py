@@ -4,7 +4,8 @@ Five choices, all off by default, because each moves the last digits of publishe
 
 - `trace`: both passes of the difference as one list of plain operators each
   (`attack.matching.plain_operators`); frozen switches become outputs of the first list and inputs
-  of the second. The priors' gradient is such a list as well (`attack.loop.weighted_loss`).
+  of the second. The priors' gradient is such a list as well (`attack.loop.weighted_loss`). Small
+  convolutions are matrix products there (`attack.matching.small_convolutions`).
 - `compile`: those lists, fused by torch's compiler, which looks into no Python.
 - `cuda_graphs`: the same graphs captured once on a CUDA device and replayed, which saves the
   launches of their kernels.
@@ -45,6 +46,7 @@ from attack.matching.matcher import (
 from attack.matching.objectives import Objective
 from attack.matching.plain_operators import Pass, plain_operators
 from attack.matching.replica import Replica, laid_out_as
+from attack.matching.small_convolutions import all_are_small, write_out_small_convolutions
 from attack.matching.switches import RecordActivations, ReplayActivations
 from attack.settings import SpeedSettings, setting_error
 from core.errors import InputError, first_line
@@ -133,6 +135,17 @@ class AcceleratedMatcher(GradientMatcher):
         _check_traceable(replica, speed)
         if speed.channels_last:
             replica.lay_out(torch.channels_last)
+        # A compiler has ways of its own; other layouts and fewer bits have other kernels.
+        otherwise = speed.compile or speed.lowered or speed.channels_last
+        n_images = replica.sizes[distributed.rank()]
+        self._writes_out = (
+            speed.trace
+            and self.device_type == "cpu"
+            and not otherwise
+            and all_are_small(replica.model, (n_images, *replica.data.shape))
+        )
+        if self._writes_out:
+            replica.lay_out(torch.contiguous_format)
         # A factored pass replaces layers while it runs; a graph has them all.
         super().__init__(replica, objective, hvp, not speed.traced, clipping, clipped_from)
         self.speed = speed
@@ -364,7 +377,10 @@ class AcceleratedMatcher(GradientMatcher):
     def _traced(self, function: Pass, arguments: tuple[torch.Tensor, ...]) -> Pass:
         """The operators that a call with such arguments consists of."""
         with lowered(self.precision, self.device_type):
-            return plain_operators(function, arguments)
+            graph = plain_operators(function, arguments)
+        if self._writes_out:
+            write_out_small_convolutions(graph)
+        return graph
 
     def _faster(self, graph: Pass, arguments: tuple[torch.Tensor, ...], changing: range) -> Pass:
         """A traced pass, compiled and captured as asked for."""
