@@ -82,6 +82,29 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
+def write_entries(path: str | Path, value: Mapping[str, Any]) -> None:
+    """Write a dictionary of large collections as JSON, one line per entry of each, atomically.
+
+    Half of a large file would be indentation, and one more record change thousands of lines.
+    """
+    lines = [f" {json.dumps(name)}: {_by_lines(value[name])}" for name in sorted(value)]
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def _by_lines(value: Any) -> str:
+    """A dictionary or list with one line per entry; anything else on one line."""
+    if isinstance(value, dict) and value:
+        lines = [f"  {json.dumps(name)}: {_on_one_line(value[name])}" for name in sorted(value)]
+        return "{\n" + ",\n".join(lines) + "\n }"
+    if isinstance(value, list) and value:
+        return "[\n" + ",\n".join(f"  {_on_one_line(entry)}" for entry in value) + "\n ]"
+    return _on_one_line(value)
+
+
+def _on_one_line(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
 def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
     """Write a record as indented JSON with its checksum, atomically."""
     write_json(path, sealed(record))

@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks.run.store import Store
 from benchmarks.show import figures, render, report
 from benchmarks.show.results import TableResult
-from core.storage import write_json, write_text
+from core.storage import write_entries, write_text
 
 
 def write_outputs(result: TableResult, store: Store, folder: Path) -> None:
@@ -24,6 +24,6 @@ def write_outputs(result: TableResult, store: Store, folder: Path) -> None:
     write_text(folder / f"{name}.md", render.to_markdown(text))
     write_text(folder / f"{name}.tex", render.to_latex(text))
     write_text(folder / f"{name}.csv", render.to_csv(result))
-    write_json(folder / f"{name}.json", render.to_json(result))
+    write_entries(folder / f"{name}.json", render.to_json(result))
     pictures = figures.draw_figures(result, store, folder)
     write_text(folder / "report.html", report.to_html(result, pictures, store, folder))
