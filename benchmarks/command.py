@@ -219,6 +219,8 @@ def _run_table(
     statuses = compute(
         chosen, store, workers, quiet=args.quiet, retry_failed=args.retry_failed, seconds=seconds
     )
+    for sentence in store.trained_otherwise(chosen.cells()):
+        print(f"warning: {sentence}", file=sys.stderr)
     result = collect(table, store)
     name = _folder_name(table)
     folder = ROOT / "results" / name

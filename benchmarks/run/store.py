@@ -28,6 +28,9 @@ from core.errors import InputError
 from core.reading import read_json_object
 from core.storage import write_json, write_record
 
+# Of a trained model, in the record of stage 1, in %.
+ACCURACY = "best_val_acc1"
+
 
 @dataclass(frozen=True)
 class Store:
@@ -76,6 +79,29 @@ class Store:
             if self.is_finished(chain[-1]) or self.committed.result(chain[-1]) is None
             for cell in chain
         ]
+
+    def trained_otherwise(self, cells: Iterable[Cell]) -> list[str]:
+        """Of models that were trained here and in a committed table, those that are not the same.
+
+        Rounding differs between processors, and training makes another model of it. What attacks
+        the one must not be compared with what attacks the other.
+
+        Returns:
+            A sentence for each.
+        """
+        sentences = []
+        for cell in dict.fromkeys(cell for cell in cells if cell.stage == "train"):
+            record, before = self.record(cell), self.committed.result(cell)
+            if record is None or before is None:
+                continue
+            here, there = (each.get(ACCURACY) for each in (record["result"], before))
+            if _differ(here, there):
+                sentences.append(
+                    f"train {cell.config.get('scheme', '')}: this processor's model has "
+                    f"{here:.1f} % accuracy, that of the committed table {there:.1f} %; do not "
+                    "compare rows that attack the one with rows that attack the other"
+                )
+        return sentences
 
     def failure(self, cell: Cell) -> dict[str, Any] | None:
         """The error of a failed cell, else None."""
@@ -173,3 +199,8 @@ def _result(record: dict[str, Any], folder: Path) -> dict[str, Any]:
     if not isinstance(result, dict):
         raise InputError(f"{folder}/record.json holds no result; remove its folder to redo it")
     return result
+
+
+def _differ(a: object, b: object) -> bool:
+    """Whether both are numbers, and differ in more than rounding."""
+    return isinstance(a, float) and isinstance(b, float) and abs(a - b) > 1e-3

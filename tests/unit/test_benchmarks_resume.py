@@ -160,6 +160,21 @@ def test_a_committed_cell_counts_for_later_code_and_is_not_computed_again(tmp_pa
     assert "30 min" in said
 
 
+def test_a_model_that_was_trained_again_is_told_from_the_committed_one(tmp_path: Path) -> None:
+    earlier, later = (Cell("train", {"scheme": "RA"}, code=code) for code in ("old", "new"))
+    path = tmp_path / "t.json"
+    write_json(path, {"records": compact_records([(earlier, {"best_val_acc1": 76.7241})])})
+    store = Store(tmp_path / "store", Committed.read(path))
+    assert store.trained_otherwise([later]) == []
+    store.begin(later)
+    store.finish(later, {"best_val_acc1": 76.2931})
+    (sentence,) = store.trained_otherwise([later, later])
+    assert sentence.startswith("train RA: this processor's model has 76.3 % accuracy, that of the")
+    assert "76.7 %" in sentence
+    store.finish(later, {"best_val_acc1": 76.724138})
+    assert store.trained_otherwise([later]) == []
+
+
 def test_a_fresh_checkout_says_what_the_committed_cells_have_cost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
