@@ -14,6 +14,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import FunctionType
 
 import torch
 
@@ -172,9 +173,9 @@ class Through(Objective):
             return None
         if isinstance(self.defense, HoldsTensors):
             return Held((Through, type(self.defense), *inner.kind), self.defense.tensors())
-        # A function that encloses nothing is the same for every target.
-        encloses = getattr(self.defense, "__closure__", ()) is not None
-        return None if encloses else Held((Through, self.defense, *inner.kind))
+        if _holds_nothing(self.defense):
+            return Held((Through, self.defense, *inner.kind))
+        return None
 
     def values_and_seeds_holding(
         self, gradients: Tensors, targets: Tensors, held: Tensors
@@ -190,6 +191,14 @@ class Through(Objective):
         rows = torch.func.vmap(torch.func.grad_and_value(distance))
         seeds, values = rows(gradients, targets, held)
         return values.double(), list(seeds)
+
+
+def _holds_nothing(function: Callable[..., object]) -> bool:
+    """Whether it is the same for every target: a plain function, which nothing is bound to."""
+    if not isinstance(function, FunctionType):
+        return False
+    bound = (function.__closure__, function.__defaults__, function.__kwdefaults__)
+    return all(each is None for each in bound)
 
 
 class HoldsTensors(abc.ABC):

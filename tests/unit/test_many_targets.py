@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import pytest
 import torch
 
 from attack.knowledge.encoded_inputs import EncodedArchitecture
+from attack.knowledge.known_defenses import ElementWeighted, Through, soft_signs
 from attack.loop.inversion import Inversion
 from attack.loop.many_targets import ManyInversions, OneByOneError, reason_for_one_by_one
 from attack.matching.many_targets import ManyTargetsMatcher
+from attack.matching.objectives import Cosine
 from attack.settings import InversionConfig
 from core.losses import CrossEntropy
 from core.models.building import ModelSpec
@@ -150,6 +153,29 @@ def test_those_who_are_told_of_a_defense_end_where_they_would_alone(word: str, h
     check_alike(targets, config)
     matcher = ManyInversions(begun(targets, config))._matcher
     assert matcher._stacks
+
+
+def test_a_stand_in_that_may_hold_a_target_s_tensors_is_not_taken_for_all() -> None:
+    class Shifted:
+        def __init__(self, by: float) -> None:
+            self.by = by
+
+        def shift(self, gradient: list[torch.Tensor]) -> list[torch.Tensor]:
+            return [g + self.by for g in gradient]
+
+    by = 2.0
+    held = [
+        Through(Cosine(), stand_in).held()
+        for stand_in in (
+            Shifted(1.0).shift,
+            lambda gradient: [g + by for g in gradient],
+            lambda gradient, by=1.0: [g + by for g in gradient],
+            functools.partial(torch._foreach_add, other=1.0),
+        )
+    ]
+    assert held == [None] * 4
+    assert Through(Cosine(), soft_signs).held() is not None
+    assert ElementWeighted(Through(Cosine(), Shifted(1.0).shift), []).held() is None
 
 
 def test_different_defenses_are_compared_row_by_row() -> None:
