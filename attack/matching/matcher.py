@@ -345,7 +345,8 @@ class GradientMatcher:
 
     def _perturbation(self, length: float, step: float) -> float:
         """h such that h times a seed of this length is `step` times as long as theta."""
-        return step * self._theta_norm / max(length, 1e-30)
+        # A length that has overflowed is at least so long.
+        return step * self._theta_norm / min(max(length, 1e-30), 1e30)
 
     def at(self, iteration: int, iterations: int) -> bool:
         """Clip the candidates' images like the client's, once they have taken shape.

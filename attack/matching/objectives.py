@@ -19,6 +19,8 @@ Tensors = list[torch.Tensor]
 PIECE = 1 << 16
 # Likewise of a row, by a norm, which keeps fewer sums beside each other than a product.
 ROW_PIECE = 1 << 14
+# Norms below this count as zero; its reciprocal still fits float32.
+TINY = 1e-30
 # Share of the value that products of float32 gradients must leave to be trusted.
 CANCELLATION = 1e-4
 
@@ -230,9 +232,13 @@ class Cosine(Objective):
         return torch.stack(terms).sum() / 2
 
     def value_and_seed(self, gradient: Tensors, target: Tensors) -> tuple[torch.Tensor, Tensors]:
-        """Analytic: with unit vectors u, w the derivative is ((1 - D) u - w) / |g|."""
-        tiny = 1e-30  # Its reciprocal still fits float32.
-        g_norm, t_norm = (max(float(squared_norm(x).sqrt()), tiny) for x in (gradient, target))
+        """Analytic: with unit vectors u, w the derivative is ((1 - D) u - w) / |g|.
+
+        Where the gradient vanishes, as a saturated model's does, it has no direction, and the
+        derivative is zero.
+        """
+        g_norm, t_norm = (float(squared_norm(x).sqrt()) for x in (gradient, target))
+        g_norm, t_norm = g_norm if g_norm > TINY else math.inf, max(t_norm, TINY)
         # One list of new tensors: u - w, from which the derivative is D u away.
         seed = list(torch._foreach_mul(gradient, 1 / g_norm))
         torch._foreach_add_(seed, target, alpha=-1 / t_norm)
@@ -245,8 +251,8 @@ class Cosine(Objective):
         self, gradients: Tensors, targets: Tensors
     ) -> tuple[torch.Tensor, Tensors]:
         """See `Objective.values_and_seeds`; as in `value_and_seed`."""
-        tiny = 1e-30
-        g_norm, t_norm = (squared_norms(x).sqrt().clamp_min(tiny) for x in (gradients, targets))
+        g_norm, t_norm = (squared_norms(x).sqrt() for x in (gradients, targets))
+        g_norm, t_norm = torch.where(g_norm > TINY, g_norm, math.inf), t_norm.clamp_min(TINY)
         seeds = [
             torch.mul(g, along_rows(1 / g_norm, g)).addcmul_(t, along_rows(-1 / t_norm, t))
             for g, t in zip(gradients, targets, strict=True)

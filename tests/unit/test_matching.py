@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import torchvision
 
 from attack.matching import switches as activations
+from attack.matching.many_targets import ManyTargetsMatcher
 from attack.matching.match import Match
 from attack.matching.matcher import GradientMatcher
 from attack.matching.objectives import (
@@ -350,6 +351,29 @@ def test_zero_target_gradient_is_no_division_by_zero():
     value, seed = Cosine().value_and_seed([torch.ones(3)], [torch.zeros(3)])
     assert torch.isfinite(value)
     assert torch.isfinite(seed[0]).all()
+
+
+@pytest.mark.parametrize("hvp", ["auto", "difference", "exact"])
+@pytest.mark.parametrize("bias", [60.0, 1e4])
+def test_a_gradient_that_vanishes_has_no_direction(hvp, bias):
+    target, truth = make_target(ModelSpec("lenet", 10, 8, width=4), 1, double=False)
+    # The model is as good as sure, or as sure as float32 can be.
+    state = {name: value.clone() for name, value in target.state_dict.items()}
+    state[list(state)[-1]][int(truth.labels)] += bias
+    sure = dataclasses.replace(target, state_dict=state)
+    inputs = target.data.normalize(truth.images) + 0.1
+    matcher = GradientMatcher(Replica(sure, CPU), Cosine(), hvp)
+    match = matcher(inputs, truth.labels)
+    assert match.value.isfinite()
+    assert match.input_gradient.isfinite().all()
+    gradient = [torch.zeros_like(g) for g in target.gradient.values()]
+    value, seed = Cosine().value_and_seed(gradient, list(target.gradient.values()))
+    assert float(value) == pytest.approx(0.5)
+    assert not any(s.any() for s in seed)
+    rows = ManyTargetsMatcher([matcher, GradientMatcher(Replica(sure, CPU), Cosine(), hvp)])
+    found = rows(torch.stack([inputs, inputs]), truth.labels.expand(2, 1), [0, 1])
+    torch.testing.assert_close(found.values, match.value.expand(2), rtol=1e-4, atol=1e-6)
+    assert found.input_gradient.isfinite().all()
 
 
 def test_shared_parameters_that_are_zero_yet_are_moved_all_the_same():
